@@ -1,0 +1,72 @@
+"""Every exception that this package raises on purpose.
+
+::
+
+    XenDiskError                 a message the user can act on
+    ├── UsageError               the command line asks for something impossible
+    ├── XenUnavailable           no Xen, no privilege, a library or module is missing
+    ├── StoreError               xenstore refused a request (carries errno)
+    │   └── StoreLost            the connection to xenstore is gone or silent
+    ├── HypervisorError          a grant or event-channel operation failed (carries errno)
+    ├── ImageError               an image cannot be used: missing, locked, odd size
+    ├── BackendError             a backend cannot be loaded or broke its contract
+    ├── GuestNotFound            no such domain, or several
+    ├── DeviceError              attaching, connecting or detaching failed
+    └── GuestMisbehaved          the frontend broke the protocol
+"""
+
+from __future__ import annotations
+
+import os
+
+
+class XenDiskError(Exception):
+    """The base of all; ``str(error)`` is one line for the user, what to do included."""
+
+
+class UsageError(XenDiskError):
+    """The command line asks for something that cannot be done."""
+
+
+class XenUnavailable(XenDiskError):
+    """Something of Xen that we need is not here; the message names the remedy."""
+
+
+class _ErrnoError(XenDiskError):
+    """An error with the ``errno`` that the system gave."""
+
+    def __init__(self, errno: int, message: str) -> None:
+        super().__init__(f"{message}: {os.strerror(errno)}")
+        self.errno = errno
+
+
+class StoreError(_ErrnoError):
+    """Xenstore answered a request with an error."""
+
+
+class StoreLost(StoreError):
+    """The connection to xenstore broke, or no answer came in time."""
+
+
+class HypervisorError(_ErrnoError):
+    """A grant or event-channel operation failed."""
+
+
+class ImageError(XenDiskError):
+    """An image file or block device cannot be used."""
+
+
+class BackendError(XenDiskError):
+    """A backend cannot be loaded, or broke its contract."""
+
+
+class GuestNotFound(XenDiskError):
+    """No domain, or more than one, answers to that name."""
+
+
+class DeviceError(XenDiskError):
+    """The disk could not be attached, connected or detached."""
+
+
+class GuestMisbehaved(XenDiskError):
+    """The frontend broke the block protocol; its ring is not served any longer."""

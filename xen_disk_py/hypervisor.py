@@ -1,0 +1,147 @@
+"""What a block backend and a block frontend ask of a hypervisor.
+
+Two implementations exist: :class:`xen_disk_py.libxen.Xen` (the real one, through
+libxengnttab and libxenevtchn) and
+:class:`xen_disk_py.simulated.hypervisor.SimulatedHypervisor` (shared memory and
+eventfds). Everything above this line works with either.
+
+Handles are context managers; closing one twice is harmless.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Optional, Protocol, Sequence, Type, TypeVar
+
+PAGE_SIZE = 4096
+"""Bytes in a granted page, on every architecture (``xen/include/public/io/blkif.h``)."""
+
+_Self = TypeVar("_Self", bound="Closing")
+
+
+class Closing:
+    """A handle that ``with`` closes."""
+
+    def close(self) -> None:
+        """Give the resource back. Closing twice does nothing."""
+        raise NotImplementedError
+
+    def __enter__(self: _Self) -> _Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: Optional[Type[BaseException]],
+        error: Optional[BaseException],
+        traceback: Optional[TracebackType],
+    ) -> None:
+        self.close()
+
+
+class Mapping(Protocol):
+    """Pages of another domain, mapped contiguously into ours."""
+
+    @property
+    def view(self) -> memoryview:
+        """All pages as one run of bytes: count * 4096, writable if mapped so."""
+        ...
+
+    def close(self) -> None:
+        """Unmap all pages.
+
+        No view may be used afterwards. While somebody (a custom backend, say) still holds
+        a view, the pages stay mapped and
+        :class:`~xen_disk_py.errors.BackendError` is raised: a leak is better than a crash.
+        """
+        ...
+
+
+class EventChannel(Protocol):
+    """One end of a bound (or waiting) interdomain event channel."""
+
+    @property
+    def port(self) -> int:
+        """Our local port number."""
+        ...
+
+    def fileno(self) -> int:
+        """Return a descriptor that polls readable when an event is pending."""
+        ...
+
+    def notify(self) -> None:
+        """Send an event to the other end."""
+        ...
+
+    def acknowledge(self) -> bool:
+        """Consume a pending event and allow the next. False: there was none. Never blocks."""
+        ...
+
+    def close(self) -> None:
+        """Unbind the port."""
+        ...
+
+
+class SharedPages(Protocol):
+    """Pages of ours, granted to another domain."""
+
+    @property
+    def view(self) -> memoryview:
+        """All pages as one run of writable bytes: count * 4096, zero at first."""
+        ...
+
+    @property
+    def refs(self) -> Sequence[int]:
+        """The grant reference of each page."""
+        ...
+
+    def close(self) -> None:
+        """Revoke the grants and free the pages."""
+        ...
+
+
+class Hypervisor(Protocol):
+    """The backend's side."""
+
+    def map_grants(self, domid: int, refs: Sequence[int], *, writable: bool) -> Mapping:
+        """Map granted pages of ``domid``, contiguous and in the order of ``refs``.
+
+        Raises:
+            HypervisorError: one of the references is not granted (so); nothing is mapped.
+        """
+        ...
+
+    def bind_interdomain(self, domid: int, remote_port: int) -> EventChannel:
+        """Connect to the port that ``domid`` opened for us.
+
+        Raises:
+            HypervisorError: no such port, or not open for us.
+        """
+        ...
+
+    def fence(self) -> None:
+        """Full memory barrier (``atomic_thread_fence(seq_cst)``)."""
+        ...
+
+    def close(self) -> None:
+        """Close what is still open."""
+        ...
+
+
+class GuestHypervisor(Protocol):
+    """The frontend's side: what a guest does to offer pages and a port."""
+
+    def share_pages(self, domid: int, count: int, *, writable: bool) -> SharedPages:
+        """Grant ``count`` fresh zeroed pages to ``domid``."""
+        ...
+
+    def bind_unbound(self, domid: int) -> EventChannel:
+        """Open a port that ``domid`` may bind to."""
+        ...
+
+    def fence(self) -> None:
+        """Full memory barrier."""
+        ...
+
+    def close(self) -> None:
+        """Close what is still open."""
+        ...
