@@ -12,6 +12,7 @@
     ├── BackendError             a backend cannot be loaded or broke its contract
     ├── GuestNotFound            no such domain, or several
     ├── DeviceError              attaching, connecting or detaching failed
+    │   └── DeviceTaken          the guest has a device of that number already
     └── GuestMisbehaved          the frontend broke the protocol
 """
 
@@ -66,6 +67,10 @@ class GuestNotFound(XenDiskError):
 
 class DeviceError(XenDiskError):
     """The disk could not be attached, connected or detached."""
+
+
+class DeviceTaken(DeviceError):
+    """The guest has a device of that number already."""
 
 
 class GuestMisbehaved(XenDiskError):

@@ -10,13 +10,15 @@ Handles are context managers; closing one twice is harmless.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import TracebackType
-from typing import Optional, Protocol, Sequence, Type, TypeVar
+from typing import Protocol, TypeVar
 
 PAGE_SIZE = 4096
 """Bytes in a granted page, on every architecture (``xen/include/public/io/blkif.h``)."""
 
 _Self = TypeVar("_Self", bound="Closing")
+_Handle = TypeVar("_Handle", bound="Handle")
 
 
 class Closing:
@@ -31,14 +33,31 @@ class Closing:
 
     def __exit__(
         self,
-        kind: Optional[Type[BaseException]],
-        error: Optional[BaseException],
-        traceback: Optional[TracebackType],
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         self.close()
 
 
-class Mapping(Protocol):
+class Handle(Protocol):
+    """What every handle can do; :class:`Closing` provides it."""
+
+    def close(self) -> None:
+        """Give the resource back. Closing twice does nothing."""
+        ...
+
+    def __enter__(self: _Handle) -> _Handle: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None: ...
+
+
+class Mapping(Handle, Protocol):
     """Pages of another domain, mapped contiguously into ours."""
 
     @property
@@ -56,7 +75,7 @@ class Mapping(Protocol):
         ...
 
 
-class EventChannel(Protocol):
+class EventChannel(Handle, Protocol):
     """One end of a bound (or waiting) interdomain event channel."""
 
     @property
@@ -81,7 +100,7 @@ class EventChannel(Protocol):
         ...
 
 
-class SharedPages(Protocol):
+class SharedPages(Handle, Protocol):
     """Pages of ours, granted to another domain."""
 
     @property
@@ -99,7 +118,7 @@ class SharedPages(Protocol):
         ...
 
 
-class Hypervisor(Protocol):
+class Hypervisor(Handle, Protocol):
     """The backend's side."""
 
     def map_grants(self, domid: int, refs: Sequence[int], *, writable: bool) -> Mapping:
@@ -127,7 +146,7 @@ class Hypervisor(Protocol):
         ...
 
 
-class GuestHypervisor(Protocol):
+class GuestHypervisor(Handle, Protocol):
     """The frontend's side: what a guest does to offer pages and a port."""
 
     def share_pages(self, domid: int, count: int, *, writable: bool) -> SharedPages:

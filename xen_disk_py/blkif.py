@@ -1,0 +1,385 @@
+"""The messages of the block protocol: bytes in, values out, and back.
+
+No I/O and no judgement about a particular disk: this module knows layouts and what no
+request may ever say. A request that breaks those rules is a value too
+(:class:`Malformed`), since it must be answered like any other.
+
+One table of layouts serves all ABIs: on x86_32 a ``u64`` aligns to 4 bytes, elsewhere to 8,
+which moves everything behind the four leading bytes. All quantities named *sector* count
+512 bytes whatever the disk's own sector size is.
+
+Source: ``xen/include/public/io/blkif.h``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from struct import Struct
+from typing import Callable, NamedTuple, Union
+
+from .errors import GuestMisbehaved
+
+SECTOR = 512
+SECTORS_PER_PAGE = 8
+MAX_SEGMENTS = 11
+"""Segments in a request's own slot (``BLKIF_MAX_SEGMENTS_PER_REQUEST``)."""
+MAX_INDIRECT_SEGMENTS = 4096
+"""Eight indirect pages of 512 segments."""
+SEGMENTS_PER_PAGE = 512
+
+READ = 0
+WRITE = 1
+WRITE_BARRIER = 2
+FLUSH = 3
+DISCARD = 5
+INDIRECT = 6
+
+OPERATIONS = {
+    READ: "read",
+    WRITE: "write",
+    WRITE_BARRIER: "barrier",
+    FLUSH: "flush",
+    DISCARD: "discard",
+    INDIRECT: "indirect",
+}
+
+OKAY = 0
+ERROR = -1
+EOPNOTSUPP = -2
+
+DISCARD_SECURE = 1
+VDISK_CDROM = 1
+VDISK_REMOVABLE = 2
+VDISK_READONLY = 4
+
+
+class Transfer(NamedTuple):
+    """A read, write or flush: ``sectors`` sectors of the disk from ``sector`` on.
+
+    Segment ``i`` is sectors ``firsts[i]`` to ``lasts[i]``, both included, of the page granted
+    as ``grefs[i]``; 0 <= first <= last <= 7 holds. Only a flush may have no segment.
+    """
+
+    id: int
+    operation: int
+    sector: int
+    sectors: int
+    grefs: tuple[int, ...]
+    firsts: tuple[int, ...]
+    lasts: tuple[int, ...]
+
+
+class Indirect(NamedTuple):
+    """A read or write whose ``segments`` descriptors stand in the pages granted as ``grefs``."""
+
+    id: int
+    operation: int
+    sector: int
+    segments: int
+    grefs: tuple[int, ...]
+
+
+class Discard(NamedTuple):
+    """Forget ``sectors`` sectors from ``sector`` on."""
+
+    id: int
+    operation: int
+    sector: int
+    sectors: int
+    secure: bool
+
+
+class Malformed(NamedTuple):
+    """A request that is refused unseen; answer it with ``status``."""
+
+    id: int
+    operation: int
+    status: int
+    reason: str
+
+
+Request = Union[Transfer, Indirect, Discard, Malformed]
+
+_SEGMENT = "IBBxx"
+_GREFS = Struct("<8I")
+_RESPONSE = Struct("<QBxh")
+RESPONSE_SIZE = _RESPONSE.size
+"""12 bytes. The slot's rest is the guest's own and stays as it was: nothing leaks (XSA-216)."""
+
+# Whole pages are what guests mostly ask for: a request of n such segments is recognised by
+# two tuple comparisons instead of a loop.
+_FIRSTS_OF_WHOLE_PAGES = [(0,) * n for n in range(SEGMENTS_PER_PAGE + 1)]
+_LASTS_OF_WHOLE_PAGES = [(7,) * n for n in range(SEGMENTS_PER_PAGE + 1)]
+_segment_structs: dict[int, Struct] = {n: Struct("<" + _SEGMENT * n) for n in range(12)}
+
+
+def _segment_struct(count: int) -> Struct:
+    struct = _segment_structs.get(count)
+    if struct is None:
+        struct = _segment_structs[count] = Struct("<" + _SEGMENT * count)
+    return struct
+
+
+def _transfer(
+    id_: int, operation: int, sector: int, count: int, data: bytes, offset: int
+) -> Transfer | Malformed:
+    """Make a transfer of the ``count`` segment descriptors at ``offset`` of ``data``."""
+    flat = _segment_struct(count).unpack_from(data, offset)
+    firsts, lasts = flat[1::3], flat[2::3]
+    if (
+        count <= SEGMENTS_PER_PAGE
+        and firsts == _FIRSTS_OF_WHOLE_PAGES[count]
+        and lasts == _LASTS_OF_WHOLE_PAGES[count]
+    ):
+        sectors = count * SECTORS_PER_PAGE
+    else:
+        sectors = count
+        for first, last in zip(firsts, lasts):
+            if not first <= last < SECTORS_PER_PAGE:
+                return Malformed(id_, operation, ERROR, f"segment of sectors {first} to {last}")
+            sectors += last - first
+    return Transfer(id_, operation, sector, sectors, flat[0::3], firsts, lasts)
+
+
+class Abi:
+    """One layout of requests; responses are the same in all.
+
+    Args:
+        name: as the frontend writes it to its ``protocol`` key.
+        padding: bytes between the four leading bytes and the ``id``.
+    """
+
+    def __init__(self, name: str, padding: int) -> None:
+        self.name = name
+        self._head = Struct(f"<BBH{padding}xQQ")
+        self._discard = Struct(f"<BBH{padding}xQQQ")
+        self._indirect = Struct(f"<BBH{padding}xQQHxx8I")
+        self.slot_size = self._head.size + MAX_SEGMENTS * 8
+        """Bytes from one slot of the ring to the next: 112, or 108 on x86_32."""
+
+    def __repr__(self) -> str:
+        return f"<Abi {self.name}>"
+
+    def decode(self, slot: bytes, max_indirect_segments: int = MAX_INDIRECT_SEGMENTS) -> Request:
+        """Say what the request in ``slot`` asks for; ``slot`` is a private copy."""
+        operation, count, wide, id_, sector = self._head.unpack_from(slot)
+        if operation in (READ, WRITE, FLUSH):
+            if count > MAX_SEGMENTS:
+                return Malformed(id_, operation, ERROR, f"{count} segments")
+            if count == 0 and operation != FLUSH:
+                return Malformed(id_, operation, ERROR, "no segment")
+            return _transfer(id_, operation, sector, count, slot, self._head.size)
+        if operation == INDIRECT and max_indirect_segments:
+            # Here the second byte is the operation meant and the following u16 the count; the
+            # response names the operation meant (Linux blkfront compares it).
+            if count not in (READ, WRITE):
+                return Malformed(id_, count, ERROR, f"indirect operation {count}")
+            if not 1 <= wide <= max_indirect_segments:
+                return Malformed(id_, count, ERROR, f"{wide} indirect segments")
+            pages = -(-wide // SEGMENTS_PER_PAGE)
+            grefs = _GREFS.unpack_from(slot, self._indirect.size - _GREFS.size)
+            return Indirect(id_, count, sector, wide, grefs[:pages])
+        if operation == DISCARD:
+            sectors = self._discard.unpack_from(slot)[5]
+            return Discard(id_, operation, sector, sectors, bool(count & DISCARD_SECURE))
+        return Malformed(id_, operation, EOPNOTSUPP, f"operation {operation}")
+
+    def encode(self, request: Transfer | Indirect | Discard, handle: int = 0) -> bytes:
+        """Lay ``request`` out as a frontend does; the result fills a slot."""
+        if isinstance(request, Transfer):
+            segments = zip(request.grefs, request.firsts, request.lasts)
+            data = self._head.pack(
+                request.operation, len(request.grefs), handle, request.id, request.sector
+            ) + encode_segments(list(segments))
+        elif isinstance(request, Indirect):
+            grefs = request.grefs + (0,) * (8 - len(request.grefs))
+            data = self._indirect.pack(
+                INDIRECT,
+                request.operation,
+                request.segments,
+                request.id,
+                request.sector,
+                handle,
+                *grefs,
+            )
+        else:
+            data = self._discard.pack(
+                DISCARD, request.secure, handle, request.id, request.sector, request.sectors
+            )
+        return data.ljust(self.slot_size, b"\0")
+
+
+X86_64 = Abi("x86_64-abi", padding=4)
+X86_32 = Abi("x86_32-abi", padding=0)
+ARM = Abi("arm-abi", padding=4)
+
+_ABIS = {abi.name: abi for abi in (X86_64, X86_32, ARM)}
+
+
+def abi_named(protocol: str | None, machine: str) -> Abi:
+    """Choose the layout for a frontend's ``protocol`` key.
+
+    Without the key the frontend is taken for x86_32 on an x86 ``machine`` (as
+    ``platform.machine()`` names it), as Linux blkback, QEMU and tapdisk do although blkif.h
+    says "native"; for ARM on an ARM one.
+
+    Raises:
+        GuestMisbehaved: the name is none of ours.
+    """
+    if protocol is None:
+        return ARM if machine.startswith(("arm", "aarch64")) else X86_32
+    try:
+        return _ABIS[protocol]
+    except KeyError:
+        raise GuestMisbehaved(f"unknown protocol {protocol[:64]!r}") from None
+
+
+def resolve(request: Indirect, pages: bytes) -> Transfer | Malformed:
+    """Read an indirect request's segments from a private copy of its pages, in order."""
+    return _transfer(request.id, request.operation, request.sector, request.segments, pages, 0)
+
+
+def encode_segments(segments: Sequence[tuple[int, int, int]]) -> bytes:
+    """Lay out (grant reference, first sector, last sector) triples, 8 bytes each."""
+    flat = [number for segment in segments for number in segment]
+    return _segment_struct(len(segments)).pack(*flat)
+
+
+class Response(NamedTuple):
+    """The answer to the request of the same ``id``."""
+
+    id: int
+    operation: int
+    status: int
+
+
+encode_response: Callable[[int, int, int], bytes] = _RESPONSE.pack
+"""``encode_response(id, operation, status)``: the first 12 bytes of a slot, no guest's or host's
+stale byte among them."""
+
+
+def decode_response(slot: bytes) -> Response:
+    """Read an answer from a private copy of its slot."""
+    return Response(*_RESPONSE.unpack_from(slot))
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a backend offers, as the keys of its directory say it.
+
+    ``sectors`` counts 512 bytes; the two sector sizes and the discard granularity are bytes.
+    """
+
+    sectors: int
+    sector_size: int = SECTOR
+    physical_sector_size: int = 4096
+    read_only: bool = False
+    flush: bool = True
+    discard: bool = False
+    discard_granularity: int = 4096
+    persistent: bool = True
+    max_indirect_segments: int = 256
+    max_ring_page_order: int = 0
+
+    def to_keys(self) -> dict[str, str]:
+        """All keys, with their values."""
+        # sectors * 512 must be a multiple of physical-sector-size (blkif.h)
+        physical = self.physical_sector_size
+        while physical > self.sector_size and self.sectors * SECTOR % physical:
+            physical //= 2
+        keys = {
+            "sectors": str(self.sectors),
+            "sector-size": str(self.sector_size),
+            "physical-sector-size": str(physical),
+            "info": str(VDISK_READONLY if self.read_only else 0),
+            "feature-flush-cache": str(int(self.flush)),
+            "feature-barrier": "0",
+            "feature-persistent": str(int(self.persistent)),
+            "feature-discard": str(int(self.discard)),
+            "max-ring-page-order": str(self.max_ring_page_order),
+        }
+        if self.max_indirect_segments:
+            keys["feature-max-indirect-segments"] = str(self.max_indirect_segments)
+        if self.discard:
+            keys["discard-granularity"] = str(self.discard_granularity)
+            keys["discard-alignment"] = "0"
+            keys["discard-secure"] = "0"
+        return keys
+
+    @classmethod
+    def from_keys(cls, keys: Mapping[str, str]) -> Features:
+        """Read what a backend offers; absent keys mean what blkif.h says they mean."""
+        number: Callable[[str, int], int] = lambda name, default: int(keys.get(name, default))
+        sector_size = number("sector-size", SECTOR)
+        return cls(
+            sectors=number("sectors", 0),
+            sector_size=sector_size,
+            physical_sector_size=number("physical-sector-size", sector_size),
+            read_only=bool(number("info", 0) & VDISK_READONLY),
+            flush=bool(number("feature-flush-cache", 0)),
+            discard=bool(number("feature-discard", 0)),
+            discard_granularity=number("discard-granularity", sector_size),
+            persistent=bool(number("feature-persistent", 0)),
+            max_indirect_segments=number("feature-max-indirect-segments", 0),
+            max_ring_page_order=number("max-ring-page-order", 0),
+        )
+
+
+@dataclass(frozen=True)
+class Connection:
+    """How a frontend can be reached, as the keys of its directory say it."""
+
+    ring_refs: tuple[int, ...]
+    event_channel: int
+    protocol: str | None = None
+    persistent: bool = False
+
+    KEYS = ("ring-ref", "ring-page-order", "event-channel", "protocol", "feature-persistent")
+    """The keys to read before :meth:`from_keys`, besides ``ring-ref0`` to ``ring-ref15``."""
+
+    def to_keys(self) -> dict[str, str]:
+        """All keys, with their values, as Linux blkfront writes them."""
+        keys = {
+            "event-channel": str(self.event_channel),
+            "feature-persistent": str(int(self.persistent)),
+        }
+        if self.protocol is not None:
+            keys["protocol"] = self.protocol
+        if len(self.ring_refs) == 1:
+            keys["ring-ref"] = str(self.ring_refs[0])
+        else:
+            keys["ring-page-order"] = str(len(self.ring_refs).bit_length() - 1)
+            for index, ref in enumerate(self.ring_refs):
+                keys[f"ring-ref{index}"] = str(ref)
+        return keys
+
+    @classmethod
+    def from_keys(cls, read: Callable[[str], str | None], max_ring_page_order: int) -> Connection:
+        """Read a frontend's keys through ``read(name)``; every value is hostile input.
+
+        Raises:
+            GuestMisbehaved: a key is missing, no decimal number, or out of range.
+        """
+
+        def number(name: str, limit: int, default: int | None = None) -> int:
+            text = read(name)
+            if text is None and default is not None:
+                return default
+            if text is None:
+                raise GuestMisbehaved(f"frontend key {name} is missing")
+            if not (text.isascii() and text.isdigit() and len(text) <= 10 and int(text) <= limit):
+                raise GuestMisbehaved(f"frontend key {name} is {text[:64]!r}")
+            return int(text)
+
+        u32 = 0xFFFF_FFFF
+        order = number("ring-page-order", max_ring_page_order, default=0)
+        names: list[str] = [f"ring-ref{index}" for index in range(1 << order)]
+        if order == 0 and read("ring-ref0") is None:
+            names = ["ring-ref"]  # both spellings of a one-page ring are in use
+        return cls(
+            ring_refs=tuple(number(name, u32) for name in names),
+            event_channel=number("event-channel", u32),
+            protocol=read("protocol"),
+            persistent=number("feature-persistent", 1, default=0) == 1,
+        )

@@ -1,0 +1,42 @@
+"""The arguments that say which backend: the same for every command that opens one."""
+
+from __future__ import annotations
+
+import argparse
+
+from ..backends import Backend
+from ..backends.loader import open_backend
+from ..errors import UsageError
+
+
+def backend_from(args: argparse.Namespace) -> Backend:
+    """Open the backend that the arguments describe.
+
+    Raises:
+        UsageError: they contradict each other or the backend does not take one of them.
+        ImageError: the image cannot be used.
+        BackendError: the backend's own code is broken.
+    """
+    given: dict[str, object] = {}
+    for name in ("path", "size", "cow_limit"):
+        if getattr(args, name) is not None:
+            given[name] = getattr(args, name)
+    if args.read_only:
+        given["read_only"] = True
+    for text in args.option:
+        key, equals, value = text.partition("=")
+        if not (equals and key.isidentifier()):
+            raise UsageError(f"--option takes KEY=VALUE, not {text!r}")
+        if key in given:
+            raise UsageError(f"{key} is given twice")
+        given[key] = value
+    return open_backend(args.backend, given)
+
+
+def backend_name(args: argparse.Namespace) -> str:
+    """Name the backend as the user knows it."""
+    if args.backend:
+        return str(args.backend)
+    if args.path is None:
+        return "discard"
+    return "custom" if ".py" in args.path.rpartition("/")[2] else "cow"

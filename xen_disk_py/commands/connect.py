@@ -1,0 +1,217 @@
+"""``connect``: give a guest a disk until Ctrl-C."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from typing import Any
+
+from .. import toolstack
+from ..cli import ExitStatus
+from ..device import Device
+from ..disk import Disk
+from ..environment import Environment
+from ..errors import DeviceTaken
+from ..hypervisor import Hypervisor
+from ..record import Record
+from ..session import Interrupts, Outcome, Session
+from ..statistics import Statistics, histogram
+from ..toolstack import Domain
+from ..units import format_size
+from ..vdev import VirtualDevice, parse
+from ..xenbus import Address
+from ..xenstore import Store
+from .backend_arguments import backend_from, backend_name
+
+
+def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
+    """Open the image, find the guest, attach, serve, clean up."""
+    wanted = parse(args.vdev) if args.vdev is not None else None
+    interrupts = Interrupts()
+    disk = Disk(backend_from(args))
+    try:
+        with env.open_store() as store, env.open_hypervisor() as hypervisor:
+            domain = toolstack.find_domain(store, args.vm)
+            with interrupts.installed():
+                connection = _Connection(args, env, store, hypervisor, domain, disk)
+                return connection.serve(wanted, interrupts)
+    finally:
+        disk.close()
+
+
+class _Connection:
+    """One run of the command, once everything it needs is open."""
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        env: Environment,
+        store: Store,
+        hypervisor: Hypervisor,
+        domain: Domain,
+        disk: Disk,
+    ) -> None:
+        self._args = args
+        self._env = env
+        self._store = store
+        self._hypervisor = hypervisor
+        self._domain = domain
+        self._disk = disk
+        self._backend = backend_name(args)
+
+    def serve(self, wanted: VirtualDevice | None, interrupts: Interrupts) -> ExitStatus:
+        """Serve as ``wanted``, or as the first free device."""
+        kind = toolstack.choose_kind(self._store, self._domain.domid, self._env.xen_version())
+        own = toolstack.own_domid(self._store)
+        for attempt in range(20):
+            vdev = wanted or toolstack.free_device(self._store, self._domain.domid)
+            address = Address(own, self._domain.domid, vdev.number, kind)
+            try:
+                return self._serve_as(vdev, address, interrupts)
+            except DeviceTaken:
+                if wanted:
+                    raise
+                # somebody was quicker between our look and our transaction: look again
+                time.sleep(0.01 * attempt)
+        raise DeviceTaken("every free device was taken by somebody else at once; try again")
+
+    def _serve_as(
+        self, vdev: VirtualDevice, address: Address, interrupts: Interrupts
+    ) -> ExitStatus:
+        args, env, disk = self._args, self._env, self._disk
+        session: Session
+        with Record(env.record_directory, address) as record:
+            disk.statistics = record.statistics
+            device = Device(
+                self._store,
+                self._hypervisor,
+                address,
+                disk,
+                max_indirect_segments=args.indirect_segments,
+                on_failure=lambda error: session.fail(error),
+            )
+            session = Session(self._store, device, vdev, interrupts, patience=args.timeout)
+            facts = self._facts(vdev)
+            record.describe(facts)
+            status_line = _StatusLine(env, vdev, disk.statistics)
+            live = not args.quiet and env.stderr.isatty()
+
+            def attach() -> None:
+                toolstack.attach(
+                    self._store,
+                    address,
+                    vdev,
+                    backend_keys=device.keys(),
+                    params=f"{self._backend}:{facts['path'] or ''}",
+                    read_only=disk.read_only,
+                    pid=os.getpid(),
+                )
+
+            try:
+                outcome = session.run(
+                    attach,
+                    on_connected=lambda: self._announce(facts),
+                    on_tick=status_line.show if live else None,
+                    on_unplug=lambda: self._say_unplugging(vdev, status_line),
+                )
+            finally:
+                status_line.clear()
+            env.tell(f"{vdev}: {outcome.value}")
+            if not args.quiet:
+                for line in summary(disk.statistics):
+                    env.tell(line)
+        return ExitStatus.INTERRUPTED if outcome is Outcome.FORCED else ExitStatus.OK
+
+    def _facts(self, vdev: VirtualDevice) -> dict[str, Any]:
+        path = self._args.path
+        return {
+            "domid": self._domain.domid,
+            "domain": self._domain.name,
+            "vdev": vdev.name,
+            "number": vdev.number,
+            "device": vdev.guest_device,
+            "size": self._disk.backend.size,
+            "backend": self._backend,
+            "path": os.path.abspath(path) if path else None,
+            "mode": "ro" if self._disk.read_only else "rw",
+            "pid": os.getpid(),
+        }
+
+    def _announce(self, facts: dict[str, Any]) -> None:
+        if self._args.json:
+            self._env.say(json.dumps(facts))
+        else:
+            self._env.say(
+                "{vdev} {number} {device} {length} {backend} {mode}".format(
+                    length=format_size(facts["size"]), **facts
+                )
+            )
+        if self._backend == "cow":
+            self._env.tell(
+                "changes are kept in memory and vanish when the disk is disconnected; "
+                "to keep them in the image: --backend raw"
+            )
+
+    def _say_unplugging(self, vdev: VirtualDevice, status_line: _StatusLine) -> None:
+        status_line.clear()
+        self._env.tell(
+            f"{vdev}: asked the guest to let go (it does once nothing there uses the disk); "
+            "Ctrl-C again to force"
+        )
+
+
+class _StatusLine:
+    """One line on a terminal that says what is going on."""
+
+    def __init__(self, env: Environment, vdev: VirtualDevice, statistics: Statistics) -> None:
+        self._env = env
+        self._vdev = vdev
+        self._statistics = statistics
+        self._shown = False
+        self._before = (time.monotonic(), 0, 0)
+
+    def show(self) -> None:
+        """Draw the line anew, unless the last one is too fresh to compute a rate."""
+        now = time.monotonic()
+        then, requests_then, bytes_then = self._before
+        if now - then < 0.4:
+            return
+        counters = self._statistics.as_dict()
+        requests = counters["requests"]
+        moved = counters["bytes_read"] + counters["bytes_written"]
+        self._before = (now, requests, moved)
+        elapsed = now - then
+        text = (
+            f"{self._vdev}: {requests} requests, {(moved - bytes_then) / elapsed / 1e6:.1f} MB/s, "
+            f"{(requests - requests_then) / elapsed:.0f} IOPS, {counters['in_flight']} in flight"
+        )
+        if counters["memory"]:
+            text += f", {format_size(counters['memory'])} changed"
+        self._env.stderr.write(f"\r\x1b[K{text}")
+        self._env.stderr.flush()
+        self._shown = True
+
+    def clear(self) -> None:
+        """Take the line away."""
+        if self._shown:
+            self._env.stderr.write("\r\x1b[K")
+            self._env.stderr.flush()
+            self._shown = False
+
+
+def summary(statistics: Statistics) -> list[str]:
+    """Say in a few lines what a disk has done."""
+    c = statistics.as_dict()
+    lines = [
+        f"reads     {c['reads']:>10}  {format_size(c['bytes_read'])}",
+        f"writes    {c['writes']:>10}  {format_size(c['bytes_written'])}",
+        f"flushes   {c['flushes']:>10}",
+        f"discards  {c['discards']:>10}  {format_size(c['bytes_discarded'])}",
+        f"refused   {c['refused']:>10}",
+        f"errors    {c['errors']:>10}",
+    ]
+    lines += histogram("segments per request", statistics.segments_per_request)
+    lines += histogram("requests per look at the ring", statistics.requests_per_batch)
+    return lines

@@ -1,0 +1,68 @@
+"""``list``: show the disks that this host's processes serve."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from .. import record, toolstack
+from ..cli import ExitStatus
+from ..environment import Environment
+from ..toolstack import Attached
+from ..units import format_size
+
+
+def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
+    """Print a line, or a JSON object, for each disk."""
+    with env.open_store() as store:
+        domid = toolstack.find_domain(store, args.vm).domid if args.vm is not None else None
+        rows = [_row(disk, env.record_directory) for disk in toolstack.attached(store, domid)]
+    if args.json:
+        env.say(json.dumps(rows, indent=2))
+    else:
+        for line in _table(rows):
+            env.say(line)
+    return ExitStatus.OK
+
+
+def _row(disk: Attached, directory: str) -> dict[str, Any]:
+    backend, _, path = disk.params.partition(":")
+    found = record.find(directory, disk.address)
+    alive = found is not None and found.alive
+    return {
+        "domid": disk.address.frontend_domid,
+        "vdev": disk.device.name,
+        "number": disk.address.devid,
+        "backend": backend,
+        "path": path or None,
+        "mode": "ro" if disk.read_only else "rw",
+        "state": disk.backend_state.name.lower() if disk.backend_state is not None else None,
+        "frontend_state": (
+            disk.frontend_state.name.lower() if disk.frontend_state is not None else None
+        ),
+        "pid": disk.pid,
+        "alive": alive,
+        "counters": found.counters if found is not None else {},
+    }
+
+
+def _table(rows: list[dict[str, Any]]) -> list[str]:
+    lines = [("DOMAIN", "VDEV", "BACKEND", "MODE", "STATE", "PID", "READ", "WRITTEN", "PATH")]
+    for row in rows:
+        counters = row["counters"]
+        lines.append(
+            (
+                str(row["domid"]),
+                row["vdev"],
+                row["backend"],
+                row["mode"],
+                row["state"] if row["alive"] else "dead",
+                str(row["pid"]),
+                format_size(counters.get("bytes_read", 0)),
+                format_size(counters.get("bytes_written", 0)),
+                row["path"] or "-",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]

@@ -1,0 +1,194 @@
+"""The shared ring: who may write which slot, and who must be woken.
+
+Requests and responses share the slots of one run of pages. Four free-running 32-bit
+indices in front of them say how far each side has come; all arithmetic is modulo 2**32.
+Each side keeps private copies of what it has decided itself and reads from the shared page
+only what the other side decides::
+
+    byte 0   req_prod    the frontend has put requests up to here
+    byte 4   req_event   wake the backend when req_prod passes this
+    byte 8   rsp_prod    the backend has put responses up to here
+    byte 12  rsp_event   wake the frontend when rsp_prod passes this
+    byte 64  slot 0, slot 1, ...
+
+No I/O here: notifying is left to the caller, fences are handed in. Indices are read and
+written through a ``memoryview`` of format "I", one aligned 4-byte access each; ``pack_into``
+must not touch them, nor a slot the other side may look at: it clears before it writes.
+
+Source: ``xen/include/public/io/ring.h``.
+"""
+
+from __future__ import annotations
+
+from typing import Callable
+
+from .errors import GuestMisbehaved
+
+HEADER = 64
+"""Bytes before the first slot."""
+
+_REQ_PROD, _REQ_EVENT, _RSP_PROD, _RSP_EVENT = range(4)
+_MASK = 0xFFFF_FFFF
+
+Fence = Callable[[], object]
+
+
+def slots_in(ring_bytes: int, slot_size: int) -> int:
+    """Count the slots of a ring: the greatest power of two that fits behind the header."""
+    return 1 << ((ring_bytes - HEADER) // slot_size).bit_length() - 1
+
+
+class _Ring:
+    """What both ends share: the pages, cut up."""
+
+    def __init__(self, shared: memoryview, slot_size: int, fence: Fence) -> None:
+        self.slots = slots_in(len(shared), slot_size)
+        self._slot_size = slot_size
+        self._bytes = shared
+        self._indices = shared[:16].cast("I")
+        self._fence = fence
+
+    def close(self) -> None:
+        """Let go of the pages, so that they can be unmapped."""
+        self._indices.release()
+
+    def _copy(self, start: int, count: int) -> list[bytes]:
+        """Copy ``count`` slots, each once, into memory the other side cannot reach."""
+        size, shared, mask = self._slot_size, self._bytes, self.slots - 1
+        copies = []
+        for index in range(start, start + count):
+            at = HEADER + (index & mask) * size
+            copies.append(bytes(shared[at : at + size]))
+        return copies
+
+    def _store(self, index: int, data: bytes) -> None:
+        at = HEADER + (index & self.slots - 1) * self._slot_size
+        self._bytes[at : at + len(data)] = data
+
+
+class BackRing(_Ring):
+    """The backend's end: takes requests, puts responses.
+
+    It never initialises the pages, those are the frontend's. It starts where the shared
+    ``rsp_prod`` stands, which is 0 on a fresh ring.
+
+    Args:
+        shared: all pages of the ring, writable bytes.
+        slot_size: bytes per slot, from the ABI.
+        fence: a full memory barrier.
+    """
+
+    def __init__(self, shared: memoryview, slot_size: int, fence: Fence) -> None:
+        super().__init__(shared, slot_size, fence)
+        self._published = self._produced = self._consumed = self._indices[_RSP_PROD]
+
+    def __repr__(self) -> str:
+        return f"<BackRing of {self.slots}: took {self._consumed}, answered {self._produced}>"
+
+    def take(self) -> list[bytes]:
+        """Take all waiting requests: a private copy of each slot, read once (XSA-155).
+
+        Raises:
+            GuestMisbehaved: the frontend claims more requests than the ring has room for
+                (RING_REQUEST_PROD_OVERFLOW); the ring must not be served any longer.
+        """
+        produced = self._indices[_REQ_PROD]
+        waiting = (produced - self._consumed) & _MASK
+        if not waiting:
+            return []
+        unanswered = (self._consumed - self._produced) & _MASK
+        if waiting + unanswered > self.slots:
+            raise GuestMisbehaved(
+                f"request index {produced} is over {self.slots} ahead of {self._produced} answered"
+            )
+        self._fence()  # the slots' contents are read after the index that covers them
+        slots = self._copy(self._consumed, waiting)
+        self._consumed = (self._consumed + waiting) & _MASK
+        return slots
+
+    def respond(self, response: bytes) -> None:
+        """Put a response into the next slot. The frontend sees it after :meth:`push`."""
+        self._store(self._produced, response)
+        self._produced = (self._produced + 1) & _MASK
+
+    def push(self) -> bool:
+        """Publish the responses put so far; True if the frontend wants to be notified."""
+        old, new = self._published, self._produced
+        self._fence()  # responses are visible before the index that covers them
+        self._indices[_RSP_PROD] = self._published = new
+        self._fence()  # the index is visible before we look who waits for it
+        return (new - self._indices[_RSP_EVENT]) & _MASK < (new - old) & _MASK
+
+    def arm(self) -> bool:
+        """Ask to be notified of the next request; True if one is there already.
+
+        False means that it is safe to sleep: a later request comes with a notification
+        (RING_FINAL_CHECK_FOR_REQUESTS).
+        """
+        self._indices[_REQ_EVENT] = (self._consumed + 1) & _MASK
+        self._fence()  # our wish is visible before the last look
+        return self._indices[_REQ_PROD] != self._consumed
+
+
+class FrontRing(_Ring):
+    """The frontend's end: puts requests, takes responses. It initialises the pages.
+
+    Args:
+        shared: all pages of the ring, writable bytes.
+        slot_size: bytes per slot, from the ABI.
+        fence: a full memory barrier.
+        start: the index to start from, 0 for a frontend that behaves.
+    """
+
+    def __init__(self, shared: memoryview, slot_size: int, fence: Fence, start: int = 0) -> None:
+        super().__init__(shared, slot_size, fence)
+        self._published = self._produced = self._consumed = start
+        self._indices[_REQ_PROD] = self._indices[_RSP_PROD] = start
+        self._indices[_REQ_EVENT] = self._indices[_RSP_EVENT] = (start + 1) & _MASK
+
+    def __repr__(self) -> str:
+        return f"<FrontRing of {self.slots}: put {self._produced}, answered {self._consumed}>"
+
+    @property
+    def free(self) -> int:
+        """How many requests can be put now."""
+        return self.slots - ((self._produced - self._consumed) & _MASK)
+
+    def put(self, request: bytes) -> None:
+        """Put a request into the next slot. The backend sees it after :meth:`push`.
+
+        Raises:
+            IndexError: the ring is full.
+        """
+        if not self.free:
+            raise IndexError("the ring is full")
+        self._store(self._produced, request)
+        self._produced = (self._produced + 1) & _MASK
+
+    def push(self) -> bool:
+        """Publish the requests put so far; True if the backend wants to be notified."""
+        old, new = self._published, self._produced
+        self._fence()
+        self._indices[_REQ_PROD] = self._published = new
+        self._fence()
+        return (new - self._indices[_REQ_EVENT]) & _MASK < (new - old) & _MASK
+
+    def take(self) -> list[bytes]:
+        """Take all waiting responses: a private copy of each slot.
+
+        Raises:
+            RuntimeError: the backend answered more than was asked.
+        """
+        waiting = (self._indices[_RSP_PROD] - self._consumed) & _MASK
+        if waiting > (self._published - self._consumed) & _MASK:
+            raise RuntimeError("more responses than requests")
+        self._fence()
+        slots = self._copy(self._consumed, waiting)
+        self._consumed = (self._consumed + waiting) & _MASK
+        return slots
+
+    def arm(self) -> bool:
+        """Ask to be notified of the next response; True if one is there already."""
+        self._indices[_RSP_EVENT] = (self._consumed + 1) & _MASK
+        self._fence()
+        return self._indices[_RSP_PROD] != self._consumed

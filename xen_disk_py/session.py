@@ -1,0 +1,284 @@
+"""One disk from attaching to cleaning up: makes the nodes, drives the device, removes them.
+
+Everything that can end a disk's life comes together here: signals, the guest, the toolstack,
+xenstore, a failure of our own. Whatever it was, the queue is stopped and unmapped first, the
+nodes go next.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from types import FrameType
+from typing import Callable
+
+from . import toolstack
+from .device import Device
+from .errors import DeviceError, StoreLost, XenDiskError
+from .vdev import VirtualDevice
+from .xenbus import State
+from .xenstore import Store
+
+log = logging.getLogger("xen_disk_py")
+
+TICK = 0.5
+"""Seconds between two looks of whoever wants to show progress."""
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_TOOLSTACK_PATIENCE = 5.0
+
+
+class Outcome(Enum):
+    """How a disk's life ended."""
+
+    UNPLUGGED = "unplugged"
+    DETACHED = "detached by the toolstack or the guest"
+    GUEST_GONE = "the guest has gone"
+    FORCED = "unplugged by force"
+
+
+class Forced(BaseException):
+    """The user asked a second time."""
+
+
+class Interrupts:
+    """SIGINT, SIGTERM and SIGHUP: the first asks, the second forces.
+
+    The first makes ``fileno`` readable and sets ``asked``; the second raises
+    :class:`Forced` in the main thread wherever it is, unless ``calm`` is set.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.calm = False
+        self._read, self._write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+
+    def fileno(self) -> int:
+        """Return a descriptor that becomes readable when there is something to look at."""
+        return self._read
+
+    def wake(self) -> None:
+        """Make ``fileno`` readable; from any thread."""
+        try:
+            os.write(self._write, b"x")
+        except BlockingIOError:
+            pass  # it is readable enough
+
+    def drain(self) -> None:
+        """Make ``fileno`` quiet again."""
+        try:
+            while os.read(self._read, 4096):
+                pass
+        except BlockingIOError:
+            pass
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if self.asked and not self.calm:
+            self.calm = True
+            raise Forced
+        self.asked = True
+        self.wake()
+
+    @contextmanager
+    def installed(self) -> Iterator[Interrupts]:
+        """Handle the signals; in the main thread only."""
+        before = {signum: signal.signal(signum, self._handle) for signum in _SIGNALS}
+        try:
+            yield self
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+            os.close(self._read)
+            os.close(self._write)
+
+
+class Session:
+    """Serves one device until its end.
+
+    Args:
+        store: xenstore, connected.
+        device: what serves it.
+        vdev: its number and name.
+        interrupts: how the user says stop; ``wake`` it after a failure.
+        patience: seconds that the guest may take to connect.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        device: Device,
+        vdev: VirtualDevice,
+        interrupts: Interrupts,
+        *,
+        patience: float,
+    ) -> None:
+        self._store = store
+        self._device = device
+        self._vdev = vdev
+        self._interrupts = interrupts
+        self._patience = patience
+        self._unplugging = False
+        self._failure: Exception | None = None
+
+    def fail(self, error: Exception) -> None:
+        """Note that serving has stopped for an error of our own; from any thread."""
+        self._failure = error
+        self._interrupts.wake()
+
+    def run(
+        self,
+        attach: Callable[[], None],
+        on_connected: Callable[[], None],
+        on_tick: Callable[[], None] | None = None,
+        on_unplug: Callable[[], None] = lambda: None,
+    ) -> Outcome:
+        """Attach, serve, and leave nothing behind.
+
+        Args:
+            attach: makes the nodes, all or none.
+            on_connected: called once, when the guest has the disk.
+            on_tick: called every :data:`TICK` seconds while the guest has it.
+            on_unplug: called when the guest has been asked to let go.
+
+        Raises:
+            DeviceError: the guest did not connect in time, or serving failed.
+        """
+        interrupts = self._interrupts
+        interrupts.calm = True  # the nodes are made as a whole
+        attach()
+        forced = False
+        try:
+            interrupts.calm = False
+            self._device.watch()
+            self._serve(on_connected, on_tick, on_unplug)
+        except Forced:
+            forced = True
+        finally:
+            interrupts.calm = True  # and removed as a whole
+            self._clean_up(forced)
+        if forced:
+            return Outcome.FORCED
+        if self._device.guest_gone:
+            return Outcome.GUEST_GONE
+        return Outcome.UNPLUGGED if self._unplugging else Outcome.DETACHED
+
+    def _serve(
+        self,
+        on_connected: Callable[[], None],
+        on_tick: Callable[[], None] | None,
+        on_unplug: Callable[[], None],
+    ) -> None:
+        device, interrupts = self._device, self._interrupts
+        announced = False
+        deadline = time.monotonic() + self._patience
+        self._attempt(device.update)
+        while not device.finished:
+            if device.connected and not announced:
+                announced = True
+                on_connected()
+            if not announced and not self._unplugging and time.monotonic() >= deadline:
+                raise DeviceError(self._why_not_connected())
+            self._sleep(None if announced else deadline, ticking=announced and bool(on_tick))
+            if self._failure is not None:
+                raise DeviceError(f"serving failed: {self._failure!r}") from self._failure
+            if interrupts.asked and not self._unplugging:
+                self._unplugging = True
+                on_unplug()
+                self._attempt(device.unplug)
+            if self._store.is_lost:
+                self._attempt(self._reconnect)
+            elif self._store.pending():
+                self._attempt(device.update)
+            if announced and on_tick is not None:
+                on_tick()
+
+    def _sleep(self, deadline: float | None, *, ticking: bool) -> None:
+        """Wait for xenstore, a signal, a failure, the deadline or the next tick."""
+        self._interrupts.drain()
+        if self._store.has_pending or (self._interrupts.asked and not self._unplugging):
+            return
+        poller = select.poll()
+        poller.register(self._interrupts.fileno(), select.POLLIN)
+        waits: list[float] = []
+        if self._store.is_lost:
+            waits.append(1.0)
+        else:
+            poller.register(self._store.fileno(), select.POLLIN)
+        if deadline is not None:
+            waits.append(max(0.0, deadline - time.monotonic()))
+        if ticking:
+            waits.append(TICK)
+        poller.poll(min(waits) * 1000 if waits else None)
+
+    def _attempt(self, step: Callable[[], None]) -> None:
+        """Do a step that needs xenstore; if it is lost the step is done after it is back."""
+        try:
+            step()
+        except StoreLost as error:
+            log.debug("%s", error)
+
+    def _reconnect(self) -> None:
+        try:
+            self._store.reconnect()
+        except XenDiskError as error:
+            log.debug("xenstore is away: %s", error)
+            return
+        log.info("connected to xenstore again")
+        self._device.store_reconnected()
+        if self._unplugging:
+            self._device.unplug()
+
+    def _why_not_connected(self) -> str:
+        state = self._device.frontend_state
+        if state is State.INITIALISING:
+            why = (
+                "the guest has no block driver loaded (in a Linux guest: modprobe xen-blkfront), "
+                "is paused or still booting (see --timeout)"
+            )
+        elif state in (State.CLOSING, State.CLOSED):
+            why = "the guest's driver refused the disk; its kernel log says why"
+        else:
+            why = "the guest's driver began and did not finish; its kernel log may say why"
+        return f"the guest did not connect within {self._patience:g} s: its state is {state}; {why}"
+
+    def _clean_up(self, forced: bool) -> None:
+        """Stop serving and remove the nodes, from whatever state."""
+        device = self._device
+        try:
+            if forced or self._store.is_lost:
+                self._store.reconnect()  # the signal may have cut a conversation short
+            if not (forced or device.finished or self._unplugging):
+                device.unplug()  # the guest is told before it is cut off
+        except XenDiskError as error:
+            log.debug("%s", error)
+        if not device.finished and not device.force():
+            log.error("the backend does not return; its pages stay mapped until we end")
+        try:
+            self._let_toolstack_finish()
+            toolstack.detach(self._store, device.address)
+        except XenDiskError as error:
+            log.error(
+                "%s; what is left in xenstore goes with: xen-disk disconnect %d %s",
+                error,
+                device.address.frontend_domid,
+                self._vdev,
+            )
+
+    def _let_toolstack_finish(self) -> None:
+        """If a toolstack detaches the disk, let it see Closed and remove the nodes itself."""
+        path = self._device.address.backend
+        if self._unplugging or self._store.read(f"{path}/online") != "0":
+            return
+        deadline = time.monotonic() + _TOOLSTACK_PATIENCE
+        while time.monotonic() < deadline and self._store.exists(path):
+            poller = select.poll()
+            poller.register(self._store.fileno(), select.POLLIN)
+            if not self._store.has_pending:
+                poller.poll(200)
+            self._store.pending()
