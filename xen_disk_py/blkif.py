@@ -310,7 +310,10 @@ class Features:
     @classmethod
     def from_keys(cls, keys: Mapping[str, str]) -> Features:
         """Read what a backend offers; absent keys mean what blkif.h says they mean."""
-        number: Callable[[str, int], int] = lambda name, default: int(keys.get(name, default))
+
+        def number(name: str, default: int) -> int:
+            return int(keys.get(name, default))
+
         sector_size = number("sector-size", SECTOR)
         return cls(
             sectors=number("sectors", 0),

@@ -172,6 +172,11 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="SIZE",
         help="how much to write and read (default: 64M)",
     )
+    demo.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="let a raw or mmap disk's image be overwritten (otherwise it is only read)",
+    )
     demo.add_argument("--json", action="store_true", help="the results as JSON")
     return parser
 

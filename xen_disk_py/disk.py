@@ -87,7 +87,7 @@ class Disk:
         return status
 
     def transfer(self, request: Transfer, pages: Sequence[memoryview]) -> int:
-        """Do a read, write or flush that :meth:`refusal` let pass; ``pages`` are 4096 bytes each."""
+        """Do a read, write or flush that :meth:`refusal` let pass; each page has 4096 bytes."""
         buffers = _segments(request, pages)
         length = request.sectors * SECTOR
         offset = request.sector * SECTOR

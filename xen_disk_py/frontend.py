@@ -184,7 +184,6 @@ class Frontend(Closing):
         if sectors % SECTORS_PER_PAGE:
             lasts[-1] = sectors % SECTORS_PER_PAGE - 1
         sector = offset // SECTOR
-        request: object
         if count <= MAX_SEGMENTS:
             slot = self._abi.encode(
                 Transfer(id_, operation, sector, sectors, refs, (0,) * count, tuple(lasts))

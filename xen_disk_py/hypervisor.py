@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 PAGE_SIZE = 4096
 """Bytes in a granted page, on every architecture (``xen/include/public/io/blkif.h``)."""
-
-_Self = TypeVar("_Self", bound="Closing")
-_Handle = TypeVar("_Handle", bound="Handle")
 
 
 class Closing:
@@ -28,7 +28,7 @@ class Closing:
         """Give the resource back. Closing twice does nothing."""
         raise NotImplementedError
 
-    def __enter__(self: _Self) -> _Self:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -47,7 +47,7 @@ class Handle(Protocol):
         """Give the resource back. Closing twice does nothing."""
         ...
 
-    def __enter__(self: _Handle) -> _Handle: ...
+    def __enter__(self) -> Self: ...
 
     def __exit__(
         self,

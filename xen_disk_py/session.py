@@ -48,7 +48,9 @@ class Forced(BaseException):
 
 
 class Interrupts:
-    """SIGINT, SIGTERM and SIGHUP: the first asks, the second forces.
+    """What can end a session from outside: the user's signals, a failure of the queue.
+
+    SIGINT, SIGTERM and SIGHUP: the first asks, the second forces.
 
     The first makes ``fileno`` readable and sets ``asked``; the second raises
     :class:`Forced` in the main thread wherever it is, unless ``calm`` is set.
@@ -57,11 +59,17 @@ class Interrupts:
     def __init__(self) -> None:
         self.asked = False
         self.calm = False
+        self.failure: Exception | None = None
         self._read, self._write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
     def fileno(self) -> int:
         """Return a descriptor that becomes readable when there is something to look at."""
         return self._read
+
+    def fail(self, error: Exception) -> None:
+        """Say that serving has stopped for an error of our own; from any thread."""
+        self.failure = error
+        self.wake()
 
     def wake(self) -> None:
         """Make ``fileno`` readable; from any thread."""
@@ -105,7 +113,7 @@ class Session:
         store: xenstore, connected.
         device: what serves it.
         vdev: its number and name.
-        interrupts: how the user says stop; ``wake`` it after a failure.
+        interrupts: how the user says stop, and the queue that it has failed.
         patience: seconds that the guest may take to connect.
     """
 
@@ -124,12 +132,6 @@ class Session:
         self._interrupts = interrupts
         self._patience = patience
         self._unplugging = False
-        self._failure: Exception | None = None
-
-    def fail(self, error: Exception) -> None:
-        """Note that serving has stopped for an error of our own; from any thread."""
-        self._failure = error
-        self._interrupts.wake()
 
     def run(
         self,
@@ -185,8 +187,8 @@ class Session:
             if not announced and not self._unplugging and time.monotonic() >= deadline:
                 raise DeviceError(self._why_not_connected())
             self._sleep(None if announced else deadline, ticking=announced and bool(on_tick))
-            if self._failure is not None:
-                raise DeviceError(f"serving failed: {self._failure!r}") from self._failure
+            if interrupts.failure is not None:
+                raise DeviceError(f"serving failed: {interrupts.failure!r}") from interrupts.failure
             if interrupts.asked and not self._unplugging:
                 self._unplugging = True
                 on_unplug()

@@ -92,7 +92,7 @@ _OCCUPANCY = _SEGMENTS + _BUCKETS
 
 
 def bucket_name(bucket: int) -> str:
-    """Name a histogram's bucket: "1", "2", "3-4", "5-8" …"""
+    """Name a histogram's bucket by the numbers it counts, such as "3-4"."""
     low, high = (1 << bucket - 1) + 1 if bucket else 1, 1 << bucket
     if bucket == _BUCKETS - 1:
         return f"{low}+"

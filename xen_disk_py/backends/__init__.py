@@ -27,9 +27,9 @@ Save it as ``mydisk.py`` and try it, with no Xen at all, then in a guest::
 What holds for every call:
 
 * ``offset`` is in bytes, a multiple of ``sector_size``. ``buffers`` is a list of
-  ``memoryview`` of unsigned bytes, each a multiple of 512 bytes and at most 4096 long: the
-  guest's own pages. Together they are one run of the disk, inside ``[0, size)``: the caller
-  has checked that.
+  ``memoryview`` of unsigned bytes, each a multiple of ``sector_size`` and at most 4096 long:
+  the guest's own pages. Together they are one run of the disk, inside ``[0, size)``: the
+  caller has checked that. Those of a write may be read-only.
 * Fill (or take) every buffer whole. Return the number of bytes, as ``os.preadv`` does, or
   ``None`` for all of them; fewer is an error. Any exception is an I/O error in the guest
   and a line in our log; the disk lives on.
@@ -40,25 +40,32 @@ What holds for every call:
 * What the constructor names as a keyword it can be given: ``path`` by ``--path``, ``size``
   (bytes) by ``--size``, ``read_only`` by ``--read-only``, anything else by
   ``--option name=value`` (text, or a size like ``64M`` where the parameter is annotated
-  ``int``).
+  ``int``). A disk whose constructor has no ``read_only`` can be connected ``--read-only``
+  all the same: no write reaches it then. One that is always ``read_only`` needs no ``write``.
 
-Check yours with ``python -m pytest --pyargs xen_disk_py.backends.conformance
---backend ./mydisk.py``.
+Check yours (this needs pytest, and writes all over the disk)::
+
+    python -m xen_disk_py.backends.conformance ./mydisk.py --option name=value
 """
 
 from __future__ import annotations
 
-from typing import Optional, Sequence
+from collections.abc import Sequence
 
 
 class Backend:
-    """A disk. Subclasses set ``size`` and define ``read`` and ``write``; the rest is optional."""
+    """A disk: subclasses set ``size``, define ``read`` and ``write``; the rest is optional."""
 
     size: int
     """Bytes; a positive multiple of ``sector_size``. Fixed while the disk is connected."""
 
     read_only: bool = False
     """True: the guest is told so and every write is refused before it gets here."""
+
+    keeps_data: bool = True
+    """False: the same bytes need not be read again, since the disk drops what is written or
+    makes up what is read. Nothing in the guest changes; the demo and the conformance suite
+    then compare no content."""
 
     sector_size: int = 512
     """Logical sector in bytes, a power of two from 512 to 4096: the smallest access."""
@@ -69,11 +76,11 @@ class Backend:
     discard_granularity: int = 4096
     """The smallest run, in bytes, whose discard frees something."""
 
-    def read(self, buffers: Sequence[memoryview], offset: int) -> Optional[int]:
+    def read(self, buffers: Sequence[memoryview], offset: int) -> int | None:
         """Fill ``buffers`` from the disk, starting ``offset`` bytes into it."""
         raise NotImplementedError
 
-    def write(self, buffers: Sequence[memoryview], offset: int) -> Optional[int]:
+    def write(self, buffers: Sequence[memoryview], offset: int) -> int | None:
         """Store ``buffers`` to the disk, starting ``offset`` bytes into it."""
         raise NotImplementedError
 
@@ -89,7 +96,7 @@ class Backend:
         raise NotImplementedError
 
     def close(self) -> None:
-        """Release everything; called once, after the last request."""
+        """Release everything: called after the last request. A second call does no harm."""
 
     @property
     def memory(self) -> int:

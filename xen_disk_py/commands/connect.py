@@ -81,7 +81,6 @@ class _Connection:
         self, vdev: VirtualDevice, address: Address, interrupts: Interrupts
     ) -> ExitStatus:
         args, env, disk = self._args, self._env, self._disk
-        session: Session
         with Record(env.record_directory, address) as record:
             disk.statistics = record.statistics
             device = Device(
@@ -90,7 +89,7 @@ class _Connection:
                 address,
                 disk,
                 max_indirect_segments=args.indirect_segments,
-                on_failure=lambda error: session.fail(error),
+                on_failure=interrupts.fail,
             )
             session = Session(self._store, device, vdev, interrupts, patience=args.timeout)
             facts = self._facts(vdev)

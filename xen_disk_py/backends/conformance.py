@@ -1,0 +1,424 @@
+"""What every disk must do, as tests that its author can run.
+
+From a shell, with pytest installed; what follows ``--`` goes to pytest::
+
+    python -m xen_disk_py.backends.conformance ./mydisk.py
+    python -m xen_disk_py.backends.conformance raw --path copy.img -- -v -x
+
+Or as a part of your own tests::
+
+    from xen_disk_py.backends.conformance import BackendConformance
+
+    class TestMyDisk(BackendConformance):
+        def open_disk(self, tmp_path):
+            return MyDisk(size=1 << 20)
+
+The tests write all over the disk, and discard parts of it: give them a copy. What is written is
+compared with what is read unless the disk says ``keeps_data = False``. A disk that is
+``read_only`` is only read. A write may fail with ``OSError`` (a full disk does) in the random
+test: each of its sectors must then be the old or the new one.
+"""
+
+# ruff: noqa: D102 - a test's name says what it shows
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import random
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from ..errors import UsageError, XenDiskError
+from ..units import parse_size
+from . import Backend
+from .loader import check, open_backend, parse_options
+
+PAGE = 4096
+MOST_BUFFERS = 256
+REGION = 2 << 20
+"""The random test works on so many bytes, at each end of the disk."""
+STEPS = 150
+
+
+class Pages:
+    """Pages of a guest that are full of garbage, and the parts of them that a request uses.
+
+    Args:
+        parts: for each page, where the part starts in it, and how long it is.
+        garbage: the byte that every page is full of.
+    """
+
+    def __init__(self, parts: Sequence[tuple[int, int]], garbage: int = 0xA5) -> None:
+        self.parts = parts
+        self.garbage = garbage
+        self.pages = [bytearray([garbage]) * PAGE for _ in parts]
+        self.length = sum(length for _, length in parts)
+
+    def views(self) -> list[memoryview]:
+        """Return fresh views of the parts."""
+        return [
+            memoryview(page)[start : start + length]
+            for page, (start, length) in zip(self.pages, self.parts)
+        ]
+
+    def store(self, content: bytes) -> None:
+        """Put ``content`` into the parts."""
+        for view in self.views():
+            view[:] = content[: len(view)]
+            content = content[len(view) :]
+
+    def content(self) -> bytes:
+        """Return what is in the parts."""
+        return b"".join(self.views())
+
+    def rest(self) -> set[int]:
+        """Return the bytes that occur outside the parts; the garbage only, one hopes."""
+        return {
+            byte
+            for page, (start, length) in zip(self.pages, self.parts)
+            for byte in set(page[:start]) | set(page[start + length :])
+        }
+
+
+def whole_pages(length: int) -> list[tuple[int, int]]:
+    """Cut ``length`` bytes into pages, the last one perhaps shorter."""
+    return [(0, min(PAGE, length - start)) for start in range(0, length, PAGE)]
+
+
+def random_parts(dice: random.Random, step: int, most: int) -> list[tuple[int, int]]:
+    """Make up the parts of a request: multiples of ``step``, ``most`` bytes at most."""
+    count = dice.choice((1, 1, 2, 3, 11, 32, dice.randint(1, MOST_BUFFERS)))
+    parts = []
+    for _ in range(count):
+        first, last = sorted(dice.choices(range(PAGE // step), k=2))
+        length = (last + 1 - first) * step
+        if length > most:
+            break
+        most -= length
+        parts.append((first * step, length))
+    return parts or [(0, step)]
+
+
+def read(
+    disk: Backend, offset: int, parts: Sequence[tuple[int, int]], garbage: int = 0xA5
+) -> bytes:
+    """Read, see that only the parts were touched, and return what was read."""
+    pages = Pages(parts, garbage)
+    done = disk.read(pages.views(), offset)
+    assert done in (None, pages.length), (
+        f"read returned {done!r}: return the number of bytes, {pages.length} here, or None"
+    )
+    assert pages.rest() <= {garbage}, "read wrote outside its buffers"
+    return pages.content()
+
+
+def write(disk: Backend, offset: int, parts: Sequence[tuple[int, int]], content: bytes) -> None:
+    """Write, from buffers that cannot be written to."""
+    pages = Pages(parts)
+    pages.store(content)
+    done = disk.write([view.toreadonly() for view in pages.views()], offset)
+    assert done in (None, pages.length), (
+        f"write returned {done!r}: return the number of bytes, {pages.length} here, or None"
+    )
+
+
+def read_run(disk: Backend, offset: int, length: int) -> bytes:
+    """Read any length, in whole pages."""
+    most = MOST_BUFFERS * PAGE
+    return b"".join(
+        read(disk, start, whole_pages(min(most, offset + length - start)))
+        for start in range(offset, offset + length, most)
+    )
+
+
+def compare(expected: bytes | bytearray, actual: bytes, offset: int) -> None:
+    """See that ``actual``, read at ``offset``, is what it should be; say where it is not."""
+    if expected != actual:
+        pairs = enumerate(zip(expected, actual))
+        where, (wanted, found) = next((at, pair) for at, pair in pairs if pair[0] != pair[1])
+        pytest.fail(
+            f"byte {offset + where} of the disk is {found:#04x}, it should be {wanted:#04x} "
+            f"(in a comparison of {len(expected)} bytes at {offset})"
+        )
+
+
+def places(disk: Backend, length: int) -> list[int]:
+    """List offsets where ``length`` bytes fit and something may go wrong."""
+    sector = disk.sector_size
+    last = disk.size - length
+    wanted = [0, sector, PAGE - sector, PAGE, last - sector, last]
+    for boundary in (1 << 30, 1 << 31, 1 << 32, 1 << 41):
+        wanted += [boundary - sector, boundary]
+    wanted.append(disk.size // 2 // sector * sector)
+    return sorted({place for place in wanted if 0 <= place <= last})
+
+
+class BackendConformance:
+    """The tests. Derive a class whose name starts with ``Test``, and define ``open_disk``."""
+
+    def open_disk(self, tmp_path: Path) -> Backend:
+        """Open the disk under test; each test has its own, and closes it."""
+        raise NotImplementedError
+
+    @pytest.fixture
+    def disk(self, tmp_path: Path) -> Iterator[Backend]:
+        """An open disk whose attributes are in order."""
+        disk = self.open_disk(tmp_path)
+        check(disk)
+        yield disk
+        disk.close()
+
+    @pytest.fixture
+    def writable(self, disk: Backend) -> Backend:
+        """The same, where it can be written."""
+        if disk.read_only:
+            pytest.skip("the disk is read-only")
+        return disk
+
+    @pytest.fixture
+    def keeping(self, writable: Backend) -> Backend:
+        """The same, where what is written stays."""
+        if not writable.keeps_data:
+            pytest.skip("the disk says keeps_data = False")
+        return writable
+
+    def test_the_first_and_the_last_sector_can_be_read(self, disk: Backend) -> None:
+        sector = disk.sector_size
+        for offset in (0, disk.size - sector):
+            assert sector == len(read(disk, offset, [(0, sector)]))
+
+    def test_a_read_fills_every_byte(self, disk: Backend) -> None:
+        """What still shows the garbage of two reads with different garbage was not filled."""
+        dice = random.Random(1)
+        for offset in places(disk, disk.sector_size):
+            parts = random_parts(dice, disk.sector_size, disk.size - offset)
+            one = read(disk, offset, parts, 0x55)
+            two = read(disk, offset, parts, 0xAA)
+            for start in range(0, len(one), 16):
+                left = one[start : start + 16] == b"\x55" * 16
+                assert not (left and two[start : start + 16] == b"\xaa" * 16), (
+                    f"a read of {len(one)} bytes at {offset} left byte {start} as it was: "
+                    "the guest would see old memory"
+                )
+
+    def test_a_read_gives_the_same_in_buffers_of_any_shape(self, disk: Backend) -> None:
+        if not disk.keeps_data:
+            pytest.skip("the disk says keeps_data = False")
+        dice = random.Random(2)
+        for offset in places(disk, disk.sector_size):
+            parts = random_parts(dice, disk.sector_size, disk.size - offset)
+            length = sum(length for _, length in parts)
+            if not disk.read_only:  # something to tell the sectors apart by
+                write(disk, offset, whole_pages(length), dice.randbytes(length))
+            one_by_one = b"".join(
+                read(disk, start, [(0, disk.sector_size)])
+                for start in range(offset, offset + length, disk.sector_size)
+            )
+            compare(one_by_one, read(disk, offset, parts), offset)
+
+    def test_the_largest_request_can_be_read(self, disk: Backend) -> None:
+        length = min(MOST_BUFFERS * PAGE, disk.size)
+        for offset in places(disk, length):
+            assert length == len(read(disk, offset, whole_pages(length)))
+
+    def test_the_largest_request_can_be_written(self, writable: Backend) -> None:
+        length = min(MOST_BUFFERS * PAGE, writable.size)
+        content = random.Random(3).randbytes(length)
+        write(writable, writable.size - length, whole_pages(length), content)
+        if writable.keeps_data:
+            offset = writable.size - length
+            compare(content, read_run(writable, offset, length), offset)
+
+    def test_what_was_written_is_read_and_the_neighbours_are_spared(self, keeping: Backend) -> None:
+        dice = random.Random(4)
+        for offset in places(keeping, keeping.sector_size):
+            parts = random_parts(dice, keeping.sector_size, keeping.size - offset)
+            content = dice.randbytes(sum(length for _, length in parts))
+            start = max(0, offset - PAGE)
+            end = min(keeping.size, offset + len(content) + PAGE)
+            before = read_run(keeping, start, end - start)
+            write(keeping, offset, parts, content)
+            expected = before[: offset - start] + content
+            expected += before[len(expected) :]
+            compare(expected, read_run(keeping, start, end - start), start)
+
+    def test_what_was_written_is_read_after_a_flush(self, keeping: Backend) -> None:
+        content = random.Random(5).randbytes(keeping.sector_size)
+        write(keeping, 0, [(0, len(content))], content)
+        keeping.flush()
+        compare(content, read(keeping, 0, [(0, len(content))]), 0)
+
+    def test_a_flush_with_nothing_to_do_returns(self, disk: Backend) -> None:
+        disk.flush()
+        disk.flush()
+
+    @pytest.mark.parametrize("seed", range(3))
+    def test_it_behaves_like_memory(self, keeping: Backend, seed: int) -> None:
+        """Random requests, done to the disk and to a ``bytearray``."""
+        dice = random.Random(seed)
+        sector = keeping.sector_size
+        length = min(REGION, keeping.size)
+        base = dice.choice((0, keeping.size - length))
+        model = bytearray(read_run(keeping, base, length))
+        done = 0
+        for _ in range(STEPS):
+            at = dice.randrange(length // sector) * sector
+            parts = random_parts(dice, sector, length - at)
+            size = sum(part for _, part in parts)
+            action = dice.random()
+            if action < 0.5:
+                content = dice.randbytes(size)
+                try:
+                    write(keeping, base + at, parts, content)
+                except OSError:
+                    found = read_run(keeping, base + at, size)
+                    for start in range(0, size, sector):
+                        assert found[start : start + sector] in (
+                            content[start : start + sector],
+                            model[at + start : at + start + sector],
+                        ), "after a write that failed, a sector is neither old nor new"
+                    content = found
+                else:
+                    done += 1
+                model[at : at + size] = content
+            elif action < 0.9:
+                compare(model[at : at + size], read(keeping, base + at, parts), base + at)
+            elif action < 0.95 and keeping.can_discard:
+                keeping.discard(base + at, size)
+                model[at : at + size] = read_run(keeping, base + at, size)
+            else:
+                keeping.flush()
+            assert keeping.memory >= 0, f"memory is {keeping.memory}"
+        compare(model, read_run(keeping, base, length), base)
+        assert done, "every write failed"
+
+    def test_a_discard_spares_its_neighbours(self, writable: Backend) -> None:
+        if not writable.can_discard:
+            pytest.skip("the disk has no discard")
+        dice = random.Random(6)
+        sector = writable.sector_size
+        for offset in places(writable, sector):
+            length = min(dice.randint(1, 64) * sector, writable.size - offset)
+            start = max(0, offset - PAGE)
+            end = min(writable.size, offset + length + PAGE)
+            before = read_run(writable, start, end - start)
+            writable.discard(offset, length)
+            after = read_run(writable, start, end - start)
+            if writable.keeps_data:
+                compare(before[: offset - start], after[: offset - start], start)
+                past = offset - start + length
+                compare(before[past:], after[past:], start + past)
+
+    def test_all_of_it_can_be_discarded_and_written_again(self, writable: Backend) -> None:
+        if not writable.can_discard:
+            pytest.skip("the disk has no discard")
+        writable.discard(0, writable.size)
+        content = random.Random(7).randbytes(writable.sector_size)
+        write(writable, 0, [(0, len(content))], content)
+        if writable.keeps_data:
+            compare(content, read(writable, 0, [(0, len(content))]), 0)
+
+    def test_no_buffer_is_kept(self, disk: Backend) -> None:
+        """A page goes back to the guest when the call returns: no view of it may be left."""
+        calls = [disk.read] if disk.read_only else [disk.read, disk.write]
+        for call in calls:
+            pages = Pages([(0, disk.sector_size)])
+            call(pages.views(), 0)
+            gc.collect()
+            try:
+                pages.pages[0].append(0)  # impossible while a view exists
+            except BufferError:
+                pytest.fail(f"{call.__name__} kept a buffer after it returned: copy it instead")
+
+    def test_the_size_and_the_sectors_stay_what_they_are(self, disk: Backend) -> None:
+        def facts() -> list[object]:
+            return [disk.size, disk.sector_size, disk.read_only, disk.can_discard]
+
+        before = facts()
+        sector = [(0, disk.sector_size)]
+        last = disk.size - disk.sector_size
+        read(disk, last, sector)
+        if not disk.read_only:
+            write(disk, last, sector, bytes(disk.sector_size))
+        disk.flush()
+        assert before == facts(), "size, sector_size, read_only or can_discard changed"
+
+    def test_closing_twice_does_no_harm(self, disk: Backend) -> None:
+        disk.close()
+        disk.close()
+
+
+class TestBackend(BackendConformance):
+    """The tests on the disk of the command line."""
+
+    @pytest.fixture(autouse=True)
+    def _command_line(self, opener: _Opener) -> None:
+        self.opener = opener
+
+    def open_disk(self, tmp_path: Path) -> Backend:
+        """Open it as ``connect`` would."""
+        return self.opener.open()
+
+
+class _Opener:
+    """The disk of the command line; a plugin of pytest too, to get it into the tests."""
+
+    def __init__(self, backend: str, options: dict[str, object]) -> None:
+        self.backend = backend
+        self.options = options
+
+    def open(self) -> Backend:
+        return open_backend(self.backend, self.options)
+
+    @pytest.fixture
+    def opener(self) -> _Opener:
+        return self
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the suite on one disk; return pytest's exit status, or 1 or 2 for our own errors."""
+    parser = argparse.ArgumentParser(
+        prog="python -m xen_disk_py.backends.conformance",
+        description="Check that a disk keeps the contract of backends. Its content is lost!",
+    )
+    parser.add_argument("backend", help="file.py, file.py:Class, package.module:Class or a name")
+    parser.add_argument("--path", help="the image, where the disk has one: give a copy")
+    parser.add_argument("--size", type=_size)
+    parser.add_argument("--cow-limit", type=_size)
+    parser.add_argument("--read-only", action="store_true")
+    parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE")
+    parser.epilog = "What follows a -- goes to pytest: -- -v -x"
+    split = [*arguments, "--"].index("--")
+    given, for_pytest = parser.parse_args(arguments[:split]), arguments[split + 1 :]
+    names = ("path", "size", "cow_limit", "read_only")
+    try:
+        options = {**parse_options(given.option), **{name: getattr(given, name) for name in names}}
+        opener = _Opener(given.backend, options)
+        opener.open().close()  # what is wrong here is said once, and without a traceback
+    except XenDiskError as error:
+        print(f"xen_disk_py: error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    with tempfile.TemporaryDirectory() as folder:
+        # A configuration file of its own, or pytest would take the one of the current project.
+        settings = os.path.join(folder, "pytest.ini")
+        Path(settings).write_text("[pytest]\n", encoding="ascii")
+        ours = ["-c", settings, "--rootdir", folder, "--noconftest", "-p", "no:cacheprovider"]
+        tests = f"{os.path.abspath(__file__)}::TestBackend"
+        return int(pytest.main([*ours, "-rs", *for_pytest, tests], [opener]))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,34 @@
+"""``discard``: a disk that is always empty. What is written is dropped; reads give zeros."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..errors import UsageError
+from . import Backend
+
+
+class DiscardBackend(Backend):
+    """An empty disk.
+
+    Args:
+        size: bytes, a positive multiple of 512.
+    """
+
+    keeps_data = False
+
+    def __init__(self, *, size: int = 1 << 30) -> None:
+        if size <= 0 or size % 512:
+            raise UsageError(f"--size: {size} bytes is not a positive multiple of 512")
+        self.size = size
+
+    def read(self, buffers: Sequence[memoryview], offset: int) -> None:
+        """Give zeros: a buffer left alone would show the guest memory of its own past."""
+        for buffer in buffers:
+            buffer[:] = bytes(len(buffer))
+
+    def write(self, buffers: Sequence[memoryview], offset: int) -> None:
+        """Drop it."""
+
+    def discard(self, offset: int, length: int) -> None:
+        """Do nothing. Zeros are read afterwards, as ever."""

@@ -1,0 +1,352 @@
+"""From a name on the command line to an open, checked backend.
+
+A backend is named by
+
+* a word: one of ours (``discard``, ``raw``, ``mmap``, ``cow``), or an installed entry point of
+  the group ``xen_disk_py.backends``;
+* ``package.module:Class``;
+* ``file.py`` or ``file.py:Class``, as the backend or, with no backend given, as the path.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from types import ModuleType
+
+from ..errors import BackendError, UsageError, XenDiskError
+from ..units import parse_size
+from . import Backend
+
+ENTRY_POINTS = "xen_disk_py.backends"
+
+_OURS = {
+    "cow": "CowBackend",
+    "discard": "DiscardBackend",
+    "mmap": "MmapBackend",
+    "raw": "RawBackend",
+}
+_FILE = re.compile(r"(?P<file>.+\.py)(?::(?P<name>\w+))?")
+_FLAGS = {
+    "path": "--path",
+    "size": "--size",
+    "read_only": "--read-only",
+    "cow_limit": "--cow-limit",
+}
+_INT_ANNOTATIONS = {"int", "Optional[int]", "Union[int,None]", "int|None", "None|int"}
+
+
+def choose(backend: str | None, path: str | None) -> str:
+    """Name the backend that is used when ``--backend`` and ``--path`` are these."""
+    if backend is not None:
+        return backend
+    if path is None:
+        return "discard"
+    return path if _FILE.fullmatch(path) else "cow"
+
+
+def parse_options(pairs: Iterable[str]) -> dict[str, str]:
+    """Read the ``key=value`` of each ``--option``; the last of a key counts.
+
+    Raises:
+        UsageError: one is not of that form, or has a flag of its own, such as ``--path``.
+    """
+    options = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key.isidentifier():
+            raise UsageError(f"--option {pair}: write it as name=value")
+        if key in _FLAGS:
+            raise UsageError(f"--option {pair}: use {_FLAGS[key]} for that")
+        options[key] = value
+    return options
+
+
+def open_backend(backend: str | None, options: Mapping[str, object]) -> Backend:
+    """Find the class, give its constructor what it asks for, and check the result.
+
+    Args:
+        backend: what ``--backend`` says; None for the default (see :func:`choose`).
+        options: by parameter name: ``path``, ``size``, ``read_only``, ``cow_limit`` and every
+            ``--option``. None, and False for ``read_only``, mean that it was not given.
+            Text becomes a number where the parameter is annotated ``int``.
+
+    Asked for ``read_only``, a class whose constructor has no such parameter is opened as usual
+    and its *instance* gets ``read_only = True``: whoever serves the disk refuses writes then.
+
+    Raises:
+        UsageError: there is no such backend, or it takes no such option or misses one.
+        BackendError: it cannot be loaded or opened, or breaks the contract.
+        ImageError: from ours, about the image.
+    """
+    given = {key: value for key, value in options.items() if value is not None}
+    path = given.get("path")
+    name = choose(backend, None if path is None else str(path))
+    if backend is None and name == path:
+        del given["path"]
+    read_only = bool(given.pop("read_only", False))
+    cls, label = _find(name)
+    arguments = _arguments(cls, label, given, read_only)
+    try:
+        disk = cls(**arguments)
+        if read_only and not disk.read_only:
+            disk.read_only = True
+    except XenDiskError:
+        raise
+    except Exception as error:
+        raise BackendError(f"{label} cannot be opened: {user_line(error, cls)}") from error
+    check(disk)
+    return disk
+
+
+def check(backend: Backend) -> None:
+    """See that a backend keeps the contract where one can see it; close it if it does not.
+
+    Raises:
+        BackendError: it does not.
+    """
+    try:
+        fault = _fault(backend)
+    except Exception as error:  # noqa: BLE001 - a property of an author's class may raise anything
+        fault = user_line(error, backend)
+    if fault is None:
+        return
+    message = f"{type(backend).__name__}: {fault}"
+    try:
+        backend.close()
+    except Exception as error:  # noqa: BLE001 - the fault matters more
+        message += f" (and close failed: {user_line(error, backend)})"
+    raise BackendError(message)
+
+
+def user_line(error: BaseException, where: object = None) -> str:
+    """Describe an exception in one line, for a log: ``mydisk.py:12: ValueError: …``.
+
+    The line is the innermost one that ran in the file of the backend's class: the author's
+    own, even if it called something that raised. Nowhere in that file: the innermost of all.
+
+    Args:
+        error: what was caught.
+        where: the backend, its class, or the name of a file.
+    """
+    file = where if isinstance(where, str) else _file_of(where)
+    place = own = ""
+    trace = error.__traceback__
+    while trace is not None:
+        name = trace.tb_frame.f_code.co_filename
+        if not name.startswith("<frozen "):  # the import system
+            place = f"{os.path.basename(name)}:{trace.tb_lineno}: "
+        if name == file:
+            own = place
+        trace = trace.tb_next
+    text = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(":")
+    text = "".join(letter if letter.isprintable() else "?" for letter in text)
+    return (own or place) + (text if len(text) <= 300 else text[:299] + "…")
+
+
+def _fault(backend: Backend) -> str | None:
+    """Say what is wrong with an open backend."""
+    needed = ["read"] if backend.read_only else ["read", "write"]
+    for method in needed:
+        if getattr(getattr(backend, method), "__func__", None) is getattr(Backend, method):
+            return f"defines no {method}(self, buffers, offset)"
+    if not hasattr(backend, "size"):
+        return "has no size: set self.size, in bytes, in __init__"
+    for name in ("size", "sector_size", "physical_sector_size", "discard_granularity"):
+        value = getattr(backend, name)
+        if not isinstance(value, int) or isinstance(value, bool):
+            return f"{name} is {value!r}, not an int"
+        if value <= 0:
+            return f"{name} is {value}, it must be positive"
+    sector = backend.sector_size
+    if sector not in (512, 1024, 2048, 4096):
+        return f"sector_size is {sector}, it must be 512, 1024, 2048 or 4096"
+    if backend.size % sector:
+        return f"size is {backend.size}, not a multiple of sector_size, {sector}"
+    if backend.physical_sector_size % sector:
+        physical = backend.physical_sector_size
+        return f"physical_sector_size is {physical}, not a multiple of sector_size, {sector}"
+    return None
+
+
+def _find(name: str) -> tuple[type[Backend], str]:
+    """Find the class, and what to call it in messages."""
+    if name in _OURS:
+        module = importlib.import_module(f"{__package__}.{name}")
+        return _checked(getattr(module, _OURS[name]), name), f"the {name} backend"
+    file = _FILE.fullmatch(name)
+    if file is not None:
+        return _from_file(file["file"], file["name"]), os.path.basename(file["file"])
+    if ":" in name:
+        return _from_module(name), name
+    return _from_entry_point(name), f"the {name} backend"
+
+
+def _from_module(name: str) -> type[Backend]:
+    module_name, _, class_name = name.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name and f"{module_name}.".startswith(f"{error.name}."):
+            raise BackendError(
+                f"{name}: there is no module {error.name}: "
+                "install it, or add its folder to PYTHONPATH"
+            ) from error
+        raise BackendError(f"{name} cannot be imported: {_where(error)}") from error
+    except Exception as error:
+        raise BackendError(f"{name} cannot be imported: {_where(error)}") from error
+    if not hasattr(module, class_name):
+        known = _choices(module)
+        raise BackendError(
+            f"{name}: {module_name} has no {class_name}"
+            + (f"; it has {', '.join(known)}" if known else "")
+        )
+    return _checked(getattr(module, class_name), name)
+
+
+def _from_entry_point(name: str) -> type[Backend]:
+    import importlib.metadata  # slow to import, and hardly ever needed
+
+    if sys.version_info >= (3, 10):
+        found = list(importlib.metadata.entry_points(group=ENTRY_POINTS))
+    else:
+        found = list(importlib.metadata.entry_points().get(ENTRY_POINTS, ()))
+    for point in found:
+        if point.name == name:
+            try:
+                cls = point.load()
+            except Exception as error:
+                raise BackendError(f"{name} cannot be imported: {_where(error)}") from error
+            return _checked(cls, name)
+    known = ", ".join(sorted({*_OURS, *(point.name for point in found)}))
+    raise UsageError(
+        f"there is no backend {name}: use one of {known}, a file.py, or package.module:Class"
+    )
+
+
+def _from_file(path: str, class_name: str | None) -> type[Backend]:
+    module = _run_file(path)
+    file = os.path.basename(path)
+    if class_name is not None:
+        if not hasattr(module, class_name):
+            known = ", ".join(_choices(module)) or "none"
+            raise BackendError(f"{path} has no {class_name}; the disks in it: {known}")
+        return _checked(getattr(module, class_name), f"{file}:{class_name}")
+    choices = _choices(module)
+    if len(choices) == 1:
+        return _checked(getattr(module, choices[0]), file)
+    if hasattr(module, "Disk"):
+        return _checked(module.Disk, f"{file}:Disk")
+    if not choices:
+        raise BackendError(
+            f"{path} has no disk in it: no class there is derived from xen_disk_py.backends.Backend"
+        )
+    raise BackendError(
+        f"{path} has several disks: {', '.join(choices)}; "
+        f"call one of them Disk, or choose with --backend {path}:{choices[0]}"
+    )
+
+
+def _run_file(path: str) -> ModuleType:
+    """Run a file as a module of its own, leaving no compiled copy beside it."""
+    try:
+        with open(path, "rb") as file:
+            source = file.read()
+    except FileNotFoundError:
+        raise BackendError(f"{path}: no such file: check the name") from None
+    except OSError as error:
+        raise BackendError(f"{path} cannot be read: {error.strerror}") from error
+    path = os.path.abspath(path)
+    module = ModuleType(path)  # a name that no other module has
+    module.__file__ = path
+    folder = os.path.dirname(path)
+    if folder not in sys.path:
+        sys.path.append(folder)  # its neighbours can be imported; at the end, to hide nothing
+    sys.modules[module.__name__] = module  # dataclasses and pickle look for it there
+    try:
+        exec(compile(source, path, "exec"), module.__dict__)
+    except Exception as error:
+        del sys.modules[module.__name__]
+        raise BackendError(f"{path} cannot be loaded: {_where(error, path)}") from error
+    return module
+
+
+def _where(error: BaseException, file: str | None = None) -> str:
+    """Name an exception of an import and the line: the last one in ``file``, if given."""
+    if isinstance(error, SyntaxError) and error.filename:
+        kind = type(error).__name__
+        return f"{os.path.basename(error.filename)}:{error.lineno}: {kind}: {error.msg}"
+    return user_line(error, file)
+
+
+def _choices(module: ModuleType) -> list[str]:
+    """Name the disks that a module defines."""
+    return [
+        name
+        for name, value in vars(module).items()
+        if inspect.isclass(value)
+        and issubclass(value, Backend)
+        and value.__module__ == module.__name__
+        and value.__name__ == name
+    ]
+
+
+def _checked(value: object, name: str) -> type[Backend]:
+    if inspect.isclass(value) and issubclass(value, Backend):
+        return value
+    raise BackendError(f"{name} is not a class derived from xen_disk_py.backends.Backend")
+
+
+def _arguments(
+    cls: type[Backend], label: str, given: Mapping[str, object], read_only: bool
+) -> dict[str, object]:
+    """Match what was given with what the constructor takes."""
+    signature = inspect.signature(cls)
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    takes = {key: p for key, p in signature.parameters.items() if p.kind in by_name}
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    arguments: dict[str, object] = {}
+    for key, value in given.items():
+        if key not in takes and not takes_all:
+            raise UsageError(f"{label} takes no {_flag(key)}; {_accepted(list(takes))}")
+        as_int = key in ("size", "cow_limit") or (key in takes and _is_int(takes[key].annotation))
+        arguments[key] = _number(key, value) if as_int and isinstance(value, str) else value
+    if read_only and ("read_only" in takes or takes_all):
+        arguments["read_only"] = True
+    for key, parameter in takes.items():
+        if key not in arguments and parameter.default is parameter.empty:
+            if key == "read_only":
+                arguments[key] = False
+            else:
+                raise UsageError(f"{label} needs {_flag(key)}")
+    return arguments
+
+
+def _flag(key: str) -> str:
+    return _FLAGS.get(key, f"--option {key}=…")
+
+
+def _accepted(keys: Sequence[str]) -> str:
+    flags = [_flag(key) for key in keys if key != "read_only"]
+    return f"it takes {', '.join([*flags, '--read-only'])}"
+
+
+def _is_int(annotation: object) -> bool:
+    text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+    return text.replace(" ", "").replace("typing.", "") in _INT_ANNOTATIONS
+
+
+def _number(key: str, text: str) -> int:
+    try:
+        return parse_size(text)
+    except UsageError as error:
+        raise UsageError(f"{_flag(key)}: {error}") from None
+
+
+def _file_of(backend: object) -> str | None:
+    cls = backend if isinstance(backend, type) else type(backend)
+    return getattr(sys.modules.get(cls.__module__), "__file__", None)

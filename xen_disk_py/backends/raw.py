@@ -1,0 +1,131 @@
+"""``raw``: an image file or block device, read and written in place.
+
+Data goes straight between the image and the guest's pages, through the page cache: one
+``preadv`` or ``pwritev`` a request, unless the kernel does only a part at once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import struct
+from collections.abc import Callable, Sequence
+
+from . import Backend
+from .image import IOV_MAX, Image, transfer_all
+
+_FALLOC_FL_KEEP_SIZE = 0x01  # linux/falloc.h
+_FALLOC_FL_PUNCH_HOLE = 0x02
+_BLKDISCARD = 0x1277  # linux/fs.h
+_DISCARD_CHUNK = 1 << 30  # a device may take long; nothing can interrupt one request to it
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_fallocate = getattr(_libc, "fallocate64", None) or _libc.fallocate  # musl has one name only
+_fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong]
+
+
+class RawBackend(Backend):
+    """An image, persistent.
+
+    A discard makes a hole in a file, whose disk space is free again: zeros are read there.
+    On a block device it is passed on; what is read afterwards is up to the device.
+
+    Args:
+        path: the image; locked for us alone, or shared with other readers if ``read_only``.
+        read_only: open it for reading only.
+    """
+
+    def __init__(self, path: str, *, read_only: bool = False) -> None:
+        self._image = image = Image.open(path, writable=not read_only)
+        self._fd = image.fd
+        self.path = image.path
+        self.size = image.size
+        self.sector_size = image.sector_size
+        self.read_only = read_only
+        self._discard: Callable[[int, int], None] | None = None
+        if image.is_block_device:
+            limit = _queue_attribute(image.fd, "discard_max_bytes")
+            self.physical_sector_size = (
+                _queue_attribute(image.fd, "physical_block_size") or image.sector_size
+            )
+            self.discard_granularity = (
+                _queue_attribute(image.fd, "discard_granularity") or image.sector_size
+            )
+            if limit and not read_only:
+                self._discard = self._discard_device
+        elif not read_only:
+            self.discard_granularity = os.fstat(image.fd).st_blksize
+            try:
+                _punch_hole(image.fd, image.size, 4096)  # nothing is there: a harmless question
+            except OSError:
+                pass
+            else:
+                self._discard = self._discard_file
+
+    def read(self, buffers: Sequence[memoryview], offset: int) -> int:
+        """Read with ``preadv``."""
+        if len(buffers) <= IOV_MAX:
+            done = os.preadv(self._fd, buffers, offset)
+            # No buffer is longer than 4096: the first question is cheap, and mostly enough.
+            if done == len(buffers) * 4096 or done == sum(map(len, buffers)):
+                return done
+        return transfer_all(os.preadv, self._fd, buffers, offset)
+
+    def write(self, buffers: Sequence[memoryview], offset: int) -> int:
+        """Write with ``pwritev``."""
+        if len(buffers) <= IOV_MAX:
+            done = os.pwritev(self._fd, buffers, offset)
+            if done == len(buffers) * 4096 or done == sum(map(len, buffers)):
+                return done
+        return transfer_all(os.pwritev, self._fd, buffers, offset)
+
+    def flush(self) -> None:
+        """``fdatasync``."""
+        if not self.read_only:
+            os.fdatasync(self._fd)
+
+    def discard(self, offset: int, length: int) -> None:
+        """Free the space; see the class for what is read there afterwards."""
+        if self._discard is None:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        self._discard(offset, length)
+
+    @property
+    def can_discard(self) -> bool:
+        """Whether the file system or the device can; asked when the image was opened."""
+        return self._discard is not None
+
+    def _discard_file(self, offset: int, length: int) -> None:
+        _punch_hole(self._fd, offset, length)
+
+    def _discard_device(self, offset: int, length: int) -> None:
+        for start in range(offset, offset + length, _DISCARD_CHUNK):
+            chunk = min(_DISCARD_CHUNK, offset + length - start)
+            fcntl.ioctl(self._fd, _BLKDISCARD, struct.pack("QQ", start, chunk))
+
+    def close(self) -> None:
+        """Close and unlock the image."""
+        self._fd = -1
+        self._image.close()
+
+
+def _queue_attribute(fd: int, name: str) -> int:
+    """Read a number from the device's request queue in sysfs; 0 if it has none."""
+    device = os.fstat(fd).st_rdev
+    folder = f"/sys/dev/block/{os.major(device)}:{os.minor(device)}"
+    for queue in (f"{folder}/queue", f"{folder}/../queue"):  # a partition's is its disk's
+        try:
+            with open(f"{queue}/{name}", encoding="ascii") as attribute:
+                return int(attribute.read())
+        except OSError:
+            continue
+    return 0
+
+
+def _punch_hole(fd: int, offset: int, length: int) -> None:
+    mode = _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE
+    if _fallocate(fd, mode, offset, length):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))

@@ -1,0 +1,188 @@
+"""``demo``: try a disk without Xen.
+
+A second process plays the guest. It shares memory with this one and kicks it through
+eventfds; the device, ring and backend code is what serves a guest of Xen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from typing import Any
+
+from .. import toolstack
+from ..cli import ExitStatus
+from ..device import Device
+from ..disk import Disk
+from ..environment import Environment
+from ..errors import DeviceError, UsageError
+from ..session import Interrupts, Session
+from ..simulated.guest import Plan, pattern
+from ..simulated.hypervisor import SimulatedHypervisor, SimulatedMachine
+from ..simulated.xenstored import SimulatedXenstored
+from ..units import format_size
+from ..vdev import parse
+from ..xenbus import Address
+from ..xenstore import Store
+from .backend_arguments import backend_from, backend_name
+
+GUEST = 1
+_BLOCKS = 20_000
+
+
+def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
+    """Connect the disk to the second process and print what it measured."""
+    with ExitStack() as stack:
+        if args.path is None and args.backend in (None, "cow", "raw", "mmap"):
+            args.path = stack.enter_context(_temporary_image(args.bytes))
+            args.backend = args.backend or "cow"
+            args.overwrite = True
+        interrupts = Interrupts()
+        disk = Disk(backend_from(args))
+        stack.callback(disk.close)
+        name = backend_name(args)
+        length = min(args.bytes, disk.backend.size)
+        write = not disk.read_only
+        if write and name in ("raw", "mmap") and not args.overwrite:
+            write = False
+            env.tell(f"only reading: {name} would change {args.path} (to allow that: --overwrite)")
+        image = args.path if name == "cow" else None
+        before = _digest(image, length) if image else None
+        stack.enter_context(interrupts.installed())
+        phases = _drive(disk, interrupts, length, write, args, env)
+        untouched = image is None or _digest(image, length) == before
+    if args.json:
+        result = {"backend": name, "path": args.path, "phases": phases}
+        if image:
+            result["image_untouched"] = untouched
+        env.say(json.dumps(result))
+    elif image:
+        env.say(f"image {'untouched' if untouched else 'CHANGED'}: sha256 of what was written to")
+    return ExitStatus.OK if untouched else ExitStatus.ERROR
+
+
+def _drive(
+    disk: Disk,
+    interrupts: Interrupts,
+    length: int,
+    write: bool,
+    args: argparse.Namespace,
+    env: Environment,
+) -> list[dict[str, Any]]:
+    """Serve the disk to a guest process until it is done; what it measured."""
+    phases: list[dict[str, Any]] = []
+    with ExitStack() as stack:
+        xenstored = stack.enter_context(SimulatedXenstored())
+        xenstored.add_domain(GUEST, "demo", "00000000-0000-4000-8000-000000000001")
+        machine = stack.enter_context(SimulatedMachine(domid=GUEST))
+        hypervisor = stack.enter_context(SimulatedHypervisor(machine))
+        store = stack.enter_context(Store.open(xenstored.socket_path(0)))
+        vdev = parse("xvda")
+        address = Address(0, GUEST, vdev.number, "vbd3")
+        plan = Plan(
+            machine.address,
+            xenstored.socket_path(GUEST),
+            address.frontend,
+            length,
+            _BLOCKS,
+            write,
+            "zeros" if backend_name(args) == "discard" else "written",
+        )
+        device = Device(store, hypervisor, address, disk, on_failure=interrupts.fail)
+        session = Session(store, device, vdev, interrupts, patience=30)
+        finished = threading.Event()
+
+        def attach() -> None:
+            toolstack.attach(
+                store,
+                address,
+                vdev,
+                backend_keys=device.keys(),
+                params=backend_name(args),
+                read_only=disk.read_only,
+                pid=os.getpid(),
+            )
+            guest = stack.enter_context(_start_guest(plan, machine))
+            reader = threading.Thread(target=listen, args=(guest,), daemon=True)
+            reader.start()
+            stack.callback(reader.join)
+
+        def listen(guest: subprocess.Popen[str]) -> None:
+            assert guest.stdout is not None
+            for line in guest.stdout:
+                phase = json.loads(line)
+                phases.append(phase)
+                if "error" not in phase and not args.json:
+                    env.say(_describe(phase))
+            if guest.wait() == 0:
+                finished.set()
+            interrupts.asked = True
+            interrupts.wake()
+
+        outcome = session.run(attach, on_connected=lambda: None)
+    if phases and "error" in phases[-1]:
+        raise DeviceError(f"the guest says: {phases[-1]['error']}")
+    if not finished.is_set():
+        raise DeviceError(f"interrupted: {outcome.value}")
+    return phases
+
+
+@contextmanager
+def _start_guest(plan: Plan, machine: SimulatedMachine) -> Iterator[subprocess.Popen[str]]:
+    guest = subprocess.Popen(
+        [sys.executable, "-m", "xen_disk_py.simulated.guest", json.dumps(asdict(plan))],
+        stdout=subprocess.PIPE,
+        text=True,
+        pass_fds=machine.descriptors,
+        start_new_session=True,  # a Ctrl-C is for us; the guest sees its disk unplugged
+    )
+    try:
+        yield guest
+    finally:
+        if guest.poll() is None:
+            guest.terminate()
+        guest.wait()
+        if guest.stdout is not None:
+            guest.stdout.close()
+
+
+def _describe(phase: dict[str, Any]) -> str:
+    seconds = max(phase["seconds"], 1e-9)
+    return (
+        f"{phase['name']:<20}{phase['bytes'] / seconds / 1e6:>9.1f} MB/s"
+        f"{phase['requests'] / seconds:>10.0f} IOPS"
+    )
+
+
+@contextmanager
+def _temporary_image(length: int) -> Iterator[str]:
+    """Make an image of ``length`` bytes, gone afterwards."""
+    if length < 512 or length % 512:
+        raise UsageError(f"--bytes takes a multiple of 512, not {format_size(length)}")
+    with tempfile.NamedTemporaryFile(prefix="xen_disk_py-demo-", suffix=".raw") as image:
+        image.write(pattern(length)[::-1])
+        image.flush()
+        yield image.name
+
+
+def _digest(path: str, length: int) -> tuple[str, int]:
+    """Hash what the demo works on; a write anywhere else shows in the time of change."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        left = length
+        while left:
+            chunk = file.read(min(left, 1 << 20))
+            if not chunk:
+                break
+            digest.update(chunk)
+            left -= len(chunk)
+        return digest.hexdigest(), os.fstat(file.fileno()).st_mtime_ns

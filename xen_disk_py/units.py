@@ -1,0 +1,47 @@
+"""Sizes as people write them: ``64M``, ``1.5 GiB``."""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+
+from .errors import UsageError
+
+_LETTERS = "KMGTPE"
+_SIZE = re.compile(r"(\d+(?:\.\d+)?|\.\d+) ?(?:([KMGTPE])(?:I?B)?|B)?", re.IGNORECASE | re.ASCII)
+
+
+def parse_size(text: str) -> int:
+    """Read a size in bytes.
+
+    ``K``, ``M``, ``G``, ``T`` (or ``KB``, ``KiB`` and so on, in any case) multiply by powers
+    of 1024. A fraction is fine where the result is whole: ``1.5G``.
+
+    Raises:
+        UsageError: it is not a size.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise UsageError(f"{text!r} is not a size: give bytes, or a number with K, M, G or T")
+    number, letter = match.groups()
+    exponent = _LETTERS.index(letter.upper()) + 1 if letter else 0
+    size = Decimal(number) * 1024**exponent
+    if size != int(size):
+        raise UsageError(f"{text!r} is not a whole number of bytes")
+    return int(size)
+
+
+def format_size(size: int) -> str:
+    """Write a size for people: the largest unit it fills, at most one decimal, ``1.5 GiB``."""
+    if size < 1024:
+        return f"{size} B"
+    exponent = min((size.bit_length() - 1) // 10, len(_LETTERS))
+    tenths = (size * 10 + (1 << 10 * exponent) // 2) >> 10 * exponent
+    if tenths >= 10240 and exponent < len(_LETTERS):  # 1023.97 KiB reads better as 1 MiB
+        tenths, exponent = 10, exponent + 1
+    whole, tenth = divmod(tenths, 10)
+    return (
+        f"{whole}.{tenth} {_LETTERS[exponent - 1]}iB"
+        if tenth
+        else f"{whole} {_LETTERS[exponent - 1]}iB"
+    )
