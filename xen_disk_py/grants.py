@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from .errors import BackendError
+from .errors import BackendError, HypervisorError
 from .hypervisor import PAGE_SIZE, Hypervisor, Mapping
 
 log = logging.getLogger("xen_disk_py")
@@ -65,10 +65,7 @@ class GuestPages:
         """Unmap what was mapped for this request only; before it is answered."""
         while self._borrowed:
             mapping = self._borrowed.pop()
-            try:
-                mapping.close()
-            except BackendError as error:
-                log.warning("%s", error)
+            if not _unmap(mapping):
                 self._mappings.append(mapping)  # tried again at the end
 
     @property
@@ -82,10 +79,17 @@ class GuestPages:
         self.give_back()
         mappings, self._mappings = self._mappings, []
         for mapping in mappings:
-            try:
-                mapping.close()
-            except BackendError as error:
-                log.warning("%s", error)
+            _unmap(mapping)
+
+
+def _unmap(mapping: Mapping) -> bool:
+    """Unmap, or log why not: a backend keeps a buffer, or the hypervisor refuses."""
+    try:
+        mapping.close()
+    except (BackendError, HypervisorError) as error:
+        log.warning("%s", error)
+        return False
+    return True
 
 
 def _cut(mapping: Mapping) -> list[memoryview]:

@@ -180,9 +180,7 @@ class _Connection:
 class _Request:
     """One request, with a method for each operation; it returns the payload of the answer."""
 
-    def __init__(
-        self, server: SimulatedXenstored, connection: _Connection, payload: bytes
-    ) -> None:
+    def __init__(self, server: SimulatedXenstored, connection: _Connection, payload: bytes) -> None:
         self.server = server
         self.connection = connection
         self.domid = connection.domid
@@ -453,8 +451,10 @@ class SimulatedXenstored(Closing):
     def _fire(self, path: str, exactly: bool, nodes: tuple[_Node | None, ...] = ()) -> None:
         """Send an event to the watches on ``path`` or, unless ``exactly``, above it.
 
-        ``nodes`` is what was or is there: who may read none of them hears nothing.
+        ``nodes`` is what was or is there: who may read none of them, nor the one above,
+        hears nothing.
         """
+        nodes = (*nodes, None if path.startswith("@") else self.nodes.get(_parent(path)))
         for connection in self._connections.values():
             domid = connection.domid
             if domid and not any(node and node.allows(domid, "r") for node in nodes):
