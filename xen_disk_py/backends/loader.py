@@ -268,7 +268,7 @@ def _run_file(path: str) -> ModuleType:
         sys.path.append(folder)  # its neighbours can be imported; at the end, to hide nothing
     sys.modules[module.__name__] = module  # dataclasses and pickle look for it there
     try:
-        exec(compile(source, path, "exec"), module.__dict__)
+        exec(compile(source, path, "exec", dont_inherit=True), module.__dict__)
     except Exception as error:
         del sys.modules[module.__name__]
         raise BackendError(f"{path} cannot be loaded: {_where(error, path)}") from error
@@ -337,7 +337,7 @@ def _accepted(keys: Sequence[str]) -> str:
 
 def _is_int(annotation: object) -> bool:
     text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
-    return text.replace(" ", "").replace("typing.", "") in _INT_ANNOTATIONS
+    return re.sub(r"typing\.|['\" ]", "", text) in _INT_ANNOTATIONS
 
 
 def _number(key: str, text: str) -> int:
