@@ -1,4 +1,4 @@
-"""A disk in memory that counts what was read, and tells at the end."""
+"""A disk in memory that counts, for each MiB of it, what was read, and tells at the end."""
 
 import sys
 from collections import Counter
@@ -7,11 +7,10 @@ from xen_disk_py.backends import Backend
 
 
 class Disk(Backend):
-    """Zeros at first; each MiB has its own count."""
+    """Zeros at first."""
 
     def __init__(self, size: int = 64 << 20):
-        self.data = bytearray(size)
-        self.size = size
+        self.data, self.size = bytearray(size), size
         self.reads = Counter()
 
     def read(self, buffers, offset):
@@ -26,5 +25,5 @@ class Disk(Backend):
             offset += len(buffer)
 
     def close(self):
-        for mib, count in sorted(self.reads.items()):
-            print(f"MiB {mib}: {count} reads", file=sys.stderr)
+        for mib in sorted(self.reads):
+            print(f"MiB {mib}: {self.reads[mib]} reads", file=sys.stderr)

@@ -46,13 +46,13 @@ def _seconds(text: str) -> float:
         seconds = float(text)
     except ValueError:
         seconds = -1
-    if not 0 <= seconds < float("inf"):
+    if not 0 <= seconds <= 1_000_000:  # more does not fit into poll()
         raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds")
     return seconds
 
 
 def _segments(text: str) -> int:
-    if not (text.isdigit() and int(text) <= 256):
+    if not (text.isdecimal() and int(text) <= 256):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 256")
     return int(text)
 
@@ -207,8 +207,8 @@ def main(argv: Sequence[str], env: Environment | None = None) -> ExitStatus:
         return ExitStatus.INTERRUPTED
     except BrokenPipeError:
         return ExitStatus.ERROR  # whoever read our output has gone; there is nobody to tell
-    except SystemExit as done:  # argparse, after --help or --version
-        return ExitStatus(int(done.code or 0))
+    except SystemExit as done:  # argparse, after --help or --version; or an author's backend
+        return ExitStatus.ERROR if done.code else ExitStatus.OK
     except Exception as error:
         if debug:
             raise

@@ -107,6 +107,11 @@ class Device:
         if self._adrift:
             self._do(Action.FINISH)
             return
+        self.ask_to_close()
+        self.update()
+
+    def ask_to_close(self) -> None:
+        """Write what tells the guest that the device goes, and do no more."""
 
         def ask(store: Store) -> None:
             if store.exists(self.address.backend):
@@ -114,7 +119,6 @@ class Device:
                 store.write(f"{self.address.backend}/state", str(int(State.CLOSING)))
 
         self._store.transact(ask)
-        self.update()
 
     def force(self, timeout: float = 5) -> bool:
         """Stop serving, whatever the guest thinks of it.
@@ -136,6 +140,10 @@ class Device:
         is no reason to take a guest's disk away. Only :meth:`unplug` ends it then.
         """
         if self._store.exists(self.address.backend):
+            shown = State.parse(self._store.read(f"{self.address.backend}/state"))
+            asked = shown is State.CLOSING and self.state in (State.INIT_WAIT, State.CONNECTED)
+            if shown is not self.state and not asked:
+                self._publish(self.state)  # the connection broke before it was written
             self.update()
         elif not self.finished:
             self._adrift = True

@@ -65,11 +65,13 @@ class Disk:
 
     def refusal(self, request: Transfer) -> str | None:
         """Say why ``request`` must not reach the backend; None if it may."""
+        if not request.sectors:
+            return None  # a flush alone; Linux gives it sector 2**64 - 1, which means nothing
         if request.sector + request.sectors > self.sectors:
             return (
                 f"sectors {request.sector} to {request.sector + request.sectors} of {self.sectors}"
             )
-        if self.read_only and request.operation != READ and request.sectors:
+        if self.read_only and request.operation != READ:
             return "write to a read-only disk"
         step = self._alignment
         if step > 1 and (
@@ -104,7 +106,7 @@ class Disk:
         words[count.WRITES] += 1
         words[count.BYTES_WRITTEN] += length
         status = self._attempt("write", lambda: self.backend.write(buffers, offset), length)
-        words[count.MEMORY] = self.backend.memory
+        self._count_memory()
         if status == OKAY and request.operation == FLUSH:
             status = self._attempt("flush", self.backend.flush)
         return status
@@ -124,13 +126,19 @@ class Disk:
         self.statistics.add(count.DISCARDS)
         self.statistics.add(count.BYTES_DISCARDED, length)
         status = self._attempt("discard", lambda: backend.discard(request.sector * SECTOR, length))
-        self.statistics.words[count.MEMORY] = backend.memory
+        self._count_memory()
         return status
+
+    def _count_memory(self) -> None:
+        try:
+            self.statistics.words[count.MEMORY] = self.backend.memory
+        except Exception as error:  # noqa: BLE001 - it may be an author's own property
+            self._say(logging.ERROR, f"memory of {self.backend}: {user_line(error, self.backend)}")
 
     def _attempt(self, what: str, call: Callable[[], int | None], length: int | None = None) -> int:
         try:
             done = call()
-        except Exception as error:  # noqa: BLE001 - whatever an author's code raises is an I/O error
+        except BaseException as error:  # noqa: BLE001 - whatever an author's code raises, exit() too
             reason = user_line(error, self.backend)
         else:
             if length is None or done is None or done == length:

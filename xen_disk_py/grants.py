@@ -37,6 +37,7 @@ class GuestPages:
         self._kept: dict[int, memoryview] = {}
         self._mappings: list[Mapping] = []
         self._borrowed: list[Mapping] = []
+        self._complained = False
 
     def pages(self, refs: Sequence[int], *, writable: bool) -> list[memoryview]:
         """Return the page behind each reference, 4096 bytes each, in order.
@@ -65,7 +66,7 @@ class GuestPages:
         """Unmap what was mapped for this request only; before it is answered."""
         while self._borrowed:
             mapping = self._borrowed.pop()
-            if not _unmap(mapping):
+            if not self._unmap(mapping):
                 self._mappings.append(mapping)  # tried again at the end
 
     @property
@@ -79,17 +80,18 @@ class GuestPages:
         self.give_back()
         mappings, self._mappings = self._mappings, []
         for mapping in mappings:
-            _unmap(mapping)
+            self._unmap(mapping)
 
-
-def _unmap(mapping: Mapping) -> bool:
-    """Unmap, or log why not: a backend keeps a buffer, or the hypervisor refuses."""
-    try:
-        mapping.close()
-    except (BackendError, HypervisorError) as error:
-        log.warning("%s", error)
-        return False
-    return True
+    def _unmap(self, mapping: Mapping) -> bool:
+        """Unmap, or log once why not: a backend keeps a buffer, or the hypervisor refuses."""
+        try:
+            mapping.close()
+        except (BackendError, HypervisorError) as error:
+            # once, since the guest decides how often this happens
+            log.log(logging.DEBUG if self._complained else logging.WARNING, "%s", error)
+            self._complained = True
+            return False
+        return True
 
 
 def _cut(mapping: Mapping) -> list[memoryview]:

@@ -45,13 +45,17 @@ class Record(Closing):
         self._path = _path(directory, address)
         try:
             os.makedirs(directory, mode=0o755, exist_ok=True)
-            self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self._fd = self._open()
         except OSError as error:
             raise XenUnavailable(
                 f"cannot write {self._path}: {error.strerror}; run as root"
             ) from error
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            while not self._is_current():  # its owner removed it between our open and our lock
+                os.close(self._fd)
+                self._fd = self._open()
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.ftruncate(self._fd, 0)
             os.ftruncate(self._fd, _SIZE)
             self._map = mmap.mmap(self._fd, _SIZE)
@@ -65,6 +69,15 @@ class Record(Closing):
         self._words = memoryview(self._map)[_PAGE : _PAGE + 8 * WORDS].cast("Q")
         self.statistics = Statistics(self._words)
 
+    def _open(self) -> int:
+        return os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+
+    def _is_current(self) -> bool:
+        try:
+            return os.path.samestat(os.stat(self._path), os.fstat(self._fd))
+        except FileNotFoundError:
+            return False
+
     def describe(self, facts: Mapping[str, Any]) -> None:
         """Write who serves what; at most 4096 bytes as JSON."""
         text = json.dumps(facts).encode()
@@ -74,9 +87,13 @@ class Record(Closing):
         """Remove the record. The counters stay readable for this process."""
         if self._fd < 0:
             return
-        os.unlink(self._path)
-        os.close(self._fd)
-        self._fd = -1
+        fd, self._fd = self._fd, -1
+        try:
+            os.unlink(self._path)
+        except FileNotFoundError:
+            pass  # somebody tidied up
+        finally:
+            os.close(fd)
 
 
 class Found(NamedTuple):

@@ -53,12 +53,13 @@ class Interrupts:
     SIGINT, SIGTERM and SIGHUP: the first asks, the second forces.
 
     The first makes ``fileno`` readable and sets ``asked``; the second raises
-    :class:`Forced` in the main thread wherever it is, unless ``calm`` is set.
+    :class:`Forced` in the main thread wherever it is, unless ``calm`` is set; a session
+    clears it while it serves.
     """
 
     def __init__(self) -> None:
         self.asked = False
-        self.calm = False
+        self.calm = True
         self.failure: Exception | None = None
         self._read, self._write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
@@ -184,9 +185,10 @@ class Session:
             if device.connected and not announced:
                 announced = True
                 on_connected()
-            if not announced and not self._unplugging and time.monotonic() >= deadline:
+            waiting = not (announced or self._unplugging)
+            if waiting and time.monotonic() >= deadline:
                 raise DeviceError(self._why_not_connected())
-            self._sleep(None if announced else deadline, ticking=announced and bool(on_tick))
+            self._sleep(deadline if waiting else None, ticking=announced and bool(on_tick))
             if interrupts.failure is not None:
                 raise DeviceError(f"serving failed: {interrupts.failure!r}") from interrupts.failure
             if interrupts.asked and not self._unplugging:
@@ -195,15 +197,20 @@ class Session:
                 self._attempt(device.unplug)
             if self._store.is_lost:
                 self._attempt(self._reconnect)
-            elif self._store.pending():
-                self._attempt(device.update)
+            else:
+                self._attempt(self._look)
             if announced and on_tick is not None:
                 on_tick()
 
     def _sleep(self, deadline: float | None, *, ticking: bool) -> None:
         """Wait for xenstore, a signal, a failure, the deadline or the next tick."""
         self._interrupts.drain()
-        if self._store.has_pending or (self._interrupts.asked and not self._unplugging):
+        # What was told before the drain is seen here, what is told after it wakes the poll.
+        if (
+            self._store.has_pending
+            or self._interrupts.failure is not None
+            or (self._interrupts.asked and not self._unplugging)
+        ):
             return
         poller = select.poll()
         poller.register(self._interrupts.fileno(), select.POLLIN)
@@ -224,6 +231,10 @@ class Session:
             step()
         except StoreLost as error:
             log.debug("%s", error)
+
+    def _look(self) -> None:
+        if self._store.pending():
+            self._device.update()
 
     def _reconnect(self) -> None:
         try:
@@ -256,7 +267,8 @@ class Session:
             if forced or self._store.is_lost:
                 self._store.reconnect()  # the signal may have cut a conversation short
             if not (forced or device.finished or self._unplugging):
-                device.unplug()  # the guest is told before it is cut off
+                self._unplugging = True
+                device.ask_to_close()  # the guest is told before it is cut off
         except XenDiskError as error:
             log.debug("%s", error)
         if not device.finished and not device.force():

@@ -55,7 +55,7 @@ def find_domain(store: Store, text: str) -> Domain:
         GuestNotFound: none, or several of that name; the message lists the running ones.
     """
     running = domains(store)
-    matches = [domain for domain in running if text.isdigit() and domain.domid == int(text)]
+    matches = [domain for domain in running if text.isdecimal() and domain.domid == int(text)]
     if not matches:
         try:
             wanted = str(uuid.UUID(text))

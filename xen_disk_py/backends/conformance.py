@@ -43,7 +43,7 @@ PAGE = 4096
 MOST_BUFFERS = 256
 REGION = 2 << 20
 """The random test works on so many bytes, at each end of the disk."""
-STEPS = 150
+STEPS = 100
 
 
 class Pages:
@@ -77,13 +77,13 @@ class Pages:
         """Return what is in the parts."""
         return b"".join(self.views())
 
-    def rest(self) -> set[int]:
-        """Return the bytes that occur outside the parts; the garbage only, one hopes."""
-        return {
-            byte
+    def rest_is_garbage(self) -> bool:
+        """Tell whether everything outside the parts is as it was."""
+        return all(
+            page.count(self.garbage, 0, start) == start
+            and page.count(self.garbage, start + length) == PAGE - start - length
             for page, (start, length) in zip(self.pages, self.parts)
-            for byte in set(page[:start]) | set(page[start + length :])
-        }
+        )
 
 
 def whole_pages(length: int) -> list[tuple[int, int]]:
@@ -114,7 +114,7 @@ def read(
     assert done in (None, pages.length), (
         f"read returned {done!r}: return the number of bytes, {pages.length} here, or None"
     )
-    assert pages.rest() <= {garbage}, "read wrote outside its buffers"
+    assert pages.rest_is_garbage(), "read wrote outside its buffers"
     return pages.content()
 
 
@@ -333,9 +333,12 @@ class BackendConformance:
         for call in calls:
             pages = Pages([(0, disk.sector_size)])
             call(pages.views(), 0)
-            gc.collect()
             try:
                 pages.pages[0].append(0)  # impossible while a view exists
+            except BufferError:
+                gc.collect()
+            try:
+                pages.pages[0].append(0)
             except BufferError:
                 pytest.fail(f"{call.__name__} kept a buffer after it returned: copy it instead")
 

@@ -49,7 +49,9 @@ class CowBackend(Backend):
         elif cow_limit < 0:
             raise UsageError(f"--cow-limit: {cow_limit} bytes is less than nothing")
         self._image = image = Image.open(path, writable=False)
+        self._pages = -(-image.size // PAGE)
         try:
+            self._dirty = mmap.mmap(-1, self._pages, flags=_ANONYMOUS)  # one byte a page: 0 or 1
             self._mapped = MappedImage(image, private=True)
         except BaseException:
             image.close()
@@ -59,8 +61,6 @@ class CowBackend(Backend):
         self.size = image.size
         self.sector_size = image.sector_size
         self.cow_limit = cow_limit
-        self._pages = -(-image.size // PAGE)
-        self._dirty = mmap.mmap(-1, self._pages, flags=_ANONYMOUS)  # one byte a page: 0 or 1
         self._used = 0  # pages
         self._warned = False
 

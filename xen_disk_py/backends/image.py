@@ -106,12 +106,30 @@ class Image(Closing):
             os.close(fd)
 
 
+def _map(image: Image, private: bool) -> mmap.mmap:
+    if not private:
+        access = mmap.ACCESS_READ if image.read_only else mmap.ACCESS_WRITE
+        return mmap.mmap(image.fd, image.size, access=access)
+    try:
+        return mmap.mmap(image.fd, image.size, access=mmap.ACCESS_COPY)
+    except OSError as error:
+        if error.errno != errno.ENOMEM:
+            raise
+    # what ACCESS_COPY is, with a flag added, which it does not allow
+    return mmap.mmap(
+        image.fd,
+        image.size,
+        flags=mmap.MAP_PRIVATE | _MAP_NORESERVE,
+        prot=mmap.PROT_READ | mmap.PROT_WRITE,
+    )
+
+
 class MappedImage(Closing):
     """An image as memory.
 
-    All of it at once, however large: ``MAP_NORESERVE`` keeps the kernel from setting memory
-    aside. (It refuses a private writable mapping larger than RAM and swap otherwise, even if
-    hardly a page of it is ever written.)
+    All of it at once, however large. (The kernel refuses a private writable mapping larger than
+    RAM and swap, though hardly a page of it may ever be written; then it is mapped with
+    ``MAP_NORESERVE``, which sets no memory aside.)
 
     What would be a fatal signal in the middle of a copy (an image cut short by somebody, a bad
     sector, no room left for a hole that is filled) is an ``OSError`` here, on Linux 5.14 or
@@ -123,15 +141,8 @@ class MappedImage(Closing):
     """
 
     def __init__(self, image: Image, *, private: bool) -> None:
-        access = mmap.PROT_READ
-        if private or not image.read_only:
-            access |= mmap.PROT_WRITE
-        sharing = mmap.MAP_PRIVATE if private else mmap.MAP_SHARED
         try:
-            # With MAP_PRIVATE this is mmap.ACCESS_COPY, which lets no flag be added.
-            self.memory = mmap.mmap(
-                image.fd, image.size, flags=sharing | _MAP_NORESERVE, prot=access
-            )
+            self.memory = _map(image, private)
         except (OSError, OverflowError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             hint = (

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..backends import Backend
-from ..backends.loader import open_backend
-from ..errors import UsageError
+from ..backends.loader import choose, open_backend, parse_options
 
 
 def backend_from(args: argparse.Namespace) -> Backend:
@@ -23,20 +22,10 @@ def backend_from(args: argparse.Namespace) -> Backend:
             given[name] = getattr(args, name)
     if args.read_only:
         given["read_only"] = True
-    for text in args.option:
-        key, equals, value = text.partition("=")
-        if not (equals and key.isidentifier()):
-            raise UsageError(f"--option takes KEY=VALUE, not {text!r}")
-        if key in given:
-            raise UsageError(f"{key} is given twice")
-        given[key] = value
+    given.update(parse_options(args.option))
     return open_backend(args.backend, given)
 
 
 def backend_name(args: argparse.Namespace) -> str:
     """Name the backend as the user knows it."""
-    if args.backend:
-        return str(args.backend)
-    if args.path is None:
-        return "discard"
-    return "custom" if ".py" in args.path.rpartition("/")[2] else "cow"
+    return choose(args.backend, args.path)

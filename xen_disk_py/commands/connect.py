@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from .. import toolstack
@@ -13,7 +16,7 @@ from ..cli import ExitStatus
 from ..device import Device
 from ..disk import Disk
 from ..environment import Environment
-from ..errors import DeviceTaken
+from ..errors import BackendError, DeviceTaken
 from ..hypervisor import Hypervisor
 from ..record import Record
 from ..session import Interrupts, Outcome, Session
@@ -25,20 +28,34 @@ from ..xenbus import Address
 from ..xenstore import Store
 from .backend_arguments import backend_from, backend_name
 
+log = logging.getLogger("xen_disk_py")
+
 
 def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
     """Open the image, find the guest, attach, serve, clean up."""
     wanted = parse(args.vdev) if args.vdev is not None else None
-    interrupts = Interrupts()
     disk = Disk(backend_from(args))
     try:
-        with env.open_store() as store, env.open_hypervisor() as hypervisor:
+        with env.open_store() as store, _opened_hypervisor(env) as hypervisor:
             domain = toolstack.find_domain(store, args.vm)
-            with interrupts.installed():
+            with Interrupts().installed() as interrupts:
                 connection = _Connection(args, env, store, hypervisor, domain, disk)
                 return connection.serve(wanted, interrupts)
     finally:
         disk.close()
+
+
+@contextmanager
+def _opened_hypervisor(env: Environment) -> Iterator[Hypervisor]:
+    """Open the hypervisor; a page that a backend keeps does not change how the command ends."""
+    hypervisor = env.open_hypervisor()
+    try:
+        yield hypervisor
+    finally:
+        try:
+            hypervisor.close()
+        except BackendError as error:
+            log.warning("%s", error)
 
 
 class _Connection:

@@ -46,7 +46,6 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
             args.path = stack.enter_context(_temporary_image(args.bytes))
             args.backend = args.backend or "cow"
             args.overwrite = True
-        interrupts = Interrupts()
         disk = Disk(backend_from(args))
         stack.callback(disk.close)
         name = backend_name(args)
@@ -57,7 +56,7 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
             env.tell(f"only reading: {name} would change {args.path} (to allow that: --overwrite)")
         image = args.path if name == "cow" else None
         before = _digest(image, length) if image else None
-        stack.enter_context(interrupts.installed())
+        interrupts = stack.enter_context(Interrupts().installed())
         phases = _drive(disk, interrupts, length, write, args, env)
         untouched = image is None or _digest(image, length) == before
     if args.json:
@@ -95,7 +94,7 @@ def _drive(
             length,
             _BLOCKS,
             write,
-            "zeros" if backend_name(args) == "discard" else "written",
+            _expected(disk, backend_name(args)),
         )
         device = Device(store, hypervisor, address, disk, on_failure=interrupts.fail)
         session = Session(store, device, vdev, interrupts, patience=30)
@@ -111,10 +110,10 @@ def _drive(
                 read_only=disk.read_only,
                 pid=os.getpid(),
             )
-            guest = stack.enter_context(_start_guest(plan, machine))
+            guest = _start_guest(plan, machine)
             reader = threading.Thread(target=listen, args=(guest,), daemon=True)
             reader.start()
-            stack.callback(reader.join)
+            stack.callback(_end_guest, guest, reader)
 
         def listen(guest: subprocess.Popen[str]) -> None:
             assert guest.stdout is not None
@@ -125,34 +124,43 @@ def _drive(
                     env.say(_describe(phase))
             if guest.wait() == 0:
                 finished.set()
+            else:
+                xenstored.remove_domain(GUEST)  # it may not have let go of its disk
             interrupts.asked = True
             interrupts.wake()
 
         outcome = session.run(attach, on_connected=lambda: None)
-    if phases and "error" in phases[-1]:
-        raise DeviceError(f"the guest says: {phases[-1]['error']}")
+    for phase in phases:
+        if "error" in phase:
+            raise DeviceError(f"the guest says: {phase['error']}")
     if not finished.is_set():
         raise DeviceError(f"interrupted: {outcome.value}")
     return phases
 
 
-@contextmanager
-def _start_guest(plan: Plan, machine: SimulatedMachine) -> Iterator[subprocess.Popen[str]]:
-    guest = subprocess.Popen(
+def _expected(disk: Disk, name: str) -> str:
+    if name == "discard":
+        return "zeros"
+    return "written" if disk.backend.keeps_data else "anything"
+
+
+def _start_guest(plan: Plan, machine: SimulatedMachine) -> subprocess.Popen[str]:
+    return subprocess.Popen(
         [sys.executable, "-m", "xen_disk_py.simulated.guest", json.dumps(asdict(plan))],
         stdout=subprocess.PIPE,
         text=True,
         pass_fds=machine.descriptors,
         start_new_session=True,  # a Ctrl-C is for us; the guest sees its disk unplugged
     )
-    try:
-        yield guest
-    finally:
-        if guest.poll() is None:
-            guest.terminate()
-        guest.wait()
-        if guest.stdout is not None:
-            guest.stdout.close()
+
+
+def _end_guest(guest: subprocess.Popen[str], reader: threading.Thread) -> None:
+    if guest.poll() is None:
+        guest.terminate()
+    guest.wait()
+    reader.join()
+    assert guest.stdout is not None
+    guest.stdout.close()
 
 
 def _describe(phase: dict[str, Any]) -> str:

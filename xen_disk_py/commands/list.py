@@ -27,15 +27,16 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
 
 
 def _row(disk: Attached, directory: str) -> dict[str, Any]:
-    backend, _, path = disk.params.partition(":")
     found = record.find(directory, disk.address)
+    backend, _, path = disk.params.partition(":")  # if there is no better record
+    facts = {"backend": backend, "path": path or None, **(found.facts if found else {})}
     alive = found is not None and found.alive
     return {
         "domid": disk.address.frontend_domid,
         "vdev": disk.device.name,
         "number": disk.address.devid,
-        "backend": backend,
-        "path": path or None,
+        "backend": facts["backend"],
+        "path": facts["path"],
         "mode": "ro" if disk.read_only else "rw",
         "state": disk.backend_state.name.lower() if disk.backend_state is not None else None,
         "frontend_state": (

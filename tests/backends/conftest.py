@@ -1,0 +1,69 @@
+"""What the backend tests share."""
+
+import contextlib
+import os
+import random
+import shutil
+import subprocess
+import tempfile
+
+import pytest
+
+
+@pytest.fixture
+def make_image(tmp_path):
+    """Makes an image file: of random content, or sparse."""
+
+    def make(size=1 << 20, *, name="disk.img", sparse=False):
+        path = tmp_path / name
+        with open(path, "wb") as file:
+            if sparse:
+                file.truncate(size)
+            else:
+                file.write(random.Random(size).randbytes(size))
+        return str(path)
+
+    return make
+
+
+@pytest.fixture
+def image(make_image):
+    return make_image()
+
+
+@pytest.fixture
+def loop_device(make_image):
+    """A block device of 4 MiB."""
+    if os.geteuid():
+        pytest.skip("a loop device needs root")
+    if shutil.which("losetup") is None:
+        pytest.skip("a loop device needs losetup")
+    path = make_image(4 << 20, name="loop.img")
+    made = subprocess.run(
+        ["losetup", "--find", "--show", path], capture_output=True, text=True, check=False
+    )
+    if made.returncode:
+        pytest.skip(f"no loop device here: {made.stderr.strip()}")
+    device = made.stdout.strip()
+    yield device
+    subprocess.run(["losetup", "--detach", device], check=True)
+
+
+@pytest.fixture
+def as_nobody():
+    """A context in which this process has no privilege, and a folder that all can enter."""
+
+    @contextlib.contextmanager
+    def dropped():
+        if os.geteuid():
+            yield
+            return
+        os.seteuid(65534)
+        try:
+            yield
+        finally:
+            os.seteuid(0)
+
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        yield folder, dropped
