@@ -1,0 +1,91 @@
+"""Fixtures of the tests in dom0; on any other machine every test of this folder is skipped."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Callable
+
+import pytest
+
+from .disk import Disk, gained, lost, xenstore_snapshot
+from .guest import Dom0, Guest, Shell
+
+HERE = Path(__file__).resolve().parent
+IN_LAB = "XEN_LAB" in os.environ
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Name the marks, for a run whose configuration does not know them."""
+    config.addinivalue_line("markers", "xen: needs a real Xen dom0, which the lab boots")
+    config.addinivalue_line("markers", "timeout: seconds that a test may take (pytest-timeout)")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every test of this folder, and skip it outside the lab."""
+    for item in items:
+        if HERE in Path(str(item.path)).parents:
+            item.add_marker(pytest.mark.xen)
+            if not IN_LAB:
+                item.add_marker(pytest.mark.skip(reason="needs Xen: run tox -e xen"))
+
+
+@pytest.fixture(scope="session")
+def dom0() -> Dom0:
+    """Domain 0 as its own guest, the cheapest there is."""
+    subprocess.run(["modprobe", "xen-blkfront"], check=True)
+    return Dom0()
+
+
+@pytest.fixture(scope="session")
+def pv_guest() -> Iterator[Guest]:
+    """One PV guest for the whole session, with fio."""
+    with Guest("pv", fio=True) as guest:
+        yield guest
+
+
+@pytest.fixture(scope="session")
+def pvh_guest() -> Iterator[Guest]:
+    """One PVH guest for the whole session."""
+    with Guest("pvh") as guest:
+        yield guest
+
+
+@pytest.fixture
+def new_guest() -> Iterator[Callable[..., Guest]]:
+    """Return a function that makes guests, which are gone after the test."""
+    guests: list[Guest] = []
+
+    def make(kind: str = "pv", **options: Any) -> Guest:
+        guests.append(Guest(kind, **options))
+        return guests[-1]
+
+    yield make
+    for guest in guests:
+        guest.destroy()
+
+
+@pytest.fixture
+def connect() -> Iterator[Callable[..., Disk]]:
+    """Return a function that starts ``connect``; whatever it started has ended after the test."""
+    disks: list[Disk] = []
+
+    def start(guest: Shell, *arguments: Any, **options: Any) -> Disk:
+        disks.append(Disk(guest, *arguments, **options))
+        return disks[-1]
+
+    yield start
+    for disk in reversed(disks):
+        disk.close()
+
+
+@pytest.fixture
+def xenstore_unchanged() -> Iterator[None]:
+    """Fail the test when xenstore's nodes differ at its end from those at its start."""
+    before = xenstore_snapshot()
+    yield
+    after = xenstore_snapshot()
+    assert gained(before, after) == {}
+    assert lost(before, after) == {}

@@ -1,0 +1,196 @@
+"""Initial RAM disks: cpio archives written from Python, filled with programs, their libraries and
+kernel modules.
+"""
+
+from __future__ import annotations
+
+import lzma
+import stat
+import struct
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+LIBRARY_FOLDERS = (
+    "usr/lib/x86_64-linux-gnu",
+    "usr/lib/x86_64-linux-gnu/ceph",
+    "usr/lib",
+    "lib/x86_64-linux-gnu",
+)
+LOADER = "lib64/ld-linux-x86-64.so.2"
+
+
+@dataclass
+class Tree:
+    """Files in memory, by absolute path without the leading slash; parents appear by themselves."""
+
+    entries: dict[str, tuple[int, bytes]] = field(default_factory=dict)
+    devices: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def folder(self, path: str) -> None:
+        """Add a folder and the ones above it."""
+        parts = path.split("/")
+        for depth in range(1, len(parts) + 1):
+            self.entries.setdefault("/".join(parts[:depth]), (stat.S_IFDIR | 0o755, b""))
+
+    def file(self, path: str, content: bytes, mode: int = 0o755) -> None:
+        """Add a file."""
+        if "/" in path:
+            self.folder(path.rpartition("/")[0])
+        self.entries[path] = (stat.S_IFREG | mode, content)
+
+    def link(self, path: str, target: str) -> None:
+        """Add a symbolic link."""
+        if "/" in path:
+            self.folder(path.rpartition("/")[0])
+        self.entries[path] = (stat.S_IFLNK | 0o777, target.encode())
+
+    def console(self) -> None:
+        """Add /dev/console, which the kernel opens before init can mount anything."""
+        self.folder("dev")
+        self.entries["dev/console"] = (stat.S_IFCHR | 0o600, b"")
+        self.devices["dev/console"] = (5, 1)
+
+    def cpio(self) -> bytes:
+        """Return the tree as an uncompressed "newc" archive, the form Linux takes as an initrd."""
+        out = bytearray()
+        for number, (path, (mode, content)) in enumerate(sorted(self.entries.items()), start=1):
+            out += _cpio_entry(number, path, mode, content, self.devices.get(path, (0, 0)))
+        out += _cpio_entry(0, "TRAILER!!!", 0, b"", (0, 0))
+        return bytes(out)
+
+    def write_to(self, folder: Path) -> None:
+        """Write files, folders and links (no device nodes) below a folder."""
+        for path, (mode, content) in sorted(self.entries.items()):
+            target = folder / path
+            if stat.S_ISDIR(mode):
+                target.mkdir(parents=True, exist_ok=True)
+            elif stat.S_ISLNK(mode):
+                target.symlink_to(content.decode())
+            elif stat.S_ISREG(mode):
+                target.write_bytes(content)
+                target.chmod(stat.S_IMODE(mode))
+
+
+def _cpio_entry(
+    number: int, path: str, mode: int, content: bytes, device: tuple[int, int]
+) -> bytes:
+    name = path.encode() + b"\0"
+    fields = (number, mode, 0, 0, 1, 0, len(content), 0, 0, *device, len(name), 0)
+    head = b"070701" + b"".join(b"%08x" % value for value in fields) + name
+    return head + bytes(-len(head) % 4) + content + bytes(-len(content) % 4)
+
+
+def add_busybox(tree: Tree, root: Path) -> None:
+    """Add the static busybox and a link for each of its applets."""
+    binary = root / "usr/bin/busybox"
+    tree.file("bin/busybox", binary.read_bytes())
+    applets = subprocess.run(
+        [str(binary), "--list"], check=True, capture_output=True, text=True
+    ).stdout.split()
+    for applet in applets:
+        if applet != "busybox":
+            tree.link(f"bin/{applet}", "/bin/busybox")
+    tree.link("sbin", "bin")
+
+
+def add_programs(tree: Tree, root: Path, programs: Iterable[str]) -> None:
+    """Add programs of ``root`` and the libraries they need, as the loader of that root resolves
+    them.
+    """
+    loader = root / LOADER
+    search = ":".join(str(root / folder) for folder in LIBRARY_FOLDERS)
+    tree.file(LOADER, loader.read_bytes())
+    for program in programs:
+        tree.file(f"opt/bin/{program.rpartition('/')[2]}", (root / program).read_bytes())
+        listing = subprocess.run(
+            [
+                str(loader),
+                "--inhibit-cache",
+                "--library-path",
+                search,
+                "--list",
+                str(root / program),
+            ],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+        for line in listing.splitlines():
+            name, arrow, rest = line.strip().partition(" => ")
+            if arrow and rest.startswith("/"):
+                tree.file(
+                    f"lib/x86_64-linux-gnu/{name}", Path(rest.rpartition(" (")[0]).read_bytes()
+                )
+
+
+class Modules:
+    """The kernel modules of a root: who needs whom, and their bytes, decompressed."""
+
+    def __init__(self, root: Path) -> None:
+        folders = sorted((root / "usr/lib/modules").iterdir())
+        if len(folders) != 1:
+            raise RuntimeError(
+                f"expected one kernel in {root}/usr/lib/modules, found {[f.name for f in folders]}"
+            )
+        self.folder = folders[0]
+        self.version = self.folder.name
+        self._needs: dict[str, list[str]] = {}
+        self._paths: dict[str, Path] = {}
+        for line in (self.folder / "modules.dep").read_text().splitlines():
+            path, _, needs = line.partition(":")
+            self._needs[_module_name(path)] = [_module_name(need) for need in needs.split()]
+            self._paths[_module_name(path)] = self.folder / path
+        builtin = (self.folder / "modules.builtin").read_text().split()
+        self._builtin = {_module_name(path) for path in builtin}
+
+    def add(self, tree: Tree, names: Iterable[str], optional: Iterable[str] = ()) -> None:
+        """Add modules as /modules/NAME.ko and their loading order as /modules/order."""
+        order: list[str] = []
+        for name in optional:
+            if name in self._paths:
+                self._collect(name, order)
+        for name in names:
+            self._collect(name, order)
+        for name in order:
+            tree.file(f"modules/{name}.ko", self._read(name), 0o644)
+        tree.file("modules/order", "".join(f"{name}\n" for name in order).encode(), 0o644)
+
+    def _collect(self, name: str, order: list[str]) -> None:
+        if name in order or name in self._builtin:
+            return
+        if name not in self._paths:
+            raise RuntimeError(f"kernel {self.version} has no module {name}")
+        for need in reversed(self._needs[name]):
+            self._collect(need, order)
+        order.append(name)
+
+    def _read(self, name: str) -> bytes:
+        path = self._paths[name]
+        content = path.read_bytes()
+        if path.suffix == ".xz":
+            return lzma.decompress(content)
+        if path.suffix != ".ko":
+            raise RuntimeError(f"{path}: do not know how to decompress {path.suffix}")
+        return content
+
+
+def _module_name(path: str) -> str:
+    return path.rpartition("/")[2].partition(".ko")[0].replace("-", "_")
+
+
+def unpack_kernel(image: bytes) -> bytes:
+    """Return the ELF kernel inside a bzImage, or the bzImage itself when its compression is not xz.
+
+    Emulated decompression costs seconds per boot, of dom0 and of every guest, and both Xen and
+    libxl take the ELF file.
+    """
+    setup_sectors = image[0x1F1] or 4
+    offset, length = struct.unpack_from("<II", image, 0x248)
+    start = (setup_sectors + 1) * 512 + offset
+    payload = image[start : start + length]
+    if not payload.startswith(b"\xfd7zXZ\x00"):
+        return image
+    kernel = lzma.LZMADecompressor().decompress(payload)
+    return kernel if kernel.startswith(b"\x7fELF") else image

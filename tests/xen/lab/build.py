@@ -1,0 +1,249 @@
+"""Packages to a bootable machine, once: the cached folder of a suite.
+
+A build holds ``xen`` and ``vmlinuz`` (both unpacked), ``initrd``, ``disk`` (dom0's root, never
+written again) and, when saving worked, ``memory`` and ``state``: the machine as it stood when its
+services were up. It is made in a temporary folder beside its place and renamed when whole, under a
+lock, so that a killed build leaves nothing that looks finished.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import gzip
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .archive import Modules, Tree, add_busybox, add_programs, unpack_kernel
+from .machine import LabError, save_machine
+from .recipe import EXCLUDED_PATHS, HERE, Suite, build_folder, cache_root
+
+KEEP_BUILDS = 2
+DISK_SIZE = "3G"
+GUEST_DISK_SIZE = "64M"
+GUEST_PROGRAMS = ("usr/sbin/mke2fs", "usr/sbin/e2fsck", "usr/sbin/blkdiscard")
+GUEST_MODULES = ("xen_blkfront", "ext4")
+DOM0_MODULES = ("virtio_pci", "virtio_blk", "ext4")
+# ext4 asks for the checksum by name at run time, so modules.dep does not tell.
+CHECKSUMS = ("crc32c_generic", "crc32c_cryptoapi", "libcrc32c")
+
+HOST_PROGRAMS = {
+    "qemu-system-x86_64": "qemu-system-x86",
+    "mmdebstrap": "mmdebstrap",
+    "mkfs.ext4": "e2fsprogs",
+    "tar": "tar",
+}
+HOST_FILES = {
+    "/usr/share/seabios/bios-256k.bin": "seabios",
+    "/usr/share/keyrings/debian-archive-keyring.gpg": "debian-archive-keyring",
+}
+
+
+def say(text: str) -> None:
+    """Report progress on stderr."""
+    print(f"lab: {text}", file=sys.stderr, flush=True)
+
+
+def ensure_host_packages() -> None:
+    """Install what this machine lacks when that is possible, or say which command does."""
+    os.environ["PATH"] += ":/usr/local/sbin:/usr/sbin:/sbin"
+    missing = {package for program, package in HOST_PROGRAMS.items() if not shutil.which(program)}
+    missing |= {package for path, package in HOST_FILES.items() if not Path(path).exists()}
+    if not missing:
+        return
+    packages = sorted(missing)
+    command = ["apt-get", "install", "-y", "--no-install-recommends", *packages]
+    if os.geteuid() != 0 or not shutil.which("apt-get"):
+        raise LabError(f"this machine lacks {', '.join(packages)}; run: sudo {' '.join(command)}")
+    say(f"installing {', '.join(packages)}")
+    subprocess.run(["apt-get", "update"], check=False, stdout=sys.stderr)
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    if subprocess.run(command, check=False, stdout=sys.stderr, env=environment).returncode:
+        raise LabError(
+            f"apt could not install {', '.join(packages)}; run it yourself: {' '.join(command)}"
+        )
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"another build holds {path}; waiting for it")
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def ensure_build(suite: Suite) -> Path:
+    """Return the folder of a finished build, making it first when it is not there."""
+    place = build_folder(suite)
+    if (place / "disk").exists():
+        return place
+    ensure_host_packages()
+    with _locked(cache_root() / f"{suite.name}.lock"):
+        if (place / "disk").exists():
+            return place
+        for leftover in cache_root().glob(f".{suite.name}-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        started = time.monotonic()
+        say(f"building {suite.name} (Xen {suite.xen}, Linux {suite.linux}), once, in {place}")
+        work = Path(tempfile.mkdtemp(prefix=f".{suite.name}-", dir=cache_root()))
+        try:
+            finished = work / "build"
+            finished.mkdir()
+            root = work / "root"
+            _install_packages(suite, root, work)
+            _fill(root, finished, work)
+            shutil.rmtree(root)
+            _save(finished)
+            finished.rename(place)
+            _forget_old(suite)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+        say(f"built in {time.monotonic() - started:.0f} s")
+    return place
+
+
+def _forget_old(suite: Suite) -> None:
+    by_age = sorted(cache_root().glob(f"{suite.name}-*"), key=lambda path: path.stat().st_mtime)
+    for old in by_age[:-KEEP_BUILDS]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _install_packages(suite: Suite, root: Path, work: Path) -> None:
+    say(f"installing {len(suite.packages)} Debian packages and what they need (2 to 5 minutes)")
+    root.mkdir()
+    # The archive form works without being root too; devices are not wanted, dom0 mounts a devtmpfs.
+    excludes = [f"--dpkgopt=path-exclude={path}" for path in EXCLUDED_PATHS]
+    bootstrap = [
+        "mmdebstrap",
+        "--quiet",
+        "--format=tar",
+        "--variant=apt",
+        f"--include={','.join(suite.packages)}",
+        '--aptopt=Acquire::Languages "none"',
+        *excludes,
+        suite.name,
+        "-",
+    ]
+    log = work / "mmdebstrap.log"
+    with log.open("wb") as errors:
+        # INITRD=No: the kernel's package would spend half a minute on an initrd that nobody boots.
+        packer = subprocess.Popen(
+            bootstrap, stdout=subprocess.PIPE, stderr=errors, env={**os.environ, "INITRD": "No"}
+        )
+        unpacker = subprocess.run(
+            ["tar", "--extract", "--no-same-owner", "--exclude=./dev/*", "--directory", str(root)],
+            stdin=packer.stdout,
+            stderr=errors,
+            check=False,
+        )
+        status = packer.wait()
+    if status or unpacker.returncode:
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+        hint = ""
+        if "NO_PUBKEY" in tail or "not signed" in tail:
+            hint = f"\nThe keys of {suite.name} are missing: upgrade debian-archive-keyring."
+        raise LabError(f"mmdebstrap could not make {suite.name}:\n{tail}{hint}")
+
+
+def _only(folder: Path, pattern: str) -> Path:
+    found = sorted(folder.glob(pattern))
+    if len(found) != 1:
+        raise LabError(f"expected one {pattern} in {folder}, found {[path.name for path in found]}")
+    return found[0]
+
+
+def _fill(root: Path, build: Path, work: Path) -> None:
+    say("unpacking kernel and hypervisor, making the guests")
+    image = HERE / "image"
+    kernel = unpack_kernel(_only(root / "boot", "vmlinuz-*").read_bytes())
+    (build / "vmlinuz").write_bytes(kernel)
+    (build / "xen").write_bytes(
+        gzip.decompress(_only(root / "boot", "xen-*-amd64.gz").read_bytes())
+    )
+    modules = Modules(root)
+
+    initrd = Tree()
+    add_busybox(initrd, root)
+    modules.add(initrd, DOM0_MODULES, optional=CHECKSUMS)
+    initrd.console()
+    initrd.file("init", (image / "dom0-initrd").read_bytes())
+    for folder in ("proc", "sys", "root"):
+        initrd.folder(folder)
+    (build / "initrd").write_bytes(initrd.cpio())
+
+    lab = root / "opt/lab"
+    lab.mkdir(parents=True)
+    guest_init = (image / "guest-init").read_bytes()
+    shutil.copy(image / "dom0-init", lab / "init")
+    (lab / "vmlinuz").write_bytes(kernel)
+    guest = _guest_tree(root, GUEST_PROGRAMS)
+    modules.add(guest, GUEST_MODULES, optional=CHECKSUMS)
+    guest.file("init", guest_init)
+    (lab / "guest.cpio").write_bytes(guest.cpio())
+    add_programs(guest, root, ["usr/bin/fio"])
+    (lab / "guest-fio.cpio").write_bytes(guest.cpio())
+
+    disk = _guest_tree(root, GUEST_PROGRAMS)
+    disk.file("bin/init", guest_init)
+    disk.file("lab-root", b"", 0o644)
+    guest_root = work / "guest-root"
+    guest_root.mkdir()
+    disk.write_to(guest_root)
+    _make_image(guest_root, lab / "guest-root.ext4", GUEST_DISK_SIZE)
+
+    (root / "etc/mtab").unlink(missing_ok=True)
+    (root / "etc/mtab").symlink_to("/proc/self/mounts")
+    say("making dom0's disk")
+    _make_image(root, build / "disk", DISK_SIZE)
+
+
+def _guest_tree(root: Path, programs: tuple[str, ...]) -> Tree:
+    tree = Tree()
+    add_busybox(tree, root)
+    add_programs(tree, root, programs)
+    tree.console()
+    for folder in ("proc", "sys", "root", "tmp", "mnt", "etc"):
+        tree.folder(folder)
+    # busybox runs an applet of its own, such as its mke2fs (ext2 only), whatever the path says; it
+    # has no mkfs.ext4.
+    tree.link("opt/bin/mkfs.ext4", "mke2fs")
+    return tree
+
+
+def _make_image(folder: Path, image: Path, size: str) -> None:
+    command = [
+        "mkfs.ext4",
+        "-q",
+        "-F",
+        "-O",
+        "^has_journal",
+        "-E",
+        "root_owner=0:0",
+        "-d",
+        str(folder),
+        str(image),
+        size,
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise LabError(f"mkfs.ext4 could not make {image.name}: {result.stderr.strip()}")
+
+
+def _save(build: Path) -> None:
+    say("booting once, to save the running machine for fast starts (about a minute)")
+    try:
+        save_machine(build)
+    except LabError as error:
+        for name in ("memory", "state"):
+            (build / name).unlink(missing_ok=True)
+        say(f"could not save the machine, every start will be a full boot: {error}")

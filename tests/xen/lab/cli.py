@@ -1,0 +1,188 @@
+"""The commands of the lab."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import shutil
+import signal
+import sys
+import tempfile
+import termios
+import time
+import tty
+from collections.abc import Sequence
+from pathlib import Path
+
+from .build import ensure_build, ensure_host_packages, say
+from .machine import BootError, LabError, Machine, Relay
+from .recipe import CHECKOUT, CPUS, DEFAULT_SUITE, HERE, SUITES
+from .stage import write_stage
+
+BOOT_ATTEMPTS = 3
+TEST_MINUTES = 25.0
+PYTEST = (
+    "python3 -u -m pytest -c tests/xen/pytest.ini --rootdir=. -p no:cacheprovider "
+    "--junitxml=/mnt/results/junit.xml"
+)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.xen.lab", description="Real Xen under emulation, for tests."
+    )
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--suite", choices=sorted(SUITES), default=DEFAULT_SUITE, help="which Debian, so which Xen"
+    )
+    common.add_argument(
+        "--cold",
+        action="store_true",
+        help="boot from power-on instead of resuming the saved machine",
+    )
+    common.add_argument(
+        "--copy",
+        action="store_true",
+        help="copy the package to dom0 instead of installing its wheel",
+    )
+    common.add_argument(
+        "--cpus",
+        type=int,
+        choices=range(1, CPUS + 1),
+        default=1,
+        help="dom0's processors (default: 1; waking another one costs most under emulation)",
+    )
+    common.add_argument(
+        "--results", type=Path, help="folder for logs (default: build/xen/SUITE-COMMAND)"
+    )
+    common.add_argument(
+        "--timeout",
+        type=float,
+        default=TEST_MINUTES,
+        metavar="MINUTES",
+        help="stop whatever runs after this (default: 25)",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("test", parents=[common], help="run the tests of tests/xen in dom0")
+    run = commands.add_parser(
+        "run", parents=[common], help="run a shell command in dom0, in the staged checkout"
+    )
+    run.add_argument(
+        "words",
+        nargs="+",
+        metavar="WORD",
+        help="the command; several words are quoted, one is a script",
+    )
+    commands.add_parser("shell", parents=[common], help="a root shell in dom0 on this terminal")
+    commands.add_parser(
+        "demo", parents=[common], help="the whole walkthrough in a real guest, step by step"
+    )
+    commands.add_parser("build", parents=[common], help="only make the cached build")
+    return parser
+
+
+def _job_folder(share: Path, mode: str, command: str, environment: dict[str, str]) -> None:
+    job = share / "job"
+    job.mkdir()
+    (share / "results").mkdir()
+    shutil.copy(HERE / "image/job.sh", share / "job.sh")
+    (job / "mode").write_text(mode)
+    (job / "command").write_text(command)
+    (job / "environment").write_text(
+        "".join(f"export {k}={shlex.quote(v)}\n" for k, v in environment.items())
+    )
+    size = shutil.get_terminal_size()
+    (job / "terminal").write_text(f"rows {size.lines} cols {size.columns}")
+
+
+def _write_out(data: bytes) -> None:
+    sys.stdout.buffer.write(data)
+    sys.stdout.buffer.flush()
+
+
+def _follow(machine: Machine, mode: str, deadline: float | None) -> int:
+    if mode != "shell":
+        return machine.follow(_write_out, deadline)
+    keyboard = sys.stdin.fileno()
+    relay = Relay(keyboard, sys.stdout.fileno(), machine.terminal)
+    if not os.isatty(keyboard):
+        return machine.follow(_write_out, deadline, also=relay)
+    before = termios.tcgetattr(keyboard)
+    try:
+        tty.setraw(keyboard)
+        return machine.follow(_write_out, deadline, also=relay)
+    finally:
+        termios.tcsetattr(keyboard, termios.TCSADRAIN, before)
+
+
+def _run_job(
+    arguments: argparse.Namespace, mode: str, command: str, environment: dict[str, str]
+) -> int:
+    ensure_host_packages()
+    build = ensure_build(SUITES[arguments.suite])
+    name = f"{arguments.suite}-{arguments.command}"
+    results: Path = arguments.results or CHECKOUT / "build/xen" / name
+    share = Path(tempfile.mkdtemp(prefix="xen-lab-share-"))
+    try:
+        _job_folder(share, mode, command, {**environment, "LAB_CPUS": str(arguments.cpus)})
+        write_stage(share, install=not arguments.copy)
+        deadline = None if mode == "shell" else time.monotonic() + arguments.timeout * 60
+        resume = not arguments.cold and (build / "state").exists()
+        for attempt in range(1, BOOT_ATTEMPTS + 1):
+            started = time.monotonic()
+            try:
+                with Machine(
+                    build, share=share, log=share / "results/console.log", resume=resume
+                ) as machine:
+                    machine.begin()
+                    seconds = time.monotonic() - started
+                    say(f"dom0 {'resumed' if resume else 'booted'} in {seconds:.1f} s")
+                    return _follow(machine, mode, deadline)
+            except BootError as error:
+                if attempt == BOOT_ATTEMPTS:
+                    raise
+                say(f"start {attempt} failed, trying a full boot: {error}")
+                resume = False
+        raise AssertionError
+    finally:
+        shutil.rmtree(results, ignore_errors=True)
+        results.parent.mkdir(parents=True, exist_ok=True)
+        if (share / "results").exists():
+            shutil.copytree(share / "results", results)
+            if mode == "test":
+                say(f"logs and reports are in {results}")
+        shutil.rmtree(share, ignore_errors=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command of the lab and return its exit status."""
+    arguments, extra = _parser().parse_known_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the machine ends with us
+    unbuffered = {"PYTHONUNBUFFERED": "1"}
+    try:
+        if extra and arguments.command != "test":
+            _parser().error(f"unknown argument: {extra[0]} (put a command with options after --)")
+        if arguments.command == "build":
+            ensure_host_packages()
+            say(f"ready: {ensure_build(SUITES[arguments.suite])}")
+            return 0
+        if arguments.command == "test":
+            what = [word for word in extra if word != "--"]
+            if not any(not word.startswith("-") for word in what):
+                what.append("tests/xen")
+            return _run_job(arguments, "test", f"{PYTEST} {shlex.join(what)}", unbuffered)
+        if arguments.command == "run":
+            words = arguments.words
+            return _run_job(
+                arguments, "run", words[0] if len(words) == 1 else shlex.join(words), unbuffered
+            )
+        if arguments.command == "demo":
+            return _run_job(arguments, "run", "python3 tests/xen/walkthrough.py", unbuffered)
+        return _run_job(arguments, "shell", "", {})
+    except LabError as error:
+        print(f"lab: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("lab: interrupted; the machine was stopped", file=sys.stderr)
+        return 130
