@@ -212,5 +212,6 @@ class Device:
     def _disconnect(self) -> None:
         """Finish the requests taken so far and unmap everything; before Closed is published."""
         if self._queue is not None:
-            self._queue.stop()
+            while not self._queue.stop(1.0):
+                pass  # a pause between two waits, for a signal that came just before one
             self._queue = None

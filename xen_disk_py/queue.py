@@ -89,6 +89,7 @@ class Queue:
             self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
             undo.pop_all()
         self._stopping = False
+        self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="queue", daemon=True)
 
     def start(self) -> None:
@@ -102,20 +103,24 @@ class Queue:
             False if the backend did not return within ``timeout`` seconds; then everything
             stays as it is and ``stop`` may be called again.
         """
+        if self._wake_read < 0:
+            return True  # stopped already
         if self._thread.ident is not None:
             self._stopping = True
             os.write(self._wake_write, b"x")
-            self._thread.join(timeout)
-            if self._thread.is_alive():
+            # Not join(): cut short by an exception, it takes a thread that runs for one that
+            # has ended (Python before 3.13).
+            if not self._ended.wait(timeout):
                 return False
-        if self._wake_read >= 0:
-            self._pages.close()
-            self._ring.close()
-            self._channel.close()
-            self._mapping.close()
-            os.close(self._wake_read)
-            os.close(self._wake_write)
-            self._wake_read = -1
+            self._thread.join()
+        self._pages.close()
+        self._ring.close()
+        self._channel.close()
+        self._mapping.close()
+        descriptors = self._wake_read, self._wake_write
+        self._wake_read = -1
+        for descriptor in descriptors:
+            os.close(descriptor)
         return True
 
     def _run(self) -> None:
@@ -127,6 +132,8 @@ class Queue:
         except Exception as error:
             log.debug("the queue's thread stopped", exc_info=True)
             self._on_failure(error)
+        finally:
+            self._ended.set()
 
     def _loop(self) -> None:
         ring, channel, words = self._ring, self._channel, self._disk.statistics.words

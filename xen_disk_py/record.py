@@ -7,11 +7,12 @@ on the file as long as it lives: a record without a lock is what a killed proces
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import fcntl
 import json
 import mmap
 import os
+import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -23,10 +24,45 @@ from .xenbus import Address
 DIRECTORY = "/run/xen_disk_py"
 _PAGE = 4096
 _SIZE = _PAGE + mmap.PAGESIZE
+_TRIES = 10  # one who looks has the lock for a moment, one who ends has it until the very end
+_PAUSE = 0.01
 
 
 def _path(directory: str, address: Address) -> str:
     return os.path.join(directory, f"{address.frontend_domid}-{address.devid}")
+
+
+def _is_at(fd: int, path: str) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _unlink(fd: int, path: str) -> None:
+    """Remove the locked file, unless somebody who asks for no lock was quicker."""
+    with contextlib.suppress(FileNotFoundError):
+        if _is_at(fd, path):
+            os.unlink(path)
+
+
+def _lock(path: str, flags: int) -> int | None:
+    """Open and lock the file of that name; None if it is locked, or lost its name meanwhile.
+
+    A file is removed only under its lock, so what this returns keeps its name.
+    """
+    fd = os.open(path, flags | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if _is_at(fd, path):
+            return fd
+    except BlockingIOError:
+        pass
+    except BaseException:
+        os.close(fd)
+        raise
+    os.close(fd)
+    return None
 
 
 class Record(Closing):
@@ -45,38 +81,31 @@ class Record(Closing):
         self._path = _path(directory, address)
         try:
             os.makedirs(directory, mode=0o755, exist_ok=True)
-            self._fd = self._open()
+            fd = self._claim()
         except OSError as error:
             raise XenUnavailable(
                 f"cannot write {self._path}: {error.strerror}; run as root"
             ) from error
+        if fd is None:
+            raise DeviceTaken(f"another process serves device {address.devid} of that guest")
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            while not self._is_current():  # its owner removed it between our open and our lock
-                os.close(self._fd)
-                self._fd = self._open()
-                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.ftruncate(self._fd, 0)
-            os.ftruncate(self._fd, _SIZE)
-            self._map = mmap.mmap(self._fd, _SIZE)
-        except OSError as error:
-            os.close(self._fd)
-            if error.errno == errno.EWOULDBLOCK:
-                raise DeviceTaken(
-                    f"another process serves device {address.devid} of that guest"
-                ) from error
+            os.ftruncate(fd, 0)
+            os.posix_fallocate(fd, 0, _SIZE)  # not sparse: a full /run is an error now, not later
+            self._map = mmap.mmap(fd, _SIZE)
+        except BaseException:
+            os.close(fd)
             raise
+        self._fd = fd
         self._words = memoryview(self._map)[_PAGE : _PAGE + 8 * WORDS].cast("Q")
         self.statistics = Statistics(self._words)
 
-    def _open(self) -> int:
-        return os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-
-    def _is_current(self) -> bool:
-        try:
-            return os.path.samestat(os.stat(self._path), os.fstat(self._fd))
-        except FileNotFoundError:
-            return False
+    def _claim(self) -> int | None:
+        for _ in range(_TRIES):
+            fd = _lock(self._path, os.O_RDWR | os.O_CREAT)
+            if fd is not None:
+                return fd
+            time.sleep(_PAUSE)
+        return None
 
     def describe(self, facts: Mapping[str, Any]) -> None:
         """Write who serves what; at most 4096 bytes as JSON."""
@@ -89,9 +118,7 @@ class Record(Closing):
             return
         fd, self._fd = self._fd, -1
         try:
-            os.unlink(self._path)
-        except FileNotFoundError:
-            pass  # somebody tidied up
+            _unlink(fd, self._path)
         finally:
             os.close(fd)
 
@@ -124,14 +151,22 @@ def find(directory: str, address: Address) -> Found | None:
     try:
         facts = json.loads(data[:_PAGE].rstrip(b"\0") or b"{}")
     except ValueError:
+        facts = None
+    if not isinstance(facts, dict):
         facts = {}
     words = memoryview(data)[_PAGE : _PAGE + 8 * WORDS].cast("Q")
     return Found(facts, Statistics(words).as_dict(), alive)
 
 
 def forget(directory: str, address: Address) -> None:
-    """Remove what a killed process left."""
+    """Remove what a killed process left; not what one that lives has made of it."""
+    path = _path(directory, address)
     try:
-        os.unlink(_path(directory, address))
+        fd = _lock(path, os.O_RDONLY)
     except FileNotFoundError:
-        pass
+        return
+    if fd is not None:
+        try:
+            _unlink(fd, path)
+        finally:
+            os.close(fd)

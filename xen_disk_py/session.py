@@ -32,6 +32,7 @@ TICK = 0.5
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _TOOLSTACK_PATIENCE = 5.0
+_RETRY = 1.0  # seconds between two tries to reach a xenstore that is away
 
 
 class Outcome(Enum):
@@ -78,6 +79,10 @@ class Interrupts:
             os.write(self._write, b"x")
         except BlockingIOError:
             pass  # it is readable enough
+        except OSError:
+            if self._write >= 0:
+                raise
+            # else it is over, and nobody looks any longer: a request that hung came back
 
     def drain(self) -> None:
         """Make ``fileno`` quiet again."""
@@ -98,13 +103,18 @@ class Interrupts:
     def installed(self) -> Iterator[Interrupts]:
         """Handle the signals; in the main thread only."""
         before = {signum: signal.signal(signum, self._handle) for signum in _SIGNALS}
+        # Written by the C handler: a signal just before poll() would not end it otherwise.
+        wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         try:
             yield self
         finally:
+            signal.set_wakeup_fd(wakeup)
             for signum, handler in before.items():
                 signal.signal(signum, handler)
-            os.close(self._read)
-            os.close(self._write)
+            descriptors = self._read, self._write
+            self._read = self._write = -1
+            for descriptor in descriptors:
+                os.close(descriptor)
 
 
 class Session:
@@ -157,13 +167,15 @@ class Session:
         attach()
         forced = False
         try:
-            interrupts.calm = False
-            self._device.watch()
-            self._serve(on_connected, on_tick, on_unplug)
-        except Forced:
+            try:
+                interrupts.calm = False
+                self._device.watch()
+                self._serve(on_connected, on_tick, on_unplug)
+            finally:
+                interrupts.calm = True  # and removed as a whole
+        except Forced:  # may come as late as in the line above
             forced = True
         finally:
-            interrupts.calm = True  # and removed as a whole
             self._clean_up(forced)
         if forced:
             return Outcome.FORCED
@@ -216,7 +228,7 @@ class Session:
         poller.register(self._interrupts.fileno(), select.POLLIN)
         waits: list[float] = []
         if self._store.is_lost:
-            waits.append(1.0)
+            waits.append(_RETRY)
         else:
             poller.register(self._store.fileno(), select.POLLIN)
         if deadline is not None:

@@ -46,8 +46,11 @@ class Statistics:
         self.words = words if words is not None else memoryview(bytearray(8 * WORDS)).cast("Q")
 
     def add(self, counter: int, amount: int = 1) -> None:
-        """Add to a counter, named by one of the constants below."""
-        self.words[counter] += amount
+        """Add to a counter, named by one of the constants below; it wraps at 2**64.
+
+        A guest gets there: it may discard a large disk as often as it likes.
+        """
+        self.words[counter] = (self.words[counter] + amount) & 0xFFFF_FFFF_FFFF_FFFF
 
     def count_segments(self, segments: int) -> None:
         """Note a request of that many segments."""

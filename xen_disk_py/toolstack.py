@@ -55,7 +55,7 @@ def find_domain(store: Store, text: str) -> Domain:
         GuestNotFound: none, or several of that name; the message lists the running ones.
     """
     running = domains(store)
-    matches = [domain for domain in running if text.isdecimal() and domain.domid == int(text)]
+    matches = [domain for domain in running if str(domain.domid) == text]
     if not matches:
         try:
             wanted = str(uuid.UUID(text))
@@ -191,11 +191,14 @@ def attach(
 
 
 def detach(store: Store, address: Address) -> None:
-    """Remove all nodes of a device and the directories that they leave empty."""
+    """Remove all nodes of a device and the directories that they leave empty.
+
+    The guest's ``device`` stays: it was there, with its permissions, before any device.
+    """
 
     def remove(transaction: Store) -> None:
         for path, roof in (
-            (address.frontend, f"/local/domain/{address.frontend_domid}"),
+            (address.frontend, f"/local/domain/{address.frontend_domid}/device"),
             (address.backend, f"/local/domain/{address.backend_domid}"),
             (address.toolstack, "/libxl"),
         ):
@@ -230,7 +233,7 @@ def attached(store: Store, domid: int | None = None) -> Iterator[Attached]:
         for guest in store.list(root):
             if not guest.isdigit() or domid not in (None, int(guest)):
                 continue
-            for devid in store.list(f"{root}/{guest}"):
+            for devid in filter(str.isdigit, store.list(f"{root}/{guest}")):
                 found = _attached(store, Address(own, int(guest), int(devid), kind))
                 if found is not None:
                     yield found

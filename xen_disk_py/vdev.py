@@ -9,15 +9,16 @@ Source: xen-vbd-interface(7).
 from __future__ import annotations
 
 import re
-from collections.abc import Container
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from .errors import DeviceError, UsageError
 
 _EXTENDED = 1 << 28
 _MAX_DISK = (1 << 20) - 1
-_NAME = re.compile(r"(xvd|sd|hd)([a-z]+)(\d*)")
-_NUMBERED = re.compile(r"d(\d+)(?:p(\d+))?")
+_NAME = re.compile(r"(xvd|sd|hd)([a-z]{1,5})([0-9]{0,9})")
+_NUMBERED = re.compile(r"d([0-9]{1,9})(?:p([0-9]{1,9}))?")
+_PLAIN = re.compile(r"0[xX]([0-9a-fA-F]{1,9})|(0[0-7]{0,12})|([1-9][0-9]{0,9})")
 
 
 class VirtualDevice(NamedTuple):
@@ -106,19 +107,16 @@ def parse(text: str) -> VirtualDevice:
     name = text[5:] if text.startswith("/dev/") else text
     number: int | None = None
     match = _NAME.fullmatch(name)
+    numbered = _NUMBERED.fullmatch(name)
+    plain = _PLAIN.fullmatch(name)
     if match:
-        disk = _letters_to_disk(match[2]) if len(match[2]) <= 5 else _MAX_DISK + 1
-        number = _FAMILIES[match[1]](disk, int((match[3] or "0")[:9]))
-    elif _NUMBERED.fullmatch(name):
-        match = _NUMBERED.fullmatch(name)
-        assert match
-        number = _xvd(int(match[1][:9]), int((match[2] or "0")[:9]))
-    else:
-        try:
-            number = int(name, 8 if re.fullmatch("0[0-7]+", name) else 0)
-        except ValueError:
-            number = None
-        if number is not None and not 0 < number < 2 << 28:
+        number = _FAMILIES[match[1]](_letters_to_disk(match[2]), int(match[3] or "0"))
+    elif numbered:
+        number = _xvd(int(numbered[1]), int(numbered[2] or "0"))
+    elif plain:
+        hexadecimal, octal, decimal = plain.groups()
+        number = int(decimal or octal or hexadecimal, 10 if decimal else 8 if octal else 16)
+        if not 0 < number < 2 << 28:
             number = None
     if number is None:
         raise UsageError(
@@ -127,10 +125,15 @@ def parse(text: str) -> VirtualDevice:
     return from_number(number)
 
 
-def first_free(taken: Container[int], start: int = 0) -> VirtualDevice:
-    """Find the first whole xvd disk, from disk ``start`` on, that is not ``taken``."""
+def first_free(taken: Iterable[int], start: int = 0) -> VirtualDevice:
+    """Find the first whole xvd disk, from disk ``start`` on, of which no number is ``taken``.
+
+    Numbers of all families count, and partitions, too: Linux shows hda and sda as xvda, and
+    refuses a second disk of that name (``xen_translate_vdev``, ``xlbd_reserve_minors``).
+    """
+    used = {parts[1] for parts in map(_split, taken) if parts is not None}
     for disk in range(start, _MAX_DISK + 1):
         number = _xvd(disk, 0)
-        if number is not None and number not in taken:
+        if number is not None and disk not in used:
             return from_number(number)
     raise DeviceError("all device numbers of this guest are taken")

@@ -85,13 +85,15 @@ def react(backend: State, frontend: State | None, online: bool) -> Action:
         if frontend is State.INITIALISING:  # a driver that was killed and started again
             return Action.REOPEN
     elif backend is State.CLOSING:
-        if frontend in (State.CLOSED, State.INITIALISING, State.UNKNOWN):
+        if not State.INIT_WAIT <= frontend <= State.CLOSING:
             return Action.DISCONNECT  # it has closed, or was never there to close
     elif backend is State.CLOSED:
         if not online:
             return Action.FINISH
         if frontend is State.INITIALISING:
             return Action.REOPEN
+        if frontend in (State.INITIALISED, State.CONNECTED):
+            return Action.CONNECT  # it began anew and did not wait for us
     return Action.STAY
 
 

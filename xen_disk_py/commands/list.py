@@ -58,7 +58,7 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
                 row["vdev"],
                 row["backend"],
                 row["mode"],
-                row["state"] if row["alive"] else "dead",
+                (row["state"] or "gone") if row["alive"] else "dead",
                 str(row["pid"]),
                 format_size(counters.get("bytes_read", 0)),
                 format_size(counters.get("bytes_written", 0)),

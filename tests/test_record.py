@@ -1,0 +1,386 @@
+"""The record of a serving process: locked, read by others, and gone with it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from xen_disk_py import record, statistics
+from xen_disk_py.errors import DeviceTaken, XenUnavailable
+from xen_disk_py.record import Found, Record, find, forget
+from xen_disk_py.xenbus import Address
+
+ADDRESS = Address(0, 5, 51728, "vbd3")
+FACTS = {"vdev": "xvdb", "path": "/images/größe.img", "size": 1 << 40}
+
+
+@pytest.fixture(autouse=True)
+def hurry(monkeypatch):
+    monkeypatch.setattr(record, "_PAUSE", 0.001)
+
+
+@pytest.fixture
+def directory(tmp_path):
+    return str(tmp_path / "run" / "xen_disk_py")
+
+
+def path_in(directory):
+    return Path(directory, "5-51728")
+
+
+def in_another_process(code, *arguments):
+    """Run code there with what it needs at hand; give what it prints as JSON."""
+    prologue = (
+        "import json, os, sys\n"
+        "from xen_disk_py.record import *\n"
+        "from xen_disk_py.xenbus import Address\n"
+        "ADDRESS = Address(0, 5, 51728, 'vbd3')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", prologue + code, *arguments],
+        env={**os.environ, "PYTHONPATH": str(Path(record.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+    assert "" == done.stderr
+    return json.loads(done.stdout)
+
+
+class TestServing:
+    def test_another_process_sees_who_serves_what_and_the_counters(self, directory):
+        with Record(directory, ADDRESS) as mine:
+            mine.describe(FACTS)
+            for _ in range(3):
+                mine.statistics.add(statistics.BYTES_READ, 1 << 40)
+            mine.statistics.count_segments(11)
+            found = in_another_process("print(json.dumps(find(sys.argv[1], ADDRESS)))", directory)
+
+        expected = dict.fromkeys(statistics.Statistics().as_dict(), 0)
+        expected["bytes_read"] = 3 << 40
+        assert [FACTS, expected, True] == found
+
+    def test_what_is_read_is_what_was_counted_last(self, directory):
+        with Record(directory, ADDRESS) as mine:
+            for number in range(1, 20):
+                mine.statistics.add(statistics.REQUESTS)
+                assert number == find(directory, ADDRESS).counters["requests"]
+
+    def test_the_last_description_counts(self, directory):
+        with Record(directory, ADDRESS) as mine:
+            assert {} == find(directory, ADDRESS).facts
+            mine.describe({"text": "a" * 1000})
+            mine.describe(FACTS)
+            assert FACTS == find(directory, ADDRESS).facts
+
+    def test_facts_of_a_whole_page_fit(self, directory):
+        facts = {"path": "x" * (4096 - len('{"path": ""}'))}
+        with Record(directory, ADDRESS) as mine:
+            mine.statistics.add(statistics.REQUESTS, 7)
+            mine.describe(facts)
+            assert Found(facts, mine.statistics.as_dict(), True) == find(directory, ADDRESS)
+
+    def test_facts_that_do_not_fit_harm_no_counter(self, directory):
+        with Record(directory, ADDRESS) as mine:
+            mine.statistics.add(statistics.REQUESTS, 7)
+            mine.describe({"path": "x" * 10000})
+            assert Found({}, mine.statistics.as_dict(), True) == find(directory, ADDRESS)
+
+    def test_a_device_is_served_once(self, directory):
+        with Record(directory, ADDRESS) as mine:
+            mine.describe(FACTS)
+            with pytest.raises(DeviceTaken, match="another process serves device 51728"):
+                Record(directory, ADDRESS)
+            name = in_another_process(
+                "try: Record(sys.argv[1], ADDRESS)\n"
+                "except Exception as error: print(json.dumps(type(error).__name__))",
+                directory,
+            )
+            assert "DeviceTaken" == name
+            assert FACTS == find(directory, ADDRESS).facts  # they took nothing away
+            assert find(directory, ADDRESS).alive
+
+    def test_other_devices_and_guests_are_served_beside_it(self, directory):
+        others = [Address(0, 5, 51744, "vbd3"), Address(0, 6, 51728, "vbd3")]
+        with contextlib.ExitStack() as stack:
+            for number, address in enumerate([ADDRESS, *others]):
+                one = stack.enter_context(Record(directory, address))
+                one.describe({"number": number})
+                one.statistics.add(statistics.READS, number)
+            for number, address in enumerate([ADDRESS, *others]):
+                found = find(directory, address)
+                assert (number, number) == (found.facts["number"], found.counters["reads"])
+
+    def test_one_who_looks_does_not_make_the_device_look_taken(self, directory, monkeypatch):
+        Path(directory).mkdir(parents=True)
+        path_in(directory).touch()
+        with path_in(directory).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH)  # as find does, for a moment
+            monkeypatch.setattr(time, "sleep", lambda _: fcntl.flock(file, fcntl.LOCK_UN))
+            with Record(directory, ADDRESS):
+                assert find(directory, ADDRESS).alive
+
+
+class TestEnd:
+    def test_nothing_is_left(self, directory):
+        with Record(directory, ADDRESS):
+            assert [path_in(directory)] == list(Path(directory).iterdir())
+
+        assert [] == list(Path(directory).iterdir())
+        assert find(directory, ADDRESS) is None
+
+    def test_closing_again_does_nothing(self, directory):
+        mine = Record(directory, ADDRESS)
+        mine.close()
+        with Record(directory, ADDRESS):
+            mine.close()
+            assert find(directory, ADDRESS).alive
+
+    def test_its_counters_stay_readable(self, directory):
+        with Record(directory, ADDRESS) as mine:
+            mine.statistics.add(statistics.WRITES, 3)
+        mine.statistics.add(statistics.WRITES)
+
+        assert 4 == mine.statistics.as_dict()["writes"]
+
+    def test_the_device_can_be_served_again_at_once_with_fresh_counters(self, directory):
+        for _ in range(5):
+            again = Record(directory, ADDRESS)
+            assert 0 == again.statistics.as_dict()["reads"]
+            again.statistics.add(statistics.READS, 9)
+            again.describe(FACTS)
+            again.close()
+
+    def test_a_record_that_somebody_removed_is_no_trouble(self, directory):
+        with Record(directory, ADDRESS):
+            path_in(directory).unlink()
+
+    def test_it_removes_no_record_but_its_own(self, directory):
+        with Record(directory, ADDRESS):
+            path_in(directory).unlink()
+            successor = Record(directory, ADDRESS)
+
+        assert find(directory, ADDRESS).alive
+        successor.close()
+        assert find(directory, ADDRESS) is None
+
+
+class TestStale:
+    """What a process leaves that is killed."""
+
+    @pytest.fixture
+    def stale(self, directory):
+        in_another_process(
+            "mine = Record(sys.argv[1], ADDRESS)\n"
+            "mine.describe({'pid': os.getpid()})\n"
+            "mine.statistics.add(0, 77)\n"
+            "print(os.getpid(), flush=True)\n"
+            "os._exit(0)",
+            directory,
+        )
+
+    @pytest.mark.usefixtures("stale")
+    def test_it_can_be_read_and_is_not_alive(self, directory):
+        found = find(directory, ADDRESS)
+
+        assert 77 == found.counters["requests"]
+        assert found.facts["pid"] > 0
+        assert not found.alive
+
+    @pytest.mark.usefixtures("stale")
+    def test_a_successor_takes_it_over_and_starts_from_nothing(self, directory):
+        with Record(directory, ADDRESS) as mine:
+            assert Found({}, dict.fromkeys(mine.statistics.as_dict(), 0), True) == find(
+                directory, ADDRESS
+            )
+
+    @pytest.mark.usefixtures("stale")
+    def test_it_can_be_forgotten(self, directory):
+        forget(directory, ADDRESS)
+
+        assert find(directory, ADDRESS) is None
+        assert [] == list(Path(directory).iterdir())
+
+    def test_what_is_not_there_can_be_forgotten(self, directory):
+        forget(directory, ADDRESS)
+        Path(directory).mkdir(parents=True)
+        forget(directory, ADDRESS)
+
+    def test_what_lives_is_not_forgotten(self, directory):
+        with Record(directory, ADDRESS):
+            forget(directory, ADDRESS)
+            assert find(directory, ADDRESS).alive
+
+
+class TestFinding:
+    @pytest.mark.parametrize(
+        "content",
+        [b"", b"\0", b"{}", b"x" * 4096, b"\0" * (4096 + 8)],
+        ids=["empty", "a byte", "short", "a page", "a page and a word"],
+    )
+    def test_half_a_record_is_none(self, directory, content):
+        Path(directory).mkdir(parents=True)
+        path_in(directory).write_bytes(content)
+
+        assert find(directory, ADDRESS) is None
+
+    @pytest.mark.parametrize("text", [b"", b"{", b"nonsense", b"\xff\xfe", b'{"a": 1'])
+    def test_facts_that_cannot_be_read_are_none(self, directory, text):
+        with Record(directory, ADDRESS) as mine:
+            mine.statistics.add(statistics.READS)
+            with path_in(directory).open("r+b") as file:
+                file.write(text)
+            assert Found({}, mine.statistics.as_dict(), True) == find(directory, ADDRESS)
+
+    def test_none_without_a_directory(self, directory):
+        assert find(directory, ADDRESS) is None
+
+
+class TestTrouble:
+    def test_a_directory_that_cannot_be_made_names_the_remedy(self, tmp_path):
+        (tmp_path / "file").touch()
+        with pytest.raises(XenUnavailable, match=r"cannot write .*5-51728: .*; run as root"):
+            Record(str(tmp_path / "file" / "run"), ADDRESS)
+
+    def test_a_file_that_cannot_be_made_names_the_remedy(self, directory):
+        path_in(directory).mkdir(parents=True)
+        with pytest.raises(XenUnavailable, match="Is a directory; run as root"):
+            Record(directory, ADDRESS)
+
+    def test_where_no_file_can_be_locked_none_stays_open(self, directory, monkeypatch):
+        def fail(descriptor, how):
+            tried.append(descriptor)
+            raise OSError(errno.ENOLCK, "No locks available")
+
+        tried = []
+        with monkeypatch.context() as patch:
+            patch.setattr(fcntl, "flock", fail)
+            with pytest.raises(XenUnavailable, match="No locks available"):
+                Record(directory, ADDRESS)
+        for descriptor in tried:
+            with pytest.raises(OSError, match="Bad file descriptor"):
+                os.fstat(descriptor)
+
+    def test_a_failure_half_way_leaves_the_lock_to_others(self, directory, monkeypatch):
+        def fail(*arguments):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "ftruncate", fail)
+            with pytest.raises(OSError, match="No space"):
+                Record(directory, ADDRESS)
+        with Record(directory, ADDRESS):
+            assert find(directory, ADDRESS).alive
+
+
+class TestRaces:
+    """Between opening the file and locking it, its name may be lost."""
+
+    @pytest.fixture
+    def before_locking(self, monkeypatch):
+        """Have something done when the next lock is asked for."""
+
+        def arrange(action):
+            def lock(*arguments):
+                monkeypatch.setattr(fcntl, "flock", flock)
+                action()
+                return flock(*arguments)
+
+            flock = fcntl.flock
+            monkeypatch.setattr(fcntl, "flock", lock)
+
+        return arrange
+
+    @pytest.mark.parametrize("successor", [False, True])
+    def test_a_lock_on_a_removed_file_is_worth_nothing(self, directory, before_locking, successor):
+        Path(directory).mkdir(parents=True)
+        path_in(directory).touch()
+
+        def end():
+            path_in(directory).unlink()
+            if successor:
+                path_in(directory).touch()
+
+        before_locking(end)
+        with Record(directory, ADDRESS) as mine:
+            mine.describe(FACTS)
+            assert FACTS == find(directory, ADDRESS).facts
+            with pytest.raises(DeviceTaken):
+                Record(directory, ADDRESS)
+
+    def test_one_that_ends_meanwhile_is_followed(self, directory, before_locking):
+        before = Record(directory, ADDRESS)
+        before_locking(before.close)
+        with Record(directory, ADDRESS):
+            assert find(directory, ADDRESS).alive
+
+    def test_one_that_is_quicker_keeps_the_device(self, directory, before_locking):
+        Path(directory).mkdir(parents=True)
+        path_in(directory).touch()
+        quicker = []
+
+        def take_over():
+            path_in(directory).unlink()
+            quicker.append(Record(directory, ADDRESS))
+
+        before_locking(take_over)
+        with pytest.raises(DeviceTaken):
+            Record(directory, ADDRESS)
+        assert find(directory, ADDRESS).alive
+        quicker[0].close()
+
+    def test_a_successor_is_not_forgotten_for_its_predecessor(self, directory, before_locking):
+        Path(directory).mkdir(parents=True)
+        path_in(directory).touch()
+        successors = []
+
+        def replace():
+            path_in(directory).unlink()
+            successors.append(Record(directory, ADDRESS))
+
+        before_locking(replace)
+        forget(directory, ADDRESS)
+        assert find(directory, ADDRESS).alive
+        successors[0].close()
+
+    def test_whatever_the_order_no_two_serve_a_device(self, directory):
+        serving, most, served = [], [], []
+        end = time.monotonic() + 0.2
+
+        def serve():
+            while time.monotonic() < end:
+                try:
+                    with Record(directory, ADDRESS):
+                        serving.append(1)
+                        most.append(len(serving))
+                        found = find(directory, ADDRESS)
+                        served.append(found is not None and found.alive)
+                        serving.pop()
+                except DeviceTaken:
+                    pass
+
+        def look():
+            while time.monotonic() < end:
+                find(directory, ADDRESS)
+                forget(directory, ADDRESS)
+
+        threads = [threading.Thread(target=target) for target in (serve, serve, serve, look)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+        assert {1} == set(most)
+        assert all(served)
+        assert find(directory, ADDRESS) is None
