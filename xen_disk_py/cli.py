@@ -7,26 +7,15 @@ import importlib
 import logging
 import sys
 from collections.abc import Sequence
-from enum import IntEnum, unique
 from typing import NoReturn
 
 from . import __version__
 from .environment import Environment
 from .errors import UsageError, XenDiskError
+from .exit_status import ExitStatus
 from .units import parse_size
 
 PROGRAM = "xen_disk_py"
-
-
-@unique
-class ExitStatus(IntEnum):
-    """How a command ends."""
-
-    OK = 0
-    ERROR = 1
-    USAGE = 2
-    INTERRUPTED = 130
-    """Ended by force: a second Ctrl-C."""
 
 
 class _Parser(argparse.ArgumentParser):

@@ -97,7 +97,7 @@ class Queue:
         self._thread.start()
 
     def stop(self, timeout: float | None = None) -> bool:
-        """Finish the requests taken so far, then unmap and unbind everything.
+        """Finish the requests taken so far, refuse those that wait, unmap and unbind everything.
 
         Returns:
             False if the backend did not return within ``timeout`` seconds; then everything
@@ -113,6 +113,7 @@ class Queue:
             if not self._ended.wait(timeout):
                 return False
             self._thread.join()
+            self._refuse_the_rest()
         self._pages.close()
         self._ring.close()
         self._channel.close()
@@ -168,6 +169,22 @@ class Queue:
         words[count.IN_FLIGHT] = 0
         if ring.push():
             self._channel.notify()
+
+    def _refuse_the_rest(self) -> None:
+        """Answer what waits on the ring with errors: a guest cut off must not wait for ever.
+
+        A frontend that has closed left nothing; Linux does not finish removing a disk as long
+        as one request of it is unanswered.
+        """
+        ring = self._ring
+        try:
+            for slot in ring.take():
+                request = self._abi.decode(slot, self._max_indirect_segments)
+                ring.respond(encode_response(request.id, request.operation, ERROR))
+            if ring.push():
+                self._channel.notify()
+        except (GuestMisbehaved, HypervisorError) as error:
+            log.debug("%s", error)
 
     def _perform(self, request: Request) -> int:
         """Do one request and unmap what only it needed; the result is its status."""

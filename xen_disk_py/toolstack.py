@@ -193,14 +193,16 @@ def attach(
 def detach(store: Store, address: Address) -> None:
     """Remove all nodes of a device and the directories that they leave empty.
 
-    The guest's ``device`` stays: it was there, with its permissions, before any device.
+    A guest's ``device`` stays: it was there, with its permissions, before any device. Nobody
+    makes one for domain 0, though.
     """
+    home = f"/local/domain/{address.frontend_domid}"
 
     def remove(transaction: Store) -> None:
         for path, roof in (
-            (address.frontend, f"/local/domain/{address.frontend_domid}/device"),
+            (address.frontend, f"{home}/device" if address.frontend_domid else home),
             (address.backend, f"/local/domain/{address.backend_domid}"),
-            (address.toolstack, "/libxl"),
+            (address.toolstack, ""),
         ):
             transaction.remove(path)
             parent = path.rpartition("/")[0]

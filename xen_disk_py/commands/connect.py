@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from .. import toolstack
-from ..cli import ExitStatus
 from ..device import Device
 from ..disk import Disk
 from ..environment import Environment
 from ..errors import BackendError, DeviceTaken
+from ..exit_status import ExitStatus
 from ..hypervisor import Hypervisor
 from ..record import Record
 from ..session import Interrupts, Outcome, Session

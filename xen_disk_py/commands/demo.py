@@ -20,11 +20,11 @@ from dataclasses import asdict
 from typing import Any
 
 from .. import toolstack
-from ..cli import ExitStatus
 from ..device import Device
 from ..disk import Disk
 from ..environment import Environment
 from ..errors import DeviceError, UsageError
+from ..exit_status import ExitStatus
 from ..session import Interrupts, Session
 from ..simulated.guest import Plan, pattern
 from ..simulated.hypervisor import SimulatedHypervisor, SimulatedMachine

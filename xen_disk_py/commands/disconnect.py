@@ -10,9 +10,9 @@ import time
 from typing import Callable
 
 from .. import record, toolstack
-from ..cli import ExitStatus
 from ..environment import Environment
 from ..errors import DeviceError
+from ..exit_status import ExitStatus
 from ..toolstack import Attached
 from ..vdev import VirtualDevice, parse
 from ..xenbus import State

@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 from .. import libxen
 from ..atomic import load_fence
-from ..cli import ExitStatus
 from ..environment import Environment
 from ..errors import XenDiskError
+from ..exit_status import ExitStatus
 from ..libxen import EVTCHN_DEVICE, GNTALLOC, GNTDEV
 
 

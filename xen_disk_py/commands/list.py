@@ -7,8 +7,8 @@ import json
 from typing import Any
 
 from .. import record, toolstack
-from ..cli import ExitStatus
 from ..environment import Environment
+from ..exit_status import ExitStatus
 from ..toolstack import Attached
 from ..units import format_size
 
