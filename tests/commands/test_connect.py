@@ -1,0 +1,505 @@
+"""``connect``, whole: signals, output, exit status, and nothing left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import json
+import os
+import signal
+import threading
+import time
+from typing import ClassVar
+
+import pytest
+
+from xen_disk_py import toolstack
+from xen_disk_py.backends import Backend
+from xen_disk_py.blkif import READ
+from xen_disk_py.cli import main
+from xen_disk_py.commands import connect as connect_module
+from xen_disk_py.exit_status import ExitStatus
+from xen_disk_py.queue import Queue
+from xen_disk_py.record import find
+from xen_disk_py.session import Interrupts
+from xen_disk_py.vdev import parse
+from xen_disk_py.xenbus import Address, State
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+class Player:
+    """The guest, and the user at the keyboard, in a thread beside ``connect``."""
+
+    def __init__(self, host, env, script):
+        self.host = host
+        self.env = env
+        self.script = script
+        self.error = None
+        self.thread = threading.Thread(target=self._run)
+
+    def _run(self):
+        try:
+            self.script(self)
+        except BaseException as error:
+            self.error = error
+            # Whatever it was, let ``connect`` end.
+            self.host.xenstored.remove_domain(self.host.DOMID)
+
+    def address(self, vdev="xvda"):
+        return Address(0, self.host.DOMID, parse(vdev).number, "vbd3")
+
+    def frontend(self, vdev="xvda", **options):
+        address = self.address(vdev)
+        self.host.until(lambda: f"{address.frontend}/state" in self.host.tree())
+        frontend = self.host.frontend(address, **options)
+        frontend.connect()
+        return frontend
+
+    def interrupt(self, signum=signal.SIGINT):
+        os.kill(os.getpid(), signum)
+
+    def unplug(self, frontend, signum=signal.SIGINT):
+        """Once it is connected, interrupt; then let go as a guest does."""
+        self.host.until(self.env.stdout.getvalue)
+        self.interrupt(signum)
+        self.host.until(lambda: frontend.backend_state is State.CLOSING)
+        frontend.disconnect()
+
+
+@pytest.fixture
+def connect(host):
+    """Run ``connect`` here while the script plays; give its status and what it said."""
+
+    def connect(script, *argv, stderr=None):
+        env = host.environment(stderr)
+        player = Player(host, env, script)
+        player.thread.start()
+        handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+        try:
+            status = main(["connect", *argv], env)
+        finally:
+            player.thread.join(10)
+        assert not player.thread.is_alive()
+        if player.error is not None:
+            raise player.error
+        assert handlers == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+        assert host.hypervisor.mapped_pages == 0
+        return status, env.stdout.getvalue(), env.stderr.getvalue()
+
+    return connect
+
+
+@pytest.fixture
+def image(tmp_path):
+    path = tmp_path / "disk.raw"
+    path.write_bytes(bytes(range(256)) * 4096)
+    return path
+
+
+def session(player, vdev="xvda"):
+    """A short life: connect, write, read, and let go when asked."""
+    frontend = player.frontend(vdev)
+    frontend.write(4096, b"new" * 4096)
+    frontend.read(0, 65536)
+    frontend.flush()
+    frontend.discard(0, 4096)
+    player.unplug(frontend)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_throwaway_disk(connect, signum):
+    def script(player):
+        frontend = player.frontend()
+        assert bytes(4096) == frontend.read(0, 4096)
+        player.unplug(frontend, signum)
+
+    status, out, err = connect(script, "guest")
+    assert status is ExitStatus.OK
+    assert out == "xvda 51712 /dev/xvda 1 GiB discard rw\n"
+    lines = err.splitlines()
+    assert lines[0].startswith("xvda: asked the guest to let go")
+    assert lines[1] == "xvda: unplugged"
+    assert ["reads", "1", "4", "KiB"] == lines[2].split()
+    assert "segments per request" in lines
+    assert "requests per look at the ring" in lines
+
+
+def test_copy_on_write(connect, image):
+    before = image.read_bytes()
+    status, out, err = connect(session, "5", "--path", str(image))
+    assert status is ExitStatus.OK
+    assert out == "xvda 51712 /dev/xvda 1 MiB cow rw\n"
+    assert "vanish when the disk is disconnected; to keep them in the image: --backend raw" in err
+    assert before == image.read_bytes()
+
+
+def test_raw(connect, image):
+    status, out, err = connect(session, "guest", "--path", str(image), "--backend", "raw")
+    assert (ExitStatus.OK, "xvda 51712 /dev/xvda 1 MiB raw rw\n") == (status, out)
+    assert "vanish" not in err
+    assert b"new" * 4096 == image.read_bytes()[4096 : 4096 + 12288]
+
+
+def test_json(connect, image):
+    argv = ["guest", "--path", str(image), "--vdev", "/dev/xvdc", "--json"]
+    _, out, _ = connect(lambda player: session(player, "xvdc"), *argv)
+    assert json.loads(out) == {
+        "domid": 5,
+        "domain": "guest",
+        "vdev": "xvdc",
+        "number": 51744,
+        "device": "/dev/xvdc",
+        "size": 1 << 20,
+        "backend": "cow",
+        "path": str(image),
+        "mode": "rw",
+        "pid": os.getpid(),
+    }
+
+
+def test_quiet(connect):
+    status, out, err = connect(session, "guest", "--quiet", stderr=Terminal())
+    assert status is ExitStatus.OK
+    assert out
+    assert "reads" not in err
+    assert "\r" not in err
+    assert "xvda: unplugged" in err
+
+
+def test_a_status_line_on_a_terminal(connect, image, monkeypatch):
+    monkeypatch.setattr("xen_disk_py.session.TICK", 0.05)
+
+    def script(player):
+        frontend = player.frontend()
+        frontend.write(4096, b"new" * 4096)
+        player.host.until(lambda: player.env.stderr.getvalue().count("\r") >= 2)
+        player.unplug(frontend)
+
+    _, out, err = connect(script, "guest", "--path", str(image), stderr=Terminal())
+    shown = err.split("\r\x1b[K")
+    assert "MB/s" in shown[1]
+    assert "IOPS, 0 in flight, 12 KiB changed" in shown[1]
+    assert shown[-1].startswith("xvda: asked")  # it is taken away before anything else is said
+    assert "\r" not in out
+
+
+def test_no_status_line_elsewhere(connect, monkeypatch):
+    monkeypatch.setattr("xen_disk_py.session.TICK", 0.01)
+
+    def script(player):
+        frontend = player.frontend()
+        time.sleep(0.1)
+        player.unplug(frontend)
+
+    assert "\r" not in connect(script, "guest")[2]
+
+
+def test_read_only(connect, image):
+    def script(player):
+        frontend = player.frontend()
+        assert frontend.features.read_only
+        assert image.read_bytes()[:4096] == frontend.read(0, 4096)
+        tree = player.host.tree()
+        assert tree[f"{player.address().backend}/mode"] == "r"
+        player.unplug(frontend)
+
+    argv = ["guest", "--path", str(image), "--backend", "raw", "--read-only"]
+    status, out, _ = connect(script, *argv)
+    assert (ExitStatus.OK, "xvda 51712 /dev/xvda 1 MiB raw ro\n") == (status, out)
+
+
+def test_the_nodes_tell_who_serves(connect, image):
+    def script(player):
+        frontend = player.frontend()
+        tree, back = player.host.tree(), player.address().backend
+        assert tree[f"{back}/params"] == f"cow:{image}"
+        assert tree[f"{back}/xen-disk-pid"] == str(os.getpid())
+        assert f"{player.address().toolstack}/backend" in tree
+        found = find(player.env.record_directory, player.address())
+        assert found.alive
+        assert found.facts["path"] == str(image)
+        frontend.read(0, 4096)
+        player.host.until(lambda: find(player.env.record_directory, player.address()).counters)
+        player.unplug(frontend)
+
+    assert connect(script, "guest", "--path", str(image))[0] is ExitStatus.OK
+
+
+def test_no_indirect_segments(connect):
+    def script(player):
+        frontend = player.frontend(max_segments=100)
+        assert frontend.features.max_indirect_segments == 0
+        player.unplug(frontend)
+
+    assert connect(script, "guest", "--indirect-segments", "0")[0] is ExitStatus.OK
+
+
+def test_gaps_are_filled(connect, host):
+    host.serving(host.memory(), "xvda")
+    host.serving(host.memory(), "xvdc")
+    _, out, _ = connect(lambda player: session(player, "xvdb"), "guest")
+    assert out.startswith("xvdb ")
+
+
+def test_taken(connect, host):
+    host.serving(host.memory(), "xvdb")
+    status, out, err = connect(lambda player: None, "guest", "--vdev", "xvdb")
+    assert (ExitStatus.ERROR, "") == (status, out)
+    assert "xvdb is taken in domain 5; choose another --vdev" in err
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "status", "said"),
+    [
+        (["nobody"], 1, "no domain 'nobody' is running; running are: 0 Domain-0, 5 guest"),
+        (["²"], 1, "no domain '²' is running"),
+        (["guest", "--path", "/nowhere/x.raw"], 1, "/nowhere/x.raw"),
+        (["guest", "--path", "/"], 1, "/"),
+        (["guest", "--path", "/nowhere/x.py"], 1, "no such file"),
+    ],
+)
+def test_wrong_input(connect, argv, status, said):
+    result, out, err = connect(lambda player: None, *argv)
+    assert (status, "") == (result, out)
+    assert said in err
+    assert len(err.splitlines()) == 1
+
+
+def test_a_timeout(connect, host):
+    start = time.monotonic()
+    status, out, err = connect(lambda player: None, "guest", "--timeout", "0.1")
+    assert (ExitStatus.ERROR, "") == (status, out)
+    assert "did not connect within 0.1 s: its state is 1 (Initialising)" in err
+    assert "modprobe xen-blkfront" in err
+    assert time.monotonic() - start < 2
+
+
+def test_an_interrupt_before_the_guest_connects(connect):
+    def script(player):
+        player.host.until(lambda: f"{player.address().frontend}/state" in player.host.tree())
+        player.interrupt()
+
+    status, out, err = connect(script, "guest")
+    assert (ExitStatus.OK, "") == (status, out)
+    assert "xvda: unplugged" in err
+
+
+def test_the_guest_is_destroyed(connect):
+    def script(player):
+        player.frontend()
+        player.host.xenstored.remove_domain(player.host.DOMID)
+
+    status, _, err = connect(script, "guest")
+    assert status is ExitStatus.OK
+    assert "xvda: the guest has gone" in err
+
+
+def test_force(connect):
+    def script(player):
+        frontend = player.frontend()
+        player.interrupt()
+        player.host.until(lambda: frontend.backend_state is State.CLOSING)
+        player.host.until(lambda: "Ctrl-C again to force" in player.env.stderr.getvalue())
+        player.interrupt(signal.SIGTERM)
+        player.host.until(lambda: frontend.backend_state is None)
+
+    status, _, err = connect(script, "guest")
+    assert status is ExitStatus.INTERRUPTED == 130
+    assert "xvda: unplugged by force" in err
+
+
+class Hanging(Backend):
+    size = 1 << 20
+    entered = threading.Event()
+    allowed = threading.Event()
+
+    def read(self, buffers, offset):
+        self.entered.set()
+        self.allowed.wait(20)
+
+    def write(self, buffers, offset):
+        pass
+
+
+@pytest.mark.parametrize("closing", [False, True])
+def test_force_with_a_backend_that_hangs(connect, monkeypatch, caplog, closing):
+    """Also when the guest has let go and it is the backend alone that we wait for."""
+    monkeypatch.setattr("xen_disk_py.device.Device.force.__defaults__", (0.2,))
+    monkeypatch.setattr(connect_module, "backend_from", lambda args: Hanging())
+    queues = []
+
+    class Noted(Queue):
+        def start(self):
+            queues.append(self)
+            super().start()
+
+    monkeypatch.setattr("xen_disk_py.device.Queue", Noted)
+    Hanging.entered.clear()
+    Hanging.allowed.clear()
+
+    def script(player):
+        frontend = player.frontend(persistent=False)
+        frontend.submit(READ, 0, length=4096)
+        frontend.kick()
+        assert Hanging.entered.wait(5)
+        player.interrupt()
+        player.host.until(lambda: frontend.backend_state is State.CLOSING)
+        if closing:
+            frontend._switch(State.CLOSED)
+            time.sleep(0.1)
+        player.interrupt()
+        player.host.until(lambda: frontend.backend_state is None)
+        player.host.until(lambda: "reads" in player.env.stderr.getvalue())
+        time.sleep(0.05)
+        Hanging.allowed.set()
+        player.host.until(lambda: "queue" not in [t.name for t in threading.enumerate()])
+        assert queues[0].stop(5)
+
+    status, _, err = connect(script, "guest")
+    assert status is ExitStatus.INTERRUPTED
+    assert "xvda: unplugged by force" in err
+    assert "the backend does not return" in caplog.text
+    queues.clear()
+    caplog.clear()  # what is logged refers to everything
+
+
+def test_a_backend_that_keeps_buffers(connect, host, monkeypatch, caplog):
+    class Keeping(Hanging):
+        kept: ClassVar = []
+
+        def read(self, buffers, offset):
+            self.kept.append(buffers)
+
+    monkeypatch.setattr(connect_module, "backend_from", lambda args: Keeping())
+
+    def script(player):
+        frontend = player.frontend(persistent=False)
+        frontend.read(0, 4096)
+        player.interrupt()
+        player.host.until(lambda: frontend.backend_state is State.CLOSING)
+        frontend._switch(State.CLOSED)
+        player.thread_of_main.wait(5)
+
+    ended = threading.Event()
+    Player.thread_of_main = ended
+    close = host.hypervisor.close
+
+    def closing():
+        try:
+            close()
+        finally:
+            Keeping.kept.clear()
+            ended.set()
+            close()
+
+    monkeypatch.setattr(host.hypervisor, "close", closing)
+    assert connect(script, "guest")[0] is ExitStatus.OK
+    assert "a buffer was kept" in caplog.text
+    caplog.clear()  # what is logged refers to everything
+
+
+def test_whoever_read_our_output_has_gone(connect, host):
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    env = host.environment()
+    env.stdout = Gone()
+    host.environment = lambda stderr=None: env
+
+    def script(player):
+        frontend = player.frontend()
+        host.until(lambda: frontend.backend_state is None)
+
+    status, _, _ = connect(script, "guest")
+    assert status is ExitStatus.ERROR
+
+
+def test_serving_fails(connect, monkeypatch):
+    def script(player):
+        frontend = player.frontend()
+        (queue,) = [t for t in threading.enumerate() if t.name == "queue"]
+        monkeypatch.setattr("xen_disk_py.queue.encode_response", lambda *args: 1 / 0)
+        frontend.submit(READ, 0, length=512)
+        frontend.kick()
+        queue.join(5)
+
+    status, _, err = connect(script, "guest")
+    assert status is ExitStatus.ERROR
+    assert "serving failed: ZeroDivisionError" in err
+
+
+def test_two_race_for_the_first_free_number(host, monkeypatch, tmp_path):
+    """Both have seen the same number free: one of them looks again."""
+    barrier = threading.Barrier(2)
+    free_device = toolstack.free_device
+    calls = itertools.count()
+
+    def free_together(store, domid):
+        found = free_device(store, domid)
+        if next(calls) < 2:
+            barrier.wait(5)
+        return found
+
+    all_interrupts = []
+
+    @contextlib.contextmanager
+    def installed(self):
+        all_interrupts.append(self)
+        try:
+            yield self
+        finally:
+            os.close(self._read)
+            os.close(self._write)
+
+    monkeypatch.setattr(toolstack, "free_device", free_together)
+    monkeypatch.setattr(Interrupts, "installed", installed)
+    environments = [host.environment(), host.environment()]
+    # Of two hosts' worth of records, so that it is xenstore that decides; and of one.
+    environments[1].record_directory = str(tmp_path / "elsewhere")
+    statuses = []
+    threads = [
+        threading.Thread(target=lambda env=env: statuses.append(main(["connect", "guest"], env)))
+        for env in environments
+    ]
+    for thread in threads:
+        thread.start()
+    for vdev in ("xvda", "xvdb"):
+        path = f"/local/domain/5/device/vbd/{parse(vdev).number}/state"
+        host.until(lambda path=path: path in host.tree())
+    for interrupts in all_interrupts:
+        interrupts.asked = True
+        interrupts.wake()
+    for thread in threads:
+        thread.join(5)
+    assert statuses == [ExitStatus.OK, ExitStatus.OK]
+    assert not os.listdir(tmp_path / "elsewhere")
+
+
+def test_two_race_on_one_host(host, monkeypatch):
+    """The loser sees it by the record of the winner, before anything is in xenstore."""
+    tried = []
+    record_class = connect_module.Record
+
+    class Slow(record_class):
+        def __init__(self, directory, address):
+            tried.append(address.devid)
+            super().__init__(directory, address)
+
+    monkeypatch.setattr(connect_module, "Record", Slow)
+    monkeypatch.setattr(connect_module.time, "sleep", lambda seconds: None)
+    first = record_class(host.records, Address(0, 5, parse("xvda").number, "vbd3"))
+    with first:
+        env = host.environment()
+        assert main(["connect", "guest"], env) is ExitStatus.ERROR
+        assert "every free device was taken" in env.stderr.getvalue()
+        assert tried == [51712] * 20
+        env = host.environment()
+        assert main(["connect", "guest", "--vdev", "xvda"], env) is ExitStatus.ERROR
+        assert "another process serves device 51712" in env.stderr.getvalue()

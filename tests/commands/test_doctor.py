@@ -1,0 +1,159 @@
+"""``doctor``: what is missing has a remedy, and the status says whether ``connect`` can work."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from xen_disk_py import libxen
+from xen_disk_py.cli import main
+from xen_disk_py.commands import doctor as doctor_module
+from xen_disk_py.errors import XenUnavailable
+from xen_disk_py.exit_status import ExitStatus
+
+
+@pytest.fixture
+def healthy(monkeypatch):
+    """A machine that has everything; parts of it can be taken away."""
+    machine = SimpleNamespace(
+        xen=True,
+        uid=0,
+        trouble={},
+        missing=set(),
+        fence=lambda: SimpleNamespace(source="libatomic.so.1"),
+    )
+    monkeypatch.setattr(libxen, "runs_under_xen", lambda: machine.xen)
+    monkeypatch.setattr(doctor_module.os, "geteuid", lambda: machine.uid)
+    for name in ("GNTDEV", "EVTCHN_DEVICE", "GNTALLOC"):
+        device = getattr(doctor_module, name)
+        stand_in = SimpleNamespace(
+            module=device.module,
+            path=device.path,
+            trouble=lambda name=name: machine.trouble.get(name),
+        )
+        monkeypatch.setattr(doctor_module, name, stand_in)
+    survey = libxen.survey()
+
+    def found():
+        return [
+            finding._replace(found=False, remedy="apt install it")
+            if machine.missing & {finding.library, finding.symbol}
+            else finding._replace(found=True, remedy="")
+            for finding in survey
+        ]
+
+    def fence():
+        return machine.fence()  # as it is by then
+
+    monkeypatch.setattr(libxen, "survey", found)
+    monkeypatch.setattr(doctor_module, "load_fence", fence)
+    return machine
+
+
+@pytest.fixture
+def doctor(host):
+    def doctor(*argv):
+        env = host.environment()
+        return main(["doctor", *argv], env), env.stdout.getvalue()
+
+    return doctor
+
+
+def test_all_is_well(doctor, healthy):
+    status, out = doctor()
+    assert status is ExitStatus.OK
+    lines = out.splitlines()
+    assert lines[-1] == "connect can work here"
+    assert {"ok"} == {line.split()[0] for line in lines[:-1]}
+    assert "xenstore: answers; domain 0 is Domain-0" in out
+
+
+def take_xen(machine):
+    machine.xen = False
+
+
+def take_root(machine):
+    machine.uid = 1000
+
+
+def take_device(machine):
+    machine.trouble["GNTDEV"] = "cannot open /dev/xen/gntdev: modprobe it"
+
+
+def take_allocator(machine):
+    machine.trouble["GNTALLOC"] = "cannot open it: modprobe it"
+
+
+def take_library(machine):
+    machine.missing.add(libxen.survey()[0].library)
+
+
+def take_function(machine):
+    machine.missing.add("xengnttab_map_domain_grant_refs")
+
+
+def take_optional_function(machine):
+    machine.missing.add("xenevtchn_restrict")
+
+
+def take_fence(machine):
+    def missing():
+        raise XenUnavailable("no libatomic here")
+
+    machine.fence = missing
+
+
+@pytest.mark.parametrize(
+    ("take", "status", "said"),
+    [
+        (take_xen, 1, "python -m xen_disk_py demo"),
+        (take_root, 1, "sudo, or run as root"),
+        (take_device, 1, "modprobe xen-gntdev"),
+        (take_allocator, 0, "absent   kernel module xen-gntalloc"),
+        (take_library, 1, "apt install"),
+        (take_function, 1, "xengnttab_map_domain_grant_refs"),
+        (take_optional_function, 0, "xenevtchn_restrict"),
+        (take_fence, 1, "apt install libatomic1"),
+    ],
+)
+def test_something_is_missing(doctor, healthy, take, status, said):
+    take(healthy)
+    found, out = doctor()
+    assert status == found
+    assert said in out
+    last = out.splitlines()[-1]
+    if status:
+        assert last.startswith("connect cannot work here: 1 thing")
+        assert out.count("MISSING") == 1
+    else:
+        assert last == "connect can work here"
+
+
+def test_xenstore_does_not_answer(healthy, host):
+    env = host.environment()
+
+    def away():
+        raise XenUnavailable("cannot connect to xenstore")
+
+    env.open_store = away
+    assert main(["doctor"], env) is ExitStatus.ERROR
+    assert "systemctl start xenstored" in env.stdout.getvalue()
+
+
+@pytest.mark.parametrize("is_well", [True, False])
+def test_json(doctor, healthy, is_well):
+    healthy.xen = is_well
+    status, out = doctor("--json")
+    checks = json.loads(out)
+    assert (status is ExitStatus.OK) is is_well
+    assert checks[0]["name"] == "Xen"
+    assert checks[0]["ok"] is is_well
+    assert {"name", "ok", "needed", "detail", "remedy"} == set(checks[0])
+
+
+def test_on_this_very_machine(doctor):
+    """Whatever it is: every line is one thing or its remedy, and nothing breaks."""
+    status, out = doctor("--json")
+    assert (status is ExitStatus.OK) is all(c["ok"] or not c["needed"] for c in json.loads(out))

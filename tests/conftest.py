@@ -1,0 +1,359 @@
+"""A simulated host with one guest, and a look at what a test left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import io
+import os
+import select
+import threading
+import time
+
+import pytest
+
+from xen_disk_py import toolstack
+from xen_disk_py.backends import Backend
+from xen_disk_py.blkif import X86_64, Connection, decode_response
+from xen_disk_py.device import Device
+from xen_disk_py.disk import Disk
+from xen_disk_py.environment import Environment
+from xen_disk_py.errors import XenDiskError
+from xen_disk_py.frontend import Frontend
+from xen_disk_py.grants import PERSISTENT_LIMIT
+from xen_disk_py.queue import Queue
+from xen_disk_py.ring import FrontRing
+from xen_disk_py.session import Interrupts, Session
+from xen_disk_py.simulated.hypervisor import (
+    SimulatedGuest,
+    SimulatedHypervisor,
+    SimulatedMachine,
+)
+from xen_disk_py.simulated.xenstored import SimulatedXenstored
+from xen_disk_py.vdev import parse
+from xen_disk_py.xenbus import Address
+from xen_disk_py.xenstore import Store
+
+DOMID = 5
+PATIENCE = 5.0  # seconds for what must happen to happen
+
+
+class Memory(Backend):
+    """A disk in memory that notes its calls as (operation, offset, length)."""
+
+    def __init__(self, size=1 << 20, **attributes):
+        self.data = bytearray(size)
+        self.size = size
+        self.calls = []
+        self.closed = 0
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def read(self, buffers, offset):
+        self.calls.append(("read", offset, sum(map(len, buffers))))
+        for buffer in buffers:
+            buffer[:] = self.data[offset : offset + len(buffer)]
+            offset += len(buffer)
+
+    def write(self, buffers, offset):
+        self.calls.append(("write", offset, sum(map(len, buffers))))
+        for buffer in buffers:
+            self.data[offset : offset + len(buffer)] = buffer
+            offset += len(buffer)
+
+    def flush(self):
+        self.calls.append(("flush", 0, 0))
+
+    def discard(self, offset, length):
+        self.calls.append(("discard", offset, length))
+        self.data[offset : offset + length] = bytes(length)
+
+    def close(self):
+        self.closed += 1
+
+
+class Line:
+    """A ring with the queue that serves it; its requests are laid out by hand."""
+
+    def __init__(self, host, disk, abi, order, persistent, limit, max_indirect_segments):
+        self.guest = host.guest
+        self.abi = abi
+        self.disk = disk
+        self.failures = []
+        self.pages = host.guest.share_pages(0, 1 << order, writable=True)
+        self.ring = FrontRing(self.pages.view, abi.slot_size, host.guest.fence)
+        self.channel = host.guest.bind_unbound(0)
+        connection = Connection(tuple(self.pages.refs), self.channel.port, abi.name, persistent)
+        self.queue = Queue(
+            host.hypervisor,
+            DOMID,
+            connection,
+            abi,
+            disk,
+            max_indirect_segments=max_indirect_segments,
+            persistent_limit=limit if persistent else 0,
+            on_failure=self.failures.append,
+        )
+        self.queue.start()
+
+    def put(self, *requests):
+        for request in requests:
+            slot = request if isinstance(request, bytes) else self.abi.encode(request)
+            self.ring.put(slot.ljust(self.abi.slot_size, b"\0"))
+
+    def kick(self):
+        if self.ring.push():
+            self.channel.notify()
+
+    def responses(self, count):
+        """Wait for that many responses."""
+        found = []
+        deadline = time.monotonic() + PATIENCE
+        poll = select.poll()
+        poll.register(self.channel.fileno(), select.POLLIN)
+        while len(found) < count:
+            slots = self.ring.take()
+            found.extend(map(decode_response, slots))
+            if not slots and not self.ring.arm():
+                assert time.monotonic() < deadline, f"{len(found)} of {count} responses"
+                poll.poll(100)
+                self.channel.acknowledge()
+        assert len(found) == count
+        return found
+
+    def ask(self, *requests):
+        """Put requests and return their responses; a single one for a single request."""
+        self.put(*requests)
+        self.kick()
+        answers = self.responses(len(requests))
+        return answers[0] if len(answers) == 1 else answers
+
+    def close(self):
+        assert self.queue.stop(PATIENCE)
+        self.ring.close()
+        self.channel.close()
+        self.pages.close()
+
+
+class Serving:
+    """A disk served by a session in a thread of its own."""
+
+    def __init__(self, host, backend, vdev, patience, timeout, options):
+        self.host = host
+        self.backend = backend
+        self.vdev = parse(vdev)
+        self.address = Address(0, DOMID, self.vdev.number, "vbd3")
+        self.store = host.open_store(timeout=timeout)
+        self.disk = Disk(backend)
+        self.interrupts = Interrupts()
+        self.device = Device(
+            self.store,
+            host.hypervisor,
+            self.address,
+            self.disk,
+            on_failure=self.interrupts.fail,
+            **options,
+        )
+        self.session = Session(
+            self.store, self.device, self.vdev, self.interrupts, patience=patience
+        )
+        self.connected = threading.Event()
+        self.unplugging = threading.Event()
+        self.ticks = 0
+        self.on_tick = None
+        self.outcome = None
+        self.error = None
+        self.thread = threading.Thread(target=self._run, name="session")
+
+    def start(self):
+        self.thread.start()
+        self.host.until(lambda: self.device.address.backend in self.host.tree())
+        return self
+
+    def _run(self):
+        try:
+            self.outcome = self.session.run(
+                self.attach,
+                self.connected.set,
+                on_tick=self.on_tick,
+                on_unplug=self.unplugging.set,
+            )
+        except BaseException as error:  # for wait() to raise
+            self.error = error
+
+    def attach(self):
+        toolstack.attach(
+            self.store,
+            self.address,
+            self.vdev,
+            backend_keys=self.device.keys(),
+            params="memory:",
+            read_only=self.disk.read_only,
+            pid=os.getpid(),
+        )
+
+    def frontend(self, **options):
+        """Return a connected frontend."""
+        frontend = self.host.frontend(self.address, **options)
+        frontend.connect()
+        return frontend
+
+    def unplug(self):
+        self.interrupts.asked = True
+        self.interrupts.wake()
+
+    def wait(self, seconds=PATIENCE):
+        """Wait for the session's end, and return its outcome or raise its error."""
+        self.thread.join(seconds)
+        assert not self.thread.is_alive(), "the session does not end"
+        if self.error is not None:
+            raise self.error
+        return self.outcome
+
+    def close(self):
+        if self.thread.ident is not None:
+            self.thread.join(PATIENCE)
+        os.close(self.interrupts._read)
+        os.close(self.interrupts._write)
+        assert not self.thread.is_alive(), "the session does not end"
+
+
+class Host:
+    """A xenstored, a machine with a guest, and both sides' view of it."""
+
+    DOMID = DOMID
+
+    def __init__(self, stack, records):
+        self._stack = stack
+        self._servings = []
+        self._frontends = []
+        self._shared = []
+        self.records = str(records)
+        self.xenstored = stack.enter_context(SimulatedXenstored())
+        self.xenstored.add_domain(DOMID, "guest", f"00000000-0000-0000-0000-{DOMID:012}")
+        self.machine = stack.enter_context(SimulatedMachine(domid=DOMID))
+        self.hypervisor = stack.enter_context(SimulatedHypervisor(self.machine))
+        self.guest = stack.enter_context(SimulatedGuest(self.machine))
+        self.store = self.open_store()
+        # What a toolstack makes and every domain has; without it our own nodes would be the
+        # only ones, and their parents go with them.
+        for path in (f"/libxl/{DOMID}/type", f"/local/domain/{DOMID}/device/suspend"):
+            self.store.write(path, "")
+
+    def open_store(self, domid=0, timeout=5.0):
+        """Open a store, closed at the end; each thread needs its own."""
+        path = self.xenstored.socket_path(domid)
+        return self._stack.enter_context(Store.open(path, timeout))
+
+    def tree(self):
+        """Return what is in xenstore, whatever it answers just now."""
+        return {path: node.value.decode() for path, node in list(self.xenstored.nodes.items())}
+
+    def memory(self, size=1 << 20, **attributes):
+        return Memory(size, **attributes)
+
+    def line(
+        self,
+        backend,
+        abi=X86_64,
+        *,
+        order=0,
+        persistent=False,
+        limit=PERSISTENT_LIMIT,
+        max_indirect_segments=256,
+    ):
+        """Serve a backend on a ring, without xenstore."""
+        line = Line(self, Disk(backend), abi, order, persistent, limit, max_indirect_segments)
+        self._stack.callback(line.close)
+        return line
+
+    def share(self, count=1, *, writable=True):
+        """Grant pages of the guest, to be taken back at the end."""
+        pages = self.guest.share_pages(0, count, writable=writable)
+        self._shared.append(pages)
+        return pages
+
+    def serving(self, backend, vdev="xvda", *, patience=5.0, timeout=5.0, start=True, **options):
+        """Attach a backend and serve it until the end of the test."""
+        serving = Serving(self, backend, vdev, patience, timeout, options)
+        self._stack.callback(serving.close)
+        self._servings.append(serving)
+        return serving.start() if start else serving
+
+    def frontend(self, address, **options):
+        """Return a frontend that is not connected yet; closed at the end."""
+        options.setdefault("timeout", PATIENCE)
+        frontend = Frontend(self.open_store(DOMID), self.guest, address.frontend, **options)
+        self._frontends.append(frontend)
+        return frontend
+
+    def environment(self, stderr=None):
+        """Return what a command gets to see of this host."""
+        return Environment(
+            stdout=io.StringIO(),
+            stderr=stderr if stderr is not None else io.StringIO(),
+            open_store=lambda: Store.open(self.xenstored.socket_path(0)),
+            open_hypervisor=lambda: self.hypervisor,
+            xen_version=lambda: (4, 20),
+            record_directory=self.records,
+        )
+
+    def end_sessions(self):
+        """Have the guest let go of all disks, then wait for their sessions."""
+        for serving in self._servings:
+            serving.unplug()
+        for frontend in self._frontends:
+            if frontend.max_bytes:
+                with contextlib.suppress(XenDiskError):  # a test may have broken everything
+                    frontend.disconnect()
+        for serving in self._servings:
+            if serving.thread.ident is not None:
+                serving.thread.join(PATIENCE)
+        for frontend in self._frontends:
+            frontend.close()
+
+    @staticmethod
+    def until(condition, seconds=PATIENCE, what="the condition"):
+        """Wait until it holds."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, f"{what} did not come true in {seconds} s"
+            time.sleep(0.002)
+
+
+def _descriptors():
+    found = {}
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # the one that lists them is closed by now
+            found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
+    return found
+
+
+@pytest.fixture
+def host(tmp_path):
+    """A simulated host. At the end nothing is left of what was done on it."""
+    threads = set(threading.enumerate())
+    descriptors = _descriptors()
+    with contextlib.ExitStack() as stack:
+        host = Host(stack, tmp_path / "records")
+        nodes = host.tree()
+        inner = stack.enter_context(contextlib.ExitStack())
+        host._stack = inner
+        yield host
+        host.end_sessions()
+        inner.close()
+        for pages in host._shared:  # nobody has them mapped now
+            pages.close()
+        assert host.hypervisor.counters.mapped_pages == 0, "pages are still mapped"
+        left = host.tree()
+        for tree in (nodes, left):  # of domain 0 it goes with the last device
+            tree.pop("/local/domain/0/device", None)
+        assert not set(left) - set(nodes), "nodes are left in xenstore"
+        if DOMID in host.xenstored.domains and f"/libxl/{DOMID}/type" in left:
+            assert nodes == left, "xenstore is not as it was"
+        assert not os.path.isdir(host.records) or not os.listdir(host.records)
+        host._servings.clear()  # their counters may be in a file
+    Host.until(lambda: set(threading.enumerate()) <= threads, what="the end of all threads")
+    if set(_descriptors().items()) - set(descriptors.items()):
+        gc.collect()  # some may be in a cycle
+        assert set(_descriptors().items()) <= set(descriptors.items()), "descriptors are left open"

@@ -1,0 +1,198 @@
+"""From arguments to an exit status; whatever goes wrong is one line on stderr."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+
+import pytest
+
+from xen_disk_py import __version__, cli
+from xen_disk_py.cli import main
+from xen_disk_py.environment import Environment
+from xen_disk_py.errors import DeviceError, GuestNotFound, UsageError
+from xen_disk_py.exit_status import ExitStatus
+
+
+@pytest.fixture
+def env():
+    def missing():
+        raise AssertionError("nothing of this host is needed to see that it is wrong")
+
+    return Environment(
+        stdout=io.StringIO(), stderr=io.StringIO(), open_store=missing, open_hypervisor=missing
+    )
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ([], "required: COMMAND"),
+        (["fly"], "invalid choice: 'fly'"),
+        (["connect"], "required: VM"),
+        (["connect", "vm", "--size", "lots"], "'lots' is not a size"),
+        (["connect", "vm", "--size", "100"], "100 bytes is not a positive multiple of 512"),
+        (["connect", "vm", "--size", "1.00001K"], "not a whole number of bytes"),
+        (["connect", "vm", "--vdev", "floppy"], "'floppy' is no device name"),
+        (["connect", "vm", "--vdev", ""], "'' is no device name"),
+        (["connect", "vm", "--indirect-segments", "257"], "not a number from 0 to 256"),
+        (["connect", "vm", "--indirect-segments", "-1"], "not a number from 0 to 256"),
+        (["connect", "vm", "--indirect-segments", "²"], "not a number from 0 to 256"),
+        (["connect", "vm", "--timeout", "soon"], "'soon' is no number of seconds"),
+        (["connect", "vm", "--timeout", "-1"], "is no number of seconds"),
+        (["connect", "vm", "--timeout", "nan"], "is no number of seconds"),
+        (["connect", "vm", "--timeout", "inf"], "is no number of seconds"),
+        (["connect", "vm", "--timeout", "1e9"], "is no number of seconds"),
+        (["connect", "vm", "--backend", "magnetic"], "magnetic"),
+        (["connect", "vm", "--option", "novalue"], "write it as name=value"),
+        (["connect", "vm", "--option", "not-a-name=1"], "write it as name=value"),
+        (["connect", "vm", "--option", "size=1M"], "use --size for that"),
+        (["connect", "vm", "--option", "a=1"], "takes no --option a"),
+        (["connect", "vm", "--cow-limit", "1G"], "takes no --cow-limit"),
+        (["connect", "vm", "--backend", "raw"], "needs --path"),
+        (["connect", "vm", "extra"], "unrecognized arguments: extra"),
+        (["disconnect", "vm"], "required: VDEV"),
+        (["disconnect", "vm", "nonsense"], "'nonsense' is no device name"),
+        (["demo", "--bytes", "100"], "--bytes takes a multiple of 512, not 100 B"),
+        (["demo", "--bytes", "0"], "--bytes takes a multiple of 512"),
+    ],
+)
+def test_usage(env, argv, said):
+    assert main(argv, env) is ExitStatus.USAGE
+    (line,) = env.stderr.getvalue().splitlines()
+    assert line.startswith("xen_disk_py: error: ")
+    assert said in line
+    assert env.stdout.getvalue() == ""
+
+
+def test_a_mistake_names_the_help(env):
+    main(["connect", "vm", "--timeout", "soon"], env)
+    assert "(try: xen_disk_py connect --help)" in env.stderr.getvalue()
+
+
+@pytest.mark.parametrize("argv", [["--version"], ["--help"], ["connect", "--help"]])
+def test_help_and_version(env, argv, capsys):
+    assert main(argv, env) is ExitStatus.OK
+    printed = capsys.readouterr().out
+    assert (f"xen_disk_py {__version__}" if argv == ["--version"] else "usage:") in printed
+    assert env.stderr.getvalue() == ""
+
+
+@pytest.mark.parametrize("argv", [["--debug", "list"], ["list", "--debug"]])
+def test_debug_stands_anywhere(env, argv, caplog):
+    env.open_store = failing(GuestNotFound("nobody"))
+    with caplog.at_level("DEBUG"):
+        assert main(argv, env) is ExitStatus.ERROR
+    (shown,) = [record for record in caplog.records if record.exc_info]
+    assert shown.exc_info[0] is GuestNotFound
+
+
+def failing(error):
+    def fail():
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (UsageError("do it like this"), 2, "xen_disk_py: error: do it like this\n"),
+        (DeviceError("it broke"), 1, "xen_disk_py: error: it broke\n"),
+        (KeyboardInterrupt(), 130, ""),
+        (BrokenPipeError(), 1, ""),
+        (SystemExit(0), 0, ""),
+        (SystemExit(None), 0, ""),
+        (SystemExit(77), 1, ""),
+        (SystemExit("an author's own words"), 1, ""),
+        (
+            ZeroDivisionError("by zero"),
+            1,
+            "xen_disk_py: error: ZeroDivisionError: by zero "
+            "(a bug, or a broken system: see --debug)\n",
+        ),
+    ],
+)
+def test_exit_status(env, error, status, said, caplog):
+    env.open_store = failing(error)
+    assert status == main(["list"], env)
+    assert said == env.stderr.getvalue()
+    assert "Traceback" not in caplog.text
+
+
+def test_a_bug_has_its_traceback_with_debug(env):
+    env.open_store = failing(ZeroDivisionError("by zero"))
+    with pytest.raises(ZeroDivisionError):
+        main(["list", "--debug"], env)
+
+
+@pytest.mark.parametrize(
+    ("argv", "name"),
+    [
+        ([], "discard"),
+        (["--path", "disk.raw"], "cow"),
+        (["--path", "disk.py.raw"], "cow"),
+        (["--path", "cow"], "cow"),
+        (["--path", "./mine.py"], "./mine.py"),
+        (["--path", "mine.py:Second"], "mine.py:Second"),
+        (["--path", "disk.raw", "--backend", "raw"], "raw"),
+        (["--backend", "a.b:C"], "a.b:C"),
+    ],
+)
+def test_what_a_backend_is_called(argv, name):
+    from xen_disk_py.commands.backend_arguments import backend_name
+
+    assert name == backend_name(cli.build_parser().parse_args(["connect", "vm", *argv]))
+
+
+def test_options_reach_the_backend(tmp_path):
+    from xen_disk_py.commands.backend_arguments import backend_from
+
+    (tmp_path / "mine.py").write_text(
+        "from xen_disk_py.backends import Backend\n"
+        "class Disk(Backend):\n"
+        "    def __init__(self, size: int, colour, read_only=False):\n"
+        "        self.size, self.colour, self.read_only = size, colour, read_only\n"
+        "    def read(self, buffers, offset): ...\n"
+        "    def write(self, buffers, offset): ...\n"
+    )
+    argv = ["connect", "vm", "--path", str(tmp_path / "mine.py"), "--option", "colour=a=b"]
+    argv += ["--size", "2M", "--read-only"]
+    disk = backend_from(cli.build_parser().parse_args(argv))
+    assert (2 << 20, "a=b", True) == (disk.size, disk.colour, disk.read_only)
+
+
+def test_the_default_environment(monkeypatch):
+    """Is this machine; each part is looked up when it is needed."""
+    monkeypatch.setattr("sys.stderr", io.StringIO())
+    env = Environment()
+    assert env.stdout is sys.stdout
+    assert env.stderr is sys.stderr
+    assert env.record_directory == "/run/xen_disk_py"
+    monkeypatch.setattr("xen_disk_py.libxen.Xen", lambda: "xen")
+    monkeypatch.setattr("xen_disk_py.toolstack.xen_version", lambda: (4, 17))
+    assert env.open_hypervisor() == "xen"
+    assert env.xen_version() == (4, 17)
+    assert main(["connect"]) is ExitStatus.USAGE
+    assert "required: VM" in sys.stderr.getvalue()
+
+
+def test_as_a_program():
+    """As ``python -m xen_disk_py``; the console script calls the same function."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "xen_disk_py", "connect"],
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+    assert (2, "") == (done.returncode, done.stdout)
+    assert done.stderr.startswith("xen_disk_py: error: the following arguments are required: VM")
+
+
+def test_run_exits_with_the_status(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["xen-disk", "connect"])
+    with pytest.raises(SystemExit) as caught:
+        cli.run()
+    assert caught.value.code == 2

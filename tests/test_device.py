@@ -1,0 +1,605 @@
+"""The handshake, step by step: what the backend does about each thing the other side does."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+
+import pytest
+
+from xen_disk_py import toolstack
+from xen_disk_py.blkif import ARM, OKAY, READ, X86_32, X86_64, Connection, Transfer, decode_response
+from xen_disk_py.ring import FrontRing
+from xen_disk_py.xenbus import State
+
+S = State
+
+
+class Guest:
+    """A driver that does what a test tells it to, and nothing else."""
+
+    def __init__(self, host, serving):
+        self.host = host
+        self.serving = serving
+        self.device = serving.device
+        self.address = serving.address
+        self.store = host.open_store(host.DOMID)
+        self.pages = []
+        self.ring = None
+        self.channel = None
+
+    def write(self, **keys):
+        for name, value in keys.items():
+            self.store.write(f"{self.address.frontend}/{name.replace('_', '-')}", str(value))
+
+    def remove(self, *names):
+        for name in names:
+            self.store.remove(f"{self.address.frontend}/{name}")
+
+    def switch(self, state):
+        self.write(state=int(state))
+
+    @property
+    def backend(self):
+        """What the guest sees of the backend's state."""
+        return State.parse(self.store.read(f"{self.address.backend}/state"))
+
+    def publish(self, order=0, abi=X86_64, persistent=False, protocol=None):
+        """Share a fresh ring and write the keys that lead to it."""
+        self.close()
+        shared = self.host.guest.share_pages(0, 1 << order, writable=True)
+        self.pages.append(shared)
+        self.abi = abi
+        self.ring = FrontRing(shared.view, abi.slot_size, self.host.guest.fence)
+        self.channel = self.host.guest.bind_unbound(0)
+        self.remove("ring-ref", "ring-page-order", *(f"ring-ref{index}" for index in range(16)))
+        connection = Connection(
+            tuple(shared.refs), self.channel.port, protocol or abi.name, persistent
+        )
+        for name, value in connection.to_keys().items():
+            self.store.write(f"{self.address.frontend}/{name}", value)
+
+    def read_works(self):
+        data = self.host.guest.share_pages(0, 1, writable=True)
+        self.pages.append(data)
+        slot = self.abi.encode(Transfer(1, READ, 0, 8, tuple(data.refs), (0,), (7,)))
+        self.ring.put(slot)
+        if self.ring.push():
+            self.channel.notify()
+        found = []
+        self.host.until(lambda: found.extend(self.ring.take()) or found)
+        assert (1, READ, OKAY) == decode_response(found[0])
+        return data.view == self.serving.backend.data[:4096]
+
+    def close(self):
+        if self.ring is not None:
+            self.ring.close()
+            self.channel.close()
+            self.ring = None
+        while self.pages:
+            self.pages.pop().close()
+
+
+@pytest.fixture
+def make(host):
+    """A device whose nodes are there and that nobody drives but the test."""
+    guests = []
+
+    def make(backend=None, **options):
+        backend = backend or host.memory(data=bytearray(random.Random(1).randbytes(1 << 20)))
+        serving = host.serving(backend, start=False, **options)
+        serving.attach()
+        serving.device.watch()
+        guests.append(Guest(host, serving))
+        return guests[-1]
+
+    yield make
+    for guest in guests:
+        guest.device.force()
+        guest.close()
+        toolstack.detach(host.store, guest.address)
+
+
+@pytest.fixture
+def guest(make):
+    return make()
+
+
+def connect(guest, **options):
+    guest.publish(**options)
+    guest.switch(S.INITIALISED)
+    guest.device.update()
+    assert guest.backend is S.CONNECTED
+    guest.switch(S.CONNECTED)
+    guest.device.update()
+    assert guest.device.connected
+
+
+# -- connecting ----------------------------------------------------------------------------
+
+
+def test_init_wait_first(host, guest):
+    """All that a frontend reads is there before it is told to begin."""
+    assert guest.backend is S.INIT_WAIT
+    guest.device.update()
+    assert guest.backend is S.INIT_WAIT
+    assert not guest.device.connected
+    names = set(guest.store.list(guest.address.backend))
+    assert names >= {
+        "sectors",
+        "sector-size",
+        "physical-sector-size",
+        "info",
+        "feature-flush-cache",
+        "feature-discard",
+        "feature-persistent",
+        "feature-max-indirect-segments",
+        "max-ring-page-order",
+        "mode",
+        "params",
+        "frontend",
+        "frontend-id",
+        "online",
+        "dev",
+        "device-type",
+        "state",
+    }
+    assert host.hypervisor.mapped_pages == 0
+
+
+@pytest.mark.parametrize("abi", [X86_64, X86_32, ARM], ids=lambda abi: abi.name)
+@pytest.mark.parametrize("order", [0, 1, 4])
+def test_connect(host, guest, abi, order):
+    guest.device.update()
+    guest.publish(order, abi)
+    guest.switch(S.INITIALISED)
+    guest.device.update()
+    assert guest.backend is S.CONNECTED
+    assert not guest.device.connected  # the guest has still to make its disk
+    assert guest.read_works()
+    guest.switch(S.CONNECTED)
+    guest.device.update()
+    assert guest.device.connected
+    guest.device.update()  # nothing new: nothing is done again
+    assert host.hypervisor.mapped_pages == 1 << order
+
+
+def test_a_frontend_that_jumps_to_connected(guest):
+    """OVMF and mirage do, without waiting for InitWait."""
+    guest.publish()
+    guest.switch(S.CONNECTED)
+    guest.device.update()
+    assert guest.backend is S.CONNECTED
+    assert guest.device.connected
+    assert guest.read_works()
+
+
+def test_no_protocol_means_x86_32(guest, monkeypatch):
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    guest.publish(abi=X86_32)
+    guest.remove("protocol")
+    guest.switch(S.INITIALISED)
+    guest.device.update()
+    assert guest.read_works()
+
+
+def test_ring_ref0_and_order_0(guest):
+    """Both spellings of a ring of one page are in use."""
+    guest.publish()
+    guest.write(ring_page_order=0, ring_ref0=guest.pages[0].refs[0])
+    guest.remove("ring-ref")
+    guest.switch(S.INITIALISED)
+    guest.device.update()
+    assert guest.read_works()
+
+
+@pytest.mark.parametrize("promise", ["0", "1"])
+def test_persistent_only_if_promised(host, guest, promise):
+    guest.publish(persistent=promise == "1")
+    guest.switch(S.INITIALISED)
+    guest.device.update()
+    guest.read_works()
+    assert host.hypervisor.mapped_pages == 1 + int(promise)
+
+
+# -- closing and connecting again ----------------------------------------------------------
+
+
+def test_close(host, guest):
+    connect(guest, persistent=True)
+    guest.read_works()
+    guest.switch(S.CLOSING)
+    guest.device.update()
+    assert guest.backend is S.CLOSING
+    assert guest.read_works()  # it may have something to flush
+    guest.switch(S.CLOSED)
+    in_use = []
+    publish = guest.device._publish
+
+    def looking(state):
+        in_use.append((state, host.hypervisor.mapped_pages))
+        publish(state)
+
+    guest.device._publish = looking
+    guest.device.update()
+    assert guest.backend is S.CLOSED
+    assert [(S.CLOSED, 0)] == in_use  # unmapped before it is said
+    assert not guest.device.finished  # the toolstack wants it yet
+
+
+def test_closed_at_once(host, guest):
+    """A watch may show only the last of several states."""
+    connect(guest)
+    guest.switch(S.CLOSED)
+    guest.device.update()
+    assert guest.backend is S.CLOSED
+    assert host.hypervisor.mapped_pages == 0
+
+
+def test_reconnect(host, guest):
+    """As a firmware hands over to a kernel, and a driver is loaded anew: 6, 1, 2, 3, 4."""
+    for turn in range(5):
+        connect(guest, order=turn % 3, persistent=bool(turn % 2))
+        assert guest.read_works()
+        guest.switch(S.CLOSING)
+        guest.device.update()
+        guest.switch(S.CLOSED)
+        guest.device.update()
+        assert guest.backend is S.CLOSED
+        guest.switch(S.INITIALISING)
+        guest.device.update()
+        assert guest.backend is S.INIT_WAIT
+        guest.close()  # nothing of it is mapped any longer
+        assert host.hypervisor.mapped_pages == 0
+
+
+def test_a_driver_that_was_killed_and_started_again(host, guest):
+    connect(guest)
+    guest.switch(S.INITIALISING)
+    guest.device.update()
+    assert guest.backend is S.INIT_WAIT
+    assert host.hypervisor.mapped_pages == 0
+    connect(guest)
+    assert guest.read_works()
+
+
+def test_closing_before_connecting(guest):
+    guest.switch(S.CLOSING)
+    guest.device.update()
+    assert guest.backend is S.CLOSING
+    guest.switch(S.CLOSED)
+    guest.device.update()
+    assert guest.backend is S.CLOSED
+    guest.switch(S.INITIALISING)
+    guest.device.update()
+    connect(guest)
+
+
+# -- detaching -----------------------------------------------------------------------------
+
+
+def detach(host, guest):
+    def ask(store):
+        store.write(f"{guest.address.backend}/online", "0")
+        store.write(f"{guest.address.backend}/state", "5")
+
+    host.store.transact(ask)
+    guest.device.update()
+
+
+def test_toolstack_detach(host, guest):
+    connect(guest)
+    detach(host, guest)
+    assert guest.backend is S.CLOSING
+    assert guest.read_works()
+    guest.switch(S.CLOSING)
+    guest.device.update()
+    assert not guest.device.finished
+    guest.switch(S.CLOSED)
+    guest.device.update()
+    assert guest.backend is S.CLOSED
+    assert guest.device.finished
+    guest.device.update()  # has no say any more
+    assert not guest.device.guest_gone
+
+
+@pytest.mark.parametrize("state", [S.UNKNOWN, S.INITIALISING, S.CLOSED])
+def test_detach_from_a_guest_that_is_not_connected(host, guest, state):
+    guest.switch(state)
+    detach(host, guest)
+    assert guest.backend is S.CLOSED
+    assert guest.device.finished
+
+
+def test_detach_after_the_guest_has_closed(host, guest):
+    """The toolstack leaves a Closed state as it is; or overwrites it."""
+    for overwrite in (False, True):
+        guest.device.finished = False
+        host.store.write(f"{guest.address.backend}/online", "1")
+        guest.device._publish(S.INIT_WAIT)
+        guest.switch(S.INITIALISING)
+        connect(guest)
+        guest.switch(S.CLOSED)
+        guest.device.update()
+        assert not guest.device.finished
+        host.store.write(f"{guest.address.backend}/online", "0")
+        if overwrite:
+            host.store.write(f"{guest.address.backend}/state", "5")
+        guest.device.update()
+        assert guest.backend is S.CLOSED
+        assert guest.device.finished
+
+
+def test_unplug(guest):
+    connect(guest)
+    guest.device.unplug()
+    assert guest.backend is S.CLOSING
+    assert guest.store.read(f"{guest.address.backend}/online") == "0"
+    guest.switch(S.CLOSED)
+    guest.device.update()
+    assert guest.device.finished
+
+
+@pytest.mark.parametrize("gone", ["frontend", "backend", "state", "all", "domain"])
+def test_something_vanishes(host, guest, gone):
+    connect(guest, persistent=True)
+    guest.read_works()
+    if gone == "domain":
+        host.xenstored.remove_domain(host.DOMID)
+    elif gone == "state":
+        guest.remove("state")
+    elif gone == "all":
+        toolstack.detach(host.store, guest.address)
+    else:
+        host.store.remove(getattr(guest.address, gone))
+    guest.device.update()
+    assert guest.device.finished
+    assert guest.device.guest_gone is (gone == "domain")
+    assert host.hypervisor.mapped_pages == 0
+    if gone in ("backend", "all"):  # nothing is written where nothing is any longer
+        assert host.store.read(f"{guest.address.backend}/state") is None
+
+
+def test_unplug_when_the_nodes_are_gone(host, guest):
+    connect(guest)
+    toolstack.detach(host.store, guest.address)
+    guest.device.unplug()
+    assert guest.device.finished
+    assert not host.store.exists(guest.address.backend)
+
+
+def test_xenstore_has_forgotten_the_device(host, guest, caplog):
+    connect(guest)
+    toolstack.detach(host.store, guest.address)
+    guest.device.store_reconnected()
+    assert "has lost this device" in caplog.text
+    guest.device.update()
+    assert guest.device.connected
+    assert guest.read_works()
+    guest.device.unplug()
+    assert guest.device.finished
+    guest.device.store_reconnected()
+    assert host.hypervisor.mapped_pages == 0
+
+
+def test_force(host, guest):
+    connect(guest)
+    assert guest.device.force()
+    assert guest.device.finished
+    assert guest.device.force()
+    assert host.hypervisor.mapped_pages == 0
+
+
+def test_domain_0_may_be_its_own_guest(host):
+    """It is not introduced to xenstore as others are."""
+    serving = host.serving(host.memory(), start=False)
+    serving.device.address = serving.address.__class__(0, 0, 51712, "vbd3")
+    serving.address = serving.device.address
+    host.xenstored.domains.pop(0)
+    serving.attach()
+    serving.device.update()
+    assert not serving.device.finished
+    toolstack.detach(host.store, serving.address)
+
+
+# -- nonsense ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("state", ["", "9", "-1", "44", "4 ", "0x4", "4" * 3000, "\x7f", "٤"])
+def test_a_state_that_means_nothing(host, guest, state):
+    path = f"{guest.address.frontend}/state"
+
+    def scribble():
+        value = state.encode()
+        node = host.xenstored.nodes[path]
+        host.xenstored._do(lambda: host.xenstored.nodes.update({path: node._replace(value=value)}))
+
+    scribble()
+    guest.device.update()
+    assert guest.backend is S.INIT_WAIT
+    guest.switch(S.INITIALISING)
+    connect(guest)
+    scribble()
+    guest.device.update()
+    assert guest.backend is S.CONNECTED
+    assert guest.read_works()
+
+
+@pytest.mark.parametrize("state", [S.INIT_WAIT, S.RECONFIGURING, S.RECONFIGURED, S.UNKNOWN])
+def test_a_state_that_leads_nowhere(guest, state):
+    guest.switch(state)
+    guest.device.update()
+    assert guest.backend is S.INIT_WAIT
+    guest.switch(S.INITIALISING)
+    connect(guest)
+    guest.switch(state)
+    guest.device.update()
+    assert guest.backend is S.CONNECTED
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"ring-ref": None}, "ring-ref is missing"),
+        ({"event-channel": None}, "event-channel is missing"),
+        ({"ring-ref": ""}, "ring-ref is ''"),
+        ({"ring-ref": "-1"}, "ring-ref is '-1'"),
+        ({"ring-ref": "0x8"}, "ring-ref is '0x8'"),
+        ({"ring-ref": "4294967296"}, "ring-ref is '4294967296'"),
+        ({"ring-ref": "9" * 3000}, "ring-ref is '999"),
+        ({"ring-ref": "4294967295"}, "cannot map 1 granted pages"),
+        ({"ring-ref": "0"}, "cannot map 1 granted pages"),
+        ({"event-channel": "4294967295"}, "cannot bind to port"),
+        ({"event-channel": "0"}, "cannot bind to port"),
+        ({"ring-page-order": "5"}, "ring-page-order is '5'"),
+        ({"ring-page-order": "4294967295"}, "ring-page-order"),
+        ({"ring-page-order": "1"}, "ring-ref0 is missing"),
+        ({"ring-page-order": "1", "ring-ref0": "9", "ring-ref1": "3"}, "cannot map 2"),
+        ({"protocol": "sparc-abi"}, "unknown protocol 'sparc-abi'"),
+        ({"protocol": ""}, "unknown protocol ''"),
+        ({"protocol": "x" * 3000}, "unknown protocol 'xxx"),
+    ],
+)
+def test_keys_that_make_no_sense(host, guest, caplog, keys, said):
+    """The connection is refused; nothing stays mapped; a better try works."""
+    guest.publish()
+    for name, value in keys.items():
+        if value is None:
+            guest.remove(name)
+        else:
+            guest.write(**{name: value})
+    guest.switch(S.INITIALISED)
+    guest.device.update()
+    assert guest.backend is S.CLOSING
+    assert said in caplog.text
+    assert max(map(len, caplog.messages)) < 300  # a guest's text is cut
+    assert host.hypervisor.mapped_pages == 0
+    guest.device.update()
+    assert guest.backend is S.CLOSING
+    guest.switch(S.CLOSED)
+    guest.device.update()
+    guest.switch(S.INITIALISING)
+    guest.device.update()
+    connect(guest)
+    assert guest.read_works()
+
+
+def test_who_it_is_comes_from_us(host, guest):
+    """What the frontend's directory says of domains and modes has no effect."""
+    guest.write(backend_id=7, frontend_id=9, backend="/local/domain/5/data", mode="w")
+    connect(guest)
+    assert guest.read_works()
+
+
+def test_random_states(host, guest):
+    """Whatever the order, with slow requests under way: what is mapped fits the state."""
+    dice = random.Random(5)
+    backend = guest.serving.backend
+    read = backend.read
+    backend.read = lambda buffers, offset: time.sleep(0.0005) or read(buffers, offset)
+    guest.publish(persistent=True)
+    data = host.share()
+    for _ in range(400):
+        guest.switch(S(dice.choice([1, 1, 2, 3, 4, 4, 5, 6, 6, 0, 7, 8])))
+        guest.device.update()
+        mapped = host.hypervisor.mapped_pages
+        if guest.device.state in (S.INIT_WAIT, S.CLOSED):
+            assert mapped == 0
+        elif guest.device.state is S.CONNECTED:
+            assert mapped > 0
+            if guest.ring.free > 4 and dice.random() < 0.5:
+                slot = guest.abi.encode(Transfer(1, READ, 0, 8, tuple(data.refs), (0,), (7,)))
+                guest.ring.put(slot)
+                guest.ring.push()
+                guest.channel.notify()
+        if mapped == 0 and guest.device.state is S.INIT_WAIT and dice.random() < 0.3:
+            guest.publish(persistent=dice.random() < 0.5)
+    assert not [thread for thread in threading.enumerate() if thread.name == "queue"][1:]
+    guest.device.unplug()
+    guest.switch(S.CLOSED)
+    guest.device.update()
+    assert guest.device.finished
+    assert host.hypervisor.mapped_pages == 0
+
+
+def test_many_connections(host, guest):
+    for _ in range(100):
+        connect(guest)
+        guest.switch(S.CLOSED)
+        guest.device.update()
+        guest.switch(S.INITIALISING)
+        guest.device.update()
+    assert host.hypervisor.counters.maps == host.hypervisor.counters.unmaps == 100
+
+
+def test_a_flood_of_writes(host, guest):
+    """XSA-349: the watch is on the one node that counts, and no change of it is missed."""
+    store = guest.serving.store
+    store.pending()
+    for index in range(300):
+        guest.write(**{f"junk{index % 50}": "x" * 1000})
+        guest.store.write(f"/local/domain/{host.DOMID}/data/junk", str(index))
+    assert not store.pending()
+    for _ in range(300):
+        guest.switch(S.INITIALISING)
+    guest.switch(S.CLOSING)
+    assert [f"{guest.address.frontend}/state"] == store.pending()
+    guest.device.update()
+    assert guest.backend is S.CLOSING
+    for index in range(50):
+        guest.remove(f"junk{index}")
+    host.store.remove(f"/local/domain/{host.DOMID}/data/junk")
+
+
+def test_a_ring_that_overflows_stays_detachable(host, guest, caplog):
+    connect(guest)
+    with guest.pages[0].view[:16].cast("I") as indices:
+        indices[0] = 1000
+        guest.channel.notify()
+        host.until(lambda: "not served any longer" in caplog.text)
+        guest.device.update()
+        assert guest.backend is S.CONNECTED
+        guest.device.unplug()
+        guest.switch(S.CLOSED)
+        guest.device.update()
+    assert guest.device.finished
+    assert host.hypervisor.mapped_pages == 0
+
+
+def test_repr(guest):
+    assert repr(guest.device) == "<Device 51712 of domain 5: 2 (InitWait)>"
+
+
+# -- the connection breaks -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ours", "shown", "after"),
+    [
+        (S.CONNECTED, "2", S.CONNECTED),  # was not written: it is written now
+        (S.CONNECTED, "4", S.CONNECTED),
+        (S.CLOSED, "5", S.CLOSED),
+        (S.INIT_WAIT, "6", S.INIT_WAIT),
+    ],
+)
+def test_what_was_not_written_is_written_later(host, guest, ours, shown, after):
+    if ours is S.CONNECTED:
+        connect(guest)
+    elif ours is S.CLOSED:
+        guest.switch(S.CLOSED)
+        guest.device.update()
+    host.store.write(f"{guest.address.backend}/state", shown)
+    guest.device.store_reconnected()
+    assert guest.backend is after
+
+
+def test_what_the_toolstack_wrote_meanwhile_is_obeyed(host, guest):
+    connect(guest)
+    host.store.write(f"{guest.address.backend}/online", "0")
+    host.store.write(f"{guest.address.backend}/state", "5")
+    guest.device.store_reconnected()
+    assert guest.backend is S.CLOSING
+    guest.switch(S.CLOSED)
+    guest.device.update()
+    assert guest.device.finished

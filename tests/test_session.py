@@ -1,0 +1,545 @@
+"""One disk's life from attaching to cleaning up, whatever ends it."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from xen_disk_py import toolstack
+from xen_disk_py.backends import Backend
+from xen_disk_py.blkif import READ
+from xen_disk_py.errors import DeviceError, DeviceTaken
+from xen_disk_py.session import Forced, Interrupts, Outcome
+from xen_disk_py.xenbus import State
+
+
+class Hanging(Backend):
+    """A disk whose reads return when they are allowed to."""
+
+    size = 1 << 20
+
+    def __init__(self):
+        self.entered = threading.Event()
+        self.allowed = threading.Event()
+
+    def read(self, buffers, offset):
+        self.entered.set()
+        self.allowed.wait(20)
+        for buffer in buffers:
+            buffer[:] = bytes(len(buffer))
+
+    def write(self, buffers, offset):
+        pass
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr("xen_disk_py.session._RETRY", 0.05)
+
+
+def write_state(host, serving, state):
+    host.store.write(f"{serving.address.frontend}/state", str(int(state)))
+
+
+def backend_state(host, serving):
+    return State.parse(host.tree().get(f"{serving.address.backend}/state"))
+
+
+def test_polite_unplug(host):
+    backend = host.memory()
+    serving = host.serving(backend)
+    frontend = serving.frontend()
+    assert serving.connected.wait(5)
+    frontend.write(4096, b"x" * 8192)
+    assert b"x" * 8192 == frontend.read(4096, 8192)
+    serving.unplug()
+    assert serving.unplugging.wait(5)
+    host.until(lambda: frontend.backend_state is State.CLOSING)
+    assert b"x" * 8192 == frontend.read(4096, 8192)  # served until the guest has closed
+    frontend.disconnect()
+    assert serving.wait() is Outcome.UNPLUGGED
+    assert b"x" * 8192 == backend.data[4096:12288]
+    assert backend.closed == 0  # it belongs to whoever opened it
+
+
+def test_unplug_of_a_disk_that_the_guest_never_looked_at(host):
+    serving = host.serving(host.memory(), patience=60)
+    serving.unplug()
+    assert serving.wait() is Outcome.UNPLUGGED
+    assert not serving.connected.is_set()
+
+
+def test_an_unplug_asked_for_before_the_session_began(host):
+    serving = host.serving(host.memory(), start=False)
+    serving.interrupts.asked = True
+    serving.thread.start()
+    assert serving.wait() is Outcome.UNPLUGGED
+
+
+def test_nothing_is_left_when_the_number_is_taken(host):
+    first = host.serving(host.memory())
+    second = host.serving(host.memory(), start=False)
+    second.thread.start()
+    with pytest.raises(DeviceTaken, match="xvda is taken in domain 5"):
+        second.wait()
+    frontend = first.frontend()  # is not disturbed
+    frontend.write(0, bytes(512))
+
+
+@pytest.mark.parametrize(
+    ("state", "why"),
+    [
+        (State.INITIALISING, "1 (Initialising); the guest has no block driver"),
+        (State.INIT_WAIT, "2 (InitWait); the guest's driver began and did not finish"),
+        (State.CLOSED, "6 (Closed); the guest's driver refused"),
+    ],
+)
+def test_a_guest_that_does_not_connect(host, state, why):
+    serving = host.serving(host.memory(), patience=0.1)
+    write_state(host, serving, state)
+    start = time.monotonic()
+    with pytest.raises(DeviceError) as caught:
+        serving.wait()
+    assert f"did not connect within 0.1 s: its state is {why}" in str(caught.value)
+    assert time.monotonic() - start < 2
+
+
+def test_a_guest_that_hangs_on_the_way(host):
+    serving = host.serving(host.memory(), patience=0.3)
+    frontend = serving.frontend()
+    serving2 = host.serving(host.memory(), "xvdb", patience=0.3)
+    host.store.write(f"{serving2.address.frontend}/ring-ref", "nonsense")
+    write_state(host, serving2, State.INITIALISED)
+    with pytest.raises(DeviceError, match="did not connect"):
+        serving2.wait()
+    frontend.read(0, 4096)  # of the other disk
+    time.sleep(0.4)
+    assert serving.thread.is_alive()  # patience is for connecting only
+
+
+def test_toolstack_detaches(host):
+    """As ``xl block-detach`` does: it removes the nodes itself once it sees Closed."""
+    serving = host.serving(host.memory())
+    frontend = serving.frontend()
+    back = serving.address.backend
+
+    def ask(store):
+        store.write(f"{back}/online", "0")
+        store.write(f"{back}/state", "5")
+
+    host.store.transact(ask)
+    host.until(lambda: frontend.backend_state is State.CLOSING)
+    frontend.disconnect()
+    host.until(lambda: backend_state(host, serving) is State.CLOSED)
+    assert host.hypervisor.mapped_pages == 0
+    time.sleep(0.05)
+    assert serving.thread.is_alive()  # so that the toolstack sees Closed
+    toolstack.detach(host.store, serving.address)
+    assert serving.wait() is Outcome.DETACHED
+
+
+def test_a_toolstack_that_does_not_come_back(host, monkeypatch):
+    monkeypatch.setattr("xen_disk_py.session._TOOLSTACK_PATIENCE", 0.3)
+    serving = host.serving(host.memory())
+    host.store.write(f"{serving.address.backend}/online", "0")
+    host.store.write(f"{serving.address.backend}/state", "5")
+    assert serving.wait() is Outcome.DETACHED
+
+
+def test_toolstack_removes_the_frontend_first(host):
+    """As ``xl block-detach --force`` does."""
+    serving = host.serving(host.memory())
+    serving.frontend()
+    host.store.remove(serving.address.frontend)
+    assert serving.wait() is Outcome.DETACHED
+
+
+def test_the_domain_is_destroyed(host):
+    serving = host.serving(host.memory())
+    serving.frontend()
+    host.xenstored.remove_domain(host.DOMID)
+    assert serving.wait() is Outcome.GUEST_GONE
+
+
+def test_the_domain_is_destroyed_under_load(host):
+    backend = host.memory()
+    read = backend.read
+    backend.read = lambda buffers, offset: time.sleep(0.002) or read(buffers, offset)
+    serving = host.serving(backend)
+    frontend = serving.frontend(persistent=False)
+    for _ in range(20):
+        frontend.submit(READ, 0, length=4096)
+    frontend.kick()
+    host.xenstored.remove_domain(host.DOMID)
+    assert serving.wait() is Outcome.GUEST_GONE
+    assert host.hypervisor.mapped_pages == 0
+
+
+def test_an_unrelated_domain_goes(host):
+    host.xenstored.add_domain(9, "other", "00000000-0000-0000-0000-000000000009")
+    serving = host.serving(host.memory())
+    frontend = serving.frontend()
+    host.xenstored.remove_domain(9)
+    assert bytes(512) == frontend.read(0, 512)
+    assert serving.thread.is_alive()
+
+
+def test_serving_fails(host):
+    serving = host.serving(host.memory())
+    frontend = serving.frontend()
+    serving.interrupts.fail(RuntimeError("the event channel broke"))
+    with pytest.raises(DeviceError, match="serving failed: RuntimeError"):
+        serving.wait()
+    assert frontend.backend_state is None
+
+
+def test_no_wake_up_is_lost_between_a_look_and_the_sleep(host, monkeypatch):
+    """A failure that comes after the last look but before the pipe is drained."""
+    serving = host.serving(host.memory(), start=False)
+    drain = serving.interrupts.drain
+
+    def fail_first():
+        if serving.connected.is_set() and serving.interrupts.failure is None:
+            serving.interrupts.fail(RuntimeError("late"))
+        drain()
+
+    monkeypatch.setattr(serving.interrupts, "drain", fail_first)
+    serving.start()
+    serving.frontend()
+    with pytest.raises(DeviceError, match="late"):
+        serving.wait()
+
+
+def test_an_exception_of_a_callback(host):
+    serving = host.serving(host.memory(), start=False)
+
+    def broken():
+        raise BrokenPipeError
+
+    serving.connected.set = broken
+    serving.start()
+    serving.frontend()
+    with pytest.raises(BrokenPipeError):
+        serving.wait()
+
+
+def test_ticks(host, monkeypatch):
+    monkeypatch.setattr("xen_disk_py.session.TICK", 0.01)
+    serving = host.serving(host.memory(), start=False)
+    ticks = []
+    serving.on_tick = lambda: ticks.append(serving.connected.is_set())
+    serving.start()
+    time.sleep(0.05)
+    assert not ticks  # nothing to show before the guest has the disk
+    serving.frontend()
+    host.until(lambda: len(ticks) > 5)
+    assert all(ticks)
+
+
+def test_waiting_costs_no_cpu(host):
+    """Also when the guest does not let go and its time to connect is over."""
+    serving = host.serving(host.memory(), patience=0.1)
+    write_state(host, serving, State.CONNECTED)  # in vain: there are no keys
+    host.until(lambda: backend_state(host, serving) is State.CLOSING)
+    serving.unplug()
+    assert serving.unplugging.wait(5)
+    time.sleep(0.1)
+    before = time.process_time()
+    time.sleep(0.3)
+    assert time.process_time() - before < 0.1
+    write_state(host, serving, State.CLOSED)
+    assert serving.wait() is Outcome.UNPLUGGED
+
+
+# -- xenstore goes away --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_xenstored_restarts_during_io(host, keep, caplog):
+    serving = host.serving(host.memory())
+    frontend = serving.frontend()
+    stop = threading.Event()
+    done = []
+
+    def work():
+        while not stop.is_set():
+            frontend.write(0, b"y" * 4096)
+            assert b"y" * 4096 == frontend.read(0, 4096)
+            done.append(1)
+
+    with caplog.at_level("DEBUG", "xen_disk_py"):
+        worker = threading.Thread(target=work)
+        worker.start()
+        for _ in range(2):
+            caplog.clear()
+            host.xenstored.restart(keep=keep)
+            host.until(lambda: "connected to xenstore again" in caplog.text)
+            count = len(done)
+            host.until(lambda count=count: len(done) > count + 3)
+            if not keep:
+                break
+    stop.set()
+    worker.join()
+    assert serving.thread.is_alive()
+    assert keep or "has lost this device" in caplog.text
+    serving.unplug()
+    if keep:
+        host.until(lambda: backend_state(host, serving) is State.CLOSING)
+        frontend._store.reconnect()
+        frontend.disconnect()
+    assert serving.wait() is Outcome.UNPLUGGED
+    assert host.hypervisor.mapped_pages == 0
+
+
+def test_xenstored_pauses_during_io_and_an_unplug(host):
+    serving = host.serving(host.memory(), timeout=0.2)
+    frontend = serving.frontend()
+    host.store.write(f"{serving.address.frontend}/state", "4")  # for something to look at
+    host.xenstored.pause()
+    for _ in range(20):
+        frontend.write(0, b"z" * 4096)
+        assert b"z" * 4096 == frontend.read(0, 4096)
+    serving.unplug()
+    time.sleep(0.5)
+    assert b"z" * 4096 == frontend.read(0, 4096)
+    assert serving.thread.is_alive()
+    host.xenstored.resume()
+    host.until(lambda: backend_state(host, serving) is State.CLOSING)
+    frontend.disconnect()
+    assert serving.wait() is Outcome.UNPLUGGED
+
+
+@pytest.mark.parametrize("at", [State.CONNECTED, State.CLOSING, State.CLOSED])
+def test_the_connection_breaks_before_a_state_is_published(host, monkeypatch, at):
+    """The guest waits for that state: it is written when xenstore is back."""
+    serving = host.serving(host.memory(), start=False)
+    write, broken = serving.store.write, []
+
+    def breaking(path, value):
+        if path.endswith("/state") and value == str(int(at)) and not broken:
+            broken.append(path)
+            serving.store.close()
+        write(path, value)
+
+    serving.start()
+    monkeypatch.setattr(serving.store, "write", breaking)
+    frontend = serving.frontend()
+    frontend.read(0, 4096)
+    frontend.disconnect()
+    assert broken
+    serving.unplug()
+    assert serving.wait() is Outcome.UNPLUGGED
+
+
+def test_a_detach_that_xenstored_restarts_in(host):
+    """What the toolstack wrote while we were away is found, and not overwritten."""
+    serving = host.serving(host.memory())
+    frontend = serving.frontend()
+    host.xenstored.restart(keep=True)
+    host.store.reconnect()
+    host.store.write(f"{serving.address.backend}/online", "0")
+    host.store.write(f"{serving.address.backend}/state", "5")
+    frontend._store.reconnect()
+    frontend.disconnect()
+    host.until(lambda: backend_state(host, serving) is State.CLOSED)
+    toolstack.detach(host.store, serving.address)
+    assert serving.wait() is Outcome.DETACHED
+
+
+def test_xenstored_is_gone_for_good(host, caplog):
+    """A forced end does not wait for it for ever, and says what is left."""
+    serving = host.serving(host.memory(), timeout=0.1)
+    frontend = serving.frontend()
+    host.xenstored.pause()
+    serving.interrupts.drain = lambda: (_ for _ in ()).throw(Forced())
+    serving.unplug()
+    assert serving.wait() is Outcome.FORCED
+    assert "xen-disk disconnect 5 xvda" in caplog.text
+    assert host.hypervisor.mapped_pages == 0
+    host.xenstored.resume()
+    frontend.close()
+    toolstack.detach(host.store, serving.address)
+
+
+# -- force ---------------------------------------------------------------------------------
+
+
+def test_force(host):
+    """In the session's thread the second signal is played by an exception of its."""
+    serving = host.serving(host.memory())
+    frontend = serving.frontend()
+    serving.unplug()
+    assert serving.unplugging.wait(5)
+    host.until(lambda: frontend.backend_state is State.CLOSING)
+    serving.interrupts.drain = lambda: (_ for _ in ()).throw(Forced())
+    serving.interrupts.wake()
+    assert serving.wait() is Outcome.FORCED
+    assert host.hypervisor.mapped_pages == 0
+    assert frontend.backend_state is None
+
+
+def test_force_with_a_backend_that_hangs(host, monkeypatch, caplog):
+    backend = Hanging()
+    serving = host.serving(backend)
+    frontend = serving.frontend()
+    frontend.submit(READ, 0, length=4096)
+    frontend.kick()
+    assert backend.entered.wait(5)
+    force = serving.device.force
+    monkeypatch.setattr(serving.device, "force", lambda: force(0.2))
+    serving.interrupts.drain = lambda: (_ for _ in ()).throw(Forced())
+    start = time.monotonic()
+    serving.unplug()
+    assert serving.wait() is Outcome.FORCED
+    assert time.monotonic() - start < 1.5
+    assert "the backend does not return" in caplog.text
+    assert frontend.backend_state is None  # the guest sees that its disk has gone
+    backend.allowed.set()
+    assert force()
+
+
+def test_a_timeout_with_a_backend_that_hangs(host, monkeypatch):
+    """A clean-up that nobody can interrupt is bounded, too, whatever the guest's state says."""
+    backend = Hanging()
+    serving = host.serving(backend, patience=0.5)
+    frontend = serving.frontend()
+    force = serving.device.force
+    monkeypatch.setattr(serving.device, "force", lambda: force(0.2))
+    frontend.submit(READ, 0, length=4096)
+    frontend.kick()
+    assert backend.entered.wait(5)
+    assert serving.connected.wait(5)
+    time.sleep(0.1)  # every event so far has been looked at
+    update = serving.device.update
+
+    def late_failure():
+        if State.parse(host.tree().get(f"{serving.address.frontend}/state")) is State.CLOSED:
+            raise DeviceError("something else")
+        update()
+
+    serving.device.update = late_failure
+    write_state(host, serving, State.CLOSED)
+    with pytest.raises(DeviceError, match="something else"):
+        serving.wait()
+    backend.allowed.set()
+    assert force()
+
+
+def test_the_second_signal_raises_forced_once():
+    interrupts = Interrupts()
+    before = signal.getsignal(signal.SIGTERM)
+    with interrupts.installed():
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)  # calm until a session serves
+        assert interrupts.asked
+        poll = select.poll()
+        poll.register(interrupts.fileno(), select.POLLIN)
+        assert poll.poll(0)
+        interrupts.drain()
+        assert not poll.poll(0)
+        interrupts.calm = False
+        with pytest.raises(Forced):
+            signal.raise_signal(signal.SIGHUP)
+        signal.raise_signal(signal.SIGINT)  # the clean-up that follows is not disturbed
+    assert before == signal.getsignal(signal.SIGTERM)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(interrupts.fileno())
+
+
+def test_wake_ups_that_nobody_takes():
+    interrupts = Interrupts()
+    with interrupts.installed():
+        for _ in range(70_000):
+            interrupts.wake()
+        interrupts.drain()
+        poll = select.poll()
+        poll.register(interrupts.fileno(), select.POLLIN)
+        assert not poll.poll(0)
+
+
+STUBBORN = """
+import os, signal, sys, threading, time
+from xen_disk_py import toolstack
+from xen_disk_py.backends import Backend
+from xen_disk_py.cli import main
+from xen_disk_py.environment import Environment
+from xen_disk_py.blkif import READ
+from xen_disk_py.frontend import Frontend
+from xen_disk_py.simulated.hypervisor import SimulatedGuest, SimulatedHypervisor, SimulatedMachine
+from xen_disk_py.simulated.xenstored import SimulatedXenstored
+from xen_disk_py.xenbus import State
+from xen_disk_py.xenstore import Store
+
+closing = sys.argv[2] == "closing"
+xenstored = SimulatedXenstored()
+xenstored.add_domain(5, "guest", "00000000-0000-0000-0000-000000000005")
+machine = SimulatedMachine(domid=5)
+env = Environment(
+    open_store=lambda: Store.open(xenstored.socket_path(0)),
+    open_hypervisor=lambda: SimulatedHypervisor(machine),
+    xen_version=lambda: None,
+    record_directory=sys.argv[1],
+)
+
+def play():
+    store = Store.open(xenstored.socket_path(5))
+    front = "/local/domain/5/device/vbd/51712"
+    while not store.exists(front + "/backend"):
+        time.sleep(0.01)
+    frontend = Frontend(store, SimulatedGuest(machine), front)
+    frontend.connect()
+    frontend.submit(READ, 0, length=4096)
+    frontend.kick()
+    time.sleep(0.2)
+    os.kill(os.getpid(), signal.SIGINT)
+    while frontend.backend_state is not State.CLOSING:
+        time.sleep(0.01)
+    if closing:  # now the main thread waits for the queue's thread
+        store.write(front + "/state", "6")
+    time.sleep(0.2)
+    os.kill(os.getpid(), signal.SIGINT)
+
+threading.Thread(target=play, daemon=True).start()
+status = main(["connect", "guest", "--path", sys.argv[3]], env)
+print(sorted(path for path in xenstored.nodes if "vbd" in path), os.listdir(sys.argv[1]))
+sys.exit(status)
+"""
+
+NEVER = """
+import threading
+from xen_disk_py.backends import Backend
+class Disk(Backend):
+    size = 1 << 20
+    def read(self, buffers, offset):
+        threading.Event().wait()
+    def write(self, buffers, offset):
+        pass
+"""
+
+
+@pytest.mark.parametrize("guest", ["closing", "busy"])
+def test_two_signals_end_a_process_whose_backend_hangs(tmp_path, guest):
+    (tmp_path / "never.py").write_text(NEVER)
+    (tmp_path / "records").mkdir()
+    code = STUBBORN
+    # five seconds for a request to come back are too long for a test
+    patch = "from xen_disk_py.device import Device\nDevice.force.__defaults__ = (0.3,)\n"
+    done = subprocess.run(
+        [sys.executable, "-c", patch + code, tmp_path / "records", guest, tmp_path / "never.py"],
+        capture_output=True,
+        text=True,
+        timeout=15,
+        check=False,
+    )
+    assert "the backend does not return" in done.stderr
+    assert "unplugged by force" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout.splitlines()[-1] == "[] []"
+    assert done.returncode == 130
