@@ -185,6 +185,8 @@ class Queue:
                 self._channel.notify()
         except (GuestMisbehaved, HypervisorError) as error:
             log.debug("%s", error)
+        except ValueError:
+            pass  # the ring is closed: an earlier stop() was cut short after that
 
     def _perform(self, request: Request) -> int:
         """Do one request and unmap what only it needed; the result is its status."""

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from .errors import DeviceTaken, XenUnavailable
 from .hypervisor import Closing
 from .statistics import WORDS, Statistics
+from .vdev import from_number
 from .xenbus import Address
 
 DIRECTORY = "/run/xen_disk_py"
@@ -87,7 +88,10 @@ class Record(Closing):
                 f"cannot write {self._path}: {error.strerror}; run as root"
             ) from error
         if fd is None:
-            raise DeviceTaken(f"another process serves device {address.devid} of that guest")
+            raise DeviceTaken(
+                f"another process serves device {address.devid} of that guest "
+                f"({from_number(address.devid)}): choose another --vdev"
+            )
         try:
             os.ftruncate(fd, 0)
             os.posix_fallocate(fd, 0, _SIZE)  # not sparse: a full /run is an error now, not later

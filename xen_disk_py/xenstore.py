@@ -514,7 +514,10 @@ class _Transport:
                 return action(argument)
             except BlockingIOError:
                 if not self._wait(event, self._deadline - time.monotonic()):
-                    text = f"xenstore does not answer within {self._timeout:g} s"
+                    text = (
+                        f"xenstore does not answer within {self._timeout:g} s; see whether "
+                        "xenstored is stopped or busy, and try again"
+                    )
                     raise StoreLost(errno.ETIMEDOUT, text) from None
             except OSError as error:
                 text = "the connection to xenstore broke"
