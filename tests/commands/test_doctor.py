@@ -125,7 +125,7 @@ def test_something_is_missing(doctor, healthy, take, status, said):
     assert said in out
     last = out.splitlines()[-1]
     if status:
-        assert last.startswith("connect cannot work here: 1 thing")
+        assert last.startswith("connect cannot work here; missing: ")
         assert out.count("MISSING") == 1
     else:
         assert last == "connect can work here"
