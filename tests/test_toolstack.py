@@ -99,6 +99,7 @@ def nodes_of(address, dev, mode="w"):
         "online": "1",
         "xen-disk-pid": "4711",
         **KEYS,
+        **({"script": "/bin/true"} if address.kind == "vbd3" else {}),
     }
     directories = {
         back: shared,

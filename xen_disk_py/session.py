@@ -39,7 +39,7 @@ class Outcome(Enum):
     """How a disk's life ended."""
 
     UNPLUGGED = "unplugged"
-    DETACHED = "detached by the toolstack or the guest"
+    DETACHED = "detached by the toolstack or with the guest"
     GUEST_GONE = "the guest has gone"
     FORCED = "unplugged by force"
 

@@ -21,6 +21,8 @@ from .xenstore import Store, quote, unquote
 KINDS = ("vbd3", "qdisk")
 """The kinds of backend directory that we use."""
 
+_NO_SCRIPT = "/bin/true"
+
 PID_KEY = "xen-disk-pid"
 """The key by which we know our own disks: the process that serves it."""
 
@@ -157,6 +159,9 @@ def attach(
         PID_KEY: str(pid),
         **backend_keys,
     }
+    if address.kind == "vbd3":
+        # libxl runs it with "remove" when it detaches the disk, and fails if there is none
+        backend["script"] = _NO_SCRIPT
     frontend = {
         "backend": address.backend,
         "backend-id": str(host),
