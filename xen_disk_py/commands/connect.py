@@ -173,8 +173,8 @@ class _Connection:
     def _say_unplugging(self, vdev: VirtualDevice, status_line: _StatusLine) -> None:
         status_line.clear()
         self._env.tell(
-            f"{vdev}: asked the guest to let go (a Linux before 5.17 waits until nothing there "
-            "uses the disk); Ctrl-C again to force"
+            f"{vdev}: asked the guest to let go (an older Linux waits until nothing there uses "
+            "the disk); Ctrl-C again to force"
         )
 
 
