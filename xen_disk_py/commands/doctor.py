@@ -43,7 +43,9 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
             if not check.ok and check.remedy:
                 env.say(f"{'':<8} {check.remedy}")
         if broken:
-            env.say(f"connect cannot work here; missing: {', '.join(check.name for check in broken)}")
+            env.say(
+                f"connect cannot work here; missing: {', '.join(check.name for check in broken)}"
+            )
         else:
             env.say("connect can work here")
     return ExitStatus.ERROR if broken else ExitStatus.OK
