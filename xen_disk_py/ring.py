@@ -81,6 +81,7 @@ class BackRing(_Ring):
     def __init__(self, shared: memoryview, slot_size: int, fence: Fence) -> None:
         super().__init__(shared, slot_size, fence)
         self._published = self._produced = self._consumed = self._indices[_RSP_PROD]
+        self._unpublished: list[bytes] = []
 
     def __repr__(self) -> str:
         return f"<BackRing of {self.slots}: took {self._consumed}, answered {self._produced}>"
@@ -107,13 +108,19 @@ class BackRing(_Ring):
         return slots
 
     def respond(self, response: bytes) -> None:
-        """Put a response into the next slot. The frontend sees it after :meth:`push`."""
-        self._store(self._produced, response)
+        """Put a response for the next slot. The frontend sees it after :meth:`push`.
+
+        Until then the slot keeps its request, for whoever answers it if we are killed.
+        """
+        self._unpublished.append(response)
         self._produced = (self._produced + 1) & _MASK
 
     def push(self) -> bool:
         """Publish the responses put so far; True if the frontend wants to be notified."""
         old, new = self._published, self._produced
+        for number, response in enumerate(self._unpublished):
+            self._store(old + number, response)
+        self._unpublished.clear()
         self._fence()  # responses are visible before the index that covers them
         self._indices[_RSP_PROD] = self._published = new
         self._fence()  # the index is visible before we look who waits for it

@@ -88,4 +88,5 @@ def xenstore_unchanged() -> Iterator[None]:
     yield
     after = xenstore_snapshot()
     assert gained(before, after) == {}
-    assert lost(before, after) == {}
+    # libxl leaves /libxl empty behind its last guest; we do not
+    assert lost(before, after).keys() <= {"/libxl"}

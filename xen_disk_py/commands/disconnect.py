@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import select
 import signal
@@ -13,12 +14,14 @@ from .. import record, toolstack
 from ..environment import Environment
 from ..errors import DeviceError
 from ..exit_status import ExitStatus
+from ..standin import stand_in
 from ..toolstack import Attached
 from ..vdev import VirtualDevice, parse
 from ..xenbus import State
 from ..xenstore import Store
 
 _FORCE_PATIENCE = 10.0
+_FORCE_POLITENESS = 2.0  # seconds that a guest gets to let go by itself
 
 
 def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
@@ -29,11 +32,18 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
         disk = _find(store, domain.domid, vdev)
         found = record.find(env.record_directory, disk.address)
         alive = found is not None and found.alive
-        if args.force and alive:
+        if not alive:
+            with stand_in(store, env.open_hypervisor, disk.address):
+                _ask(store, disk)
+                if args.force:
+                    _until(store, *_closed(store, disk, alive=False), _FORCE_POLITENESS)
+                else:
+                    _wait(store, disk, args.timeout, alive=False)
+        elif args.force:
             _force(store, disk)
-        elif not args.force:
+        else:
             _ask(store, disk)
-            _wait(store, disk, args.timeout, alive=alive)
+            _wait(store, disk, args.timeout, alive=True)
         toolstack.detach(store, disk.address)
         if not alive:
             record.forget(env.record_directory, disk.address)
@@ -65,30 +75,33 @@ def _ask(store: Store, disk: Attached) -> None:
 
 def _wait(store: Store, disk: Attached, timeout: float, *, alive: bool) -> None:
     """Wait until the backend has closed; for a dead one, until the frontend has."""
+    if not _until(store, *_closed(store, disk, alive=alive), timeout):
+        raise DeviceError(
+            f"the guest has not let go of {disk.device} within {timeout:g} s: it does not "
+            "answer (paused?), or waits until nothing there uses the disk; --force does not wait"
+        )
+
+
+def _closed(store: Store, disk: Attached, *, alive: bool) -> tuple[str, Callable[[], bool]]:
+    """Return the node whose state tells the end of a disk, and how to ask whether it has come."""
     path = (disk.address.backend if alive else disk.address.frontend) + "/state"
 
     def closed() -> bool:
         state = State.parse(store.read(path))
         return state in (None, State.CLOSED) or (not alive and state is State.INITIALISING)
 
-    if not _until(store, path, closed, timeout):
-        raise DeviceError(
-            f"the guest has not let go of {disk.device} within {timeout:g} s: something there "
-            "still uses it (mounted?); it goes when that ends, or now with --force"
-        )
+    return path, closed
 
 
 def _force(store: Store, disk: Attached) -> None:
     """Have the serving process cut the guest off: its first signal asks, the second forces."""
     path = disk.address.backend
-    for _ in range(2):
-        try:
+    for patience in (_FORCE_POLITENESS, _FORCE_PATIENCE):
+        with contextlib.suppress(ProcessLookupError):
             os.kill(disk.pid, signal.SIGTERM)
-        except ProcessLookupError:
-            break
-        time.sleep(0.2)
-    if not _until(store, path, lambda: not store.exists(path), _FORCE_PATIENCE):
-        raise DeviceError(f"process {disk.pid} does not end; kill it, then try again")
+        if _until(store, path, lambda: not store.exists(path), patience):
+            return
+    raise DeviceError(f"process {disk.pid} does not end; kill it, then try again")
 
 
 def _until(store: Store, path: str, done: Callable[[], bool], timeout: float) -> bool:

@@ -1,0 +1,87 @@
+"""In place of a process that was killed: the requests it has left are answered, with errors.
+
+A guest waits for an answer for ever. Linux then hangs while it removes the device, in the one
+thread that would also tell it of a new one, so that no disk can be connected to it any more.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import platform
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Callable
+
+from .backends import Backend
+from .blkif import SECTOR, Connection, Features, abi_named
+from .device import MAX_RING_PAGE_ORDER
+from .disk import Disk
+from .errors import XenDiskError
+from .hypervisor import Hypervisor
+from .queue import Queue
+from .xenbus import Address
+from .xenstore import Store
+
+log = logging.getLogger("xen_disk_py")
+
+_PATIENCE = 5.0
+
+
+class _Gone(Backend):
+    """A disk of which nothing is left."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __str__(self) -> str:
+        return "a disk whose process has died"
+
+    def read(self, buffers: Sequence[memoryview], offset: int) -> int | None:
+        raise OSError(errno.EIO, "nobody serves it")
+
+    def write(self, buffers: Sequence[memoryview], offset: int) -> int | None:
+        raise OSError(errno.EIO, "nobody serves it")
+
+    def flush(self) -> None:
+        raise OSError(errno.EIO, "nobody serves it")
+
+    def discard(self, offset: int, length: int) -> None:
+        raise OSError(errno.EIO, "nobody serves it")
+
+
+@contextmanager
+def stand_in(
+    store: Store, open_hypervisor: Callable[[], Hypervisor], address: Address
+) -> Iterator[None]:
+    """Answer the requests of a device that nobody serves, as long as the context lasts.
+
+    Does nothing where the guest has no ring, or where it cannot be had.
+    """
+    with ExitStack() as stack:
+        try:
+            queue = _queue(store, stack.enter_context(open_hypervisor()), address)
+        except XenDiskError as error:
+            log.debug("no requests to answer: %s", error)
+        else:
+            queue.start()
+            stack.callback(queue.stop, _PATIENCE)
+        yield
+
+
+def _queue(store: Store, hypervisor: Hypervisor, address: Address) -> Queue:
+    keys = {name: store.read(f"{address.backend}/{name}") for name in store.list(address.backend)}
+    offered = Features.from_keys({k: v for k, v in keys.items() if v is not None})
+    connection = Connection.from_keys(
+        lambda name: store.read(f"{address.frontend}/{name}"), MAX_RING_PAGE_ORDER
+    )
+    return Queue(
+        hypervisor,
+        address.frontend_domid,
+        connection,
+        abi_named(connection.protocol, platform.machine()),
+        Disk(_Gone(offered.sectors * SECTOR)),
+        max_indirect_segments=offered.max_indirect_segments,
+        persistent_limit=0,
+        on_failure=lambda error: log.debug("%r", error),
+    )
