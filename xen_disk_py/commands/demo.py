@@ -59,13 +59,17 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
         interrupts = stack.enter_context(Interrupts().installed())
         phases = _drive(disk, interrupts, length, write, args, env)
         untouched = image is None or _digest(image, length) == before
+    verified = write and _expected(disk, name) != "anything"  # or _drive would have raised
     if args.json:
-        result = {"backend": name, "path": args.path, "phases": phases}
+        result = {"backend": name, "path": args.path, "phases": phases, "verified": verified}
         if image:
             result["image_untouched"] = untouched
         env.say(json.dumps(result))
-    elif image:
-        env.say(f"image {'untouched' if untouched else 'CHANGED'}: sha256 of what was written to")
+    else:
+        if verified:
+            env.say(f"verified: {format_size(length)} read back as they should be")
+        if image:
+            env.say(f"image {'untouched' if untouched else 'CHANGED'}: sha256 before and after")
     return ExitStatus.OK if untouched else ExitStatus.ERROR
 
 
