@@ -35,7 +35,7 @@ from .blkif import (
     resolve,
 )
 from .disk import Disk
-from .errors import GuestMisbehaved, HypervisorError
+from .errors import GuestMisbehaved, HypervisorError, XenDiskError
 from .grants import GuestPages
 from .hypervisor import EventChannel, Hypervisor, Mapping
 from .ring import BackRing
@@ -105,7 +105,9 @@ class Queue:
         """
         if self._wake_read < 0:
             return True  # stopped already
-        if self._thread.ident is not None:
+        if self._thread.ident is None:
+            self._release()
+        else:
             self._stopping = True
             os.write(self._wake_write, b"x")
             # Not join(): cut short by an exception, it takes a thread that runs for one that
@@ -113,11 +115,6 @@ class Queue:
             if not self._ended.wait(timeout):
                 return False
             self._thread.join()
-            self._refuse_the_rest()
-        self._pages.close()
-        self._ring.close()
-        self._channel.close()
-        self._mapping.close()
         descriptors = self._wake_read, self._wake_write
         self._wake_read = -1
         for descriptor in descriptors:
@@ -134,7 +131,20 @@ class Queue:
             log.debug("the queue's thread stopped", exc_info=True)
             self._on_failure(error)
         finally:
-            self._ended.set()
+            try:
+                self._refuse_the_rest()
+                self._release()
+            except XenDiskError as error:
+                log.error("%s", error)
+            finally:
+                self._ended.set()
+
+    def _release(self) -> None:
+        """Unmap and unbind everything: in the queue's thread, where no signal cuts it short."""
+        self._pages.close()
+        self._ring.close()
+        self._channel.close()
+        self._mapping.close()
 
     def _loop(self) -> None:
         ring, channel, words = self._ring, self._channel, self._disk.statistics.words
@@ -186,7 +196,7 @@ class Queue:
         except (GuestMisbehaved, HypervisorError) as error:
             log.debug("%s", error)
         except ValueError:
-            pass  # the ring is closed: an earlier stop() was cut short after that
+            pass  # unmapped under us: the backend returned after it had been given up
 
     def _perform(self, request: Request) -> int:
         """Do one request and unmap what only it needed; the result is its status."""

@@ -88,5 +88,4 @@ def xenstore_unchanged() -> Iterator[None]:
     yield
     after = xenstore_snapshot()
     assert gained(before, after) == {}
-    # libxl leaves /libxl empty behind its last guest; we do not
-    assert lost(before, after).keys() <= {"/libxl"}
+    assert lost(before, after) == {}

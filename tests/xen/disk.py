@@ -24,11 +24,11 @@ class DiskError(RuntimeError):
 
 
 def xenstore_snapshot(under: str = "/") -> dict[str, str]:
-    """Return xenstore as path to value, without what changes by itself in a running dom0."""
+    """Return xenstore as path to value, but for the two nodes that libxl leaves behind, empty."""
     snapshot = {}
     for line in sh("xenstore-ls", "-f", under, check=False).splitlines():
         path, _, value = line.partition(" = ")
-        if path.startswith("/"):
+        if path.startswith("/") and path not in ("/libxl", "/vm"):
             snapshot[path] = value.strip('"')
     return snapshot
 

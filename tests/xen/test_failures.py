@@ -258,14 +258,16 @@ def frontend() -> Iterator[Callable[[Disk], Frontend]]:
 
         def start(disk: Disk) -> Frontend:
             deadline = time.monotonic() + 30
-            while not (nodes := block_nodes(0)):
+            directories: list[str] = []
+            while not directories:
                 assert time.monotonic() < deadline, disk.describe()
                 time.sleep(0.1)
-            (directory,) = (
-                path.rpartition("/")[0]
-                for path in nodes
-                if path.startswith("/local/domain/0/device/vbd/") and path.endswith("/state")
-            )
+                directories = [
+                    path.rpartition("/")[0]
+                    for path in block_nodes(0)
+                    if path.startswith("/local/domain/0/device/vbd/") and path.endswith("/state")
+                ]
+            (directory,) = directories
             if made:
                 store.write(f"{directory}/state", str(int(State.INITIALISING)))
             # few buffers: the kernel grants 1024 pages on behalf of programs, no more
