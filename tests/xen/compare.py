@@ -20,7 +20,7 @@ from .guest import Guest, sh
 
 FOLDER = Path("/dev/shm")
 MEBIBYTES = 100
-SECONDS = 4
+SECONDS = 3
 OURS = ("raw", "cow", "mmap")
 PEERS = ("blkback", "qdisk")
 
