@@ -426,6 +426,7 @@ class SimulatedXenstored(Closing):
 
     def _release(self, domid: int) -> None:
         uuid = self.domains.pop(domid)
+        self._deafen(domid)
         for connection in list(self._connections.values()):
             if connection.domid == domid:
                 self._drop(connection)
@@ -509,6 +510,14 @@ class SimulatedXenstored(Closing):
             listener.bind(str(self._folder / f"domain-{domid}"))
             listener.listen()
             self._selector.register(listener, selectors.EVENT_READ, domid)
+
+    def _deafen(self, domid: int) -> None:
+        """Take a domain's socket away, and with it whoever was not yet accepted."""
+        listener = self._listeners.pop(domid, None)
+        if listener is not None:
+            self._selector.unregister(listener)
+            listener.close()
+            (self._folder / f"domain-{domid}").unlink()
 
     def _accept(self, domid: int) -> None:
         with contextlib.suppress(BlockingIOError):
