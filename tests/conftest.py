@@ -14,14 +14,14 @@ import pytest
 
 from xen_disk_py import toolstack
 from xen_disk_py.backends import Backend
-from xen_disk_py.blkif import X86_64, Connection, decode_response
+from xen_disk_py.blkif import X86_64, Ring, decode_response
 from xen_disk_py.device import Device
 from xen_disk_py.disk import Disk
 from xen_disk_py.environment import Environment
 from xen_disk_py.errors import XenDiskError
 from xen_disk_py.frontend import Frontend
-from xen_disk_py.grants import PERSISTENT_LIMIT
-from xen_disk_py.queue import Queue
+from xen_disk_py.grants import PERSISTENT_LIMIT, Grants
+from xen_disk_py.queue import Options, Queue
 from xen_disk_py.ring import FrontRing
 from xen_disk_py.session import Interrupts, Session
 from xen_disk_py.simulated.hypervisor import (
@@ -75,7 +75,7 @@ class Memory(Backend):
 class Line:
     """A ring with the queue that serves it; its requests are laid out by hand."""
 
-    def __init__(self, host, disk, abi, order, persistent, limit, max_indirect_segments):
+    def __init__(self, host, disk, abi, order, persistent, options, number):
         self.guest = host.guest
         self.abi = abi
         self.disk = disk
@@ -83,15 +83,15 @@ class Line:
         self.pages = host.guest.share_pages(0, 1 << order, writable=True)
         self.ring = FrontRing(self.pages.view, abi.slot_size, host.guest.fence)
         self.channel = host.guest.bind_unbound(0)
-        connection = Connection(tuple(self.pages.refs), self.channel.port, abi.name, persistent)
         self.queue = Queue(
             host.hypervisor,
             DOMID,
-            connection,
+            Ring(tuple(self.pages.refs), self.channel.port),
             abi,
             disk,
-            max_indirect_segments=max_indirect_segments,
-            persistent_limit=limit if persistent else 0,
+            options=options,
+            persistent=persistent,
+            statistics=disk.statistics.of_queue(number),
             on_failure=self.failures.append,
         )
         self.queue.start()
@@ -259,11 +259,15 @@ class Host:
         *,
         order=0,
         persistent=False,
+        grants=Grants.AUTO,
         limit=PERSISTENT_LIMIT,
         max_indirect_segments=256,
+        number=0,
     ):
-        """Serve a backend on a ring, without xenstore."""
-        line = Line(self, Disk(backend), abi, order, persistent, limit, max_indirect_segments)
+        """Serve a backend, or a disk that others serve too, on a ring, without xenstore."""
+        disk = backend if isinstance(backend, Disk) else Disk(backend)
+        options = Options(max_indirect_segments, grants, limit)
+        line = Line(self, disk, abi, order, persistent, options, number)
         self._stack.callback(line.close)
         return line
 
@@ -296,6 +300,7 @@ class Host:
             open_hypervisor=lambda: self.hypervisor,
             xen_version=lambda: (4, 20),
             record_directory=self.records,
+            stdin=None,
         )
 
     def end_sessions(self):

@@ -19,8 +19,8 @@ from xen_disk_py.blkif import (
     FLUSH,
     INDIRECT,
     MAX_INDIRECT_SEGMENTS,
+    MAX_QUEUES,
     OKAY,
-    OPERATIONS,
     READ,
     RESPONSE_SIZE,
     WRITE,
@@ -33,6 +33,7 @@ from xen_disk_py.blkif import (
     Indirect,
     Malformed,
     Response,
+    Ring,
     Transfer,
     abi_named,
     decode_response,
@@ -98,7 +99,12 @@ def some_request(dice):
         segments = some_segments(dice, dice.randint(1, 11))
         return transfer_of(id_, dice.choice((READ, WRITE)), sector, segments)
     if kind == 1:
-        return transfer_of(id_, FLUSH, sector, some_segments(dice, dice.randint(0, 11)))
+        return transfer_of(
+            id_,
+            dice.choice((FLUSH, WRITE_BARRIER)),
+            sector,
+            some_segments(dice, dice.randint(0, 11)),
+        )
     if kind == 2:
         segments = dice.choice((1, 512, 513, 4096, dice.randint(1, 4096)))
         grefs = tuple(dice.getrandbits(32) for _ in range(-(-segments // 512)))
@@ -115,14 +121,6 @@ def assert_transfer_is_sound(transfer):
 
 class TestNumbers:
     def test_operations_and_statuses_are_those_of_blkif_h(self):
-        assert {
-            0: "read",
-            1: "write",
-            2: "barrier",
-            3: "flush",
-            5: "discard",
-            6: "indirect",
-        } == OPERATIONS
         assert (0, 1, 2, 3, 5, 6) == (READ, WRITE, WRITE_BARRIER, FLUSH, DISCARD, INDIRECT)
         assert (0, -1, -2) == (OKAY, ERROR, EOPNOTSUPP)
 
@@ -138,7 +136,7 @@ class TestNumbers:
 
 class TestDecoding:
     @every_layout
-    @pytest.mark.parametrize("operation", [READ, WRITE, FLUSH])
+    @pytest.mark.parametrize("operation", [READ, WRITE, WRITE_BARRIER, FLUSH])
     def test_a_transfer_is_read_from_where_blkif_h_puts_it(self, abi, at, size, operation):
         dice = random.Random(operation)
         for count in [*range(1, 12)] * 3:
@@ -172,10 +170,25 @@ class TestDecoding:
         assert expected == abi.decode(bytes(slot))
 
     @every_layout
-    def test_a_flush_needs_no_segment(self, abi, at, size):
-        slot = slot_with(at, size, FLUSH, 0, 0, 5, 6)
+    @pytest.mark.parametrize("operation", [FLUSH, WRITE_BARRIER])
+    def test_a_flush_or_barrier_needs_no_segment(self, abi, at, size, operation):
+        slot = slot_with(at, size, operation, 0, 0, 5, 6)
 
-        assert Transfer(5, FLUSH, 6, 0, (), (), ()) == abi.decode(bytes(slot))
+        assert Transfer(5, operation, 6, 0, (), (), ()) == abi.decode(bytes(slot))
+
+    @every_layout
+    def test_the_heads_of_a_run_of_slots(self, abi, at, size):
+        dice = random.Random(size)
+        slots, expected = b"", []
+        for _ in range(9):
+            head = [dice.getrandbits(bits) for bits in (8, 8, 16, 64, 64)]
+            slot = slot_with(at, size, *head)
+            (page,) = struct.unpack_from("<I", slot, at["grefs"])
+            slots += slot
+            expected.append((*head, page))
+
+        assert expected == list(abi.heads(slots))
+        assert at["segments"] == abi.segments_at
 
     @every_layout
     def test_what_stands_in_segments_that_are_not_used_does_not_matter(self, abi, at, size):
@@ -253,7 +266,7 @@ class TestMalformed:
         return request.operation, request.status
 
     @every_layout
-    @pytest.mark.parametrize("operation", [READ, WRITE, FLUSH])
+    @pytest.mark.parametrize("operation", [READ, WRITE, WRITE_BARRIER, FLUSH])
     @pytest.mark.parametrize("count", [12, 13, 128, 255])
     def test_more_than_eleven_segments(self, abi, at, size, operation, count):
         assert (operation, ERROR) == self.refusal(abi, at, size, operation, count)
@@ -264,7 +277,7 @@ class TestMalformed:
         assert (operation, ERROR) == self.refusal(abi, at, size, operation, 0)
 
     @every_layout
-    @pytest.mark.parametrize("operation", [READ, WRITE, FLUSH])
+    @pytest.mark.parametrize("operation", [READ, WRITE, WRITE_BARRIER, FLUSH])
     @pytest.mark.parametrize("bad", [(1, 0), (7, 6), (0, 8), (8, 8), (0, 255), (255, 255), (9, 3)])
     def test_a_segment_outside_its_page_wherever_it_stands(self, abi, at, size, operation, bad):
         for count in (1, 2, 11):
@@ -276,7 +289,7 @@ class TestMalformed:
 
     @every_layout
     def test_an_operation_that_is_not_offered_is_not_supported(self, abi, at, size):
-        for operation in (2, 4, *range(7, 256)):
+        for operation in (4, *range(7, 256)):
             assert (operation, EOPNOTSUPP) == self.refusal(abi, at, size, operation, 1)
 
     @every_layout
@@ -322,7 +335,7 @@ class TestMalformed:
             assert 0 <= request.operation <= 255
             if isinstance(request, Transfer):
                 assert len(request.grefs) <= 11
-                assert request.grefs or request.operation == FLUSH
+                assert request.grefs or request.operation in (FLUSH, WRITE_BARRIER)
                 assert_transfer_is_sound(request)
             elif isinstance(request, Indirect):
                 assert 1 <= request.segments <= limit
@@ -440,12 +453,16 @@ def some_features(dice):
         sector_size=sector_size,
         physical_sector_size=sector_size << dice.randrange(4),
         read_only=dice.random() < 0.5,
+        cdrom=dice.random() < 0.5,
         flush=dice.random() < 0.5,
+        barrier=dice.random() < 0.5,
         discard=dice.random() < 0.5,
+        secure_discard=dice.random() < 0.5,
         discard_granularity=512 << dice.randrange(8),
         persistent=dice.random() < 0.5,
         max_indirect_segments=indirect,
         max_ring_page_order=dice.randint(0, 4),
+        max_queues=dice.randint(1, 8),
     )
 
 
@@ -457,6 +474,7 @@ class TestFeatures:
             discard=True,
             discard_granularity=65536,
             max_ring_page_order=4,
+            max_queues=8,
         )
 
         assert {
@@ -465,15 +483,29 @@ class TestFeatures:
             "physical-sector-size": "4096",
             "info": "4",
             "feature-flush-cache": "1",
-            "feature-barrier": "0",
+            "feature-barrier": "1",
             "feature-persistent": "1",
             "feature-discard": "1",
             "max-ring-page-order": "4",
+            "max-ring-pages": "16",
+            "multi-queue-max-queues": "8",
             "feature-max-indirect-segments": "256",
             "discard-granularity": "65536",
             "discard-alignment": "0",
             "discard-secure": "0",
         } == features.to_keys()
+
+    @pytest.mark.parametrize(
+        ("read_only", "cdrom", "info"),
+        [(False, False, "0"), (True, False, "4"), (False, True, "3"), (True, True, "7")],
+    )
+    def test_a_cdrom_can_be_taken_out(self, read_only, cdrom, info):
+        assert info == Features(8, read_only=read_only, cdrom=cdrom).to_keys()["info"]
+
+    def test_a_secure_discard_is_offered_beside_the_other(self):
+        keys = Features(8, discard=True, secure_discard=True).to_keys()
+
+        assert ("1", "1") == (keys["feature-discard"], keys["discard-secure"])
 
     def test_what_is_not_offered_has_no_key(self):
         keys = Features(8, discard=False, max_indirect_segments=0).to_keys()
@@ -491,15 +523,19 @@ class TestFeatures:
             assert keys == again.to_keys()
             granularity = features.discard_granularity if features.discard else again.sector_size
             assert granularity == again.discard_granularity
+            assert (features.discard and features.secure_discard) is again.secure_discard
             for name in (
                 "sectors",
                 "sector_size",
                 "read_only",
+                "cdrom",
                 "flush",
+                "barrier",
                 "discard",
                 "persistent",
                 "max_indirect_segments",
                 "max_ring_page_order",
+                "max_queues",
             ):
                 assert getattr(features, name) == getattr(again, name), name
 
@@ -531,6 +567,7 @@ class TestFeatures:
             physical_sector_size=512,
             read_only=False,
             flush=False,
+            barrier=False,
             discard=False,
             discard_granularity=512,
             persistent=False,
@@ -570,8 +607,8 @@ NONSENSE = [
 ]
 
 
-def is_number(text, limit):
-    return bool(re.fullmatch("[0-9]{1,10}", text, re.ASCII)) and int(text) <= limit
+def is_number(text, limit, least=0):
+    return bool(re.fullmatch("[0-9]{1,10}", text, re.ASCII)) and least <= int(text) <= limit
 
 
 VALID = {"ring-ref": "8", "event-channel": "15"}
@@ -579,16 +616,20 @@ VALID = {"ring-ref": "8", "event-channel": "15"}
 
 class TestConnection:
     @staticmethod
-    def read(keys, order=4):
-        return Connection.from_keys(keys.get, order)
+    def read(keys, order=4, queues=MAX_QUEUES):
+        return Connection.from_keys(keys.get, order, queues)
 
+    @pytest.mark.parametrize("queues", range(1, 9))
     @pytest.mark.parametrize("pages", [1, 2, 4, 8, 16])
     @pytest.mark.parametrize("protocol", [None, "x86_64-abi"])
     @pytest.mark.parametrize("persistent", [False, True])
-    def test_keys_read_back_as_what_they_were_made_of(self, pages, protocol, persistent):
+    def test_keys_read_back_as_what_they_were_made_of(self, queues, pages, protocol, persistent):
         dice = random.Random(pages)
-        refs = tuple(dice.getrandbits(32) for _ in range(pages))
-        connection = Connection(refs, dice.getrandbits(32), protocol, persistent)
+        rings = tuple(
+            Ring(tuple(dice.getrandbits(32) for _ in range(pages)), dice.getrandbits(32))
+            for _ in range(queues)
+        )
+        connection = Connection(rings, protocol, persistent)
 
         assert connection == self.read(connection.to_keys())
 
@@ -598,7 +639,7 @@ class TestConnection:
             "feature-persistent": "1",
             "protocol": "x86_64-abi",
             "ring-ref": "8",
-        } == Connection((8,), 15, "x86_64-abi", persistent=True).to_keys()
+        } == Connection((Ring((8,), 15),), "x86_64-abi", persistent=True).to_keys()
 
     def test_a_ring_of_several_pages_is_written_as_linux_does(self):
         assert {
@@ -607,7 +648,43 @@ class TestConnection:
             "ring-page-order": "1",
             "ring-ref0": "8",
             "ring-ref1": "9",
-        } == Connection((8, 9), 15).to_keys()
+        } == Connection((Ring((8, 9), 15),)).to_keys()
+
+    def test_several_rings_are_written_as_linux_does(self):
+        assert {
+            "feature-persistent": "0",
+            "multi-queue-num-queues": "2",
+            "queue-0/event-channel": "15",
+            "queue-0/ring-ref": "8",
+            "queue-1/event-channel": "16",
+            "queue-1/ring-ref": "9",
+        } == Connection((Ring((8,), 15), Ring((9,), 16))).to_keys()
+        keys = Connection((Ring((8, 9), 15), Ring((10, 11), 16))).to_keys()
+        assert ("1", "11") == (keys["ring-page-order"], keys["queue-1/ring-ref1"])
+
+    def test_a_single_queue_stands_in_the_directory_itself(self):
+        keys = {**VALID, "queue-0/ring-ref": "9", "queue-0/event-channel": "16"}
+        for queues in ({}, {"multi-queue-num-queues": "1"}):
+            assert Connection((Ring((8,), 15),)) == self.read({**keys, **queues})
+
+    @pytest.mark.parametrize("offered", range(1, 9))
+    @pytest.mark.parametrize("asked", range(10))
+    def test_no_more_queues_than_offered(self, offered, asked):
+        rings = tuple(Ring((index,), index) for index in range(max(1, asked)))
+        keys = {**Connection(rings).to_keys(), "multi-queue-num-queues": str(asked)}
+        if 1 <= asked <= offered:
+            assert rings == self.read(keys, queues=offered).rings
+        else:
+            with pytest.raises(GuestMisbehaved, match="multi-queue-num-queues"):
+                self.read(keys, queues=offered)
+
+    def test_a_missing_key_of_any_queue_is_named(self):
+        keys = Connection(tuple(Ring((index,), index) for index in range(8))).to_keys()
+        for index in range(8):
+            for name in (f"queue-{index}/ring-ref", f"queue-{index}/event-channel"):
+                rest = {key: value for key, value in keys.items() if key != name}
+                with pytest.raises(GuestMisbehaved, match=f"{name} is missing"):
+                    self.read(rest)
 
     @pytest.mark.parametrize(
         "keys",
@@ -619,12 +696,12 @@ class TestConnection:
         ],
     )
     def test_either_spelling_of_a_ring_of_one_page_is_read(self, keys):
-        assert Connection((8,), 15) == self.read({**keys, "event-channel": "15"})
+        assert Connection((Ring((8,), 15),)) == self.read({**keys, "event-channel": "15"})
 
     def test_the_largest_numbers_are_in_range(self):
         keys = {"ring-ref": "4294967295", "event-channel": "4294967295"}
 
-        assert Connection((2**32 - 1,), 2**32 - 1) == self.read(keys)
+        assert Connection((Ring((2**32 - 1,), 2**32 - 1),)) == self.read(keys)
 
     @pytest.mark.parametrize("missing", ["ring-ref", "event-channel"])
     def test_a_missing_key_is_named(self, missing):
@@ -634,7 +711,7 @@ class TestConnection:
 
     @pytest.mark.parametrize("order", [1, 2, 3, 4])
     def test_a_missing_page_of_the_ring_is_named(self, order):
-        keys = Connection(tuple(range(1 << order)), 15).to_keys()
+        keys = Connection((Ring(tuple(range(1 << order)), 15),)).to_keys()
         for index in range(1 << order):
             rest = {name: value for name, value in keys.items() if name != f"ring-ref{index}"}
             with pytest.raises(GuestMisbehaved, match=f"ring-ref{index} is missing"):
@@ -646,14 +723,21 @@ class TestConnection:
         keys = {f"ring-ref{index}": str(index) for index in range(1 << asked)}
         keys.update({"event-channel": "1", "ring-page-order": str(asked)})
         if asked <= offered:
-            assert tuple(range(1 << asked)) == self.read(keys, offered).ring_refs
+            assert tuple(range(1 << asked)) == self.read(keys, offered).rings[0].refs
         else:
             with pytest.raises(GuestMisbehaved, match="ring-page-order"):
                 self.read(keys, offered)
 
     @pytest.mark.parametrize("text", NONSENSE)
     @pytest.mark.parametrize(
-        "key", ["ring-ref", "ring-page-order", "event-channel", "feature-persistent"]
+        "key",
+        [
+            "ring-ref",
+            "ring-page-order",
+            "event-channel",
+            "feature-persistent",
+            "multi-queue-num-queues",
+        ],
     )
     def test_a_value_that_is_no_number_in_range_is_refused_in_a_short_line(self, key, text):
         with pytest.raises(GuestMisbehaved, match=key) as caught:
@@ -667,22 +751,32 @@ class TestConnection:
         texts += ["".join(chr(dice.randrange(0x20, 0x7F)) for _ in range(3)) for _ in range(20)]
         accepted = 0
         for _ in range(3000):
-            keys = {f"ring-ref{index}": "7" for index in range(16)}
-            keys.update({"event-channel": "3", "ring-page-order": dice.choice("01234")})
+            queues = dice.choice(("1", "2", "3"))
+            places = [f"queue-{n}/" for n in range(int(queues))] if queues != "1" else [""]
+            keys = {f"{place}ring-ref{index}": "7" for place in places for index in range(16)}
+            keys.update({f"{place}event-channel": "3" for place in places})
+            keys.update({"ring-page-order": dice.choice("01234"), "multi-queue-num-queues": queues})
             if dice.random() < 0.5:
-                del keys["ring-ref0"]
-                keys["ring-ref"] = "7"
+                for place in places:
+                    del keys[f"{place}ring-ref0"]
+                    keys[f"{place}ring-ref"] = "7"
             for name in dice.sample([*sorted(keys), "protocol", "feature-persistent"], 2):
                 keys[name] = dice.choice(texts)
 
             order = "0" if keys["ring-page-order"] is None else keys["ring-page-order"]
-            legal = is_number(order, 4)
+            wanted = keys["multi-queue-num-queues"]
+            wanted = "1" if wanted is None else wanted
+            legal = is_number(order, 4) and is_number(wanted, 8, least=1)
+            rings = []
             if legal:
-                count = 1 << int(order)
-                one = count == 1 and keys.get("ring-ref0") is None
-                refs = ["ring-ref"] if one else [f"ring-ref{n}" for n in range(count)]
-                legal = all(is_number(keys.get(name) or "", 2**32 - 1) for name in refs)
-                legal = legal and is_number(keys["event-channel"] or "", 2**32 - 1)
+                many = int(wanted) > 1
+                for place in [f"queue-{n}/" for n in range(int(wanted))] if many else [""]:
+                    count = 1 << int(order)
+                    one = count == 1 and keys.get(f"{place}ring-ref0") is None
+                    names = [f"{place}ring-ref{'' if one else n}" for n in range(count)]
+                    texts_of = [keys.get(name) or "" for name in (*names, f"{place}event-channel")]
+                    legal = legal and all(is_number(text, 2**32 - 1) for text in texts_of)
+                    rings.append(texts_of)
                 persistent = keys.get("feature-persistent")
                 legal = legal and (persistent is None or is_number(persistent, 1))
             if not legal:
@@ -691,22 +785,23 @@ class TestConnection:
                 continue
             accepted += 1
             assert Connection(
-                tuple(int(keys[name]) for name in refs),
-                int(keys["event-channel"]),
+                tuple(Ring(tuple(map(int, refs)), int(port)) for *refs, port in rings),
                 keys.get("protocol"),
                 keys.get("feature-persistent") in ("1", "01", "001"),
             ) == self.read(keys)
         assert accepted > 300
 
-    def test_only_the_announced_keys_are_read(self):
+    @pytest.mark.parametrize("queues", ["1", "8"])
+    def test_only_the_announced_keys_are_read(self, queues):
         asked = set()
 
         def read(name):
             asked.add(name)
-            return {"ring-page-order": "4"}.get(name, "1")
+            return {"ring-page-order": "4", "multi-queue-num-queues": queues}.get(name, "1")
 
-        Connection.from_keys(read, 4)
+        Connection.from_keys(read, 4, 8)
 
-        refs = {f"ring-ref{index}" for index in range(16)}
-        assert asked <= refs | set(Connection.KEYS)
-        assert refs < asked
+        places = [f"queue-{n}/" for n in range(8)] if queues == "8" else [""]
+        refs = {f"{place}ring-ref{index}" for place in places for index in range(16)}
+        others = {"ring-page-order", "multi-queue-num-queues", "protocol", "feature-persistent"}
+        assert refs | {f"{place}event-channel" for place in places} | others == asked

@@ -8,8 +8,21 @@ import time
 
 import pytest
 
+from xen_disk_py import statistics as count
 from xen_disk_py import toolstack
-from xen_disk_py.blkif import ARM, OKAY, READ, X86_32, X86_64, Connection, Transfer, decode_response
+from xen_disk_py.blkif import (
+    ARM,
+    OKAY,
+    READ,
+    X86_32,
+    X86_64,
+    Connection,
+    Ring,
+    Transfer,
+    decode_response,
+)
+from xen_disk_py.grants import Grants
+from xen_disk_py.queue import Options
 from xen_disk_py.ring import FrontRing
 from xen_disk_py.xenbus import State
 
@@ -26,8 +39,8 @@ class Guest:
         self.address = serving.address
         self.store = host.open_store(host.DOMID)
         self.pages = []
-        self.ring = None
-        self.channel = None
+        self.rings = []
+        self.channels = []
 
     def write(self, **keys):
         for name, value in keys.items():
@@ -45,38 +58,46 @@ class Guest:
         """What the guest sees of the backend's state."""
         return State.parse(self.store.read(f"{self.address.backend}/state"))
 
-    def publish(self, order=0, abi=X86_64, persistent=False, protocol=None):
-        """Share a fresh ring and write the keys that lead to it."""
+    def publish(self, order=0, abi=X86_64, persistent=False, protocol=None, queues=1):
+        """Share fresh rings and write the keys that lead to them."""
         self.close()
-        shared = self.host.guest.share_pages(0, 1 << order, writable=True)
-        self.pages.append(shared)
         self.abi = abi
-        self.ring = FrontRing(shared.view, abi.slot_size, self.host.guest.fence)
-        self.channel = self.host.guest.bind_unbound(0)
+        refs = []
+        for _ in range(queues):
+            shared = self.host.guest.share_pages(0, 1 << order, writable=True)
+            self.pages.append(shared)
+            refs.append(tuple(shared.refs))
+            self.rings.append(FrontRing(shared.view, abi.slot_size, self.host.guest.fence))
+            self.channels.append(self.host.guest.bind_unbound(0))
         self.remove("ring-ref", "ring-page-order", *(f"ring-ref{index}" for index in range(16)))
-        connection = Connection(
-            tuple(shared.refs), self.channel.port, protocol or abi.name, persistent
-        )
+        self.remove("multi-queue-num-queues", *(f"queue-{index}" for index in range(8)))
+        ports = [channel.port for channel in self.channels]
+        connection = Connection(tuple(map(Ring, refs, ports)), protocol or abi.name, persistent)
         for name, value in connection.to_keys().items():
             self.store.write(f"{self.address.frontend}/{name}", value)
 
-    def read_works(self):
+    def ask_to_read(self, queue=0):
+        """Put a request; the page is where the data goes."""
         data = self.host.guest.share_pages(0, 1, writable=True)
         self.pages.append(data)
-        slot = self.abi.encode(Transfer(1, READ, 0, 8, tuple(data.refs), (0,), (7,)))
-        self.ring.put(slot)
-        if self.ring.push():
-            self.channel.notify()
+        ring = self.rings[queue]
+        ring.put(self.abi.encode(Transfer(1, READ, 0, 8, tuple(data.refs), (0,), (7,))))
+        if ring.push():
+            self.channels[queue].notify()
+        return data
+
+    def read_works(self, queue=0):
+        data = self.ask_to_read(queue)
         found = []
-        self.host.until(lambda: found.extend(self.ring.take()) or found)
+        self.host.until(lambda: found.extend(self.rings[queue].take()) or found)
         assert (1, READ, OKAY) == decode_response(found[0])
         return data.view == self.serving.backend.data[:4096]
 
     def close(self):
-        if self.ring is not None:
-            self.ring.close()
-            self.channel.close()
-            self.ring = None
+        for handle in (*self.rings, *self.channels):
+            handle.close()
+        self.rings.clear()
+        self.channels.clear()
         while self.pages:
             self.pages.pop().close()
 
@@ -157,10 +178,10 @@ def test_connect(host, guest, abi, order):
     guest.device.update()
     assert guest.backend is S.CONNECTED
     assert not guest.device.connected  # the guest has still to make its disk
-    assert guest.read_works()
     guest.switch(S.CONNECTED)
     guest.device.update()
     assert guest.device.connected
+    assert guest.read_works()
     guest.device.update()  # nothing new: nothing is done again
     assert host.hypervisor.mapped_pages == 1 << order
 
@@ -173,6 +194,16 @@ def test_a_frontend_that_jumps_to_connected(guest):
     assert guest.backend is S.CONNECTED
     assert guest.device.connected
     assert guest.read_works()
+
+
+def test_a_frontend_that_never_says_connected(host, guest):
+    """GRUB's: whoever reads the disk has it."""
+    guest.publish()
+    guest.switch(S.INITIALISED)
+    guest.device.update()
+    assert guest.backend is S.CONNECTED
+    assert guest.read_works()
+    host.until(lambda: guest.device.connected)
 
 
 def test_no_protocol_means_x86_32(guest, monkeypatch):
@@ -201,6 +232,120 @@ def test_persistent_only_if_promised(host, guest, promise):
     guest.device.update()
     guest.read_works()
     assert host.hypervisor.mapped_pages == 1 + int(promise)
+
+
+@pytest.mark.parametrize(("grants", "kept"), [(Grants.AUTO, 1), (Grants.COPY, 0), (Grants.MAP, 0)])
+def test_the_options_reach_the_queue(host, make, grants, kept):
+    guest = make(options=Options(17, grants))
+    assert guest.store.read(f"{guest.address.backend}/feature-max-indirect-segments") == "17"
+    connect(guest, persistent=True)
+    assert guest.read_works()
+    assert host.hypervisor.mapped_pages == 1 + kept
+    assert host.hypervisor.counters.copies == (grants is Grants.COPY)
+
+
+# -- several queues ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def threaded(host, make):
+    """A device that offers eight queues."""
+    data = bytearray(random.Random(1).randbytes(1 << 20))
+    return make(host.memory(threads=4, data=data), max_queues=8)
+
+
+@pytest.mark.parametrize(("threads", "offered"), [(1, "1"), (2, "8")])
+def test_queues_are_offered_where_threads_may_be_several(host, make, threads, offered):
+    guest = make(host.memory(threads=threads), max_queues=8)
+    assert offered == guest.store.read(f"{guest.address.backend}/multi-queue-max-queues")
+
+
+@pytest.mark.parametrize("queues", range(2, 9))
+@pytest.mark.parametrize(("abi", "order"), [(X86_64, 0), (X86_32, 1)])
+def test_every_queue_is_served(host, threaded, queues, abi, order):
+    guest = threaded
+    connect(guest, queues=queues, abi=abi, order=order, persistent=True)
+    front = guest.address.frontend
+    assert guest.store.read(f"{front}/ring-ref") is None
+    assert guest.store.read(f"{front}/queue-{queues - 1}/event-channel") is not None
+    assert host.hypervisor.mapped_pages == queues << order
+    for _ in range(3):
+        for number in range(queues):
+            assert guest.read_works(number)
+    pages = (queues << order) + 3 * queues
+    assert host.hypervisor.mapped_pages == pages
+    counters = guest.serving.disk.statistics
+    reads = [counters.of_queue(number).words[count.READS] for number in range(8)]
+    assert [3] * queues + [0] * (8 - queues) == reads
+    guest.switch(S.CLOSED)
+    guest.device.update()
+    assert host.hypervisor.mapped_pages == 0
+    guest.switch(S.INITIALISING)
+    guest.device.update()
+    connect(guest)  # and with a single one next time
+    assert guest.read_works()
+
+
+def test_a_ring_that_overflows_leaves_the_others_alone(host, threaded, caplog):
+    guest = threaded
+    connect(guest, queues=4)
+    with guest.pages[2].view[:16].cast("I") as indices:
+        indices[0] = 1000
+        guest.channels[2].notify()
+        host.until(lambda: "not served any longer" in caplog.text)
+    for number in (0, 1, 3, 0):
+        assert guest.read_works(number)
+    guest.device.unplug()
+    guest.switch(S.CLOSED)
+    guest.device.update()
+    assert guest.device.finished
+    assert host.hypervisor.mapped_pages == 0
+
+
+@pytest.mark.parametrize("key", ["ring-ref", "event-channel"])
+def test_one_queue_s_keys_that_make_no_sense(host, threaded, caplog, key):
+    """No queue is served then, and nothing is left of those before."""
+    guest = threaded
+    guest.publish(queues=4)
+    guest.store.write(f"{guest.address.frontend}/queue-3/{key}", "3")
+    guest.switch(S.INITIALISED)
+    guest.device.update()
+    assert guest.backend is S.CLOSING
+    assert "cannot connect to the frontend" in caplog.text
+    assert host.hypervisor.mapped_pages == 0
+    guest.switch(S.CLOSED)
+    guest.device.update()
+    guest.switch(S.INITIALISING)
+    guest.device.update()
+    connect(guest, queues=4)
+    assert guest.read_works(3)
+
+
+def test_more_queues_than_offered(guest, caplog):
+    guest.publish(queues=2)
+    guest.switch(S.INITIALISED)
+    guest.device.update()
+    assert guest.backend is S.CLOSING
+    assert "multi-queue-num-queues is '2'" in caplog.text
+
+
+def test_forcing_waits_for_all_queues_at_once(host, make):
+    """The time is one for all, and what hangs is all that stays."""
+    allowed = threading.Event()
+    backend = host.memory(threads=4, read=lambda buffers, offset: allowed.wait(5) and None)
+    guest = make(backend, max_queues=8)
+    connect(guest, queues=8)
+    for number in (2, 3, 5):
+        guest.ask_to_read(number)
+    host.until(lambda: guest.serving.disk.statistics.as_dict()["in_flight"] == 3)
+    before = time.monotonic()
+    assert not guest.device.force(0.05)
+    assert time.monotonic() - before < 1
+    assert guest.device.finished
+    assert host.hypervisor.mapped_pages == 3
+    allowed.set()
+    assert guest.device.force()
+    assert host.hypervisor.mapped_pages == 0
 
 
 # -- closing and connecting again ----------------------------------------------------------
@@ -492,12 +637,12 @@ def test_who_it_is_comes_from_us(host, guest):
     assert guest.read_works()
 
 
-def test_random_states(host, guest):
+@pytest.mark.parametrize("threads", [1, 4])
+def test_random_states(host, make, threads):
     """Whatever the order, with slow requests under way: what is mapped fits the state."""
     dice = random.Random(5)
-    backend = guest.serving.backend
-    read = backend.read
-    backend.read = lambda buffers, offset: time.sleep(0.0005) or read(buffers, offset)
+    backend = host.memory(threads=threads, read=lambda buffers, offset: time.sleep(0.0005))
+    guest = make(backend)
     guest.publish(persistent=True)
     data = host.share()
     for _ in range(400):
@@ -508,11 +653,12 @@ def test_random_states(host, guest):
             assert mapped == 0
         elif guest.device.state is S.CONNECTED:
             assert mapped > 0
-            if guest.ring.free > 4 and dice.random() < 0.5:
+            ring = guest.rings[0]
+            if ring.free > 4 and dice.random() < 0.5:
                 slot = guest.abi.encode(Transfer(1, READ, 0, 8, tuple(data.refs), (0,), (7,)))
-                guest.ring.put(slot)
-                guest.ring.push()
-                guest.channel.notify()
+                ring.put(slot)
+                ring.push()
+                guest.channels[0].notify()
         if mapped == 0 and guest.device.state is S.INIT_WAIT and dice.random() < 0.3:
             guest.publish(persistent=dice.random() < 0.5)
     assert not [thread for thread in threading.enumerate() if thread.name == "queue"][1:]
@@ -556,7 +702,7 @@ def test_a_ring_that_overflows_stays_detachable(host, guest, caplog):
     connect(guest)
     with guest.pages[0].view[:16].cast("I") as indices:
         indices[0] = 1000
-        guest.channel.notify()
+        guest.channels[0].notify()
         host.until(lambda: "not served any longer" in caplog.text)
         guest.device.update()
         assert guest.backend is S.CONNECTED

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 import re
 
 import pytest
@@ -18,6 +19,7 @@ from xen_disk_py.blkif import (
     OKAY,
     READ,
     WRITE,
+    WRITE_BARRIER,
     Discard,
     Transfer,
 )
@@ -54,20 +56,31 @@ class Discarding(Recording):
         self.calls.append(("discard", offset, length))
 
 
+class Shredding(Discarding):
+    def discard_securely(self, offset, length):
+        self.calls.append(("discard securely", offset, length))
+
+
 def transfer(operation, sector, segments):
     firsts, lasts = zip(*segments) if segments else ((), ())
     sectors = sum(last - first + 1 for first, last in segments)
     return Transfer(1, operation, sector, sectors, (9,) * len(segments), firsts, lasts)
 
 
-def pages(*letters):
-    return [memoryview(bytearray(letter * 4096)) for letter in letters]
+def buffers(*contents):
+    return [memoryview(bytearray(content)) for content in contents]
+
+
+def judge(disk, request):
+    """Return the status of a request that is not let pass; None for one that is."""
+    refusal = disk.refusal(request)
+    return None if refusal is None else refusal[1]
 
 
 # -- judging -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("operation", [READ, WRITE, FLUSH])
+@pytest.mark.parametrize("operation", [READ, WRITE, WRITE_BARRIER, FLUSH])
 @pytest.mark.parametrize(
     ("sector", "segments", "is_refused"),
     [
@@ -84,30 +97,35 @@ def pages(*letters):
 )
 def test_range(operation, sector, segments, is_refused):
     refusal = Disk(Recording()).refusal(transfer(operation, sector, segments))
-    assert is_refused is (refusal is not None)
-    if is_refused:
-        assert f"sectors {sector} to {sector + transfer(0, 0, segments).sectors} of 64" == refusal
+    end = sector + transfer(0, 0, segments).sectors
+    assert refusal == ((f"sectors {sector} to {end} of 64", ERROR) if is_refused else None)
 
 
 @pytest.mark.parametrize("sector", [0, SECTORS, SECTORS + 1, 2**64 - 1])
 @pytest.mark.parametrize("read_only", [False, True])
-def test_an_empty_flush_is_of_no_place(sector, read_only):
+@pytest.mark.parametrize("operation", [FLUSH, WRITE_BARRIER])
+def test_an_empty_flush_is_of_no_place(sector, read_only, operation):
     """Linux gives it sector 2**64 - 1, and turns flushes off for good if one fails."""
     disk = Disk(Recording(read_only=read_only, sector_size=4096))
-    request = transfer(FLUSH, sector, [])
+    request = transfer(operation, sector, [])
     assert disk.refusal(request) is None
-    assert disk.transfer(request, ()) == OKAY
-    assert [("flush",)] == disk.backend.calls
+    assert disk.transfer(request, []) == OKAY
+    assert {("flush",)} == set(disk.backend.calls)
 
 
 @pytest.mark.parametrize(
     ("operation", "segments", "is_refused"),
-    [(READ, [(0, 7)], False), (WRITE, [(0, 7)], True), (FLUSH, [(0, 7)], True)],
+    [
+        (READ, [(0, 7)], False),
+        (WRITE, [(0, 7)], True),
+        (FLUSH, [(0, 7)], True),
+        (WRITE_BARRIER, [(0, 7)], True),
+    ],
 )
 def test_read_only(operation, segments, is_refused):
     disk = Disk(Recording(read_only=True))
     refusal = disk.refusal(transfer(operation, 0, segments))
-    assert refusal == ("write to a read-only disk" if is_refused else None)
+    assert refusal == (("write to a read-only disk", ERROR) if is_refused else None)
 
 
 @pytest.mark.parametrize(
@@ -130,94 +148,246 @@ def test_alignment(sector_size, sector, segments, is_refused):
     refusal = disk.refusal(transfer(READ, sector, segments))
     assert is_refused is (refusal is not None)
     if is_refused:
-        assert f"not aligned to {sector_size} bytes" in refusal
+        reason, status = refusal
+        assert f"not aligned to {sector_size // 512}" in reason
+        assert status == ERROR
 
 
 # -- doing ---------------------------------------------------------------------------------
 
 
-def test_read_hands_out_the_segments():
-    backend = Recording()
+def do(disk, operation, data, sector=0):
+    """Do a request at once or however long it takes, as a queue does."""
+    length = sum(map(len, data))
+    at_once = {READ: disk.read, WRITE: disk.write}.get(operation)
+    status = at_once(data, sector * 512, length) if at_once else None
+    if status is None:
+        status = disk.transfer(whole(operation, sector, length), data)
+    return status
+
+
+def whole(operation, sector, length):
+    """Ask for so many bytes; how they lie in pages does not matter any longer."""
+    return Transfer(1, operation, sector, length // 512, (), (), ())
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_the_backend_gets_the_buffers_and_where_in_bytes(threads):
+    backend = Recording(threads=threads)
     disk = Disk(backend)
-    assert disk.transfer(transfer(READ, 3, [(1, 2), (0, 7)]), pages(b"a", b"b")) == OKAY
-    assert [("read", [b"a" * 1024, b"b" * 4096], 1536)] == backend.calls
-    counters = disk.statistics.as_dict()
-    assert (1, 5120, 0) == (counters["reads"], counters["bytes_read"], counters["errors"])
+    for operation in (READ, WRITE):
+        assert OKAY == do(disk, operation, buffers(b"a" * 1024, b"b" * 4096), sector=3)
+    given = [b"a" * 1024, b"b" * 4096], 1536
+    assert [("read", *given), ("write", *given)] == backend.calls
+    assert not any(disk.statistics.as_dict().values())  # the queue counts what was done
 
 
-def test_segments_are_the_pages_themselves():
+def test_buffers_are_not_copied():
     class Filling(Recording):
         def read(self, buffers, offset):
             for buffer in buffers:
                 buffer[:] = b"x" * len(buffer)
 
-    page = memoryview(bytearray(4096))
-    Disk(Filling()).transfer(transfer(READ, 0, [(2, 4)]), [page])
+    (page,) = buffers(bytes(4096))
+    assert OKAY == do(Disk(Filling()), READ, [page[1024:2560]])
     assert bytes(1024) + b"x" * 1536 + bytes(1536) == page
 
 
-def test_flush_with_data_writes_first():
-    backend = Recording()
-    disk = Disk(backend)
-    assert disk.transfer(transfer(FLUSH, 0, [(0, 0)]), pages(b"a")) == OKAY
-    assert [("flush",), ("write", [b"a" * 512], 0), ("flush",)] == backend.calls
-    assert (1, 1) == (disk.statistics.as_dict()["flushes"], disk.statistics.as_dict()["writes"])
+class Quick(Recording):
+    """Does at once as many bytes as it is told to."""
+
+    threads = 2
+    at_once = 0
+
+    def read_nowait(self, buffers, offset):
+        self.calls.append(("read_nowait", offset))
+        return self.at_once
+
+    def write_nowait(self, buffers, offset):
+        self.calls.append(("write_nowait", offset))
+        return self.at_once
 
 
 @pytest.mark.parametrize("operation", [READ, WRITE])
 @pytest.mark.parametrize(
-    ("result", "status"),
-    [(None, OKAY), (1024, OKAY), (1023, ERROR), (0, ERROR), (1025, ERROR), ("all", ERROR)],
+    ("at_once", "status"), [(1024, OKAY), (0, None), (512, None), (1023, None), (2048, None)]
 )
-def test_what_the_backend_returns(operation, result, status, caplog):
-    disk = Disk(Recording(result=result))
-    assert status == disk.transfer(transfer(operation, 0, [(0, 1)]), pages(b"a"))
-    assert ("1024 bytes" in caplog.text) is (status == ERROR)
+def test_what_takes_waiting_is_left_to_a_thread(operation, at_once, status):
+    """All of it, though a part may have been done."""
+    disk = Disk(Quick(at_once=at_once))
+    name = {READ: "read", WRITE: "write"}[operation]
+    assert status == getattr(disk, name)(buffers(bytes(1000), bytes(24)), 512, 1024)
+    assert [(f"{name}_nowait", 512)] == disk.backend.calls
+    disk.backend.calls.clear()
+    assert OKAY == disk.transfer(whole(operation, 1, 1024), buffers(b"a" * 1024))
+    assert [(name, [b"a" * 1024], 512)] == disk.backend.calls
+
+
+@pytest.mark.parametrize("operation", [READ, WRITE])
+def test_an_attempt_that_fails_is_an_error(operation, caplog):
+    class Failing(Quick):
+        def read_nowait(self, buffers, offset):
+            raise OSError(5, "broken")
+
+        write_nowait = read_nowait
+
+    disk = Disk(Failing())
+    assert ERROR == do(disk, operation, buffers(bytes(512)))
+    assert "broken" in caplog.text
+    assert [] == disk.backend.calls
+    assert disk.statistics.as_dict()["errors"] == 1
+
+
+def test_one_thread_is_asked_for_no_attempt():
+    disk = Disk(Quick(threads=1))
+    assert OKAY == do(disk, READ, buffers(bytes(512)))
+    assert [("read", [bytes(512)], 0)] == disk.backend.calls
+
+
+@pytest.mark.parametrize("data", [b"", b"a" * 512])
+@pytest.mark.parametrize(
+    ("operation", "calls"),
+    [(FLUSH, ["write", "flush"]), (WRITE_BARRIER, ["flush", "write", "flush"])],
+)
+def test_the_order_of_flushing(operation, calls, data):
+    """What came before a barrier is stable before what it writes (blkif.h)."""
+    disk = Disk(Recording())
+    assert do(disk, operation, buffers(data) if data else []) == OKAY
+    expected = [name for name in calls if data or name == "flush"]
+    assert expected == [name for name, *_ in disk.backend.calls]
+
+
+@pytest.mark.parametrize("failing", ["write", "first flush", "last flush"])
+def test_a_barrier_stops_where_it_fails(failing):
+    class Failing(Recording):
+        def write(self, buffers, offset):
+            super().write(buffers, offset)
+            if failing == "write":
+                raise OSError(5, "broken")
+
+        def flush(self):
+            super().flush()
+            if (len(self.calls) == 1) is (failing == "first flush") and failing != "write":
+                raise OSError(5, "broken")
+
+    disk = Disk(Failing())
+    assert ERROR == do(disk, WRITE_BARRIER, buffers(b"a" * 512))
+    done = ["flush", "write", "flush"][: 1 + ["first flush", "write", "last flush"].index(failing)]
+    assert done == [name for name, *_ in disk.backend.calls]
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("operation", [READ, WRITE])
+@pytest.mark.parametrize(
+    ("result", "status"),
+    [(None, OKAY), (1024, OKAY), (0, ERROR), (1025, ERROR), (-1, ERROR), ("all", ERROR)],
+)
+def test_what_the_backend_returns(operation, result, status, threads, caplog):
+    disk = Disk(Recording(result=result, threads=threads))
+    assert status == do(disk, operation, buffers(b"a" * 1000, b"b" * 24))
+    assert ("failed in" in caplog.text) is (status == ERROR)
     assert disk.statistics.as_dict()["errors"] == (status == ERROR)
+    assert 1 == len(disk.backend.calls)
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("operation", [READ, WRITE])
+def test_a_backend_is_called_again_for_what_it_left(operation, threads):
+    """As often as it takes, each time with the rest and its place."""
+
+    class Slow(Backend):
+        size = 1 << 20
+
+        def __init__(self, dice):
+            self.threads = threads
+            self.dice = dice
+            self.data = bytearray(dice.randbytes(self.size))
+
+        def _move(self, buffers, offset):
+            room = sum(map(len, buffers))
+            done = wanted = min(room, self.dice.choice([1, 511, 512, self.dice.randint(1, room)]))
+            for buffer in buffers:
+                part = buffer[: min(wanted, len(buffer))]
+                if operation == READ:
+                    part[:] = self.data[offset : offset + len(part)]
+                else:
+                    self.data[offset : offset + len(part)] = part
+                offset += len(part)
+                wanted -= len(part)
+            return self.dice.choice([done, None]) if done == room else done
+
+        read = write = _move
+
+    dice = random.Random(operation)
+    backend = Slow(dice)
+    disk = Disk(backend)
+    for _ in range(100):
+        given = buffers(
+            *[dice.randbytes(512 * dice.randint(1, 8)) for _ in range(dice.randint(1, 5))]
+        )
+        sector = dice.randrange(1900)
+        before = b"".join(given)
+        assert OKAY == do(disk, operation, given, sector)
+        after = b"".join(given)
+        if operation == WRITE:
+            assert before == after
+        assert after == backend.data[sector * 512 : sector * 512 + len(after)]
+
+
+def test_a_backend_that_stops_half_way_says_how_far(caplog):
+    class Half(Recording):
+        def read(self, buffers, offset):
+            return 0 if offset else 512
+
+    disk = Disk(Half())
+    assert ERROR == do(disk, READ, buffers(bytes(1024)))
+    assert "EOFError: 512 of 1024 bytes" in caplog.text
 
 
 @pytest.mark.parametrize(
-    ("attributes", "request_", "status"),
+    ("backend", "request_", "status"),
     [
-        ({}, (0, 8, False), OKAY),
-        ({}, (SECTORS - 1, 1, False), OKAY),
-        ({}, (SECTORS, 1, False), ERROR),
-        ({}, (0, SECTORS + 1, False), ERROR),
-        ({}, (1, 2**64 - 1, False), ERROR),
-        ({}, (0, 8, True), EOPNOTSUPP),
-        ({"read_only": True}, (0, 8, False), ERROR),
-        ({"read_only": True}, (0, 8, True), ERROR),
-        ({"sector_size": 4096}, (0, 8, False), OKAY),
-        ({"sector_size": 4096}, (0, 4, False), ERROR),
-        ({"sector_size": 4096}, (4, 8, False), ERROR),
+        (Discarding(), (0, 8, False), OKAY),
+        (Discarding(), (SECTORS - 1, 1, False), OKAY),
+        (Discarding(), (SECTORS, 1, False), ERROR),
+        (Discarding(), (0, SECTORS + 1, False), ERROR),
+        (Discarding(), (1, 2**64 - 1, False), ERROR),
+        (Discarding(), (0, 8, True), EOPNOTSUPP),
+        (Shredding(), (0, 8, True), OKAY),
+        (Shredding(), (0, 8, False), OKAY),
+        (Shredding(), (1, 2**64 - 1, True), ERROR),
+        (Shredding(read_only=True), (0, 8, True), ERROR),
+        (Discarding(read_only=True), (0, 8, False), ERROR),
+        (Discarding(read_only=True), (0, 8, True), ERROR),
+        (Discarding(sector_size=4096), (0, 8, False), OKAY),
+        (Discarding(sector_size=4096), (0, 4, False), ERROR),
+        (Discarding(sector_size=4096), (4, 8, False), ERROR),
+        (Recording(), (0, 8, False), EOPNOTSUPP),
+        (Recording(), (0, 8, True), EOPNOTSUPP),
+        (Recording(read_only=True), (0, 8, False), ERROR),
     ],
 )
-def test_discard(attributes, request_, status):
-    backend = Discarding(**attributes)
+def test_discard(backend, request_, status):
     sector, sectors, secure = request_
+    request = Discard(1, DISCARD, sector, sectors, secure)
     disk = Disk(backend)
-    assert status == disk.discard(Discard(1, DISCARD, sector, sectors, secure))
-    expected = [("discard", sector * 512, sectors * 512)] if status == OKAY else []
-    assert expected == backend.calls
-    assert disk.statistics.as_dict()["refused"] == (status != OKAY)
-
-
-def test_discard_that_the_backend_cannot():
-    disk = Disk(Recording())
-    assert disk.discard(Discard(1, DISCARD, 0, 8, secure=False)) == EOPNOTSUPP
+    assert (None if status == OKAY else status) == judge(disk, request)
+    if status == OKAY:
+        backend.calls.clear()
+        assert OKAY == disk.discard(request)
+        name = "discard securely" if secure else "discard"
+        assert [(name, sector * 512, sectors * 512)] == backend.calls
 
 
 def test_memory_is_counted():
-    backend = Discarding()
-    type(backend).memory = property(lambda self: len(self.calls) * 4096)
-    try:
-        disk = Disk(backend)
-        disk.transfer(transfer(WRITE, 0, [(0, 7)]), pages(b"a"))
-        assert disk.statistics.as_dict()["memory"] == 4096
-        disk.discard(Discard(1, DISCARD, 0, 8, secure=False))
-        assert disk.statistics.as_dict()["memory"] == 8192
-    finally:
-        del type(backend).memory
+    class Growing(Recording):
+        memory = 0
+
+    disk = Disk(Growing())
+    for memory in (4096, 8192, 0):
+        disk.backend.memory = memory
+        disk.count_memory()
+        assert disk.statistics.as_dict()["memory"] == memory
 
 
 @pytest.mark.parametrize("value", [-1, None, "much", ZeroDivisionError()])
@@ -229,8 +399,7 @@ def test_memory_that_is_no_number(value, caplog):
                 raise value
             return value
 
-    disk = Disk(Odd())
-    assert disk.transfer(transfer(WRITE, 0, [(0, 7)]), pages(b"a")) == OKAY
+    Disk(Odd()).count_memory()
     assert "memory of Odd" in caplog.text
 
 
@@ -244,6 +413,11 @@ def test_features():
     assert features.max_ring_page_order == 4
     assert not Disk(Discarding(read_only=True)).features(0, 0).discard
     assert not Disk(Recording()).features(0, 0).discard
+    assert (True, True, 1) == (features.flush, features.barrier, features.max_queues)
+    assert (False, False) == (features.secure_discard, features.cdrom)
+    shredding = Disk(Shredding()).features(0, 0, 8, cdrom=True)
+    assert (True, True, 8) == (shredding.secure_discard, shredding.cdrom, shredding.max_queues)
+    assert not Disk(Shredding(read_only=True)).features(0, 0).secure_discard
     small = Disk(Discarding(sector_size=4096, discard_granularity=512)).features(0, 0)
     assert small.discard_granularity == 4096
 
@@ -278,9 +452,9 @@ def users_disk(tmp_path):
 
 def test_an_exception_is_an_error_and_a_line_that_names_the_place(users_disk, caplog, monkeypatch):
     monkeypatch.setattr(disk_module.time, "monotonic", iter(range(0, 100, 2)).__next__)
-    assert users_disk.transfer(transfer(READ, 0, [(0, 7)]), pages(b"a")) == ERROR
-    assert users_disk.transfer(transfer(WRITE, 0, [(0, 7)]), pages(b"a")) == ERROR
-    assert users_disk.transfer(transfer(FLUSH, 0, []), ()) == ERROR
+    for operation in (READ, WRITE):
+        assert do(users_disk, operation, buffers(bytes(4096))) == ERROR
+    assert do(users_disk, FLUSH, []) == ERROR
     assert users_disk.discard(Discard(1, DISCARD, 0, 8, secure=False)) == ERROR
     users_disk.close()
     lines = [record.getMessage() for record in caplog.records]
@@ -301,7 +475,7 @@ def test_log_lines_are_rationed(users_disk, caplog, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(disk_module.time, "monotonic", lambda: now[0])
     for _ in range(1000):
-        users_disk.transfer(transfer(READ, 0, [(0, 7)]), pages(b"a"))
+        do(users_disk, READ, buffers(bytes(4096)))
     assert len(caplog.records) == 1
     now[0] += 1
     for _ in range(1000):
@@ -313,15 +487,17 @@ def test_log_lines_are_rationed(users_disk, caplog, monkeypatch):
         last.getMessage()
     )
     now[0] += 60
-    users_disk.transfer(transfer(READ, 0, [(0, 7)]), pages(b"a"))
+    do(users_disk, READ, buffers(bytes(4096)))
     assert caplog.records[-1].getMessage().endswith("(and 999 lines like it before)")
     assert users_disk.statistics.as_dict()["errors"] == 1001
 
 
-def test_no_buffer_is_kept_in_a_traceback(users_disk):
+@pytest.mark.parametrize("operation", [READ, WRITE, FLUSH])
+def test_no_buffer_is_kept_in_a_traceback(users_disk, operation):
     """Else the page could not be unmapped before the answer."""
-    (page,) = pages(b"a")
-    users_disk.transfer(transfer(READ, 0, [(2, 4)]), [page])
+    (page,) = buffers(bytes(4096))
     array = page.obj
+    do(users_disk, operation, [page[1024:2560]])
+    users_disk.transfer(whole(operation, 0, 1536), [page[1024:2560]])
     page.release()
     array.append(0)  # impossible while a view of it exists

@@ -19,7 +19,8 @@ def open_example():
 
 def read(disk, offset, length):
     data = bytearray(length)
-    disk.read([memoryview(data)[at : at + 1536] for at in range(0, length, 1536)], offset)
+    views = [memoryview(data)[at : at + 1536] for at in range(0, length, 1536)]
+    assert disk.read(views, offset) in (None, length)
     return bytes(data)
 
 

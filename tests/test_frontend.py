@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import random
 import threading
 
 import pytest
 
+from xen_disk_py import statistics
 from xen_disk_py.blkif import ARM, EOPNOTSUPP, ERROR, READ, WRITE, X86_32
 from xen_disk_py.errors import DeviceError
 from xen_disk_py.frontend import RequestFailed
+from xen_disk_py.queue import Options
 from xen_disk_py.xenbus import State
 
 
@@ -38,8 +41,61 @@ def test_write_and_read(host, options):
     assert b"" == frontend.read(0, 0)
 
 
+@pytest.mark.parametrize("persistent", [True, False])
+@pytest.mark.parametrize(("wanted", "order"), [(2, 0), (3, 1), (8, 0), (20, 0)])
+def test_several_queues(host, wanted, order, persistent):
+    """Requests go to all of them in turn."""
+    backend = host.memory(4 << 20, threads=4)
+    serving = host.serving(backend, max_queues=8)
+    queues = min(wanted, 8)
+    frontend = serving.frontend(
+        queues=wanted, ring_page_order=order, persistent=persistent, max_segments=16, depth=100
+    )
+    front = serving.address.frontend
+    assert str(queues) == host.store.read(f"{front}/multi-queue-num-queues")
+    assert host.store.read(f"{front}/queue-{queues - 1}/event-channel").isdigit()
+    dice = random.Random(wanted)
+    data = dice.randbytes(3 << 20)
+    for _ in range(2):
+        frontend.write(512, data)
+        frontend.flush()
+        assert data == backend.data[512:][: len(data)]
+        assert data == frontend.read(512, len(data))
+    counters = [serving.disk.statistics.of_queue(number).words for number in range(8)]
+    requests = [words[statistics.REQUESTS] for words in counters]
+    assert max(requests[:queues]) - min(requests[:queues]) <= 1
+    assert [0] * (8 - queues) == requests[queues:]
+    frontend.disconnect()
+    assert host.hypervisor.mapped_pages == 0
+
+
+def test_a_single_queue_where_no_more_are_offered(host):
+    serving = host.serving(host.memory())
+    frontend = serving.frontend(queues=4)
+    frontend.write(0, b"q" * 4096)
+    assert host.store.read(f"{serving.address.frontend}/multi-queue-num-queues") is None
+    assert b"q" * 4096 == serving.backend.data[:4096]
+
+
+def test_a_full_ring_of_several(host):
+    """The others may have room: it is this one's turn."""
+    allowed = threading.Event()
+    backend = host.memory(threads=4)
+    read = backend.read
+    backend.read = lambda buffers, offset: allowed.wait(5) and read(buffers, offset)
+    frontend = host.serving(backend, max_queues=2).frontend(
+        queues=2, depth=1000, max_segments=1, timeout=0.05
+    )
+    for number in range(64):
+        frontend.submit(READ, 512 * number, length=512)
+    with pytest.raises(DeviceError, match="no response within"):
+        frontend.submit(READ, 0, length=512)
+    allowed.set()
+    frontend.drain()
+
+
 def test_features(host):
-    serving = host.serving(host.memory(sector_size=4096), max_indirect_segments=17)
+    serving = host.serving(host.memory(sector_size=4096), options=Options(17))
     frontend = serving.frontend(max_segments=100)
     features = frontend.features
     assert (2048, 4096, False, True, 17, 4) == (
@@ -54,7 +110,7 @@ def test_features(host):
 
 
 def test_no_indirect_requests_where_none_are_offered(host):
-    serving = host.serving(host.memory(), max_indirect_segments=0)
+    serving = host.serving(host.memory(), options=Options(0))
     frontend = serving.frontend(max_segments=100)
     assert frontend.max_bytes == 11 * 4096
     frontend.write(0, b"n" * 100_000 + bytes(352))
@@ -190,3 +246,13 @@ def test_disconnecting_when_everything_is_removed(host):
     serving.wait()
     frontend.disconnect()
     assert State.parse(None) is frontend.backend_state
+
+
+def test_a_new_size_is_noticed_when_the_state_is_written_again(host):
+    serving = host.serving(host.memory())
+    frontend = serving.frontend()
+    back = serving.address.backend
+    host.store.write(f"{back}/sectors", "4096")
+    assert 2048 == frontend.look_again().sectors
+    host.store.write(f"{back}/state", "4")
+    host.until(lambda: frontend.look_again().sectors == 4096)

@@ -1,13 +1,14 @@
 """What a backend may rely on, whichever hypervisor is under it."""
 
 import os
+import random
 import select
 
 import pytest
 import xen_stub
 
 from xen_disk_py.errors import BackendError, HypervisorError
-from xen_disk_py.hypervisor import PAGE_SIZE
+from xen_disk_py.hypervisor import PAGE_SIZE, Piece
 from xen_disk_py.libxen import GNTALLOC, GNTDEV, Xen
 from xen_disk_py.simulated.hypervisor import (
     SimulatedGuest,
@@ -204,6 +205,84 @@ class TestGrants:
         assert maps <= before[1] + 2  # the allocator may grow
 
 
+class TestCopying:
+    """As mapping does, but nothing is mapped."""
+
+    @staticmethod
+    def some_pieces(dice, refs):
+        pieces = []
+        for ref in dice.choices(refs, k=dice.randint(1, 40)):
+            offset = dice.randrange(PAGE_SIZE)
+            pieces.append(Piece(ref, offset, dice.randint(1, PAGE_SIZE - offset)))
+        return pieces
+
+    @staticmethod
+    def place(shared, piece):
+        start = PAGE_SIZE * shared.refs.index(piece.ref) + piece.offset
+        return slice(start, start + piece.length)
+
+    def test_it_can_be_done(self, host):
+        assert host.backend.can_copy
+
+    def test_pieces_come_one_after_the_other(self, host):
+        dice = random.Random(1)
+        with host.share(5) as shared:
+            shared.view[:] = dice.randbytes(5 * PAGE_SIZE)
+            for _ in range(30):
+                pieces = self.some_pieces(dice, shared.refs)
+                expected = b"".join(bytes(shared.view[self.place(shared, p)]) for p in pieces)
+                memory = bytearray(len(expected))
+                host.backend.copy_from_grants(host.guest_domid, pieces, memoryview(memory))
+                assert expected == memory
+
+    def test_pieces_are_filled_and_nothing_else_is(self, host):
+        dice = random.Random(2)
+        with host.share(5) as shared:
+            model = bytearray(shared.view)
+            for _ in range(30):
+                pieces = self.some_pieces(dice, shared.refs)
+                memory = bytearray(dice.randbytes(sum(piece.length for piece in pieces)))
+                host.backend.copy_to_grants(host.guest_domid, pieces, memoryview(memory))
+                at = 0
+                for piece in pieces:
+                    model[self.place(shared, piece)] = memory[at : at + piece.length]
+                    at += piece.length
+                assert model == bytes(shared.view)
+
+    def test_from_a_part_of_memory(self, host):
+        memory = bytearray(b"0123456789")
+        with host.share(1) as shared:
+            piece = Piece(shared.refs[0], 7, 3)
+            host.backend.copy_to_grants(host.guest_domid, [piece], memoryview(memory)[4:7])
+            assert b"\0" * 7 + b"456" + b"\0" == bytes(shared.view[:11])
+            host.backend.copy_from_grants(host.guest_domid, [piece], memoryview(memory)[:3])
+        assert b"4563456789" == memory
+
+    def test_pages_granted_for_reading_can_be_copied_from_only(self, host):
+        with host.share(1, writable=False) as shared:
+            shared.view[:2] = b"ro"
+            memory = bytearray(2)
+            pieces = [Piece(shared.refs[0], 0, 2)]
+            host.backend.copy_from_grants(host.guest_domid, pieces, memoryview(memory))
+            assert b"ro" == memory
+            with pytest.raises(HypervisorError):
+                host.backend.copy_to_grants(host.guest_domid, pieces, memoryview(bytearray(2)))
+            assert b"ro" == bytes(shared.view[:2])
+
+    @pytest.mark.parametrize("copy", ["copy_from_grants", "copy_to_grants"])
+    def test_a_wrong_reference_or_domain_is_refused(self, host, copy):
+        with host.share(2) as shared:
+            copy, good = getattr(host.backend, copy), [Piece(ref, 0, 1) for ref in shared.refs]
+            for place in range(3):
+                pieces = [*good[:place], Piece(0xFFFFFFF0, 0, 1), *good[place:]]
+                with pytest.raises(HypervisorError) as caught:
+                    copy(host.guest_domid, pieces, memoryview(bytearray(3)))
+                assert caught.value.errno != 0
+            with pytest.raises(HypervisorError):
+                copy(host.guest_domid + 77, good, memoryview(bytearray(2)))
+            copy(host.guest_domid, good, memoryview(bytearray(2)))
+
+
 class TestEvents:
     def test_an_event_of_the_guest_wakes_the_backend_once(self, host):
         backend, guest = host.channel()
@@ -279,6 +358,18 @@ class TestEvents:
             for use in (channel.notify, channel.acknowledge, channel.fileno):
                 with pytest.raises(HypervisorError):
                     use()
+
+    def test_a_reserved_channel_works_time_after_time(self, host):
+        host.backend.reserve(host.guest_domid, 1)
+        for _ in range(5):
+            backend, guest = host.channel()
+            guest.notify()
+            assert is_readable(backend)
+            assert backend.acknowledge()
+            backend.notify()
+            assert is_readable(guest)
+            backend.close()
+            guest.close()
 
     def test_a_hundred_channels_one_after_another(self, host):
         before = len(os.listdir("/proc/self/fd"))

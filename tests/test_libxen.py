@@ -1,6 +1,8 @@
+import contextlib
 import ctypes
 import errno
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +14,7 @@ import xen_stub
 from xen_disk_py import atomic, libxen
 from xen_disk_py.clibrary import Library, Signature, not_negative, not_null
 from xen_disk_py.errors import BackendError, HypervisorError, XenUnavailable
-from xen_disk_py.hypervisor import PAGE_SIZE
+from xen_disk_py.hypervisor import PAGE_SIZE, Piece
 from xen_disk_py.libxen import CopyEnd, CopySegment, Device, Xen
 from xen_disk_py.mapping import MappedPages, close_all
 
@@ -350,6 +352,40 @@ class TestAgainstTheStub:
             xen._evtchn.xenevtchn_restrict = refuse
             xen.bind_unbound(3).close()
 
+    def test_reserved_channels_are_bound_without_opening_anything(self, stub, monkeypatch):
+        with Xen() as xen:
+            xen.reserve(3, 2)
+            assert 3 == stub("restricted_to")
+            reserved = stub("open_handles")
+            nothing = Device("/no/such/device", "xen-evtchn")
+            monkeypatch.setattr(libxen, "EVTCHN_DEVICE", nothing)
+            for _ in range(5):
+                one, two = xen.bind_unbound(3), xen.bind_unbound(3)
+                for bind in (lambda: xen.bind_unbound(3), lambda: xen.bind_unbound(4)):
+                    with pytest.raises(XenUnavailable, match="modprobe xen-evtchn"):
+                        bind()
+                one.close()
+                with pytest.raises(HypervisorError):
+                    xen.bind_interdomain(3, 12345)
+                two.close()
+            assert reserved == stub("open_handles")
+
+    def test_a_reserved_channel_that_is_in_use_is_closed_with_all(self, stub):
+        with Xen() as xen:
+            xen.reserve(3, 2)
+            xen.bind_unbound(3)
+
+    def test_a_handle_that_cannot_be_restricted_is_not_kept(self, stub):
+        def refuse(_handle, _domid):
+            raise HypervisorError(errno.EACCES, "cannot restrict")
+
+        with Xen() as xen:
+            xen._evtchn.xenevtchn_restrict = refuse
+            before = stub("open_handles")
+            with pytest.raises(HypervisorError, match="cannot restrict"):
+                xen.reserve(3, 1)
+            assert before == stub("open_handles")
+
     def test_a_channel_that_does_not_bind_leaves_no_handle(self, stub):
         with Xen() as xen:
             before = stub("open_handles")
@@ -381,36 +417,46 @@ class TestAgainstTheStub:
             lambda: xen.share_pages(0, 1, writable=True),
             lambda: xen.bind_unbound(0),
             lambda: xen.bind_interdomain(0, 1),
-            lambda: xen.grant_copy((CopySegment * 1)()),
+            lambda: xen.copy_from_grants(0, [Piece(8, 0, 1)], memoryview(bytearray(1))),
+            lambda: xen.copy_to_grants(0, [Piece(8, 0, 1)], memoryview(bytearray(1))),
         ):
             with pytest.raises(HypervisorError) as caught:
                 use()
             assert errno.EBADF == caught.value.errno
 
-    def test_grant_copy_takes_bytes_out_of_a_granted_page(self, stub):
+    @pytest.mark.parametrize("copy", ["copy_from_grants", "copy_to_grants"])
+    def test_a_copy_tells_which_segment_failed_and_why(self, stub, copy):
+        with Xen() as xen, xen.share_pages(0, 2, writable=True) as shared:
+            one, two = (Piece(ref, 0, 8) for ref in shared.refs)
+            for pieces, reason in [
+                ([Piece(1023, 0, 8)], "segment 0 (bad grant reference)"),
+                ([one, Piece(2**32 - 1, 0, 8)], "segment 1 (bad grant reference)"),
+                ([one, two, one._replace(offset=4090)], "segment 2 (crosses the end of a page)"),
+            ]:
+                with pytest.raises(HypervisorError, match=re.escape(f"cannot copy {reason}")):
+                    getattr(xen, copy)(0, pieces, memoryview(bytearray(8 * len(pieces))))
+
+    def test_a_status_that_is_new_to_us_is_an_error(self, stub, monkeypatch, stub_library):
+        status = ctypes.c_int.in_dll(ctypes.CDLL(str(stub_library)), "stub_copy_status")
+        monkeypatch.setattr(status, "value", -99)
         with Xen() as xen, xen.share_pages(0, 1, writable=True) as shared:
-            shared.view[100:105] = b"hello"
-            target = ctypes.create_string_buffer(5)
-            segments = (CopySegment * 1)()
-            segments[0].source.foreign.ref = shared.refs[0]
-            segments[0].source.foreign.offset = 100
-            segments[0].dest.virt = ctypes.addressof(target)
-            segments[0].len = 5
-            segments[0].flags = libxen.COPY_SOURCE_IS_GRANT
-            xen.grant_copy(segments)
-            assert b"hello" == target.raw
+            with pytest.raises(HypervisorError, match="unknown error") as caught:
+                xen.copy_from_grants(0, [Piece(shared.refs[0], 0, 8)], memoryview(bytearray(8)))
+            assert errno.EIO == caught.value.errno
 
-    def test_grant_copy_tells_which_segment_failed_and_why(self, stub):
+    def test_copying_may_be_missing(self, stub):
         with Xen() as xen:
-            segments = (CopySegment * 1)()
-            segments[0].source.foreign.ref = 1023
-            segments[0].flags = libxen.COPY_SOURCE_IS_GRANT
-            with pytest.raises(HypervisorError, match=r"segment 0 \(bad grant reference\)"):
-                xen.grant_copy(segments)
-
-    def test_grant_copy_may_be_missing(self, stub):
-        with Xen() as xen:
+            assert xen.can_copy
             xen._gnttab.xengnttab_grant_copy = None
+            assert not xen.can_copy
             with pytest.raises(HypervisorError) as caught:
-                xen.grant_copy((CopySegment * 1)())
+                xen.copy_to_grants(0, [Piece(8, 0, 8)], memoryview(bytearray(8)))
             assert errno.ENOSYS == caught.value.errno
+
+    def test_memory_is_let_go_of_after_a_copy(self, stub):
+        memory = bytearray(8)
+        with Xen() as xen, xen.share_pages(0, 1, writable=True) as shared:
+            for ref in (shared.refs[0], 1023):
+                with contextlib.suppress(HypervisorError), memoryview(memory) as view:
+                    xen.copy_from_grants(0, [Piece(ref, 0, 8)], view)
+            memory.append(0)  # impossible while something points at it

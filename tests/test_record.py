@@ -64,11 +64,11 @@ class TestServing:
             mine.describe(FACTS)
             for _ in range(3):
                 mine.statistics.add(statistics.BYTES_READ, 1 << 40)
-            mine.statistics.count_segments(11)
+            mine.statistics.of_queue(7).add(statistics.BYTES_READ, 1)
             found = in_another_process("print(json.dumps(find(sys.argv[1], ADDRESS)))", directory)
 
         expected = dict.fromkeys(statistics.Statistics().as_dict(), 0)
-        expected["bytes_read"] = 3 << 40
+        expected["bytes_read"] = (3 << 40) + 1
         assert [FACTS, expected, True] == found
 
     def test_what_is_read_is_what_was_counted_last(self, directory):
@@ -174,6 +174,48 @@ class TestEnd:
         assert find(directory, ADDRESS).alive
         successor.close()
         assert find(directory, ADDRESS) is None
+
+
+class TestEndAsAnotherUser:
+    """Whose process may not remove the file."""
+
+    @pytest.fixture(autouse=True)
+    def ended(self, directory, monkeypatch):
+        def refuse(path):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+
+        mine = Record(directory, ADDRESS)
+        mine.describe(FACTS)
+        mine.statistics.add(statistics.BYTES_READ, 7)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "unlink", refuse)
+            mine.close()
+        self.mine = mine
+
+    def test_the_record_tells_nothing_and_is_not_alive(self, directory):
+        found = find(directory, ADDRESS)
+        assert ({}, False) == (found.facts, found.alive)
+        assert 7 == self.mine.statistics.as_dict()["bytes_read"]
+
+    def test_the_next_of_any_device_removes_it(self, directory):
+        with Record(directory, Address(0, 6, 51712, "vbd3")):
+            assert ["6-51712"] == os.listdir(directory)
+        assert [] == os.listdir(directory)
+
+    def test_the_next_of_its_device_takes_its_place(self, directory):
+        with Record(directory, ADDRESS) as mine:
+            mine.describe(FACTS)
+            assert FACTS == find(directory, ADDRESS).facts
+        assert [] == os.listdir(directory)
+
+    def test_neither_a_living_record_nor_a_killed_ones_is_removed(self, directory):
+        killed = Path(directory, "7-51712")
+        killed.write_bytes(b"{}".ljust(4096, b"\0") + bytes(4096))
+        half = Path(directory, "8-51712")
+        half.write_bytes(b"")
+        with Record(directory, Address(0, 6, 51712, "vbd3")):  # not described yet
+            Record(directory, Address(0, 9, 51712, "vbd3")).close()
+            assert ["6-51712", "7-51712", "8-51712"] == sorted(os.listdir(directory))
 
 
 class TestStale:

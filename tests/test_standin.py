@@ -19,16 +19,16 @@ PAGE = 4096
 @pytest.fixture
 def dead(host):
     """A device whose nodes are there and whose process is not."""
-    serving = host.serving(host.memory(), start=False)
+    serving = host.serving(host.memory(threads=4), start=False, max_queues=4)
     serving.attach()
     yield serving
     toolstack.detach(host.store, serving.address)
 
 
-@pytest.fixture
-def orphan(host, dead):
+@pytest.fixture(params=[1, 4], ids=["one-queue", "four-queues"])
+def orphan(host, dead, request):
     """A connected frontend with requests on its ring, and nobody there to answer them."""
-    frontend = host.frontend(dead.address)
+    frontend = host.frontend(dead.address, queues=request.param)
     # the part of the killed process: it had said Connected, and answered nothing since
     state = f"{dead.address.frontend}/state"
     connecting = threading.Thread(target=frontend.connect)
@@ -49,7 +49,12 @@ def test_every_request_is_answered_with_an_error(host, orphan):
     with stand_in(host.store, lambda: SimulatedHypervisor(host.machine), address):
         with pytest.raises(RequestFailed):
             frontend.drain()
-        for ask in (lambda: frontend.read(0, PAGE), frontend.flush):  # and what comes meanwhile
+        for ask in 2 * (  # and what comes meanwhile, on each queue
+            lambda: frontend.read(0, PAGE),
+            lambda: frontend.write(0, bytes(PAGE)),
+            frontend.flush,
+            lambda: frontend.discard(0, PAGE),
+        ):
             with pytest.raises(RequestFailed):
                 ask()
     assert 0 == host.guest.in_use(range(8, 8 + 2048))

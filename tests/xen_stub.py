@@ -32,7 +32,7 @@ static struct { int granted, writable; uint32_t domid; } table[PAGES];
 static struct { void *at; uint32_t count; } areas[256];
 static struct { int used, event, peer; uint32_t domid; } ports[PORTS];
 
-int stub_open_handles, stub_restricted_to = -1, stub_bad_unmaps;
+int stub_open_handles, stub_restricted_to = -1, stub_bad_unmaps, stub_copy_status;
 
 static void *fail(int error) { errno = error; return NULL; }
 static int refuse(int error) { errno = error; return -1; }
@@ -97,11 +97,18 @@ struct segment {
 int xengnttab_grant_copy(void *h, uint32_t count, struct segment *s) {
     if (!h) abort();
     for (uint32_t i = 0; i < count; i++, s++) {
-        uint32_t ref = s->source.foreign.ref;
-        if (s->flags != 1) { s->status = -1; continue; }
-        if (ref >= PAGES || !table[ref].granted) { s->status = -3; continue; }
-        s->status = pread(memory, s->dest.virt, s->len,
-                          (off_t)ref * PAGE + s->source.foreign.offset) == s->len ? 0 : -1;
+        uint32_t ref = s->flags == 1 ? s->source.foreign.ref : s->dest.foreign.ref;
+        uint16_t at = s->flags == 1 ? s->source.foreign.offset : s->dest.foreign.offset;
+        uint16_t domid = s->flags == 1 ? s->source.foreign.domid : s->dest.foreign.domid;
+        off_t where = (off_t)ref * PAGE + at;
+        if (s->flags != 1 && s->flags != 2) s->status = -1;
+        else if (stub_copy_status) s->status = stub_copy_status;
+        else if (ref >= PAGES || !table[ref].granted || table[ref].domid != domid) s->status = -3;
+        else if (at + s->len > PAGE) s->status = -10;
+        else if (s->flags == 1)
+            s->status = pread(memory, s->dest.virt, s->len, where) == s->len ? 0 : -1;
+        else if (!table[ref].writable) s->status = -8;
+        else s->status = pwrite(memory, s->source.virt, s->len, where) == s->len ? 0 : -1;
     }
     return 0;
 }
@@ -171,7 +178,10 @@ int xenevtchn_bind_interdomain(void *h, uint32_t domid, uint32_t remote) {
     return port;
 }
 int xenevtchn_unbind(void *h, uint32_t port) {
-    return *own_port(h) == (int)port ? 0 : refuse(EINVAL);
+    if (*own_port(h) != (int)port) return refuse(EINVAL);
+    ports[ports[port].peer].peer = 0;
+    ports[port].peer = 0;
+    return 0;
 }
 int xenevtchn_notify(void *h, uint32_t port) {
     if (*own_port(h) != (int)port) return refuse(EINVAL);

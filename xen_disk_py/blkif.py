@@ -13,7 +13,7 @@ Source: ``xen/include/public/io/blkif.h``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from struct import Struct
 from typing import Callable, NamedTuple, Union
@@ -35,28 +35,24 @@ FLUSH = 3
 DISCARD = 5
 INDIRECT = 6
 
-OPERATIONS = {
-    READ: "read",
-    WRITE: "write",
-    WRITE_BARRIER: "barrier",
-    FLUSH: "flush",
-    DISCARD: "discard",
-    INDIRECT: "indirect",
-}
-
 OKAY = 0
 ERROR = -1
 EOPNOTSUPP = -2
 
 DISCARD_SECURE = 1
+VDISK_CDROM = 1
+VDISK_REMOVABLE = 2
 VDISK_READONLY = 4
+
+MAX_QUEUES = 8
+"""Queues that a frontend may ever use; each has a ring, an event channel and a thread."""
 
 
 class Transfer(NamedTuple):
-    """A read, write or flush: ``sectors`` sectors of the disk from ``sector`` on.
+    """A read, write, barrier or flush: ``sectors`` sectors of the disk from ``sector`` on.
 
     Segment ``i`` is sectors ``firsts[i]`` to ``lasts[i]``, both included, of the page granted
-    as ``grefs[i]``; 0 <= first <= last <= 7 holds. Only a flush may have no segment.
+    as ``grefs[i]``; 0 <= first <= last <= 7 holds. Only a flush or barrier may have no segment.
     """
 
     id: int
@@ -153,8 +149,16 @@ class Abi:
         self._head = Struct(f"<BBH{padding}xQQ")
         self._discard = Struct(f"<BBH{padding}xQQQ")
         self._indirect = Struct(f"<BBH{padding}xQQHxx8I")
+        self.segments_at = self._head.size
+        """Bytes into a slot at which its segment descriptors begin, 8 bytes each."""
         self.slot_size = self._head.size + MAX_SEGMENTS * 8
         """Bytes from one slot of the ring to the next: 112, or 108 on x86_32."""
+        self.heads: Callable[[bytes], Iterator[tuple[int, int, int, int, int, int]]] = Struct(
+            f"<BBH{padding}xQQ4xI80x"
+        ).iter_unpack
+        """``heads(slots)``: of each slot in a run of them the first byte (the operation), the
+        second (segments; an indirect request's real operation), the u16 behind them (an indirect
+        request's segments), the id, the sector and an indirect request's first page."""
 
     def __repr__(self) -> str:
         return f"<Abi {self.name}>"
@@ -162,10 +166,10 @@ class Abi:
     def decode(self, slot: bytes, max_indirect_segments: int = MAX_INDIRECT_SEGMENTS) -> Request:
         """Say what the request in ``slot`` asks for; ``slot`` is a private copy."""
         operation, count, wide, id_, sector = self._head.unpack_from(slot)
-        if operation in (READ, WRITE, FLUSH):
+        if operation in (READ, WRITE, WRITE_BARRIER, FLUSH):
             if count > MAX_SEGMENTS:
                 return Malformed(id_, operation, ERROR, f"{count} segments")
-            if count == 0 and operation != FLUSH:
+            if count == 0 and operation in (READ, WRITE):
                 return Malformed(id_, operation, ERROR, "no segment")
             return _transfer(id_, operation, sector, count, slot, self._head.size)
         if operation == INDIRECT and max_indirect_segments:
@@ -273,12 +277,21 @@ class Features:
     sector_size: int = SECTOR
     physical_sector_size: int = 4096
     read_only: bool = False
+    cdrom: bool = False
     flush: bool = True
+    barrier: bool = True
     discard: bool = False
+    secure_discard: bool = False
     discard_granularity: int = 4096
     persistent: bool = True
     max_indirect_segments: int = 256
     max_ring_page_order: int = 0
+    max_queues: int = 1
+
+    @property
+    def info(self) -> int:
+        """The ``VDISK_`` bits."""
+        return (VDISK_CDROM | VDISK_REMOVABLE) * self.cdrom | VDISK_READONLY * self.read_only
 
     def to_keys(self) -> dict[str, str]:
         """All keys, with their values."""
@@ -290,19 +303,21 @@ class Features:
             "sectors": str(self.sectors),
             "sector-size": str(self.sector_size),
             "physical-sector-size": str(physical),
-            "info": str(VDISK_READONLY if self.read_only else 0),
+            "info": str(self.info),
             "feature-flush-cache": str(int(self.flush)),
-            "feature-barrier": "0",
+            "feature-barrier": str(int(self.barrier)),
             "feature-persistent": str(int(self.persistent)),
             "feature-discard": str(int(self.discard)),
             "max-ring-page-order": str(self.max_ring_page_order),
+            "max-ring-pages": str(1 << self.max_ring_page_order),  # the older spelling
+            "multi-queue-max-queues": str(self.max_queues),
         }
         if self.max_indirect_segments:
             keys["feature-max-indirect-segments"] = str(self.max_indirect_segments)
         if self.discard:
             keys["discard-granularity"] = str(self.discard_granularity)
             keys["discard-alignment"] = "0"
-            keys["discard-secure"] = "0"
+            keys["discard-secure"] = str(int(self.secure_discard))
         return keys
 
     @classmethod
@@ -318,69 +333,86 @@ class Features:
             sector_size=sector_size,
             physical_sector_size=number("physical-sector-size", sector_size),
             read_only=bool(number("info", 0) & VDISK_READONLY),
+            cdrom=bool(number("info", 0) & VDISK_CDROM),
             flush=bool(number("feature-flush-cache", 0)),
+            barrier=bool(number("feature-barrier", 0)),
             discard=bool(number("feature-discard", 0)),
+            secure_discard=bool(number("discard-secure", 0)),
             discard_granularity=number("discard-granularity", sector_size),
             persistent=bool(number("feature-persistent", 0)),
             max_indirect_segments=number("feature-max-indirect-segments", 0),
             max_ring_page_order=number("max-ring-page-order", 0),
+            max_queues=number("multi-queue-max-queues", 1),
         )
+
+
+class Ring(NamedTuple):
+    """One ring of a frontend: the references of its pages, and the port to be told through."""
+
+    refs: tuple[int, ...]
+    event_channel: int
 
 
 @dataclass(frozen=True)
 class Connection:
     """How a frontend can be reached, as the keys of its directory say it."""
 
-    ring_refs: tuple[int, ...]
-    event_channel: int
+    rings: tuple[Ring, ...]
     protocol: str | None = None
     persistent: bool = False
 
-    KEYS = ("ring-ref", "ring-page-order", "event-channel", "protocol", "feature-persistent")
-    """The keys to read before :meth:`from_keys`, besides ``ring-ref0`` to ``ring-ref15``."""
-
     def to_keys(self) -> dict[str, str]:
         """All keys, with their values, as Linux blkfront writes them."""
-        keys = {
-            "event-channel": str(self.event_channel),
-            "feature-persistent": str(int(self.persistent)),
-        }
+        keys = {"feature-persistent": str(int(self.persistent))}
         if self.protocol is not None:
             keys["protocol"] = self.protocol
-        if len(self.ring_refs) == 1:
-            keys["ring-ref"] = str(self.ring_refs[0])
-        else:
-            keys["ring-page-order"] = str(len(self.ring_refs).bit_length() - 1)
-            for index, ref in enumerate(self.ring_refs):
-                keys[f"ring-ref{index}"] = str(ref)
+        pages = len(self.rings[0].refs)
+        if pages > 1:
+            keys["ring-page-order"] = str(pages.bit_length() - 1)
+        if len(self.rings) > 1:
+            keys["multi-queue-num-queues"] = str(len(self.rings))
+        for number, ring in enumerate(self.rings):
+            where = f"queue-{number}/" if len(self.rings) > 1 else ""
+            keys[f"{where}event-channel"] = str(ring.event_channel)
+            for index, ref in enumerate(ring.refs):
+                keys[f"{where}ring-ref{index if pages > 1 else ''}"] = str(ref)
         return keys
 
     @classmethod
-    def from_keys(cls, read: Callable[[str], str | None], max_ring_page_order: int) -> Connection:
+    def from_keys(
+        cls, read: Callable[[str], str | None], max_ring_page_order: int, max_queues: int = 1
+    ) -> Connection:
         """Read a frontend's keys through ``read(name)``; every value is hostile input.
 
         Raises:
             GuestMisbehaved: a key is missing, no decimal number, or out of range.
         """
 
-        def number(name: str, limit: int, default: int | None = None) -> int:
+        def number(name: str, low: int, high: int, default: int | None = None) -> int:
             text = read(name)
             if text is None and default is not None:
                 return default
             if text is None:
                 raise GuestMisbehaved(f"frontend key {name} is missing")
-            if not (text.isascii() and text.isdigit() and len(text) <= 10 and int(text) <= limit):
-                raise GuestMisbehaved(f"frontend key {name} is {text[:64]!r}")
-            return int(text)
+            if text.isascii() and text.isdigit() and len(text) <= 10 and low <= int(text) <= high:
+                return int(text)
+            raise GuestMisbehaved(f"frontend key {name} is {text[:64]!r}")
 
         u32 = 0xFFFF_FFFF
-        order = number("ring-page-order", max_ring_page_order, default=0)
-        names: list[str] = [f"ring-ref{index}" for index in range(1 << order)]
-        if order == 0 and read("ring-ref0") is None:
-            names = ["ring-ref"]  # both spellings of a one-page ring are in use
+        order = number("ring-page-order", 0, max_ring_page_order, default=0)
+        queues = number("multi-queue-num-queues", 1, max_queues, default=1)
+
+        def ring(where: str) -> Ring:
+            names = [f"{where}ring-ref{index}" for index in range(1 << order)]
+            if order == 0 and read(names[0]) is None:
+                names = [f"{where}ring-ref"]  # both spellings of a one-page ring are in use
+            return Ring(
+                tuple(number(name, 0, u32) for name in names),
+                number(f"{where}event-channel", 0, u32),
+            )
+
+        # A single queue stands in the directory itself, more in one of their own each.
+        rings = [ring(f"queue-{index}/") for index in range(queues)] if queues > 1 else [ring("")]
         return cls(
-            ring_refs=tuple(number(name, u32) for name in names),
-            event_channel=number("event-channel", u32),
-            protocol=read("protocol"),
-            persistent=number("feature-persistent", 1, default=0) == 1,
+            tuple(rings), read("protocol"), number("feature-persistent", 0, 1, default=0) == 1
         )

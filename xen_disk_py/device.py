@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import logging
 import platform
+import time
 from typing import Callable
 
-from .blkif import Connection, abi_named
+from . import resizing
+from .blkif import SECTOR, Connection, abi_named
 from .disk import Disk
-from .errors import GuestMisbehaved, HypervisorError
-from .grants import PERSISTENT_LIMIT
+from .errors import GuestMisbehaved, HypervisorError, StoreLost, XenDiskError
 from .hypervisor import Hypervisor
-from .queue import Queue
+from .queue import Options, Queue
+from .vdev import from_number
 from .xenbus import Action, Address, State, react
 from .xenstore import Store
 
@@ -35,8 +37,12 @@ class Device:
         hypervisor: what maps grants and binds event channels.
         address: which device; its directories exist once :meth:`keys` have been written there.
         disk: what serves the requests; not closed here.
-        max_indirect_segments: how many to offer; 0 for none.
+        options: how its queues work.
+        max_queues: how many to offer, up to ``blkif.MAX_QUEUES``. A backend that lets only one
+            thread in gets one all the same.
+        cdrom: show the guest a CD-ROM.
         on_failure: called, from another thread, when serving stops for an error of our own.
+        on_resize: called with the new size, in bytes, when the disk has become that long.
     """
 
     def __init__(
@@ -46,8 +52,11 @@ class Device:
         address: Address,
         disk: Disk,
         *,
-        max_indirect_segments: int = 256,
+        options: Options = Options(),  # noqa: B008 - it cannot change
+        max_queues: int = 1,
+        cdrom: bool = False,
         on_failure: Callable[[Exception], None] = lambda error: None,
+        on_resize: Callable[[int], None] = lambda size: None,
     ) -> None:
         self.address = address
         self.state = State.INIT_WAIT
@@ -57,9 +66,13 @@ class Device:
         self._store = store
         self._hypervisor = hypervisor
         self._disk = disk
-        self._max_indirect_segments = max_indirect_segments
+        self._options = options
+        self._max_queues = max_queues if disk.backend.threads > 1 else 1
+        self._cdrom = cdrom
         self._on_failure = on_failure
-        self._queue: Queue | None = None
+        self._on_resize = on_resize
+        self._step = SECTOR
+        self._queues: list[Queue] = []
         self._adrift = False
 
     def __repr__(self) -> str:
@@ -69,22 +82,38 @@ class Device:
 
     @property
     def connected(self) -> bool:
-        """Both halves are connected: the guest has its disk."""
-        return self.state is State.CONNECTED and self.frontend_state is State.CONNECTED
+        """Both halves are connected, or the guest reads the disk all the same: it has it.
+
+        GRUB's driver (``grub-core/disk/xen/xendisk.c``) never goes beyond Initialised.
+        """
+        return self.state is State.CONNECTED and (
+            self.frontend_state is State.CONNECTED
+            or self._disk.statistics.as_dict()["requests"] > 0
+        )
 
     def keys(self) -> dict[str, str]:
         """What the backend itself publishes in its directory, its first state included."""
-        features = self._disk.features(self._max_indirect_segments, MAX_RING_PAGE_ORDER)
-        return {**features.to_keys(), "state": str(int(State.INIT_WAIT))}
+        features = self._disk.features(
+            self._options.max_indirect_segments,
+            MAX_RING_PAGE_ORDER,
+            self._max_queues,
+            cdrom=self._cdrom,
+        )
+        keys = features.to_keys()
+        self._step = int(keys["physical-sector-size"])  # of which any size is a multiple (blkif.h)
+        return {**keys, "state": str(int(State.INIT_WAIT))}
 
     def watch(self) -> None:
         """Have xenstore tell of all that :meth:`update` looks at, and nothing more (XSA-349)."""
         self._store.watch(f"{self.address.frontend}/state")
         self._store.watch(f"{self.address.backend}/state")
+        self._store.watch(f"{self.address.backend}/{resizing.DIRECTORY}")
         self._store.watch("@releaseDomain")
 
     def update(self) -> None:
         """Look at xenstore and do what follows, until nothing does."""
+        if not (self.finished or self._adrift):
+            self._answer_wishes()
         while not (self.finished or self._adrift):
             asked = State.parse(self._store.read(f"{self.address.backend}/state"))
             if asked is State.CLOSING and self.state in (State.INIT_WAIT, State.CONNECTED):
@@ -110,6 +139,31 @@ class Device:
         self.ask_to_close()
         self.update()
 
+    def resize(self, size: int | None, *, force: bool = False) -> int:
+        """Give the disk another size, and tell the guest.
+
+        Args:
+            size: bytes; None for what the disk's storage has become.
+            force: a smaller size is fine.
+
+        Returns:
+            The new size, in bytes.
+
+        Raises:
+            XenDiskError: it is refused; the disk is as it was.
+            StoreLost: it is done; the guest is told when xenstore is back.
+        """
+        disk, before = self._disk, self._disk.sectors
+        try:
+            size = disk.resize(size, force=force, step=self._step)
+            name = from_number(self.address.devid)
+            log.info("%s: %d bytes long now, %d before", name, size, before * SECTOR)
+            return size
+        finally:
+            if disk.sectors != before:
+                self._on_resize(disk.sectors * SECTOR)
+                self._publish_size()
+
     def ask_to_close(self) -> None:
         """Write what tells the guest that the device goes, and do no more."""
 
@@ -127,11 +181,14 @@ class Device:
             False if a request did not return within ``timeout`` seconds; its pages stay
             mapped until the process ends.
         """
-        stopped = self._queue is None or self._queue.stop(timeout)
-        if stopped:
-            self._queue = None
+        deadline = time.monotonic() + timeout
+        for queue in self._queues:
+            queue.ask_to_stop()
+        self._queues = [
+            queue for queue in self._queues if not queue.stop(max(0.0, deadline - time.monotonic()))
+        ]
         self.finished = True
-        return stopped
+        return not self._queues
 
     def store_reconnected(self) -> None:
         """Xenstore was away and is back; its watches are set again.
@@ -144,6 +201,7 @@ class Device:
             asked = shown is State.CLOSING and self.state in (State.INIT_WAIT, State.CONNECTED)
             if shown is not self.state and not asked:
                 self._publish(self.state)  # the connection broke before it was written
+            self._publish_size()
             self.update()
         elif not self.finished:
             self._adrift = True
@@ -159,13 +217,49 @@ class Device:
     def _publish(self, state: State) -> None:
         """Write our state, unless the directory has been removed meanwhile."""
         self.state = state
-        path = f"{self.address.backend}/state"
+        self._replace(f"{self.address.backend}/state", str(int(state)))
+
+    def _replace(self, path: str, value: str) -> None:
+        """Write a node, unless it has been removed meanwhile."""
 
         def write(store: Store) -> None:
             if store.exists(path):
-                store.write(path, str(int(state)))
+                store.write(path, value)
 
         self._store.transact(write)
+
+    def _publish_size(self) -> None:
+        """Write the disk's size, unless it stands there; a frontend that is connected looks again.
+
+        Linux's reads ``sectors`` when the state is written, though it is the same (blkback's
+        ``xen_vbd_resize`` does so, in one transaction).
+        """
+        back = self.address.backend
+        sectors = str(self._disk.sectors)
+
+        def write(store: Store) -> None:
+            if store.read(f"{back}/sectors") not in (None, sectors):
+                store.write(f"{back}/sectors", sectors)
+                if State.parse(store.read(f"{back}/state")) is State.CONNECTED:
+                    store.write(f"{back}/state", str(int(State.CONNECTED)))
+
+        self._store.transact(write)
+
+    def _answer_wishes(self) -> None:
+        """Do what ``resize`` commands ask for, and write the answers."""
+        directory = f"{self.address.backend}/{resizing.DIRECTORY}"
+        for name in self._store.list(directory):
+            path = f"{directory}/{name}"
+            wish = resizing.Wish.parse(self._store.read(path))
+            if wish is None:
+                continue
+            try:
+                answer = resizing.granted(self.resize(wish.size, force=wish.force))
+            except StoreLost:
+                raise
+            except XenDiskError as error:
+                answer = resizing.refused(error)
+            self._replace(path, answer)
 
     def _do(self, action: Action) -> None:
         log.debug("%r, frontend %s: %s", self, self.frontend_state, action.value)
@@ -186,32 +280,43 @@ class Device:
             self.finished = True
 
     def _connect(self) -> None:
-        front = self.address.frontend
+        front, domid = self.address.frontend, self.address.frontend_domid
+        self._disconnect()
         try:
             connection = Connection.from_keys(
-                lambda name: self._store.read(f"{front}/{name}"), MAX_RING_PAGE_ORDER
+                lambda name: self._store.read(f"{front}/{name}"),
+                MAX_RING_PAGE_ORDER,
+                self._max_queues,
             )
             abi = abi_named(connection.protocol, platform.machine())
-            self._queue = Queue(
-                self._hypervisor,
-                self.address.frontend_domid,
-                connection,
-                abi,
-                self._disk,
-                max_indirect_segments=self._max_indirect_segments,
-                persistent_limit=PERSISTENT_LIMIT if connection.persistent else 0,
-                on_failure=self._on_failure,
-            )
+            for number, ring in enumerate(connection.rings):
+                queue = Queue(
+                    self._hypervisor,
+                    domid,
+                    ring,
+                    abi,
+                    self._disk,
+                    options=self._options,
+                    persistent=connection.persistent,
+                    sharers=len(connection.rings),
+                    statistics=self._disk.statistics.of_queue(number),
+                    on_failure=self._on_failure,
+                )
+                self._queues.append(queue)
         except (GuestMisbehaved, HypervisorError) as error:
             log.error("cannot connect to the frontend: %s", error)
+            self._disconnect()
             self._publish(State.CLOSING)
             return
-        self._queue.start()
+        for queue in self._queues:
+            queue.start()
         self._publish(State.CONNECTED)
 
     def _disconnect(self) -> None:
         """Finish the requests taken so far and unmap everything; before Closed is published."""
-        if self._queue is not None:
-            while not self._queue.stop(1.0):
-                pass  # a pause between two waits, for a signal that came just before one
-            self._queue = None
+        for queue in self._queues:
+            queue.ask_to_stop()
+        while self._queues:
+            # a pause between two waits, for a signal that came just before one
+            if self._queues[-1].stop(1.0):
+                self._queues.pop()

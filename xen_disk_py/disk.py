@@ -8,9 +8,9 @@ that lie inside it, are aligned to its sectors and are allowed.
 from __future__ import annotations
 
 import logging
+import threading
 import time
-from collections.abc import Sequence
-from typing import Callable
+from typing import Callable, Optional
 
 from . import statistics as count
 from .backends import Backend
@@ -18,18 +18,24 @@ from .backends.loader import user_line
 from .blkif import (
     EOPNOTSUPP,
     ERROR,
-    FLUSH,
     OKAY,
     READ,
     SECTOR,
-    SECTORS_PER_PAGE,
+    WRITE,
+    WRITE_BARRIER,
     Discard,
     Features,
     Transfer,
 )
+from .errors import BackendError, DeviceError, XenDiskError
 from .statistics import Statistics
 
 log = logging.getLogger("xen_disk_py")
+
+_Move = Callable[["list[memoryview]", int], Optional[int]]
+
+SETTLING = 5.0
+"""Seconds that the requests under way may take before a disk becomes smaller."""
 
 
 class Disk:
@@ -45,11 +51,25 @@ class Disk:
         self.statistics = statistics if statistics is not None else Statistics()
         self.read_only = backend.read_only
         self.sectors = backend.size // SECTOR
-        self._alignment = backend.sector_size // SECTOR
+        self.alignment = backend.sector_size // SECTOR
+        """Sectors of 512 bytes in one of the disk's own."""
+        self.can_discard = backend.can_discard and not self.read_only
+        self.can_discard_securely = self.can_discard and backend.can_discard_securely
+        self._is_concurrent = backend.threads > 1
+        self._read_first: _Move = backend.read_nowait if self._is_concurrent else backend.read
+        self._write_first: _Move = backend.write_nowait if self._is_concurrent else backend.write
+        self._lock = threading.Lock()
         self._quiet_until = 0.0
         self._unsaid = 0
 
-    def features(self, max_indirect_segments: int, max_ring_page_order: int) -> Features:
+    def features(
+        self,
+        max_indirect_segments: int,
+        max_ring_page_order: int,
+        max_queues: int = 1,
+        *,
+        cdrom: bool = False,
+    ) -> Features:
         """Describe the disk to a frontend."""
         backend = self.backend
         return Features(
@@ -57,105 +77,224 @@ class Disk:
             sector_size=backend.sector_size,
             physical_sector_size=backend.physical_sector_size,
             read_only=self.read_only,
-            discard=backend.can_discard and not self.read_only,
+            cdrom=cdrom,
+            discard=self.can_discard,
+            secure_discard=self.can_discard_securely,
             discard_granularity=max(backend.discard_granularity, backend.sector_size),
             max_indirect_segments=max_indirect_segments,
             max_ring_page_order=max_ring_page_order,
+            max_queues=max_queues,
         )
 
-    def refusal(self, request: Transfer) -> str | None:
-        """Say why ``request`` must not reach the backend; None if it may."""
-        if not request.sectors:
+    def refusal(self, request: Transfer | Discard) -> tuple[str, int] | None:
+        """Say why ``request`` must not reach the backend, and its status; None if it may."""
+        if isinstance(request, Discard):
+            offered = self.can_discard_securely if request.secure else self.can_discard
+            if not offered and not self.read_only:
+                return "discard that is not offered", EOPNOTSUPP
+        elif not request.sectors:
             return None  # a flush alone; Linux gives it sector 2**64 - 1, which means nothing
         if request.sector + request.sectors > self.sectors:
-            return (
-                f"sectors {request.sector} to {request.sector + request.sectors} of {self.sectors}"
-            )
+            end = request.sector + request.sectors
+            return f"sectors {request.sector} to {end} of {self.sectors}", ERROR
         if self.read_only and request.operation != READ:
-            return "write to a read-only disk"
-        step = self._alignment
-        if step > 1 and (
-            request.sector % step
-            or any(first % step for first in request.firsts)
-            or any((last + 1) % step for last in request.lasts)
-        ):
-            return f"sector {request.sector} or a segment is not aligned to {step * SECTOR} bytes"
+            return "write to a read-only disk", ERROR
+        step = self.alignment
+        if step > 1 and (request.sector % step or not _is_aligned(request, step)):
+            return f"sector {request.sector}, or what is there, is not aligned to {step}", ERROR
         return None
 
-    def refuse(self, reason: str, status: int = ERROR) -> int:
+    def resize(self, size: int | None, *, force: bool = False, step: int = SECTOR) -> int:
+        """Give the disk another size, while its queue's thread does requests.
+
+        A longer disk admits requests beyond its old end when the backend has made room; a
+        shorter one refuses them before the backend gives it up.
+
+        Args:
+            size: bytes; None for what the backend's storage has become.
+            force: a smaller size is fine.
+            step: the size must be a multiple of so many bytes.
+
+        Returns:
+            The new size, in bytes.
+
+        Raises:
+            DeviceError, ImageError, BackendError: the disk is as it was; the message says why.
+        """
+        before = self.sectors
+        wanted = self._resize_backend(None) if size is None else size
+        if not isinstance(wanted, int) or wanted <= 0 or wanted % step:
+            raise DeviceError(
+                f"{wanted} bytes is not a positive multiple of {step}, the sector that the guest "
+                "was told: choose a size that is"
+            )
+        sectors = wanted // SECTOR
+        if sectors < before and not force:
+            raise DeviceError(
+                f"{wanted} bytes is less than the disk has, {before * SECTOR}; what lies beyond "
+                "would be lost: make the file system in it smaller, then use --force"
+            )
+        self.sectors = min(before, sectors)  # whatever else is raised, this is safe
+        try:
+            if sectors < before:
+                self._settle()
+            done = self._resize_backend(wanted)
+        except XenDiskError:
+            self.sectors = before
+            raise
+        if done != wanted:  # the rest may be gone nonetheless
+            raise BackendError(f"resize of {self.backend} returned {done!r}, not {wanted}")
+        self.sectors = sectors
+        return wanted
+
+    def _resize_backend(self, size: int | None) -> int:
+        backend = self.backend
+        try:
+            return backend.resize(size)
+        except XenDiskError:
+            raise
+        except NotImplementedError as error:
+            raise DeviceError(f"{backend} keeps its size: it has no resize") from error
+        except Exception as error:
+            reason = user_line(error, backend)
+            raise BackendError(f"resize failed in {backend}: {reason}") from error
+
+    def _settle(self) -> None:
+        """Wait until the requests that may have been judged by another size are done."""
+        is_settled = self.statistics.settled(in_order=not self._is_concurrent)
+        deadline = time.monotonic() + SETTLING
+        while not is_settled():
+            if time.monotonic() >= deadline:
+                raise DeviceError(
+                    f"a request has not returned within {SETTLING:g} s: the disk stays as it is"
+                )
+            time.sleep(0.001)
+
+    def refuse(self, reason: str) -> None:
         """Count and log a request that is answered without the backend."""
         self.statistics.add(count.REFUSED)
         self._say(logging.WARNING, f"refused a request of the guest: {reason}")
-        return status
 
-    def transfer(self, request: Transfer, pages: Sequence[memoryview]) -> int:
-        """Do a read, write or flush that :meth:`refusal` let pass; each page has 4096 bytes."""
-        buffers = _segments(request, pages)
-        length = request.sectors * SECTOR
-        offset = request.sector * SECTOR
-        words = self.statistics.words
-        if request.operation == READ:
-            words[count.READS] += 1
-            words[count.BYTES_READ] += length
-            return self._attempt("read", lambda: self.backend.read(buffers, offset), length)
-        if request.operation == FLUSH:
-            words[count.FLUSHES] += 1
-            status = self._attempt("flush", self.backend.flush)
-            if status != OKAY or not length:
-                return status
-        words[count.WRITES] += 1
-        words[count.BYTES_WRITTEN] += length
-        status = self._attempt("write", lambda: self.backend.write(buffers, offset), length)
-        self._count_memory()
-        if status == OKAY and request.operation == FLUSH:
-            status = self._attempt("flush", self.backend.flush)
+    # -- requests that lie inside the disk and are allowed ------------------------------
+
+    def read(self, buffers: list[memoryview], offset: int, length: int) -> int | None:
+        """Read ``length`` bytes at ``offset`` into ``buffers``.
+
+        Returns:
+            A status, or None if that would take waiting and the backend lets several threads
+            in: then :meth:`transfer` does it, in one of them.
+        """
+        try:
+            done = self._read_first(buffers, offset)
+        except BaseException as error:  # noqa: BLE001 - whatever an author's code raises, exit() too
+            return self._failed("read", error)
+        if done is None or done == length:
+            return OKAY
+        if self._is_concurrent:
+            return None
+        return self._go_on("read", self.backend.read, buffers, offset, length, done)
+
+    def write(self, buffers: list[memoryview], offset: int, length: int) -> int | None:
+        """Write ``length`` bytes from ``buffers`` at ``offset``; returns as :meth:`read` does."""
+        try:
+            done = self._write_first(buffers, offset)
+        except BaseException as error:  # noqa: BLE001 - whatever an author's code raises, exit() too
+            return self._failed("write", error)
+        if done is None or done == length:
+            return OKAY
+        if self._is_concurrent:
+            return None
+        return self._go_on("write", self.backend.write, buffers, offset, length, done)
+
+    def transfer(self, request: Transfer, buffers: list[memoryview]) -> int:
+        """Do a read, write, flush or barrier, however long it takes; the result is its status.
+
+        A barrier is stable when it returns, and so is all that was written before it began.
+        """
+        operation = request.operation
+        offset, length = request.sector * SECTOR, request.sectors * SECTOR
+        status = OKAY
+        if operation == READ:
+            return self._move("read", self.backend.read, buffers, offset, length)
+        if operation == WRITE_BARRIER:
+            status = self._flush()
+        if status == OKAY and length:
+            status = self._move("write", self.backend.write, buffers, offset, length)
+        if status == OKAY and operation != WRITE:
+            status = self._flush()
         return status
 
     def discard(self, request: Discard) -> int:
-        """Do a discard, or refuse it."""
+        """Do a discard that :meth:`refusal` let pass."""
         backend = self.backend
-        if self.read_only:
-            return self.refuse("discard on a read-only disk")
-        if request.secure or not backend.can_discard:
-            return self.refuse("discard that is not offered", EOPNOTSUPP)
-        if request.sector + request.sectors > self.sectors:
-            return self.refuse("discard beyond the end")
-        if request.sector % self._alignment or request.sectors % self._alignment:
-            return self.refuse("discard not aligned to the sector size")
-        length = request.sectors * SECTOR
-        self.statistics.add(count.DISCARDS)
-        self.statistics.add(count.BYTES_DISCARDED, length)
-        status = self._attempt("discard", lambda: backend.discard(request.sector * SECTOR, length))
-        self._count_memory()
-        return status
-
-    def _count_memory(self) -> None:
+        discard = backend.discard_securely if request.secure else backend.discard
         try:
-            self.statistics.words[count.MEMORY] = self.backend.memory
-        except Exception as error:  # noqa: BLE001 - it may be an author's own property
-            self._say(logging.ERROR, f"memory of {self.backend}: {user_line(error, self.backend)}")
+            discard(request.sector * SECTOR, request.sectors * SECTOR)
+        except BaseException as error:  # noqa: BLE001 - as above
+            return self._failed("discard", error)
+        return OKAY
 
-    def _attempt(self, what: str, call: Callable[[], int | None], length: int | None = None) -> int:
+    def _flush(self) -> int:
         try:
-            done = call()
-        except BaseException as error:  # noqa: BLE001 - whatever an author's code raises, exit() too
-            reason = user_line(error, self.backend)
-        else:
-            if length is None or done is None or done == length:
-                return OKAY
-            reason = f"{done} of {length} bytes"
+            self.backend.flush()
+        except BaseException as error:  # noqa: BLE001 - as above
+            return self._failed("flush", error)
+        return OKAY
+
+    def _move(
+        self, what: str, move: _Move, buffers: list[memoryview], offset: int, length: int
+    ) -> int:
+        try:
+            moved = move(buffers, offset)
+        except BaseException as error:  # noqa: BLE001 - as above
+            return self._failed(what, error)
+        return self._go_on(what, move, buffers, offset, length, moved)
+
+    def _go_on(
+        self,
+        what: str,
+        move: _Move,
+        buffers: list[memoryview],
+        offset: int,
+        length: int,
+        moved: int | None,
+    ) -> int:
+        """Have the backend move what ``moved`` bytes have left, until that is nothing."""
+        done = 0
+        try:
+            while moved is not None:
+                if not 0 < moved <= length - done:
+                    raise EOFError(f"{done + moved} of {length} bytes")  # noqa: TRY301 - as theirs
+                done += moved
+                if done == length:
+                    break
+                moved = move(_after(buffers, done), offset + done)
+        except BaseException as error:  # noqa: BLE001 - as above
+            return self._failed(what, error)
+        return OKAY
+
+    def _failed(self, what: str, error: BaseException) -> int:
+        reason = user_line(error, self.backend)
         self.statistics.add(count.ERRORS)
         self._say(logging.ERROR, f"{what} failed in {self.backend}: {reason}")
         return ERROR
 
+    def count_memory(self) -> None:
+        """Note how much memory the guest's writes hold."""
+        try:
+            self.statistics.set_memory(self.backend.memory)
+        except Exception as error:  # noqa: BLE001 - it may be an author's own property
+            self._say(logging.ERROR, f"memory of {self.backend}: {user_line(error, self.backend)}")
+
     def _say(self, level: int, text: str) -> None:
         """Log, but not more than once a second: the guest decides how often this is called."""
-        now = time.monotonic()
-        if now < self._quiet_until:
-            self._unsaid += 1
-            return
-        more = f" (and {self._unsaid} lines like it before)" if self._unsaid else ""
-        self._quiet_until, self._unsaid = now + 1, 0
+        with self._lock:
+            now = time.monotonic()
+            if now < self._quiet_until:
+                self._unsaid += 1
+                return
+            more = f" (and {self._unsaid} lines like it before)" if self._unsaid else ""
+            self._quiet_until, self._unsaid = now + 1, 0
         log.log(level, "%s%s", text, more)
 
     def close(self) -> None:
@@ -166,11 +305,20 @@ class Disk:
             log.error("close failed in %s: %s", self.backend, user_line(error, self.backend))
 
 
-def _segments(request: Transfer, pages: Sequence[memoryview]) -> list[memoryview]:
-    """Cut each page down to its segment's sectors."""
-    if request.sectors == len(pages) * SECTORS_PER_PAGE:
-        return list(pages)
-    return [
-        page[first * SECTOR : (last + 1) * SECTOR]
-        for page, first, last in zip(pages, request.firsts, request.lasts)
-    ]
+def _is_aligned(request: Transfer | Discard, step: int) -> bool:
+    if isinstance(request, Discard):
+        return not request.sectors % step
+    return not any(
+        first % step or (last + 1) % step for first, last in zip(request.firsts, request.lasts)
+    )
+
+
+def _after(buffers: list[memoryview], done: int) -> list[memoryview]:
+    """Return the buffers without their first ``done`` bytes."""
+    if not done:
+        return buffers
+    for number, buffer in enumerate(buffers):
+        if done < len(buffer):
+            return [buffer[done:], *buffers[number + 1 :]]
+        done -= len(buffer)
+    return []

@@ -11,8 +11,10 @@
     ├── ImageError               an image cannot be used: missing, locked, odd size
     ├── BackendError             a backend cannot be loaded or broke its contract
     ├── GuestNotFound            no such domain, or several
-    ├── DeviceError              attaching, connecting or detaching failed
+    ├── DeviceError              attaching, connecting, resizing or detaching failed
     │   └── DeviceTaken          the guest has a device of that number already
+    ├── InstallError             a file for xl or systemd cannot be put in its place
+    ├── PrivilegeError           privileges cannot be given up
     └── GuestMisbehaved          the frontend broke the protocol
 """
 
@@ -66,11 +68,19 @@ class GuestNotFound(XenDiskError):
 
 
 class DeviceError(XenDiskError):
-    """The disk could not be attached, connected or detached."""
+    """The disk could not be attached, connected, resized or detached."""
 
 
 class DeviceTaken(DeviceError):
     """The guest has a device of that number already."""
+
+
+class InstallError(XenDiskError):
+    """A file cannot be put in its place or taken away; all files are as they were."""
+
+
+class PrivilegeError(XenDiskError):
+    """The process cannot give up its privileges, or has some left."""
 
 
 class GuestMisbehaved(XenDiskError):

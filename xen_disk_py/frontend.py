@@ -11,6 +11,7 @@ import itertools
 import select
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Callable
 
 from .blkif import (
@@ -29,6 +30,7 @@ from .blkif import (
     Discard,
     Features,
     Indirect,
+    Ring,
     Transfer,
     decode_response,
     encode_segments,
@@ -57,7 +59,8 @@ class Frontend(Closing):
         directory: the device's directory, ``/local/domain/N/device/vbd/D``.
         abi: the layout to write.
         persistent: promise to use the same grants again and again.
-        ring_page_order: log2 of the pages of the ring.
+        ring_page_order: log2 of the pages of each ring.
+        queues: rings at most, each with an event channel; no more than the backend offers.
         max_segments: pages per request; over 11 needs indirect requests.
         depth: requests in flight at most.
         timeout: seconds to wait for the backend, each time.
@@ -72,6 +75,7 @@ class Frontend(Closing):
         abi: Abi = X86_64,
         persistent: bool = True,
         ring_page_order: int = 0,
+        queues: int = 1,
         max_segments: int = 32,
         depth: int = 32,
         timeout: float = 10,
@@ -83,14 +87,16 @@ class Frontend(Closing):
         self._abi = abi
         self._persistent = persistent
         self._order = ring_page_order
+        self._wanted_queues = queues
         self._wanted_segments = max_segments
         self._wanted_depth = depth
         self._timeout = timeout
         self._backend = store.read(f"{directory}/backend") or ""
         self._backend_domid = int(store.read(f"{directory}/backend-id") or 0)
         self._shared: list[SharedPages] = []
-        self._ring: FrontRing | None = None
-        self._channel: EventChannel | None = None
+        self._rings: list[FrontRing] = []
+        self._channels: list[EventChannel] = []
+        self._turn = 0  # which ring gets the next request
         self._ids = itertools.count()
         self._free: list[_Buffer] = []
         self._pending: dict[int, tuple[_Buffer, Callable[[memoryview], object]]] = {}
@@ -105,13 +111,15 @@ class Frontend(Closing):
         store.watch(f"{self._backend}/state")
         self._await(State.INIT_WAIT)
         domid = self._backend_domid
-        pages = self._guest.share_pages(domid, 1 << self._order, writable=True)
-        self._shared.append(pages)
-        self._ring = FrontRing(pages.view, self._abi.slot_size, self._guest.fence)
-        self._channel = self._guest.bind_unbound(domid)
-        keys = Connection(
-            tuple(pages.refs), self._channel.port, self._abi.name, self._persistent
-        ).to_keys()
+        offered = int(store.read(f"{self._backend}/multi-queue-max-queues") or 1)
+        rings = []
+        for _ in range(min(self._wanted_queues, offered)):
+            pages = self._guest.share_pages(domid, 1 << self._order, writable=True)
+            self._shared.append(pages)
+            self._rings.append(FrontRing(pages.view, self._abi.slot_size, self._guest.fence))
+            self._channels.append(self._guest.bind_unbound(domid))
+            rings.append(Ring(tuple(pages.refs), self._channels[-1].port))
+        keys = Connection(tuple(rings), self._abi.name, self._persistent).to_keys()
 
         def publish(transaction: Store) -> None:
             for name, value in keys.items():
@@ -130,7 +138,7 @@ class Frontend(Closing):
     def _make_buffers(self) -> None:
         limit = max(MAX_SEGMENTS, self.features.max_indirect_segments)
         segments = min(self._wanted_segments, limit)
-        depth = min(self._wanted_depth, self._require_ring().slots)
+        depth = min(self._wanted_depth, sum(ring.slots for ring in self._rings))
         for _ in range(depth):
             indirect = -(-segments // SEGMENTS_PER_PAGE) if segments > MAX_SEGMENTS else 0
             pages = self._guest.share_pages(self._backend_domid, segments + indirect, writable=True)
@@ -150,7 +158,7 @@ class Frontend(Closing):
         length: int = 0,
         done: Callable[[memoryview], object] = lambda data: None,
     ) -> None:
-        """Put a READ or WRITE on the ring, waiting for room if need be; :meth:`drain` ends it.
+        """Put a READ or WRITE on a ring, waiting for room if need be; :meth:`drain` ends it.
 
         Args:
             operation: READ or WRITE.
@@ -159,17 +167,26 @@ class Frontend(Closing):
             length: bytes to read, a multiple of 512.
             done: called with the data when the response has come.
         """
-        while not self._free or not self._require_ring().free:
-            self.kick()
-            self.reap(wait=True)
+        ring = self._next_ring()
         buffer = self._free.pop()
         if data is not None:
             length = len(data)
             buffer.view[:length] = data
-        self._put(operation, offset, length, buffer, done)
+        self._put(ring, operation, offset, length, buffer, done)
+
+    def _next_ring(self) -> FrontRing:
+        """Return the ring whose turn it is, as soon as there are a buffer and room in it."""
+        rings = self._require_rings()
+        ring = rings[self._turn % len(rings)]
+        self._turn += 1
+        while not self._free or not ring.free:
+            self.kick()
+            self.reap(wait=True)
+        return ring
 
     def _put(
         self,
+        ring: FrontRing,
         operation: int,
         offset: int,
         length: int,
@@ -193,12 +210,13 @@ class Frontend(Closing):
             buffer.indirect_view[: len(segments)] = segments
             slot = self._abi.encode(Indirect(id_, operation, sector, count, buffer.indirect_refs))
         self._pending[id_] = (buffer, lambda view: done(view[:length]))
-        self._require_ring().put(slot)
+        ring.put(slot)
 
     def kick(self) -> None:
         """Publish what was put and notify the backend if it wants that."""
-        if self._require_ring().push() and self._channel is not None:
-            self._channel.notify()
+        for ring, channel in zip(self._require_rings(), self._channels):
+            if ring.push():
+                channel.notify()
 
     def reap(self, *, wait: bool = False) -> int:
         """Take the responses that are there; with ``wait``, sleep until there is one.
@@ -207,11 +225,10 @@ class Frontend(Closing):
             RequestFailed: a status other than OKAY.
             DeviceError: no response in time.
         """
-        ring, channel = self._require_ring(), self._channel
-        assert channel is not None
+        rings, channels = self._require_rings(), self._channels
         deadline = time.monotonic() + self._timeout
         while True:
-            slots = ring.take()
+            slots = [slot for ring in rings for slot in ring.take()]
             failed = OKAY
             for slot in slots:
                 response = decode_response(slot)
@@ -225,13 +242,14 @@ class Frontend(Closing):
                 raise RequestFailed(failed)
             if slots or not wait:
                 return len(slots)
-            if ring.arm():
+            if any(ring.arm() for ring in rings):
                 continue
             left = deadline - time.monotonic()
             if left <= 0:
                 raise DeviceError(f"no response within {self._timeout:g} s")
-            _wait_for(channel.fileno(), left)
-            channel.acknowledge()
+            _wait_for([channel.fileno() for channel in channels], left)
+            for channel in channels:
+                channel.acknowledge()
 
     def drain(self) -> None:
         """Wait until every request is answered."""
@@ -275,12 +293,10 @@ class Frontend(Closing):
         )
 
     def _simple(self, encode: Callable[[int], bytes]) -> None:
-        while not self._free or not self._require_ring().free:
-            self.kick()
-            self.reap(wait=True)
+        ring = self._next_ring()
         id_ = next(self._ids)
         self._pending[id_] = (self._free.pop(), lambda view: None)
-        self._require_ring().put(encode(id_))
+        ring.put(encode(id_))
         self.drain()
 
     def disconnect(self) -> None:
@@ -299,27 +315,32 @@ class Frontend(Closing):
         except StoreError:
             return None  # the guest may not look at what is no longer shared with it
 
+    def look_again(self) -> Features:
+        """Take notice of a new size, as Linux does when Connected is written once more."""
+        if self._store.pending() and self.backend_state is State.CONNECTED:
+            sectors = int(self._store.read(f"{self._backend}/sectors") or 0)
+            self.features = replace(self.features, sectors=sectors)
+        return self.features
+
     def close(self) -> None:
         """Give everything back, whatever the backend thinks of it."""
-        if self._ring is not None:
-            self._ring.close()
-            self._ring = None
+        while self._rings:
+            self._rings.pop().close()
         for buffer in self._free:
             buffer.release()
         for buffer, _ in self._pending.values():
             buffer.release()
         self._free.clear()
         self._pending.clear()
-        if self._channel is not None:
-            self._channel.close()
-            self._channel = None
+        while self._channels:
+            self._channels.pop().close()
         while self._shared:
             self._shared.pop().close()
 
-    def _require_ring(self) -> FrontRing:
-        if self._ring is None:
+    def _require_rings(self) -> list[FrontRing]:
+        if not self._rings:
             raise DeviceError("the frontend is not connected")
-        return self._ring
+        return self._rings
 
     def _switch(self, state: State) -> None:
         path = f"{self._directory}/state"
@@ -344,7 +365,7 @@ class Frontend(Closing):
                     f"not {' or '.join(map(str, states))}"
                 )
             if not self._store.has_pending:
-                _wait_for(self._store.fileno(), left)
+                _wait_for([self._store.fileno()], left)
 
 
 class _Buffer:
@@ -362,7 +383,8 @@ class _Buffer:
         self.indirect_view.release()
 
 
-def _wait_for(fd: int, timeout: float) -> Sequence[tuple[int, int]]:
+def _wait_for(descriptors: Sequence[int], timeout: float) -> None:
     poller = select.poll()
-    poller.register(fd, select.POLLIN)
-    return poller.poll(timeout * 1000)
+    for descriptor in descriptors:
+        poller.register(descriptor, select.POLLIN)
+    poller.poll(timeout * 1000)

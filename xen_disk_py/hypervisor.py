@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -118,6 +118,14 @@ class SharedPages(Handle, Protocol):
         ...
 
 
+class Piece(NamedTuple):
+    """``length`` bytes at ``offset`` of the page granted as ``ref``; they end within the page."""
+
+    ref: int
+    offset: int
+    length: int
+
+
 class Hypervisor(Handle, Protocol):
     """The backend's side."""
 
@@ -126,6 +134,36 @@ class Hypervisor(Handle, Protocol):
 
         Raises:
             HypervisorError: one of the references is not granted (so); nothing is mapped.
+        """
+        ...
+
+    @property
+    def can_copy(self) -> bool:
+        """Whether the two functions below are to be had."""
+        ...
+
+    def copy_from_grants(self, domid: int, pieces: Sequence[Piece], memory: memoryview) -> None:
+        """Copy pieces of granted pages of ``domid``, one after the other, into ``memory``.
+
+        Nothing is mapped. ``memory`` is writable and as long as the pieces together.
+
+        Raises:
+            HypervisorError: a piece was not copied; others may have been.
+        """
+        ...
+
+    def copy_to_grants(self, domid: int, pieces: Sequence[Piece], memory: memoryview) -> None:
+        """The other way: fill pieces of granted pages from ``memory``.
+
+        Raises:
+            HypervisorError: a piece was not copied; others may have been.
+        """
+        ...
+
+    def reserve(self, domid: int, channels: int) -> None:
+        """Open now what so many event channels of ``domid`` at a time will need.
+
+        They can be bound then, again and again, by a process that has given up its privileges.
         """
         ...
 

@@ -12,14 +12,15 @@ import errno
 import mmap
 import os
 import select
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from ctypes import (
     CFUNCTYPE,
     POINTER,
-    Array,
     Structure,
     Union,
     addressof,
+    c_char,
     c_int,
     c_int16,
     c_uint,
@@ -27,14 +28,16 @@ from ctypes import (
     c_uint32,
     c_void_p,
     cast,
+    sizeof,
 )
 from functools import cache
+from struct import Struct
 from typing import Any, Callable, NamedTuple
 
 from xen_disk_py.atomic import ATOMIC, load_fence
 from xen_disk_py.clibrary import Finding, Library, Signature, not_negative, not_null
 from xen_disk_py.errors import HypervisorError, XenUnavailable
-from xen_disk_py.hypervisor import Closing
+from xen_disk_py.hypervisor import Closing, Piece
 from xen_disk_py.mapping import GrantedPages, MappedPages, close_all
 
 # --------------------------------------------------------------------------- data layouts
@@ -66,6 +69,18 @@ class CopySegment(Structure):
         ("flags", c_uint16),
         ("status", c_int16),
     )
+
+
+# The same structure, packed whole rather than field by field.
+_COPY_FROM = Struct("<IHHQHHh2x").pack
+_COPY_TO = Struct("<QIHHHHh2x").pack
+
+
+@contextmanager
+def _address(memory: memoryview) -> Iterator[int]:
+    """Where writable memory is, held in place meanwhile."""
+    held = c_char.from_buffer(memory)
+    yield addressof(held)
 
 
 _COPY_STATUS = {
@@ -273,6 +288,7 @@ class Xen(Closing):
         self._gnttab_handle: int | None = None
         self._gntshr_handle: int | None = None
         self._open_handles: dict[Closing, None] = {}  # in the order of opening
+        self._reserved: dict[int, list[int]] = {}  # by domain: handles of the event device
         if not runs_under_xen():
             raise XenUnavailable(
                 "this machine does not run under Xen: boot the Xen hypervisor, or try "
@@ -305,15 +321,42 @@ class Xen(Closing):
         self._open_handles[pages] = None
         return pages
 
-    def grant_copy(self, segments: Array[CopySegment]) -> None:
-        """Let the hypervisor copy between our memory and granted pages, without mapping.
+    @property
+    def can_copy(self) -> bool:
+        """Whether pages can be copied from and to without mapping them."""
+        return self._gnttab.xengnttab_grant_copy is not None
+
+    def copy_from_grants(self, domid: int, pieces: Sequence[Piece], memory: memoryview) -> None:
+        """Copy pieces of granted pages of ``domid``, one after the other, into ``memory``.
 
         Raises:
-            HypervisorError: a segment was not copied; others may have been.
+            HypervisorError: a piece was not copied; others may have been.
         """
+        with _address(memory) as start:
+            at, table = start, bytearray()
+            for ref, offset, length in pieces:
+                table += _COPY_FROM(ref, offset, domid, at, length, COPY_SOURCE_IS_GRANT, 0)
+                at += length
+            self._copy(table)
+
+    def copy_to_grants(self, domid: int, pieces: Sequence[Piece], memory: memoryview) -> None:
+        """Fill pieces of granted pages of ``domid`` from ``memory``.
+
+        Raises:
+            HypervisorError: a piece was not copied; others may have been.
+        """
+        with _address(memory) as start:
+            at, table = start, bytearray()
+            for ref, offset, length in pieces:
+                table += _COPY_TO(at, ref, offset, domid, length, COPY_DESTINATION_IS_GRANT, 0)
+                at += length
+            self._copy(table)
+
+    def _copy(self, table: bytearray) -> None:
         handle = self._grant_table()
         if self._gnttab.xengnttab_grant_copy is None:
             raise HypervisorError(errno.ENOSYS, "cannot copy (no xengnttab_grant_copy)")
+        segments = (CopySegment * (len(table) // sizeof(CopySegment))).from_buffer(table)
         self._gnttab.xengnttab_grant_copy(handle, len(segments), segments)
         # The call succeeds when it was understood: each segment has a result of its own.
         for number, segment in enumerate(segments):
@@ -333,6 +376,17 @@ class Xen(Closing):
         pages = GrantedPages(address, list(refs), unmap=self._unshare)
         self._open_handles[pages] = None
         return pages
+
+    def reserve(self, domid: int, channels: int) -> None:
+        """Open now what so many event channels of ``domid`` at a time will need.
+
+        Binding and closing them opens and closes nothing any more: a process that has become
+        another user can do it as often as the guest likes.
+        """
+        self._grant_table()
+        handles = self._reserved.setdefault(domid, [])
+        while len(handles) < channels:
+            handles.append(self._open_event_device(domid))
 
     def bind_interdomain(self, domid: int, remote_port: int) -> XenEventChannel:
         """Connect to the port that ``domid`` opened for us.
@@ -362,6 +416,9 @@ class Xen(Closing):
                 closing again later closes the rest.
         """
         close_all(reversed(list(self._open_handles)))
+        while self._reserved:
+            for reserved in self._reserved.popitem()[1]:
+                self._evtchn.xenevtchn_close(reserved)
         handle, self._gntshr_handle = self._gntshr_handle, None
         if handle is not None:
             self._gnttab.xengntshr_close(handle)
@@ -387,9 +444,36 @@ class Xen(Closing):
 
     def _channel(self, domid: int, bind: Callable[[int], int]) -> XenEventChannel:
         self._grant_table()
-        channel = XenEventChannel(self._evtchn, domid, bind, self._forget)
+        reserved = self._reserved.get(domid)
+        handle = reserved.pop() if reserved else self._open_event_device(domid)
+
+        def release() -> None:
+            if domid in self._reserved:
+                self._reserved[domid].append(handle)
+            else:
+                self._evtchn.xenevtchn_close(handle)
+
+        try:
+            channel = XenEventChannel(self._evtchn, handle, bind, release, self._forget)
+        except BaseException:
+            release()
+            raise
         self._open_handles[channel] = None
         return channel
+
+    def _open_event_device(self, domid: int) -> int:
+        """Open a handle that reaches no other domain."""
+        handle = _open(self._evtchn.xenevtchn_open, EVTCHN_DEVICE)
+        # Linux refuses domain 0 (EINVAL), and an old kernel the whole request.
+        if domid == 0 or self._evtchn.xenevtchn_restrict is None:
+            return handle
+        try:
+            self._evtchn.xenevtchn_restrict(handle, domid)
+        except HypervisorError as error:
+            if error.errno not in {errno.ENOTTY, errno.ENOSYS, errno.EOPNOTSUPP}:
+                self._evtchn.xenevtchn_close(handle)
+                raise
+        return handle
 
 
 class XenEventChannel(Closing):
@@ -398,35 +482,20 @@ class XenEventChannel(Closing):
     def __init__(
         self,
         evtchn: Any,
-        domid: int,
+        handle: int,
         bind: Callable[[int], int],
+        release: Callable[[], None],
         forget: Callable[[XenEventChannel], None],
     ) -> None:
         self._evtchn = evtchn
+        self._release = release
         self._forget = forget
-        handle = _open(evtchn.xenevtchn_open, EVTCHN_DEVICE)
-        try:
-            self._restrict(handle, domid)
-            self._fd: int = evtchn.xenevtchn_fd(handle)
-            # A read may block even on a descriptor set not to (xenevtchn.h): look first.
-            self._poll = select.poll()
-            self._poll.register(self._fd, select.POLLIN)
-            self.port = bind(handle)
-        except BaseException:
-            evtchn.xenevtchn_close(handle)
-            raise
+        self._fd: int = evtchn.xenevtchn_fd(handle)
+        # A read may block even on a descriptor set not to (xenevtchn.h): look first.
+        self._poll = select.poll()
+        self._poll.register(self._fd, select.POLLIN)
+        self.port = bind(handle)
         self._handle: int | None = handle
-
-    def _restrict(self, handle: int, domid: int) -> None:
-        # From here on this handle reaches no other domain. Linux refuses domain 0 (EINVAL),
-        # and an old kernel the whole request.
-        if domid == 0 or self._evtchn.xenevtchn_restrict is None:
-            return
-        try:
-            self._evtchn.xenevtchn_restrict(handle, domid)
-        except HypervisorError as error:
-            if error.errno not in {errno.ENOTTY, errno.ENOSYS, errno.EOPNOTSUPP}:
-                raise
 
     def fileno(self) -> int:
         """Return a descriptor that polls readable when an event is pending."""
@@ -454,7 +523,7 @@ class XenEventChannel(Closing):
         try:
             self._evtchn.xenevtchn_unbind(handle, self.port)
         finally:
-            self._evtchn.xenevtchn_close(handle)
+            self._release()
 
     def _opened(self) -> int:
         if self._handle is None:

@@ -2,11 +2,17 @@
 
 The loop is the whole data path::
 
-    take all requests ─ for each: decode, check, map, do, unmap ─ put its response
-    publish the responses ─ notify if the frontend asked for it
-    nothing more to take? ask for a notification, look once more, sleep
+    take all requests ─ for each: decode, check, borrow its pages, do it, give them back
+    publish the responses, some at a time ─ notify if the frontend asked for it
+    nothing more to take? look on for a moment, ask for a notification, look once more, sleep
 
-Everything of the guest's that is decided upon is a private copy: the slot, and the pages of
+Two ways lead through it. :meth:`Queue._begin` does any request, whatever it asks for and
+however wrong it is. Reads and writes whose segment descriptors were seen before, nearly all
+of them, need no decoding and no looking up of pages: :meth:`Queue._serve` does those itself
+and leaves all others to the first way. What would make the thread wait is done by
+:class:`~xen_disk_py.workers.Workers`, and answered when it is done.
+
+Everything of the guest's that is decided upon is a private copy: the slots, and the pages of
 an indirect request. Guest pages are handed to the backend for data only.
 """
 
@@ -17,30 +23,65 @@ import logging
 import os
 import select
 import threading
-from typing import Callable
+import traceback
+from functools import partial
+from time import perf_counter
+from typing import Callable, NamedTuple
 
 from . import statistics as count
 from .blkif import (
     ERROR,
+    INDIRECT,
+    MAX_SEGMENTS,
+    OKAY,
     READ,
+    SECTOR,
     SEGMENTS_PER_PAGE,
+    WRITE,
+    WRITE_BARRIER,
     Abi,
-    Connection,
     Discard,
     Indirect,
     Malformed,
-    Request,
+    Ring,
     Transfer,
     encode_response,
     resolve,
 )
 from .disk import Disk
 from .errors import GuestMisbehaved, HypervisorError, XenDiskError
-from .grants import GuestPages
-from .hypervisor import EventChannel, Hypervisor, Mapping
+from .grants import PERSISTENT_LIMIT, Grants, GuestPages, Loan
+from .hypervisor import PAGE_SIZE, EventChannel, Hypervisor, Mapping
 from .ring import BackRing
+from .statistics import Counters
+from .workers import Workers
 
 log = logging.getLogger("xen_disk_py")
+
+MAX_IN_FLIGHT = 64 << 20
+"""Bytes of one disk that may be on their way at once where requests are done in threads."""
+
+_PUBLISH = 64 << 10  # bytes moved until responses are published, amid a batch
+_LINGER = 8  # how long to look on before sleeping: times as long as the last batch took,
+_LINGER_MOST = 0.002  # seconds at most
+_STORM = 16  # wake-ups in a row that find nothing, before the next is put off
+_CALM = 10  # milliseconds that it is put off
+
+
+class Options(NamedTuple):
+    """How the queues of a device work."""
+
+    max_indirect_segments: int = 256
+    """What was offered; 0 if indirect requests were not."""
+    grants: Grants = Grants.AUTO
+    """How to get at the guest's pages."""
+    persistent_limit: int = PERSISTENT_LIMIT
+    """Pages that one queue keeps mapped."""
+
+
+class _Begun(NamedTuple):
+    request: Transfer | Discard
+    loan: Loan
 
 
 class Queue:
@@ -49,11 +90,13 @@ class Queue:
     Args:
         hypervisor: maps the ring and the data pages, binds the event channel.
         domid: the guest, from our own configuration.
-        connection: what the frontend published, checked.
+        ring: what the frontend published, checked.
         abi: the layout it uses.
         disk: what does the requests.
-        max_indirect_segments: what was offered; 0 if indirect requests were not.
-        persistent_limit: how many pages to keep mapped.
+        options: how.
+        persistent: the frontend promised to use the same grants again and again.
+        sharers: the queues of the disk, this one included: they share what may be in flight.
+        statistics: where this queue, and no other, counts.
         on_failure: called from the queue's thread when it stops for an error of its own.
 
     Raises:
@@ -64,30 +107,47 @@ class Queue:
         self,
         hypervisor: Hypervisor,
         domid: int,
-        connection: Connection,
+        ring: Ring,
         abi: Abi,
         disk: Disk,
         *,
-        max_indirect_segments: int,
-        persistent_limit: int,
+        options: Options,
+        persistent: bool,
+        sharers: int = 1,
+        statistics: Counters,
         on_failure: Callable[[Exception], None],
     ) -> None:
         self._abi = abi
         self._disk = disk
-        self._max_indirect_segments = max_indirect_segments
+        self._max_indirect_segments = options.max_indirect_segments
+        self._statistics = statistics
         self._on_failure = on_failure
-        self._pages = GuestPages(hypervisor, domid, persistent_limit)
+        self._pages = GuestPages(
+            hypervisor,
+            domid,
+            persistent=persistent,
+            limit=options.persistent_limit,
+            grants=options.grants,
+        )
+        self._is_concurrent = disk.backend.threads > 1
+        largest = max(options.max_indirect_segments, MAX_SEGMENTS) * PAGE_SIZE
+        self._most = max(1, MAX_IN_FLIGHT // sharers // largest)
         with contextlib.ExitStack() as undo:
             self._mapping: Mapping = undo.enter_context(
-                hypervisor.map_grants(domid, connection.ring_refs, writable=True)
+                hypervisor.map_grants(domid, ring.refs, writable=True)
             )
             self._ring = BackRing(self._mapping.view, abi.slot_size, hypervisor.fence)
             undo.callback(self._ring.close)
             self._channel: EventChannel = undo.enter_context(
-                hypervisor.bind_interdomain(domid, connection.event_channel)
+                hypervisor.bind_interdomain(domid, ring.event_channel)
             )
+            self._workers: Workers[_Begun] = undo.enter_context(Workers(disk.backend.threads))
             self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
             undo.pop_all()
+        self._spurious = 0  # wake-ups since there was something to do
+        self._is_quick = False  # the last sleep was shorter than the time we would look on
+        self._window = 0.0  # that time, in seconds
+        self._until = 0.0  # when to stop looking on
         self._stopping = False
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="queue", daemon=True)
@@ -95,6 +155,12 @@ class Queue:
     def start(self) -> None:
         """Begin to serve; requests that wait on the ring already are found."""
         self._thread.start()
+
+    def ask_to_stop(self) -> None:
+        """Have the thread come to its end; :meth:`stop` waits for that."""
+        if self._wake_read >= 0:
+            self._stopping = True
+            os.write(self._wake_write, b"x")
 
     def stop(self, timeout: float | None = None) -> bool:
         """Finish the requests taken so far, refuse those that wait, unmap and unbind everything.
@@ -108,8 +174,7 @@ class Queue:
         if self._thread.ident is None:
             self._release()
         else:
-            self._stopping = True
-            os.write(self._wake_write, b"x")
+            self.ask_to_stop()
             # Not join(): cut short by an exception, it takes a thread that runs for one that
             # has ended (Python before 3.13).
             if not self._ended.wait(timeout):
@@ -121,6 +186,8 @@ class Queue:
             os.close(descriptor)
         return True
 
+    # -- the thread --------------------------------------------------------------------
+
     def _run(self) -> None:
         try:
             self._loop()
@@ -129,56 +196,240 @@ class Queue:
             log.error("the guest's ring is not served any longer: %s", error)
         except Exception as error:
             log.debug("the queue's thread stopped", exc_info=True)
+            traceback.clear_frames(error.__traceback__)  # no buffer is kept in there
             self._on_failure(error)
         finally:
-            try:
-                self._refuse_the_rest()
-                self._release()
-            except XenDiskError as error:
-                log.error("%s", error)
-            finally:
-                self._ended.set()
+            while not self._attempt(self._drain):
+                pass  # one response could not be told; the others' turn
+            self._attempt(self._refuse_the_rest)
+            self._attempt(self._release)
+            self._ended.set()
+
+    def _attempt(self, step: Callable[[], None]) -> bool:
+        try:
+            step()
+        except XenDiskError as error:
+            log.error("%s", error)
+            return False
+        return True
 
     def _release(self) -> None:
         """Unmap and unbind everything: in the queue's thread, where no signal cuts it short."""
+        self._workers.close()
         self._pages.close()
         self._ring.close()
         self._channel.close()
         self._mapping.close()
 
     def _loop(self) -> None:
-        ring, channel, words = self._ring, self._channel, self._disk.statistics.words
+        ring, workers = self._ring, self._workers
         sleeper = select.poll()
-        sleeper.register(channel.fileno(), select.POLLIN)
-        sleeper.register(self._wake_read, select.POLLIN)
-        while True:
-            while not self._stopping:
-                slots = ring.take()
-                if slots:
-                    self._serve(slots)
-                elif not ring.arm():
-                    break
-            if self._stopping:
-                return
-            sleeper.poll()
-            words[count.WAKEUPS] += 1
-            channel.acknowledge()
+        for descriptor in (self._channel.fileno(), workers.fileno(), self._wake_read):
+            sleeper.register(descriptor, select.POLLIN)
+        while not self._stopping:
+            finished = workers.unfinished and self._end_finished()
+            room = self._most - workers.unfinished
+            slots = ring.take(room) if room > 0 else b""
+            if slots:
+                self._serve(slots)
+            elif finished:
+                pass
+            elif room <= 0:
+                self._await_workers()
+            elif not self._look_on(sleeper) and not ring.arm():
+                self._sleep(sleeper)
 
-    def _serve(self, slots: list[bytes]) -> None:
-        """Do the requests in ``slots`` in their order, then publish all the answers."""
-        ring, decode, perform = self._ring, self._abi.decode, self._perform
-        limit = self._max_indirect_segments
-        statistics = self._disk.statistics
-        statistics.count_batch(len(slots))
+    def _serve(self, slots: bytes) -> None:  # noqa: PLR0915 - one loop, every call in it counts
+        """Do the requests in ``slots`` in their order, and publish the answers.
+
+        This is where the time goes. A read or write of known pages costs a look-up of its
+        descriptors, the backend's call and the packing of its answer.
+        """
+        began = perf_counter()
+        abi, disk, ring, statistics = self._abi, self._disk, self._ring, self._statistics
+        plans, kept = self._pages.plans, self._pages.kept
+        size, segments_at = abi.slot_size, abi.segments_at
+        in_one_page = min(self._max_indirect_segments, SEGMENTS_PER_PAGE)
+        requests = len(slots) // size
         words = statistics.words
-        words[count.IN_FLIGHT] = len(slots)
-        for slot in slots:
-            request = decode(slot, limit)
-            ring.respond(encode_response(request.id, request.operation, perform(request)))
-        words[count.REQUESTS] += len(slots)
-        words[count.IN_FLIGHT] = 0
-        if ring.push():
+        words[count.IN_FLIGHT] = requests + self._workers.unfinished
+        # Looked at after that: whoever makes the disk smaller waits for what is in flight.
+        capacity, misaligned, read_only = disk.sectors, disk.alignment - 1, disk.read_only
+        reads = writes = bytes_read = bytes_written = unpublished = 0
+        at = -size
+        for operation, segments, wide, id_, sector, page in abi.heads(slots):
+            at += size
+            descriptors = plan = None
+            if operation <= WRITE:
+                if segments <= MAX_SEGMENTS:
+                    start = at + segments_at
+                    plan = plans.get(slots[start : start + 8 * segments])
+            elif operation == INDIRECT and page in kept and 0 < wide <= in_one_page:
+                descriptors = bytes(kept[page][: 8 * wide])
+                plan = plans.get(descriptors)
+                operation = segments  # noqa: PLW2901 - the second byte of an indirect request
+            if plan is not None:
+                sectors, buffers, word = plan
+                if sector + sectors <= capacity and not sector & misaligned:
+                    length = sectors * SECTOR
+                    status = None
+                    if operation == READ:
+                        status = disk.read(buffers, sector * SECTOR, length)
+                    elif operation == WRITE and not read_only:
+                        status = disk.write(buffers, sector * SECTOR, length)
+                    if status is not None:
+                        if operation == READ:
+                            reads += 1
+                            bytes_read += length
+                        else:
+                            writes += 1
+                            bytes_written += length
+                        words[word] += 1
+                        ring.respond(encode_response(id_, operation, status))
+                        unpublished += length
+                        if unpublished >= _PUBLISH:
+                            unpublished = 0
+                            self._publish()
+                        continue
+            self._begin(slots[at : at + size], descriptors, waits=plan is not None)
+        self._publish()
+        statistics.count_batch(requests)
+        words[count.READS] += reads
+        words[count.BYTES_READ] += bytes_read
+        if writes:
+            words[count.WRITES] += writes
+            words[count.BYTES_WRITTEN] += bytes_written
+            disk.count_memory()
+        words[count.IN_FLIGHT] = self._workers.unfinished
+        self._spurious = 0
+        now = perf_counter()
+        self._window = min(_LINGER * (now - began), _LINGER_MOST)
+        self._until = now + self._window if self._is_quick else now
+
+    def _publish(self) -> None:
+        self._statistics.words[count.REQUESTS] += self._ring.unpublished
+        if self._ring.push():
             self._channel.notify()
+
+    # -- one request -------------------------------------------------------------------
+
+    def _begin(self, slot: bytes, descriptors: bytes | None, *, waits: bool) -> None:
+        """Do any request, or have it done.
+
+        Args:
+            slot: a private copy.
+            descriptors: those of an indirect request, if they were copied already.
+            waits: that a read or write is not done at once is known.
+        """
+        begun = self._judge(slot, descriptors)
+        if begun is None:
+            return
+        disk, (request, loan) = self._disk, begun
+        status = None
+        if request.operation == WRITE_BARRIER:
+            self._drain()  # what came before is done before; what comes after waits for us
+        elif isinstance(request, Transfer) and request.operation <= WRITE and not waits:
+            do = disk.read if request.operation == READ else disk.write
+            status = do(loan.buffers, request.sector * SECTOR, request.sectors * SECTOR)
+        if status is None:
+            if isinstance(request, Discard):
+                call = partial(disk.discard, request)
+            else:
+                call = partial(disk.transfer, request, loan.buffers)
+            if self._is_concurrent and request.operation != WRITE_BARRIER:
+                self._workers.submit(call, begun)
+                return
+            status = call()
+        self._end(begun, status)
+
+    def _judge(self, slot: bytes, descriptors: bytes | None) -> _Begun | None:
+        """Decode a request and borrow its pages; None if it was refused, and that answered."""
+        disk, pages = self._disk, self._pages
+        request = self._abi.decode(slot, self._max_indirect_segments)
+        try:
+            if isinstance(request, Indirect):
+                if descriptors is None:  # copied once, and the copy is read (XSA-155)
+                    descriptors = pages.read(request.grefs, 8 * request.segments)
+                request = resolve(request, descriptors)
+            if isinstance(request, Malformed):
+                reason, status = request.reason, request.status
+            else:
+                refusal = disk.refusal(request)
+                if refusal is None:
+                    loan = Loan([])
+                    if isinstance(request, Transfer) and request.grefs:
+                        if descriptors is None:
+                            start = self._abi.segments_at
+                            descriptors = slot[start : start + 8 * len(request.grefs)]
+                        loan = pages.lend(request, descriptors)
+                    return _Begun(request, loan)
+                reason, status = refusal
+        except HypervisorError as error:
+            reason, status = str(error), ERROR
+        disk.refuse(reason)
+        self._ring.respond(encode_response(request.id, request.operation, status))
+        return None
+
+    def _end(self, begun: _Begun, status: int) -> None:
+        """Give a request's pages back, count it, and put its answer."""
+        request, loan = begun
+        try:
+            loan.end(deliver=status == OKAY)
+        except HypervisorError as error:
+            self._disk.refuse(str(error))
+            status = ERROR
+        self._statistics.count_request(request)
+        if request.operation != READ:
+            self._disk.count_memory()
+        self._ring.respond(encode_response(request.id, request.operation, status))
+
+    def _end_finished(self) -> bool:
+        """Answer what the workers have done; False if that is nothing."""
+        finished = self._workers.collect()
+        for begun, status in finished:
+            self._end(begun, status)
+        self._publish()
+        self._statistics.words[count.IN_FLIGHT] -= len(finished)  # a batch may go on
+        return bool(finished)
+
+    # -- waiting -----------------------------------------------------------------------
+
+    def _look_on(self, sleeper: select.poll) -> bool:
+        """Look at the ring for a moment more, where the guest has been quick lately.
+
+        It then finds us awake: no event is sent, received and unmasked. The moment is a small
+        multiple of the work that was done before, and so is the time that may be lost in it.
+        """
+        while perf_counter() < self._until:
+            # The system call lets other threads run, too.
+            if self._ring.has_requests or sleeper.poll(0):
+                return True
+        return False
+
+    def _sleep(self, sleeper: select.poll) -> None:
+        began = perf_counter()
+        woken = [descriptor for descriptor, _ in sleeper.poll()]
+        self._is_quick = perf_counter() - began < self._window
+        self._statistics.words[count.WAKEUPS] += 1
+        if self._channel.fileno() in woken:
+            self._spurious += 1
+            if self._spurious > _STORM:
+                # Nothing but events: the port stays masked for a while (XSA-332).
+                calm = select.poll()
+                calm.register(self._wake_read, select.POLLIN)
+                calm.poll(_CALM)
+            self._channel.acknowledge()
+
+    def _await_workers(self) -> None:
+        poller = select.poll()
+        poller.register(self._workers.fileno(), select.POLLIN)
+        poller.poll()
+
+    def _drain(self) -> None:
+        """Wait until the workers have done what they were given."""
+        while self._workers.unfinished:
+            if not self._end_finished():
+                self._await_workers()
 
     def _refuse_the_rest(self) -> None:
         """Answer what waits on the ring with errors: a guest cut off must not wait for ever.
@@ -186,45 +437,14 @@ class Queue:
         A frontend that has closed left nothing; Linux does not finish removing a disk as long
         as one request of it is unanswered.
         """
-        ring = self._ring
+        ring, abi = self._ring, self._abi
         try:
-            for slot in ring.take():
-                request = self._abi.decode(slot, self._max_indirect_segments)
+            slots = ring.take()
+            for at in range(0, len(slots), abi.slot_size):
+                request = abi.decode(slots[at : at + abi.slot_size], self._max_indirect_segments)
                 ring.respond(encode_response(request.id, request.operation, ERROR))
-            if ring.push():
-                self._channel.notify()
+            self._publish()
         except (GuestMisbehaved, HypervisorError) as error:
             log.debug("%s", error)
         except ValueError:
             pass  # unmapped under us: the backend returned after it had been given up
-
-    def _perform(self, request: Request) -> int:
-        """Do one request and unmap what only it needed; the result is its status."""
-        disk, pages = self._disk, self._pages
-        try:
-            if isinstance(request, Discard):
-                return disk.discard(request)
-            what = self._resolve(request) if isinstance(request, Indirect) else request
-            if isinstance(what, Malformed):
-                return disk.refuse(what.reason, what.status)
-            reason = disk.refusal(what)
-            if reason is not None:
-                return disk.refuse(reason)
-            disk.statistics.count_segments(len(what.grefs))
-            if not what.grefs:
-                return disk.transfer(what, ())
-            # a read of the disk is a write to the guest's pages
-            return disk.transfer(what, pages.pages(what.grefs, writable=what.operation == READ))
-        except HypervisorError as error:
-            return disk.refuse(str(error), ERROR)
-        finally:
-            pages.give_back()
-
-    def _resolve(self, request: Indirect) -> Transfer | Malformed:
-        """Copy the pages of an indirect request, once (XSA-155), and read the copy."""
-        whole, rest = divmod(request.segments, SEGMENTS_PER_PAGE)
-        sizes = [SEGMENTS_PER_PAGE * 8] * whole + [rest * 8] * bool(rest)
-        views = self._pages.pages(request.grefs, writable=False)
-        copy = b"".join(bytes(view[:size]) for view, size in zip(views, sizes))
-        del views
-        return resolve(request, copy)

@@ -52,14 +52,15 @@ class _Ring:
         """Let go of the pages, so that they can be unmapped."""
         self._indices.release()
 
-    def _copy(self, start: int, count: int) -> list[bytes]:
+    def _copy(self, start: int, count: int) -> bytes:
         """Copy ``count`` slots, each once, into memory the other side cannot reach."""
-        size, shared, mask = self._slot_size, self._bytes, self.slots - 1
-        copies = []
-        for index in range(start, start + count):
-            at = HEADER + (index & mask) * size
-            copies.append(bytes(shared[at : at + size]))
-        return copies
+        size, shared = self._slot_size, self._bytes
+        first = start & self.slots - 1
+        at, stop = HEADER + first * size, HEADER + (first + count) * size
+        end = HEADER + self.slots * size
+        if stop <= end:
+            return bytes(shared[at:stop])
+        return bytes(shared[at:end]) + bytes(shared[HEADER : stop - end + HEADER])
 
     def _store(self, index: int, data: bytes) -> None:
         at = HEADER + (index & self.slots - 1) * self._slot_size
@@ -80,14 +81,35 @@ class BackRing(_Ring):
 
     def __init__(self, shared: memoryview, slot_size: int, fence: Fence) -> None:
         super().__init__(shared, slot_size, fence)
-        self._published = self._produced = self._consumed = self._indices[_RSP_PROD]
+        self._published = self._consumed = self._indices[_RSP_PROD]
         self._unpublished: list[bytes] = []
+        self.respond: Callable[[bytes], None] = self._unpublished.append
+        """Put a response for the next slot. The frontend sees it after :meth:`push`.
+
+        Until then the slot keeps its request, for whoever answers it if we are killed.
+        """
 
     def __repr__(self) -> str:
-        return f"<BackRing of {self.slots}: took {self._consumed}, answered {self._produced}>"
+        return f"<BackRing of {self.slots}: took {self._consumed}, answered {self._published}>"
 
-    def take(self) -> list[bytes]:
-        """Take all waiting requests: a private copy of each slot, read once (XSA-155).
+    @property
+    def unpublished(self) -> int:
+        """How many responses were put since the last :meth:`push`."""
+        return len(self._unpublished)
+
+    @property
+    def has_requests(self) -> bool:
+        """Whether a request waits, as far as the frontend says."""
+        return self._indices[_REQ_PROD] != self._consumed
+
+    def take(self, most: int = _MASK) -> bytes:
+        """Take the waiting requests: a private copy of their slots, each read once (XSA-155).
+
+        Args:
+            most: how many to take at most; the others wait on.
+
+        Returns:
+            The slots one after the other; nothing if no request waits.
 
         Raises:
             GuestMisbehaved: the frontend claims more requests than the ring has room for
@@ -96,30 +118,24 @@ class BackRing(_Ring):
         produced = self._indices[_REQ_PROD]
         waiting = (produced - self._consumed) & _MASK
         if not waiting:
-            return []
-        unanswered = (self._consumed - self._produced) & _MASK
-        if waiting + unanswered > self.slots:
+            return b""
+        answered = self._published + len(self._unpublished)
+        if waiting + ((self._consumed - answered) & _MASK) > self.slots:
             raise GuestMisbehaved(
-                f"request index {produced} is over {self.slots} ahead of {self._produced} answered"
+                f"request index {produced} is over {self.slots} ahead of {answered} answered"
             )
         self._fence()  # the slots' contents are read after the index that covers them
+        waiting = min(waiting, most)
         slots = self._copy(self._consumed, waiting)
         self._consumed = (self._consumed + waiting) & _MASK
         return slots
 
-    def respond(self, response: bytes) -> None:
-        """Put a response for the next slot. The frontend sees it after :meth:`push`.
-
-        Until then the slot keeps its request, for whoever answers it if we are killed.
-        """
-        self._unpublished.append(response)
-        self._produced = (self._produced + 1) & _MASK
-
     def push(self) -> bool:
         """Publish the responses put so far; True if the frontend wants to be notified."""
-        old, new = self._published, self._produced
-        for number, response in enumerate(self._unpublished):
-            self._store(old + number, response)
+        old = self._published
+        new = (old + len(self._unpublished)) & _MASK
+        for index, response in enumerate(self._unpublished, old):
+            self._store(index, response)
         self._unpublished.clear()
         self._fence()  # responses are visible before the index that covers them
         self._indices[_RSP_PROD] = self._published = new
@@ -192,7 +208,8 @@ class FrontRing(_Ring):
         self._fence()
         slots = self._copy(self._consumed, waiting)
         self._consumed = (self._consumed + waiting) & _MASK
-        return slots
+        size = self._slot_size
+        return [slots[at : at + size] for at in range(0, len(slots), size)]
 
     def arm(self) -> bool:
         """Ask to be notified of the next response; True if one is there already."""

@@ -14,12 +14,12 @@ from contextlib import ExitStack, contextmanager
 from typing import Callable
 
 from .backends import Backend
-from .blkif import SECTOR, Connection, Features, abi_named
+from .blkif import MAX_QUEUES, SECTOR, Connection, Features, abi_named
 from .device import MAX_RING_PAGE_ORDER
 from .disk import Disk
 from .errors import XenDiskError
 from .hypervisor import Hypervisor
-from .queue import Queue
+from .queue import Options, Queue
 from .xenbus import Address
 from .xenstore import Store
 
@@ -60,28 +60,34 @@ def stand_in(
     """
     with ExitStack() as stack:
         try:
-            queue = _queue(store, stack.enter_context(open_hypervisor()), address)
+            queues = _queues(store, stack.enter_context(open_hypervisor()), address)
         except XenDiskError as error:
             log.debug("no requests to answer: %s", error)
         else:
-            queue.start()
-            stack.callback(queue.stop, _PATIENCE)
+            for queue in queues:
+                queue.start()
+                stack.callback(queue.stop, _PATIENCE)
         yield
 
 
-def _queue(store: Store, hypervisor: Hypervisor, address: Address) -> Queue:
+def _queues(store: Store, hypervisor: Hypervisor, address: Address) -> list[Queue]:
     keys = {name: store.read(f"{address.backend}/{name}") for name in store.list(address.backend)}
     offered = Features.from_keys({k: v for k, v in keys.items() if v is not None})
     connection = Connection.from_keys(
-        lambda name: store.read(f"{address.frontend}/{name}"), MAX_RING_PAGE_ORDER
+        lambda name: store.read(f"{address.frontend}/{name}"), MAX_RING_PAGE_ORDER, MAX_QUEUES
     )
-    return Queue(
-        hypervisor,
-        address.frontend_domid,
-        connection,
-        abi_named(connection.protocol, platform.machine()),
-        Disk(_Gone(offered.sectors * SECTOR)),
-        max_indirect_segments=offered.max_indirect_segments,
-        persistent_limit=0,
-        on_failure=lambda error: log.debug("%r", error),
-    )
+    disk = Disk(_Gone(offered.sectors * SECTOR))
+    return [
+        Queue(
+            hypervisor,
+            address.frontend_domid,
+            ring,
+            abi_named(connection.protocol, platform.machine()),
+            disk,
+            options=Options(offered.max_indirect_segments),
+            persistent=False,
+            statistics=disk.statistics.of_queue(number),
+            on_failure=lambda error: log.debug("%r", error),
+        )
+        for number, ring in enumerate(connection.rings)
+    ]

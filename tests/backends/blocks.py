@@ -1,5 +1,7 @@
 """Reads and writes runs of a disk, as a guest would."""
 
+import os
+
 
 def buffers(content, size=4096):
     """Cut ``content`` into writable buffers."""
@@ -7,13 +9,35 @@ def buffers(content, size=4096):
     return [memoryview(data)[start : start + size] for start in range(0, len(data), size)]
 
 
+def move(call, content, offset, size):
+    """Call until everything is moved, as is done for a guest; return the buffers' content."""
+    data = bytearray(content)
+    done = 0
+    while done < len(data):
+        first = (done // size + 1) * size  # where the next whole buffer starts
+        rest = [memoryview(data)[done:first]]
+        rest += [memoryview(data)[at : at + size] for at in range(first, len(data), size)]
+        moved = call(rest, offset + done)
+        if moved is None:
+            break
+        if not 0 < moved <= len(data) - done:
+            raise EOFError(f"{done + moved} of {len(data)} bytes")
+        done += moved
+    return bytes(data)
+
+
 def read(disk, offset, length, size=4096):
     """Read a run of the disk into buffers that are full of garbage before."""
-    views = buffers(b"\xa5" * length, size)
-    assert disk.read(views, offset) in (None, length)
-    return b"".join(views)
+    return move(disk.read, b"\xa5" * length, offset, size)
 
 
 def write(disk, offset, content, size=4096):
     """Write a run of the disk."""
-    assert disk.write(buffers(content, size), offset) in (None, len(content))
+    move(disk.write, content, offset, size)
+
+
+def drop_from_cache(path):
+    """Have the system forget what it has of a file in memory."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

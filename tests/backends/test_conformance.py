@@ -1,6 +1,9 @@
+import inspect
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -52,6 +55,11 @@ class TestRawLarge(BackendConformance):
         return RawBackend(self.image)
 
 
+class TestMmapLarge(TestRawLarge):
+    def open_disk(self, tmp_path):
+        return MmapBackend(self.image)
+
+
 class TestRawOnABlockDevice(BackendConformance):
     @pytest.fixture(autouse=True)
     def _device(self, loop_device):
@@ -89,10 +97,31 @@ class TestCowThatFillsUp(OnAnImage):
 class TestCowLarge(BackendConformance):
     @pytest.fixture(autouse=True)
     def _image(self, make_image):
-        self.image = make_image(3 << 30, sparse=True)
+        self.image = make_image(5 << 40, sparse=True)
 
     def open_disk(self, tmp_path):
         return CowBackend(self.image)
+
+
+class WithLargeSectors(BackendConformance):
+    @pytest.fixture(autouse=True)
+    def _image(self, make_image):
+        self.image = make_image(3 << 19)
+
+    def open_disk(self, tmp_path):
+        return open_backend(self.backend, {"path": self.image, "sector_size": 4096})
+
+
+class TestRawWithLargeSectors(WithLargeSectors):
+    backend = "raw"
+
+
+class TestMmapWithLargeSectors(WithLargeSectors):
+    backend = "mmap"
+
+
+class TestCowWithLargeSectors(WithLargeSectors):
+    backend = "cow"
 
 
 class TestAddressExample(BackendConformance):
@@ -110,6 +139,7 @@ class Good(Backend):
 
     sector_size = 2048
     size = 1 << 20
+    threads = 4
 
     def __init__(self):
         self.data = bytearray(self.size)
@@ -124,13 +154,62 @@ class Good(Backend):
             self.data[offset : offset + len(buffer)] = buffer
             offset += len(buffer)
 
+    def read_nowait(self, buffers, offset):
+        Good.read(self, buffers, offset)
+        return sum(map(len, buffers))
+
+    def write_nowait(self, buffers, offset):
+        Good.write(self, buffers, offset)
+        return sum(map(len, buffers))
+
     def discard(self, offset, length):
         self.data[offset : offset + length] = bytes(length)
+
+    def resize(self, size):
+        if size is not None:
+            self.data = self.data[:size].ljust(size, b"\0")
+            self.size = size
+        return self.size
 
 
 class TestLargeSectors(BackendConformance):
     def open_disk(self, tmp_path):
         return Good()
+
+
+class MovesOneSectorAtATime(Good):
+    """As the contract allows."""
+
+    def read(self, buffers, offset):
+        super().read([buffers[0][:2048]], offset)
+        return 2048
+
+    def write(self, buffers, offset):
+        super().write([buffers[0][:2048]], offset)
+        return 2048
+
+    def read_nowait(self, buffers, offset):
+        return self.read(buffers, offset)
+
+    def write_nowait(self, buffers, offset):
+        return self.write(buffers, offset)
+
+
+class TestShortCounts(BackendConformance):
+    def open_disk(self, tmp_path):
+        return MovesOneSectorAtATime()
+
+
+class RefusesToResize(Good):
+    """As the contract allows, too."""
+
+    def resize(self, size):
+        raise OSError("no")
+
+
+class TestRefusedResize(BackendConformance):
+    def open_disk(self, tmp_path):
+        return RefusesToResize()
 
 
 class ForgetsToReadTheTail(Good):
@@ -150,6 +229,18 @@ class AnswersShort(Good):
     def read(self, buffers, offset):
         super().read(buffers, offset)
         return len(buffers[0]) - 512
+
+
+class AnswersNothing(Good):
+    def read(self, buffers, offset):
+        super().read(buffers, offset)
+        return 0
+
+
+class AnswersTooMuch(Good):
+    def write(self, buffers, offset):
+        super().write(buffers, offset)
+        return sum(map(len, buffers)) + 2048
 
 
 class AnswersTrue(Good):
@@ -213,11 +304,103 @@ class FailsWritesHalfway(Good):
         super().write(buffers, offset)
 
 
+class KeepsBuffersThatDoNotWait(Good):
+    def read_nowait(self, buffers, offset):
+        self.last = buffers
+        return 0
+
+
+class SaysItWroteAtOnce(Good):
+    def write_nowait(self, buffers, offset):
+        return sum(map(len, buffers))
+
+
+class SaysItReadAtOnce(Good):
+    def read_nowait(self, buffers, offset):
+        return sum(map(len, buffers))
+
+
+class AnswersNoneAtOnce(Good):
+    def read_nowait(self, buffers, offset):
+        return None
+
+
+class LosesWhatOthersWrite(Good):
+    """Reads four sectors, changes one and writes all of them back."""
+
+    def write(self, buffers, offset):
+        first = offset // 8192 * 8192
+        block = self.data[first : first + 8192]
+        for buffer in buffers:
+            if offset - first + len(buffer) > len(block):
+                block += self.data[first + len(block) : offset + len(buffer)]
+            block[offset - first : offset - first + len(buffer)] = buffer
+            offset += len(buffer)
+        time.sleep(0.0001)
+        self.data[first : first + len(block)] = block
+
+
+class LetsOneIn(Good):
+    def __init__(self):
+        super().__init__()
+        self.lock = threading.Lock()
+
+    def read(self, buffers, offset):
+        if not self.lock.acquire(blocking=False):
+            raise RuntimeError("two at once")
+        time.sleep(0.0001)
+        super().read(buffers, offset)
+        self.lock.release()
+
+
+class ForgetsItsNewSize(Good):
+    def resize(self, size):
+        return size or self.size
+
+
+class AnswersItsOldSize(Good):
+    def resize(self, size):
+        old = self.size
+        super().resize(size)
+        return old
+
+
+class ResizesWhenAsked(Good):
+    def resize(self, size):
+        return super().resize(size or 2 << 20)
+
+
+class IsNotAsItWas(Good):
+    def resize(self, size):
+        super().resize(size)
+        raise OSError("too late")
+
+
+class ResizesToNothing(Good):
+    def resize(self, size):
+        if size:
+            self.data = bytearray(size)
+            self.size = size
+        return self.size
+
+    def __init__(self):
+        super().__init__()
+        self.data[-1] = 1
+
+
+class HasNoRoom(Good):
+    def resize(self, size):
+        if size:
+            self.size = size
+        return self.size
+
+
 def fails(disk_class, name):
     """Tell whether a test of the suite fails on a writable disk that keeps its data."""
-    arguments = {"seed": 1} if name == "test_it_behaves_like_memory" else {}
+    test = getattr(BackendConformance(), name)
+    arguments = {"seed": 1} if "seed" in inspect.signature(test).parameters else {}
     try:
-        getattr(BackendConformance(), name)(disk_class(), **arguments)
+        test(disk_class(), **arguments)
     except (Exception, pytest.fail.Exception):
         return True
     return False
@@ -234,6 +417,8 @@ def test_a_good_disk_passes():
         (ForgetsToReadTheTail, "test_a_read_fills_every_byte"),
         (StepsByPages, "test_a_read_gives_the_same_in_buffers_of_any_shape"),
         (AnswersShort, "test_the_first_and_the_last_sector_can_be_read"),
+        (AnswersNothing, "test_the_first_and_the_last_sector_can_be_read"),
+        (AnswersTooMuch, "test_the_largest_request_can_be_written"),
         (AnswersTrue, "test_the_largest_request_can_be_written"),
         (DropsWrites, "test_what_was_written_is_read_after_a_flush"),
         (WritesTooFar, "test_what_was_written_is_read_and_the_neighbours_are_spared"),
@@ -244,6 +429,18 @@ def test_a_good_disk_passes():
         (Shrinks, "test_the_size_and_the_sectors_stay_what_they_are"),
         (ClosesOnce, "test_closing_twice_does_no_harm"),
         (FailsWritesHalfway, "test_it_behaves_like_memory"),
+        (KeepsBuffersThatDoNotWait, "test_no_buffer_is_kept"),
+        (SaysItWroteAtOnce, "test_what_takes_no_waiting_is_what_waiting_gives"),
+        (SaysItReadAtOnce, "test_what_takes_no_waiting_is_what_waiting_gives"),
+        (AnswersNoneAtOnce, "test_what_takes_no_waiting_is_what_waiting_gives"),
+        (LosesWhatOthersWrite, "test_it_lets_several_threads_in"),
+        (LetsOneIn, "test_it_lets_several_threads_in"),
+        (ForgetsItsNewSize, "test_a_resize"),
+        (AnswersItsOldSize, "test_a_resize"),
+        (ResizesWhenAsked, "test_a_resize"),
+        (IsNotAsItWas, "test_a_resize"),
+        (ResizesToNothing, "test_a_resize"),
+        (HasNoRoom, "test_a_resize"),
     ],
 )
 def test_a_fault_is_found(disk_class, test):
@@ -265,7 +462,7 @@ def test_the_command_checks_a_disk_whatever_the_folder_is_configured_to(tmp_path
     (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = --nonsense\n", encoding="ascii")
     (tmp_path / "conftest.py").write_text("1 / 0\n", encoding="ascii")
     done = run(EXAMPLES / "counting_disk.py", "--size", "1M", "--", "-q", cwd=tmp_path)
-    assert "14 passed, 2 skipped" in done.stdout
+    assert "14 passed, 6 skipped" in done.stdout
     assert 0 == done.returncode
     assert {"pytest.ini", "conftest.py"} == set(os.listdir(tmp_path))
 

@@ -1,17 +1,20 @@
 import errno
 import hashlib
+import mmap
 import os
 import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from blocks import read, write
+from blocks import buffers, drop_from_cache, read, write
 
 from xen_disk_py.backends import cow as cow_module
 from xen_disk_py.backends.cow import CowBackend
 from xen_disk_py.backends.image import PAGE, Image
 from xen_disk_py.backends.mmap import MmapBackend
 from xen_disk_py.backends.raw import RawBackend
-from xen_disk_py.errors import ImageError, UsageError
+from xen_disk_py.errors import DeviceError, ImageError, UsageError
 
 pytestmark = pytest.mark.skipif(PAGE != 4096, reason="the figures are of 4096-byte pages")
 
@@ -197,7 +200,7 @@ def test_a_small_discard_gives_nothing_back(open_cow):
 
 
 def test_a_huge_image_costs_nothing_until_it_is_written(make_image):
-    path = make_image(1 << 40, sparse=True)
+    path = make_image(5 << 40, sparse=True)
     disk = CowBackend(path, cow_limit=1 << 20)
     fds = len(os.listdir("/proc/self/fd"))
     last = disk.size - 4608
@@ -214,20 +217,143 @@ def test_a_huge_image_costs_nothing_until_it_is_written(make_image):
 
 
 def test_an_image_that_was_cut_short_is_an_io_error(make_image):
+    """The pages beyond its end have gone, written or not; the others are as they were."""
     path = make_image()
     disk = CowBackend(path)
-    if not disk._mapped._can_populate:
-        pytest.skip("needs Linux 5.14")
+    before = read(disk, 0, 8192)
     write(disk, 0, b"x" * 512)
+    write(disk, 65536, b"y" * 512)
     os.truncate(path, 8192)
-    with pytest.raises(OSError, match="the image ends at 8192"):
+    with pytest.raises(EOFError, match="0 of 4096 bytes"):
         read(disk, 8192, 4096)
-    with pytest.raises(OSError, match="cannot be written"):
-        write(disk, 8192, bytes(512))
-    with pytest.raises(OSError, match="cannot be read"):
-        read(disk, 0, 12288)
-    assert b"x" * 512 == read(disk, 0, 512)
+    for offset, length in ((0, 12288), (65536, 512)):
+        for call in (disk.read, disk.read_nowait):
+            with pytest.raises(OSError, match=f"{length} bytes at {offset} of the image") as caught:
+                call(buffers(bytes(length)), offset)
+            assert errno.EIO == caught.value.errno
+    for call in (disk.write, disk.write_nowait):
+        with pytest.raises(OSError, match="512 bytes at 8192 of the image cannot be had"):
+            call(buffers(bytes(512)), 8192)
+    assert b"x" * 512 + before[512:] == read(disk, 0, 8192)
+    write(disk, 4096, b"z" * 4096)
+    assert b"z" * 4096 == read(disk, 4096, 4096)
     disk.close()
+
+
+def test_an_image_that_was_cut_short_takes_the_changes_with_it(make_image):
+    """When it is long enough again its own content is read there; what lay before stays."""
+    path = make_image()
+    disk = CowBackend(path)
+    write(disk, 0, b"x" * 65536)
+    os.truncate(path, 8192)
+    os.truncate(path, disk.size)
+    assert b"x" * 8192 + bytes(65536 - 8192) == read(disk, 0, 65536)
+    write(disk, 8192, b"y" * 512)
+    assert b"y" * 512 + bytes(3584) == read(disk, 8192, 4096)
+    disk.close()
+
+
+def test_without_waiting(open_cow, image):
+    """What was written is in memory; of the rest, what the system has there."""
+    drop_from_cache(image)
+    disk = open_cow()
+    if disk._image._nowait:
+        assert disk.read_nowait(buffers(bytes(1 << 20)), 0) < 1 << 20
+        assert 0 == disk.memory
+    before = read(disk, 0, 16384)
+    found = buffers(bytes(16384))
+    done = disk.read_nowait(found, 0)
+    assert done == (0 if disk._image._nowait is None else 16384)
+    assert before[:done] == b"".join(found)[:done]
+    assert 512 == disk.write_nowait(buffers(b"x" * 512), 4096)
+    assert 4096 == disk.memory
+    assert 16384 == disk.read_nowait(found, 0)
+    assert before[:4096] + b"x" * 512 + before[4608:] == b"".join(found)
+
+
+def test_many_threads_in_the_same_pages(open_cow):
+    """Sixteen of them, each with sectors of its own: what each wrote it reads, and all is counted.
+
+    Each also writes and discards a page of its own meanwhile.
+    """
+    disk = open_cow()
+    shared = 16 * 4096
+    model = bytearray(read(disk, 0, disk.size))
+    image = bytes(model)
+
+    def run(number):
+        dice = random.Random(number)
+        own = shared + number * 4096
+        pages = set()
+        for _ in range(100):
+            offset = (dice.randrange(shared // 8192) * 16 + number) * 512
+            if dice.random() < 0.5:
+                model[offset : offset + 512] = dice.randbytes(512)
+                write(disk, offset, model[offset : offset + 512])
+                pages.add(offset // 4096)
+            first = offset // 4096 * 4096  # the whole page, of which only this sector is ours
+            at = offset - first
+            assert model[offset : offset + 512] == read(disk, first, 4096)[at : at + 512]
+            action = dice.random()
+            if action < 0.3:
+                model[own : own + 4096] = dice.randbytes(4096)
+                write(disk, own, model[own : own + 4096])
+                pages.add(own // 4096)
+            elif action < 0.6:
+                disk.discard(own, 4096)
+                model[own : own + 4096] = image[own : own + 4096]
+                pages.discard(own // 4096)
+            assert model[own : own + 4096] == read(disk, own, 4096)
+        return pages
+
+    with ThreadPoolExecutor(disk.threads) as pool:
+        pages = set().union(*pool.map(run, range(16)))
+    assert 16 == disk.threads
+    assert model == read(disk, 0, disk.size)
+    assert len(pages) * 4096 == disk.memory
+
+
+def test_threads_share_the_limit(open_cow):
+    """However they race, no more pages are written than it allows, and exactly so many."""
+    disk = open_cow(cow_limit=32 * 4096)
+    start = threading.Barrier(16)
+
+    def run(number):
+        start.wait(5)
+        refused = 0
+        for page in range(number, 256, 16):
+            try:
+                write(disk, page * 4096 + 512, b"x" * 512)
+            except OSError:
+                refused += 1
+        return refused
+
+    with ThreadPoolExecutor(16) as pool:
+        assert 256 - 32 == sum(pool.map(run, range(16)))
+    assert 32 * 4096 == disk.memory
+
+
+def test_a_discard_amid_a_write_leaves_no_page_that_is_not_counted(open_cow, monkeypatch):
+    """One of them is first: afterwards the whole page is written, and counted, or is not."""
+    disk = open_cow()
+    before = read(disk, 0, 4096)
+    store = disk._mapped.store
+    discard = threading.Thread(target=disk.discard, args=(0, 4096))
+
+    def discarded_meanwhile(views, offset):
+        discard.start()
+        discard.join(0.05)  # it has its chance, and may have to wait for this write
+        return store(views, offset)
+
+    monkeypatch.setattr(disk._mapped, "store", discarded_meanwhile)
+    write(disk, 0, b"x" * 4096)
+    discard.join(5)
+    monkeypatch.undo()
+    written = disk.memory // 4096
+    assert (b"x" * 4096 if written else before) == read(disk, 0, 4096)
+    write(disk, 0, b"y" * 512)
+    assert b"y" * 512 + (b"x" * 3584 if written else before[512:]) == read(disk, 0, 4096)
+    assert 4096 == disk.memory
 
 
 def test_more_buffers_than_one_system_call_takes(open_cow):
@@ -238,12 +364,17 @@ def test_more_buffers_than_one_system_call_takes(open_cow):
     assert before[::-1] == read(disk, 512, 1500 * 512, 512)
 
 
-def test_an_image_that_cannot_be_mapped_is_unlocked_again(image, monkeypatch):
-    def refuse(opened, *, private):
-        raise ImageError("no")
+@pytest.mark.parametrize("what", ["image", "map of pages"])
+def test_an_image_that_cannot_be_mapped_is_unlocked_again(image, monkeypatch, what):
+    real = mmap.mmap
 
-    monkeypatch.setattr(cow_module, "MappedImage", refuse)
-    with pytest.raises(ImageError, match="no"):
+    def refuse(fd, *args, **kwargs):
+        if (fd < 0) == (what == "map of pages"):
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        return real(fd, *args, **kwargs)
+
+    monkeypatch.setattr(cow_module.mmap, "mmap", refuse)
+    with pytest.raises((ImageError, OSError), match="Cannot allocate memory"):
         CowBackend(image)
     Image.open(image, writable=True).close()
 
@@ -257,3 +388,12 @@ def test_a_block_device_is_served(loop_device):
     again = CowBackend(loop_device)
     assert before == read(again, 0, 8192)
     again.close()
+
+
+@pytest.mark.parametrize("size", [None, 1 << 20, 2 << 20])
+def test_it_keeps_its_size(image, size):
+    disk = CowBackend(image)
+    with pytest.raises(DeviceError, match="keeps its size: disconnect it, change its image"):
+        disk.resize(size)
+    assert 1 << 20 == disk.size == os.stat(image).st_size
+    disk.close()

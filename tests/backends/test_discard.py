@@ -31,3 +31,10 @@ def test_it_takes_no_memory_and_accepts_discards():
     assert disk.can_discard
     assert 0 == disk.memory
     assert not disk.keeps_data
+
+
+def test_it_can_have_any_size():
+    disk = DiscardBackend(size=512)
+    assert [512, 512] == [disk.resize(None), disk.size]
+    assert [1 << 50, 1 << 50] == [disk.resize(1 << 50), disk.size]
+    assert [1 << 50, 1 << 50] == [disk.resize(None), disk.size]

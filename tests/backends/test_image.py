@@ -1,11 +1,13 @@
+import errno
 import fcntl
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 
 import pytest
-from blocks import buffers
+from blocks import buffers, drop_from_cache
 
 from xen_disk_py.backends import image as image_module
 from xen_disk_py.backends.image import Image, MappedImage, transfer_all
@@ -250,45 +252,245 @@ def test_the_end_of_the_image_is_an_error():
         transfer_all(lambda fd, views, offset: 0, -1, buffers(bytes(512)), 512)
 
 
-def test_an_image_larger_than_the_memory_can_be_mapped(make_image):
-    path = make_image(100 << 30, sparse=True)
-    with Image.open(path, writable=False) as opened:
-        with MappedImage(opened, private=True) as mapped:
-            mapped.copy_in(buffers(b"x" * 512), (99 << 30) + 512)
-            view = buffers(bytes(1024))
-            mapped.copy_out(view, 99 << 30)
-        assert bytes(512) + b"x" * 512 == b"".join(view)
-        assert bytes(512) == os.pread(opened.fd, 512, (99 << 30) + 512)
+def test_larger_sectors_than_the_devices_own_can_be_asked_for(image, loop_device):
+    for path in (image, loop_device):
+        with Image.open(path, writable=False, sector_size=4096) as opened:
+            assert 4096 == opened.sector_size
 
 
-@pytest.mark.parametrize("private", [True, False])
-def test_what_cannot_be_mapped_is_refused(image, monkeypatch, private):
+def test_a_size_that_is_not_made_of_large_sectors_is_refused_with_a_remedy(make_image):
+    path = make_image(4096 + 512)
+    with pytest.raises(ImageError, match="4608 bytes, is not a multiple of 4096") as caught:
+        Image.open(path, writable=False, sector_size=4096)
+    remedy = str(caught.value).rpartition("pad it with: ")[2]
+    subprocess.run(remedy.split(), check=True)
+    with Image.open(path, writable=False, sector_size=4096) as opened:
+        assert 8192 == opened.size
+
+
+def test_sectors_smaller_than_the_devices_own_are_refused(loop_device, monkeypatch):
+    monkeypatch.setattr(image_module, "_logical_block_size", lambda fd: 4096)
+    with Image.open(loop_device, writable=False) as opened:
+        assert 4096 == opened.sector_size
+    with pytest.raises(ImageError, match="a device of 4096-byte sectors: --sector-size must not"):
+        Image.open(loop_device, writable=False, sector_size=512)
+
+
+@pytest.mark.parametrize("private", [False, True])
+@pytest.mark.parametrize("size", [512, 1536])
+def test_what_is_stored_in_a_mapping(image, size, private):
+    """It is loaded again, and is in the image unless the mapping is private."""
+    opened = Image.open(image, writable=not private)
+    with opened, MappedImage(opened, private=private) as mapped:
+        before = os.pread(opened.fd, 1 << 20, 0)
+        data = os.urandom(1100 * size)  # more buffers than one system call takes
+        length = min(len(data), (1 << 20) - 512)
+        assert length == mapped.store(buffers(data[:length], size), 512)
+        expected = before[:512] + data[:length] + before[512 + length :]
+        found = buffers(bytes(1 << 20), size)
+        assert 1 << 20 == mapped.load(found, 0)
+        assert expected == b"".join(found)
+        assert (before if private else expected) == os.pread(opened.fd, 1 << 20, 0)
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_an_image_larger_than_the_memory_can_be_mapped(make_image, private):
+    path = make_image(5 << 40, sparse=True)
+    opened = Image.open(path, writable=not private)
+    with opened, MappedImage(opened, private=private) as mapped:
+        assert 512 == mapped.store(buffers(b"x" * 512), (5 << 40) - 512)
+        found = buffers(b"y" * 1024)
+        assert 1024 == mapped.load(found, (5 << 40) - 1024)
+        assert bytes(512) + b"x" * 512 == b"".join(found)
+        in_image = bytes(512) if private else b"x" * 512
+        assert bytes(512) + in_image == os.pread(opened.fd, 1024, (5 << 40) - 1024)
+
+
+@pytest.mark.parametrize(("private", "hint"), [(False, "--backend raw"), (True, "overcommit")])
+@pytest.mark.parametrize("number", [errno.ENOMEM, errno.ENODEV])
+def test_what_cannot_be_mapped_is_refused(image, monkeypatch, private, hint, number):
     def refuse(*args, **kwargs):
-        raise OSError(12, "Cannot allocate memory")
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(image_module.mmap, "mmap", refuse)
-    hint = "overcommit_memory" if private else "--backend raw"
     with (
-        Image.open(image, writable=not private) as opened,
+        Image.open(image, writable=True) as opened,
         pytest.raises(ImageError, match="1 MiB cannot be mapped") as caught,
     ):
         MappedImage(opened, private=private)
+    assert os.strerror(number) in str(caught.value)
     assert hint in str(caught.value)
 
 
-def test_an_image_cut_short_is_an_error_and_not_a_signal(image):
+@pytest.mark.parametrize("private", [False, True])
+def test_where_the_image_was_cut_short_is_an_error_and_not_a_signal(image, private):
+    opened = Image.open(image, writable=True)
+    with opened, MappedImage(opened, private=private) as mapped:
+        mapped.store(buffers(b"w" * 512), 65536)
+        os.ftruncate(opened.fd, 8192)
+        before = os.pread(opened.fd, 8192, 0)
+        for call in (mapped.store, mapped.load):
+            for offset, length in ((8192, 4096), (4096, 8192), (65536, 512)):
+                with pytest.raises(OSError, match=f"{length} bytes at {offset} of") as caught:
+                    call(buffers(bytes(length)), offset)
+                assert errno.EIO == caught.value.errno
+        assert 8192 == mapped.store(buffers(b"x" * 8192), 0)
+        found = buffers(bytes(8192))
+        assert 8192 == mapped.load(found, 0)
+        assert b"x" * 8192 == b"".join(found)
+        assert 8192 == os.fstat(opened.fd).st_size
+        if private:
+            assert before == os.pread(opened.fd, 8192, 0)
+
+
+def test_other_errors_of_a_copy_are_told_as_they_are(image):
     with Image.open(image, writable=True) as opened, MappedImage(opened, private=False) as mapped:
-        if not mapped._can_populate:
-            pytest.skip("needs Linux 5.14")
-        os.ftruncate(opened.fd, 4096)
-        mapped.fault_in(0, 4096, write=True)
-        for write in (False, True):
-            with pytest.raises(OSError, match="4096 bytes at 8192 of the image cannot be"):
-                mapped.fault_in(8192, 4096, write=write)
+        scratch, mapped._scratch = mapped._scratch, -1
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            mapped.load(buffers(bytes(512)), 0)
+        mapped._scratch = scratch
 
 
-def test_an_old_kernel_is_asked_once(image, monkeypatch):
-    monkeypatch.setattr(image_module, "_MADV_POPULATE_READ", 9999)
-    with Image.open(image, writable=False) as opened, MappedImage(opened, private=True) as mapped:
-        assert not mapped._can_populate
-        mapped.fault_in(0, 4096, write=True)
+@pytest.mark.parametrize("private", [False, True])
+def test_a_mapping_leaves_nothing_open(image, private):
+    before = os.listdir("/proc/self/fd")
+    with Image.open(image, writable=True) as opened:
+        mapped = MappedImage(opened, private=private)
+        mapped.close()
+        mapped.close()
+    assert before == os.listdir("/proc/self/fd")
+
+
+# -- without waiting -------------------------------------------------------------------
+
+
+def read_now(opened, offset, length):
+    """Read without waiting; return how much that was, and it."""
+    found = buffers(bytes(length))
+    done = opened.read_nowait(found, offset)
+    return done, b"".join(found)[:done]
+
+
+def test_what_is_in_memory_is_read_without_waiting(image):
+    with Image.open(image, writable=False) as opened:
+        expected = os.pread(opened.fd, 1 << 20, 0)
+        if opened._nowait is None:
+            pytest.skip("this file system cannot tell what waits")
+        assert (1 << 20, expected) == read_now(opened, 0, 1 << 20)
+        assert (8192, expected[512:8704]) == read_now(opened, 512, 8192)
+        assert (0, b"") == read_now(opened, 1 << 20, 512)
+
+
+def test_what_is_not_in_memory_is_left_to_a_read_that_waits(image):
+    drop_from_cache(image)
+    with Image.open(image, writable=False) as opened:
+        if not opened._nowait:
+            pytest.skip("this file system does not tell what waits")
+        done, found = read_now(opened, 0, 1 << 20)
+        assert done < 1 << 20
+        expected = os.pread(opened.fd, 1 << 20, 0)
+        assert expected[:done] == found
+        assert (1 << 20, expected) == read_now(opened, 0, 1 << 20)
+
+
+def test_in_a_file_system_in_memory_nothing_waits():
+    if not os.path.ismount("/dev/shm"):
+        pytest.skip("no tmpfs here")
+    with tempfile.NamedTemporaryFile(dir="/dev/shm") as file:
+        data = os.urandom(65536)
+        file.write(data)
+        file.flush()
+        drop_from_cache(file.name)
+        with Image.open(file.name, writable=False) as opened:
+            assert "tmpfs" == image_module._file_system(opened.fd)
+            assert (65536, data) == read_now(opened, 0, 65536)
+
+
+@pytest.mark.parametrize(
+    ("file_system", "expected"),
+    [("tmpfs", 8192), ("ramfs", 8192), ("hugetlbfs", 8192), ("nfs4", 0), (None, 0)],
+)
+def test_a_file_system_that_does_not_know_what_waits(image, monkeypatch, file_system, expected):
+    preadv = os.preadv
+
+    def without_flags(fd, views, offset, flags=0):
+        if flags:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        return preadv(fd, views, offset)
+
+    monkeypatch.setattr(os, "preadv", without_flags)
+    monkeypatch.setattr(image_module, "_file_system", lambda fd: file_system)
+    with Image.open(image, writable=False) as opened:
+        content = os.pread(opened.fd, 8192, 4096)
+        assert (expected, content[:expected]) == read_now(opened, 4096, 8192)
+        found = buffers(bytes(8192))
+        assert 8192 == opened.read(found, 4096)
+        assert content == b"".join(found)
+
+
+@pytest.mark.parametrize("cached", [0, 4096])
+def test_a_file_system_that_knows_what_waits(image, monkeypatch, cached):
+    """Whether the beginning, which is asked for when the image is opened, is in memory or not."""
+    preadv = os.preadv
+
+    def page_cache(fd, views, offset, flags=0):
+        if not flags:
+            return preadv(fd, views, offset)
+        assert os.RWF_NOWAIT == flags
+        if offset >= cached:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return preadv(fd, views[:1], offset)
+
+    monkeypatch.setattr(os, "preadv", page_cache)
+    with Image.open(image, writable=False) as opened:
+        content = os.pread(opened.fd, 8192, 0)
+        assert (cached, content[:cached]) == read_now(opened, 0, 8192)
+        assert (0, b"") == read_now(opened, 4096, 8192)
+        found = buffers(bytes(8192))
+        assert 8192 == opened.read(found, 0)
+        assert content == b"".join(found)
+
+
+MOUNTS = """\
+21 1 0:19 / /proc rw,relatime - proc proc rw
+24 1 {device} / /a\\040b rw,noatime master:1 propagate_from:2 - {kind} /dev/sda1 rw,discard
+25 1 0:99 / / rw - ext4 /dev/sdb rw
+"""
+
+
+@pytest.mark.parametrize("kind", ["xfs", "tmpfs", "fuse.sshfs"])
+def test_the_file_system_of_a_file(image, tmp_path, monkeypatch, kind):
+    device = os.stat(image).st_dev
+    mounts = tmp_path / "mountinfo"
+    monkeypatch.setattr(image_module, "open", lambda *a, **k: mounts.open(**k), raising=False)
+    with open(image, "rb") as file:
+        assert image_module._file_system(file.fileno()) is None  # no such table
+        number = f"{os.major(device)}:{os.minor(device)}"
+        for text, expected in (
+            (MOUNTS.format(device=number, kind=kind), kind),
+            (MOUNTS.format(device=f"{number}0", kind=kind), None),
+            (f"24 1 {number} / / rw", None),
+            ("nonsense\n", None),
+            ("", None),
+        ):
+            mounts.write_text(text, encoding="utf-8")
+            assert expected == image_module._file_system(file.fileno())
+
+
+def test_an_image_reads_and_writes_as_many_buffers_as_one_system_call_takes(image):
+    with Image.open(image, writable=True) as opened:
+        data = os.urandom(1025 * 512)
+        assert 1024 * 512 == opened.write(buffers(data, 512), 512)
+        assert data[: 1024 * 512] == os.pread(opened.fd, 1024 * 512, 512)
+        for read in (opened.read, opened.read_nowait):
+            found = buffers(bytes(1025 * 512), 512)
+            done = read(found, 512)
+            assert 1024 * 512 == done or (read == opened.read_nowait and opened._nowait is None)
+            assert data[:done] == b"".join(found)[:done]
+
+
+def test_a_read_at_the_end_is_short_and_then_nothing(image):
+    with Image.open(image, writable=False) as opened:
+        os.truncate(image, 6144)
+        assert 2048 == opened.read(buffers(bytes(4096)), 4096)
+        assert 0 == opened.read(buffers(bytes(4096)), 6144)

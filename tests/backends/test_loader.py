@@ -242,10 +242,10 @@ def test_text_becomes_a_number_where_the_parameter_is_an_int(write_file):
 
 def test_an_option_that_is_not_taken_names_those_that_are(image):
     message = error_of(UsageError, "raw", path=image, size=512)
-    assert "the raw backend takes no --size; it takes --path, --read-only" == message
+    assert "the raw backend takes no --size; it takes --path, --sector-size, --read-only" == message
     message = error_of(UsageError, None, path=image, speed="9")
     assert "the cow backend takes no --option speed=…" in message
-    assert "it takes --path, --cow-limit, --read-only" in message
+    assert "it takes --path, --cow-limit, --sector-size, --read-only" in message
     assert "takes no --cow-limit" in error_of(UsageError, "raw", path=image, cow_limit=1)
 
 
@@ -403,6 +403,7 @@ def test_an_exception_in_the_constructor_names_the_authors_line(write_file):
         ({"physical_sector_size": 700}, "physical_sector_size is 700, not a multiple"),
         ({"physical_sector_size": 512, "sector_size": 4096}, "physical_sector_size is 512"),
         ({"discard_granularity": 0}, "discard_granularity is 0, it must be positive"),
+        ({"discard_granularity": 6000}, "discard_granularity is 6000, not a multiple"),
     ],
 )
 def test_a_broken_attribute_is_named_and_the_disk_closed(change, fault):

@@ -2,9 +2,10 @@ import errno
 import os
 import resource
 import signal
+import subprocess
 
 import pytest
-from blocks import buffers, read, write
+from blocks import buffers, drop_from_cache, read, write
 
 from xen_disk_py.backends import raw as raw_module
 from xen_disk_py.backends.raw import RawBackend
@@ -37,36 +38,53 @@ def test_more_buffers_than_one_system_call_takes(disk, image):
     assert data == content(image)[512 : 512 + len(data)]
 
 
-@pytest.mark.parametrize("call", ["preadv", "pwritev"])
-def test_a_short_transfer_is_continued(disk, monkeypatch, call):
-    whole = getattr(os, call)
-
-    def short(fd, views, offset):
-        return whole(fd, [views[0][:512]], offset)
-
-    monkeypatch.setattr(os, call, short)
+def test_a_transfer_is_as_short_as_the_systems(disk, monkeypatch):
+    """Whoever asked for more asks for the rest; nothing of it is lost."""
+    preadv, pwritev = os.preadv, os.pwritev
+    monkeypatch.setattr(os, "preadv", lambda fd, views, at: preadv(fd, [views[0][:512]], at))
+    monkeypatch.setattr(os, "pwritev", lambda fd, views, at: pwritev(fd, [views[0][:512]], at))
+    assert 512 == disk.write(buffers(b"x" * 9216), 4096)
+    assert 512 == disk.read(buffers(bytes(9216)), 4096)
     write(disk, 4096, b"y" * 9216)
     assert b"y" * 9216 == read(disk, 4096, 9216)
 
 
-def test_an_image_that_was_cut_short_is_an_io_error(disk, image):
+def test_an_image_that_was_cut_short_ends_there(disk, image):
     os.truncate(image, 6144)
-    with pytest.raises(OSError, match="the image ends at 6144") as caught:
+    assert 2048 == disk.read(buffers(bytes(4096)), 4096)
+    assert 0 == disk.read(buffers(bytes(2048)), 6144)
+    with pytest.raises(EOFError, match="2048 of 4096 bytes"):
         read(disk, 4096, 4096)
-    assert errno.EIO == caught.value.errno
 
 
-def test_a_write_that_finds_no_room_raises(disk):
+def test_a_write_that_finds_no_room_is_short_and_then_raises(disk):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (6144, hard))
     try:
+        assert 2048 == disk.write(buffers(b"z" * 8192), 4096)
         with pytest.raises(OSError, match="File too large"):
             write(disk, 4096, b"z" * 8192)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, before)
-    assert 4096 == len(read(disk, 0, 4096))
+    assert b"z" * 2048 == read(disk, 4096, 2048)
+
+
+def test_without_waiting(image):
+    """Everything is in memory, but for a read of what was dropped from there."""
+    disk = RawBackend(image)
+    assert 8192 == disk.write_nowait(buffers(b"x" * 8192), 512)
+    assert b"x" * 8192 == content(image)[512:8704]
+    found = buffers(bytes(8192))
+    done = disk.read_nowait(found, 512)
+    assert done == (0 if disk._image._nowait is None else 8192)
+    assert b"x" * done == b"".join(found)[:done]
+    drop_from_cache(image)
+    if disk._image._nowait:
+        assert disk.read_nowait(buffers(bytes(1 << 20)), 0) < 1 << 20
+    assert b"x" * 8192 == read(disk, 512, 8192)
+    disk.close()
 
 
 def test_flush_syncs_the_data_of_the_file(disk, monkeypatch):
@@ -163,3 +181,61 @@ def test_a_read_only_block_device_offers_no_discard(loop_device):
     disk = RawBackend(loop_device, read_only=True)
     assert not disk.can_discard
     disk.close()
+
+
+def test_a_file_is_made_longer_and_shorter(disk, image):
+    before = content(image)
+    assert [2 << 20] * 2 == [disk.resize(2 << 20), disk.size]
+    write(disk, (2 << 20) - 512, b"e" * 512)
+    assert before + bytes((1 << 20) - 512) + b"e" * 512 == content(image)
+    assert [4096] * 2 == [disk.resize(4096), disk.size]
+    assert before[:4096] == content(image)
+
+
+def test_looking_at_the_size_changes_nothing(disk, image):
+    os.truncate(image, 3 << 20)
+    assert (3 << 20, 1 << 20) == (disk.resize(None), disk.size)
+    assert [3 << 20] * 2 == [disk.resize(3 << 20), disk.size]
+    assert 3 << 20 == os.stat(image).st_size
+
+
+def test_a_read_only_image_grows_by_its_owner_only(image):
+    disk = RawBackend(image, read_only=True)
+    with pytest.raises(ImageError, match="truncate -s 2097152"):
+        disk.resize(2 << 20)
+    assert 1 << 20 == os.stat(image).st_size == disk.size
+    os.truncate(image, 2 << 20)
+    assert 2 << 20 == disk.resize(disk.resize(None)) == disk.size
+    assert bytes(512) == read(disk, (2 << 20) - 512, 512)
+    disk.close()
+
+
+def test_a_file_that_cannot_be_that_long(disk, image):
+    with pytest.raises(ImageError, match=r"cannot be made \d+ bytes long: "):
+        disk.resize(1 << 62)
+    assert 1 << 20 == disk.size == os.stat(image).st_size
+
+
+def test_a_block_device_keeps_its_size(loop_device):
+    disk = RawBackend(loop_device)
+    try:
+        for size in (2 << 20, 8 << 20):
+            with pytest.raises(ImageError, match=f"lvresize -L {size}b"):
+                disk.resize(size)
+        assert 4 << 20 == disk.resize(disk.resize(None)) == disk.size
+    finally:
+        disk.close()
+
+
+def test_a_block_device_that_has_grown(loop_device):
+    disk = RawBackend(loop_device)
+    try:
+        name = os.path.basename(loop_device)
+        with open(f"/sys/block/{name}/loop/backing_file", encoding="ascii") as file:
+            os.truncate(file.read().strip(), 8 << 20)
+        subprocess.run(["losetup", "--set-capacity", loop_device], check=True)
+        assert 8 << 20 == disk.resize(disk.resize(None)) == disk.size
+        write(disk, (8 << 20) - 512, b"e" * 512)
+        assert b"e" * 512 == read(disk, (8 << 20) - 512, 512)
+    finally:
+        disk.close()

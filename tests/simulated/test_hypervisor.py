@@ -10,7 +10,7 @@ import threading
 import pytest
 
 from xen_disk_py.errors import BackendError, HypervisorError
-from xen_disk_py.hypervisor import PAGE_SIZE
+from xen_disk_py.hypervisor import PAGE_SIZE, Piece
 from xen_disk_py.simulated.hypervisor import (
     CHANNELS,
     FIRST_REFERENCE,
@@ -90,6 +90,43 @@ class TestReferences:
                 backend.counters.maps,
                 guest.in_use(shared.refs),
             )
+
+
+class TestCopying:
+    def test_it_maps_nothing_and_is_counted(self, backend, guest):
+        with guest.share_pages(BACKEND, 2, writable=True) as shared:
+            pieces = [Piece(ref, 0, 8) for ref in shared.refs]
+            backend.copy_to_grants(GUEST, pieces, memoryview(bytearray(b"abcdefghijklmnop")))
+            backend.copy_from_grants(GUEST, pieces, memoryview(bytearray(16)))
+            assert (b"abcdefgh", b"ijklmnop") == (shared.view[:8], shared.view[4096:4104])
+            assert (2, 0, 0) == (
+                backend.counters.copies,
+                backend.counters.maps,
+                guest.in_use(shared.refs),
+            )
+
+    @pytest.mark.parametrize("copy", ["copy_from_grants", "copy_to_grants"])
+    def test_what_the_hook_raises_is_what_the_caller_sees(self, backend, guest, copy):
+        seen = []
+
+        def refuse(domid, refs, writable):
+            seen.append((domid, tuple(refs), writable))
+            raise HypervisorError(errno.EAGAIN, "not now")
+
+        backend.before_copy = refuse
+        with guest.share_pages(BACKEND, 2, writable=True) as shared:
+            pieces = [Piece(ref, 0, 8) for ref in shared.refs]
+            memory = memoryview(bytearray(b"x" * 16))
+            assert errno.EAGAIN == refused(getattr(backend, copy), GUEST, pieces, memory)
+            assert [(GUEST, tuple(shared.refs), copy == "copy_to_grants")] == seen
+            assert (bytes(8192), b"x" * 16, 0) == (shared.view, memory, backend.counters.copies)
+
+    def test_one_wrong_reference_copies_nothing(self, backend, guest):
+        with guest.share_pages(BACKEND, 1, writable=True) as shared:
+            pieces = [Piece(shared.refs[0], 0, 8), Piece(400, 0, 8)]
+            memory = memoryview(bytearray(b"x" * 16))
+            assert errno.EINVAL == refused(backend.copy_to_grants, GUEST, pieces, memory)
+            assert bytes(4096) == shared.view
 
 
 class TestMemory:

@@ -27,21 +27,25 @@ Save it as ``mydisk.py`` and try it, with no Xen at all, then in a guest::
 What holds for every call:
 
 * ``offset`` is in bytes, a multiple of ``sector_size``. ``buffers`` is a list of
-  ``memoryview`` of unsigned bytes, each a multiple of ``sector_size`` and at most 4096 long:
-  the guest's own pages. Together they are one run of the disk, inside ``[0, size)``: the
-  caller has checked that. Those of a write may be read-only.
-* Fill (or take) every buffer whole. Return the number of bytes, as ``os.preadv`` does, or
-  ``None`` for all of them; fewer is an error. Any exception is an I/O error in the guest
-  and a line in our log; the disk lives on.
+  ``memoryview`` of unsigned bytes, each a multiple of ``sector_size`` long: mostly the guest's
+  own pages. Together they are one run of the disk, inside ``[0, size)``: the caller has checked
+  that. Those of a write may be read-only.
+* Fill (or take) the buffers. Return the number of bytes, as ``os.preadv`` does, or ``None`` for
+  all of them; after fewer, in whole sectors, you are called again for the rest, none at all is
+  an error. Any exception is an I/O error in the guest and a line in our log; the disk lives on.
 * The guest may change its pages during the call: copy first what must not change between
   two looks. Keep no buffer after the call returns: its pages go back to the guest.
 * A write that returned is in the disk; a ``flush`` that returned is on stable storage.
-* All calls come from one thread, never two at once.
+* All calls come from one thread, never two at once, unless ``threads`` says that more may;
+  and but for ``resize``, see there.
 * What the constructor names as a keyword it can be given: ``path`` by ``--path``, ``size``
-  (bytes) by ``--size``, ``read_only`` by ``--read-only``, anything else by
-  ``--option name=value`` (text, or a size like ``64M`` where the parameter is annotated
-  ``int``). A disk whose constructor has no ``read_only`` can be connected ``--read-only``
-  all the same: no write reaches it then. One that is always ``read_only`` needs no ``write``.
+  (bytes) by ``--size``, ``sector_size`` by ``--sector-size``, ``read_only`` by
+  ``--read-only``, anything else by ``--option name=value`` (text, or a size like ``64M`` where
+  the parameter is annotated ``int``). A disk whose constructor has no ``read_only`` can be
+  connected ``--read-only`` all the same: no write reaches it then. One that is always
+  ``read_only`` needs no ``write``.
+* Open in the constructor whatever needs privilege: under ``--user`` everything else is done by
+  that user, without any.
 
 Check yours (this needs pytest, and writes all over the disk)::
 
@@ -57,7 +61,8 @@ class Backend:
     """A disk: subclasses set ``size``, define ``read`` and ``write``; the rest is optional."""
 
     size: int
-    """Bytes; a positive multiple of ``sector_size``. Fixed while the disk is connected."""
+    """Bytes; a positive multiple of ``sector_size``. While the disk is connected it changes in
+    ``resize`` only."""
 
     read_only: bool = False
     """True: the guest is told so and every write is refused before it gets here."""
@@ -73,8 +78,15 @@ class Backend:
     physical_sector_size: int = 4096
     """What the storage likes best, in bytes; a multiple of ``sector_size``."""
 
+    threads: int = 1
+    """How many threads may be in here at once. A disk that waits for something (a network, a
+    slow device) does many requests at a time with 32, say. Its methods must then be fit for
+    that; the guest may use several queues, and a request is done in a thread of its own unless
+    ``read_nowait`` or ``write_nowait`` does it at once."""
+
     discard_granularity: int = 4096
-    """The smallest run, in bytes, whose discard frees something."""
+    """The smallest run, in bytes, whose discard frees something; a multiple of
+    ``sector_size``."""
 
     def read(self, buffers: Sequence[memoryview], offset: int) -> int | None:
         """Fill ``buffers`` from the disk, starting ``offset`` bytes into it."""
@@ -84,6 +96,17 @@ class Backend:
         """Store ``buffers`` to the disk, starting ``offset`` bytes into it."""
         raise NotImplementedError
 
+    def read_nowait(self, buffers: Sequence[memoryview], offset: int) -> int:
+        """Read what takes no waiting; unless that is all, ``read`` does it again in a thread.
+
+        Called only where ``threads`` is more than 1. Default: everything takes waiting.
+        """
+        return 0
+
+    def write_nowait(self, buffers: Sequence[memoryview], offset: int) -> int:
+        """Write if that takes no waiting; unless it is all, ``write`` does it again in a thread."""
+        return 0
+
     def flush(self) -> None:
         """Return when every finished write is on stable storage. Default: it already is."""
 
@@ -92,6 +115,24 @@ class Backend:
 
         Offered to the guest only where a subclass defines it. What is read there afterwards
         is up to the backend; whatever it is, document it.
+        """
+        raise NotImplementedError
+
+    def discard_securely(self, offset: int, length: int) -> None:
+        """Discard so that no copy of the data is left. Offered where a subclass defines it."""
+        raise NotImplementedError
+
+    def resize(self, size: int | None) -> int:
+        """Become ``size`` bytes long; None asks how long the disk could be, and changes nothing.
+
+        With None, say how large the storage is by now, in bytes (``self.size`` where it cannot
+        change by itself). If the guest is to have that, a call with that size follows; so does
+        one with what the user asked for. Then make room (or give it up), set ``size`` and
+        return it; any exception means that the disk is as it was. What this does not define
+        keeps its size.
+
+        This call comes from another thread, and requests go on in theirs meanwhile: all of them
+        inside the old size and the new one.
         """
         raise NotImplementedError
 
@@ -107,6 +148,11 @@ class Backend:
     def can_discard(self) -> bool:
         """Whether ``discard`` is offered to the guest."""
         return type(self).discard is not Backend.discard
+
+    @property
+    def can_discard_securely(self) -> bool:
+        """Whether ``discard_securely`` is offered, too."""
+        return type(self).discard_securely is not Backend.discard_securely
 
     def __str__(self) -> str:
         return type(self).__name__

@@ -16,7 +16,9 @@ Or as a part of your own tests::
 The tests write all over the disk, and discard parts of it: give them a copy. What is written is
 compared with what is read unless the disk says ``keeps_data = False``. A disk that is
 ``read_only`` is only read. A write may fail with ``OSError`` (a full disk does) in the random
-test: each of its sectors must then be the old or the new one.
+test: each of its sectors must then be the old or the new one. One that defines ``resize`` is made
+1 MiB longer for a moment; where it refuses, it must be as it was. One whose ``threads`` are more
+than one has several in it at once.
 """
 
 # ruff: noqa: D102 - a test's name says what it shows
@@ -29,7 +31,9 @@ import os
 import random
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -44,6 +48,8 @@ MOST_BUFFERS = 256
 REGION = 2 << 20
 """The random test works on so many bytes, at each end of the disk."""
 STEPS = 100
+THREADS = 8
+"""So many are in the disk at once, where it lets that many in."""
 
 
 class Pages:
@@ -105,15 +111,37 @@ def random_parts(dice: random.Random, step: int, most: int) -> list[tuple[int, i
     return parts or [(0, step)]
 
 
+def is_count(done: object, least: int, most: int) -> bool:
+    """Tell whether a method returned a number within these bounds."""
+    return isinstance(done, int) and least <= done <= most
+
+
+def move_all(disk: Backend, what: str, views: list[memoryview], offset: int) -> None:
+    """Call ``read`` or ``write`` (``what``), and again for the rest, until all is moved."""
+    left = sum(map(len, views))
+    while left:
+        done = getattr(disk, what)(list(views), offset)
+        if done is None:
+            return
+        if not is_count(done, 1, left) or done % disk.sector_size:
+            pytest.fail(
+                f"{what} returned {done!r}: return the number of bytes, {left} here or fewer in "
+                "whole sectors, or None"
+            )
+        left -= done
+        offset += done
+        while views and done >= len(views[0]):
+            done -= len(views.pop(0))
+        if done:
+            views[0] = views[0][done:]
+
+
 def read(
     disk: Backend, offset: int, parts: Sequence[tuple[int, int]], garbage: int = 0xA5
 ) -> bytes:
     """Read, see that only the parts were touched, and return what was read."""
     pages = Pages(parts, garbage)
-    done = disk.read(pages.views(), offset)
-    assert done in (None, pages.length), (
-        f"read returned {done!r}: return the number of bytes, {pages.length} here, or None"
-    )
+    move_all(disk, "read", pages.views(), offset)
     assert pages.rest_is_garbage(), "read wrote outside its buffers"
     return pages.content()
 
@@ -122,10 +150,7 @@ def write(disk: Backend, offset: int, parts: Sequence[tuple[int, int]], content:
     """Write, from buffers that cannot be written to."""
     pages = Pages(parts)
     pages.store(content)
-    done = disk.write([view.toreadonly() for view in pages.views()], offset)
-    assert done in (None, pages.length), (
-        f"write returned {done!r}: return the number of bytes, {pages.length} here, or None"
-    )
+    move_all(disk, "write", [view.toreadonly() for view in pages.views()], offset)
 
 
 def read_run(disk: Backend, offset: int, length: int) -> bytes:
@@ -329,7 +354,11 @@ class BackendConformance:
 
     def test_no_buffer_is_kept(self, disk: Backend) -> None:
         """A page goes back to the guest when the call returns: no view of it may be left."""
-        calls = [disk.read] if disk.read_only else [disk.read, disk.write]
+        calls: list[Callable[[list[memoryview], int], object]] = [disk.read]
+        if not disk.read_only:
+            calls.append(disk.write)
+        if disk.threads > 1:
+            calls += [disk.read_nowait] if disk.read_only else [disk.read_nowait, disk.write_nowait]
         for call in calls:
             pages = Pages([(0, disk.sector_size)])
             call(pages.views(), 0)
@@ -341,6 +370,100 @@ class BackendConformance:
                 pages.pages[0].append(0)
             except BufferError:
                 pytest.fail(f"{call.__name__} kept a buffer after it returned: copy it instead")
+
+    @pytest.mark.parametrize("seed", range(2))
+    def test_what_takes_no_waiting_is_what_waiting_gives(self, disk: Backend, seed: int) -> None:
+        """However much ``read_nowait`` and ``write_nowait`` do: all of it must be right."""
+        if disk.threads == 1:
+            pytest.skip("the disk lets one thread in, which always waits")
+        dice = random.Random(seed)
+        for offset in places(disk, disk.sector_size):
+            parts = random_parts(dice, disk.sector_size, min(128 << 10, disk.size - offset))
+            pages = Pages(parts)
+            if not disk.read_only:
+                content = dice.randbytes(pages.length)
+                pages.store(content)
+                done = disk.write_nowait([view.toreadonly() for view in pages.views()], offset)
+                assert is_count(done, 0, pages.length), f"write_nowait returned {done!r}"
+                if done != pages.length:
+                    write(disk, offset, parts, content)
+                if disk.keeps_data:
+                    compare(content, read(disk, offset, parts), offset)
+            pages = Pages(parts)
+            done = disk.read_nowait(pages.views(), offset)
+            assert is_count(done, 0, pages.length), f"read_nowait returned {done!r}"
+            assert pages.rest_is_garbage(), "read_nowait wrote outside its buffers"
+            if disk.keeps_data:
+                compare(read(disk, offset, parts)[:done], pages.content()[:done], offset)
+
+    def test_it_lets_several_threads_in(self, disk: Backend) -> None:
+        """Each has sectors of its own, side by side with those of the others."""
+        if disk.threads == 1:
+            pytest.skip("the disk lets one thread in")
+        sector = disk.sector_size
+        sectors = min(disk.size, 64 << 10) // sector
+        threads = min(disk.threads, THREADS, sectors)
+        model = bytearray(read_run(disk, 0, sectors * sector))
+        start = threading.Barrier(threads)
+
+        def run(number: int) -> None:
+            dice = random.Random(number)
+            start.wait()
+            for _ in range(STEPS):
+                at = dice.randrange(number, sectors, threads) * sector
+                if disk.read_only or dice.random() < 0.5:
+                    found = read(disk, at, [(0, sector)])
+                    if disk.keeps_data:
+                        compare(model[at : at + sector], found, at)
+                    continue
+                content = dice.randbytes(sector)
+                try:
+                    write(disk, at, [(0, sector)], content)
+                except OSError:  # a full disk
+                    content = read(disk, at, [(0, sector)])
+                model[at : at + sector] = content
+                if dice.random() < 0.02:
+                    disk.flush()
+
+        with ThreadPoolExecutor(threads) as pool:
+            for done in [pool.submit(run, number) for number in range(threads)]:
+                done.result()
+        if disk.keeps_data:
+            compare(model, read_run(disk, 0, len(model)), 0)
+
+    def test_a_resize(self, disk: Backend) -> None:
+        """To what can be had, or to nothing; in either case the content stays."""
+        if type(disk).resize is Backend.resize:
+            pytest.skip("the disk has no resize")
+        before = disk.size
+        kept = min(before, REGION)
+        content = read_run(disk, before - kept, kept)
+        for size in (None, before + (1 << 20), before):
+            expected = disk.size
+            try:
+                done = disk.resize(size)
+            except Exception:  # noqa: BLE001 - any says that the disk is as it was
+                pass
+            else:
+                if size is None:  # a question, no more
+                    assert is_count(done, 1, 1 << 63), f"resize(None) returned {done!r}"
+                else:
+                    assert size == done, f"resize({size}) returned {done!r}"
+                    expected = size
+            assert expected == disk.size, f"size is {disk.size} after resize({size})"
+            if disk.size > before:
+                self._use_the_last_sector(disk)
+            if disk.keeps_data:
+                compare(content, read_run(disk, before - kept, kept), before - kept)
+
+    def _use_the_last_sector(self, disk: Backend) -> None:
+        parts, last = [(0, disk.sector_size)], disk.size - disk.sector_size
+        read(disk, last, parts)
+        if not disk.read_only:
+            content = random.Random(8).randbytes(disk.sector_size)
+            write(disk, last, parts, content)
+            if disk.keeps_data:
+                compare(content, read(disk, last, parts), last)
 
     def test_the_size_and_the_sectors_stay_what_they_are(self, disk: Backend) -> None:
         def facts() -> list[object]:
@@ -404,12 +527,13 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--path", help="the image, where the disk has one: give a copy")
     parser.add_argument("--size", type=_size)
     parser.add_argument("--cow-limit", type=_size)
+    parser.add_argument("--sector-size", type=_size)
     parser.add_argument("--read-only", action="store_true")
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE")
     parser.epilog = "What follows a -- goes to pytest: -- -v -x"
     split = [*arguments, "--"].index("--")
     given, for_pytest = parser.parse_args(arguments[:split]), arguments[split + 1 :]
-    names = ("path", "size", "cow_limit", "read_only")
+    names = ("path", "size", "cow_limit", "sector_size", "read_only")
     try:
         options = {**parse_options(given.option), **{name: getattr(given, name) for name in names}}
         opener = _Opener(given.backend, options)

@@ -12,15 +12,17 @@ class DiscardBackend(Backend):
     """An empty disk.
 
     Args:
-        size: bytes, a positive multiple of 512.
+        size: bytes, a positive multiple of ``sector_size``.
+        sector_size: the logical sector in bytes.
     """
 
     keeps_data = False
 
-    def __init__(self, *, size: int = 1 << 30) -> None:
-        if size <= 0 or size % 512:
-            raise UsageError(f"--size: {size} bytes is not a positive multiple of 512")
+    def __init__(self, *, size: int = 1 << 30, sector_size: int = 512) -> None:
+        if size <= 0 or size % sector_size:
+            raise UsageError(f"--size: {size} bytes is not a positive multiple of {sector_size}")
         self.size = size
+        self.sector_size = sector_size
 
     def read(self, buffers: Sequence[memoryview], offset: int) -> None:
         """Give zeros: a buffer left alone would show the guest memory of its own past."""
@@ -29,6 +31,11 @@ class DiscardBackend(Backend):
 
     def write(self, buffers: Sequence[memoryview], offset: int) -> None:
         """Drop it."""
+
+    def resize(self, size: int | None) -> int:
+        """Claim another size."""
+        self.size = size or self.size
+        return self.size
 
     def discard(self, offset: int, length: int) -> None:
         """Do nothing. Zeros are read afterwards, as ever."""

@@ -12,6 +12,7 @@ import mmap
 import os
 import stat
 import struct
+import threading
 import time
 from collections.abc import Callable, Sequence
 
@@ -23,10 +24,8 @@ PAGE = mmap.PAGESIZE
 SECTOR = 512
 IOV_MAX = 1024  # linux/uio.h: buffers in one system call
 
-_BLKSSZGET = 0x1268  # linux/fs.h: the logical block size of a device
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # in Python's mmap from 3.11 on
-_MADV_POPULATE_READ = 22  # asm-generic/mman-common.h, from Linux 5.14 on
-_MADV_POPULATE_WRITE = 23
+_BLKSSZGET = 0x1268  # linux/fs.h: the logical block size of a device
 
 
 class Image(Closing):
@@ -38,8 +37,9 @@ class Image(Closing):
     Attributes:
         fd: the descriptor, not inherited by programs we start.
         path: absolute.
-        size: bytes, a positive multiple of 512.
-        sector_size: the logical sector: the device's own, 512 for a file.
+        size: bytes, a positive multiple of ``sector_size``.
+        sector_size: the logical sector in bytes: what was asked for, else the device's own,
+            512 for a file.
         read_only: opened for reading only.
         is_block_device: a block device, not a file.
     """
@@ -60,10 +60,16 @@ class Image(Closing):
         self.sector_size = sector_size
         self.read_only = read_only
         self.is_block_device = is_block_device
+        self._nowait = _nowait_flags(fd)
 
     @classmethod
-    def open(cls, path: str, *, writable: bool) -> Image:
+    def open(cls, path: str, *, writable: bool, sector_size: int | None = None) -> Image:
         """Open, check and lock.
+
+        Args:
+            path: the file or device.
+            writable: for reading and writing.
+            sector_size: the logical sector in bytes that the disk is to have.
 
         Raises:
             ImageError: it cannot be used; the message says why and what to do.
@@ -82,8 +88,9 @@ class Image(Closing):
             _check_kind(path, os.fstat(fd).st_mode)
             _lock(fd, path, writable, is_block_device)
             size = os.lseek(fd, 0, os.SEEK_END)
-            _check_size(path, size)
-            sector_size = _logical_block_size(fd) if is_block_device else SECTOR
+            own = _logical_block_size(fd) if is_block_device else SECTOR
+            sector_size = sector_size or own
+            _check_size(path, size, sector_size, own)
         except OSError as error:
             os.close(fd)
             raise ImageError(f"{path}: {error.strerror}") from error
@@ -99,6 +106,58 @@ class Image(Closing):
             is_block_device=is_block_device,
         )
 
+    def read(self, buffers: Sequence[memoryview], offset: int) -> int:
+        """Fill ``buffers`` from ``offset`` bytes into the image on.
+
+        Returns:
+            How many bytes: perhaps fewer, and none at an end that came too early.
+        """
+        return os.preadv(self.fd, _vector(buffers), offset)
+
+    def read_nowait(self, buffers: Sequence[memoryview], offset: int) -> int:
+        """Read as much as is in memory: what needs no waiting for the storage."""
+        if self._nowait is None:
+            return 0
+        try:
+            return os.preadv(self.fd, _vector(buffers), offset, self._nowait)
+        except BlockingIOError:
+            return 0
+
+    def write(self, buffers: Sequence[memoryview], offset: int) -> int:
+        """Store ``buffers`` at ``offset`` bytes into the image; return how many bytes were."""
+        return os.pwritev(self.fd, _vector(buffers), offset)
+
+    def measure(self) -> int:
+        """Return how many bytes long the image is by now; somebody may have changed that."""
+        return os.lseek(self.fd, 0, os.SEEK_END)
+
+    def resize(self, size: int) -> None:
+        """Make a file ``size`` bytes long; what has that size already stays as it is.
+
+        Raises:
+            ImageError: it cannot be made longer or shorter through this.
+        """
+        length = self.measure()
+        if size != length:
+            if self.is_block_device:
+                raise ImageError(
+                    f"{self.path}: a block device of {length} bytes, which only its owner can "
+                    f"change: do that first (such as: lvresize -L {size}b {self.path}), "
+                    "then resize without a size"
+                )
+            if self.read_only:
+                raise ImageError(
+                    f"{self.path}: opened for reading only: change the file first (truncate -s "
+                    f"{size} {self.path}), then resize without a size"
+                )
+            try:
+                os.ftruncate(self.fd, size)
+            except OSError as error:
+                raise ImageError(
+                    f"{self.path}: cannot be made {size} bytes long: {error.strerror}"
+                ) from error
+        self.size = size
+
     def close(self) -> None:
         """Unlock and close."""
         fd, self.fd = self.fd, -1
@@ -106,38 +165,19 @@ class Image(Closing):
             os.close(fd)
 
 
-def _map(image: Image, private: bool) -> mmap.mmap:
-    if not private:
-        access = mmap.ACCESS_READ if image.read_only else mmap.ACCESS_WRITE
-        return mmap.mmap(image.fd, image.size, access=access)
-    try:
-        return mmap.mmap(image.fd, image.size, access=mmap.ACCESS_COPY)
-    except OSError as error:
-        if error.errno != errno.ENOMEM:
-            raise
-    # what ACCESS_COPY is, with a flag added, which it does not allow
-    return mmap.mmap(
-        image.fd,
-        image.size,
-        flags=mmap.MAP_PRIVATE | _MAP_NORESERVE,
-        prot=mmap.PROT_READ | mmap.PROT_WRITE,
-    )
-
-
 class MappedImage(Closing):
-    """An image as memory.
+    """An image as memory, all of it at once, however large.
 
-    All of it at once, however large. (The kernel refuses a private writable mapping larger than
-    RAM and swap, though hardly a page of it may ever be written; then it is mapped with
-    ``MAP_NORESERVE``, which sets no memory aside.)
-
-    What would be a fatal signal in the middle of a copy (an image cut short by somebody, a bad
-    sector, no room left for a hole that is filled) is an ``OSError`` here, on Linux 5.14 or
-    newer: :meth:`fault_in` has the kernel fetch the pages first, and that can fail politely.
+    A page of it may be impossible to have at any moment: somebody cuts the image short, a sector
+    is bad, there is no room for a hole that is filled. Touching it ourselves would then be a
+    signal that kills the process (SIGBUS), and no look beforehand helps, since the image can be
+    cut short right after it. So :meth:`load` and :meth:`store` have the system copy, through a
+    piece of memory of their own: that fails politely.
 
     Args:
         image: stays the caller's to close, after this.
-        private: what is written stays in memory, page by page; the image never changes.
+        private: what is stored stays in memory, page by page (``ACCESS_COPY``), and the image
+            never changes; it may be open for reading only.
     """
 
     def __init__(self, image: Image, *, private: bool) -> None:
@@ -153,51 +193,75 @@ class MappedImage(Closing):
                 f"{reason} ({hint})"
             ) from error
         self._view = memoryview(self.memory)
-        self._can_populate = self._populates()
+        self._scratch = os.memfd_create("xen_disk_py")
+        self._lock = threading.Lock()
 
-    def _populates(self) -> bool:
-        try:
-            self.memory.madvise(_MADV_POPULATE_READ, 0, PAGE)
-        except OSError as error:
-            return error.errno != errno.EINVAL  # Linux before 5.14 knows no such advice
-        return True
+    def load(self, buffers: Sequence[memoryview], offset: int) -> int:
+        """Fill ``buffers`` from ``offset`` bytes into the image on; return their length.
 
-    def fault_in(self, offset: int, length: int, *, write: bool) -> None:
-        """Have the pages of a range in memory, for reading or for writing."""
-        if not self._can_populate:
-            return
-        start = offset - offset % PAGE
-        advice = _MADV_POPULATE_WRITE if write else _MADV_POPULATE_READ
+        Raises:
+            OSError: ``EIO``, a page cannot be had.
+        """
+        length = sum(map(len, buffers))
+        with self._lock, self._view[offset : offset + length] as source:
+            self._politely(os.pwritev, [source], 0, length, f"{length} bytes at {offset}")
+            transfer_all(os.preadv, self._scratch, buffers, 0)
+        return length
+
+    def store(self, buffers: Sequence[memoryview], offset: int) -> int:
+        """Copy ``buffers`` to ``offset`` bytes into the image; return their length.
+
+        Raises:
+            OSError: ``EIO``, a page cannot be had. Some of the bytes may have been stored.
+        """
+        length = sum(map(len, buffers))
+        with self._lock, self._view[offset : offset + length] as target:
+            transfer_all(os.pwritev, self._scratch, buffers, 0)
+            self._politely(os.preadv, [target], 0, length, f"{length} bytes at {offset}")
+        return length
+
+    def _politely(
+        self, transfer: _Transfer, views: list[memoryview], at: int, length: int, what: str
+    ) -> None:
         try:
-            self.memory.madvise(advice, start, offset + length - start)
+            done = transfer(self._scratch, views, at)
         except OSError as error:
             if error.errno != errno.EFAULT:
                 raise
-            doing = "written (no space left?)" if write else "read"
+            done = 0
+        if done != length:
             raise OSError(
-                errno.EIO, f"{length} bytes at {offset} of the image cannot be {doing}"
-            ) from error
-
-    def copy_out(self, buffers: Sequence[memoryview], offset: int) -> None:
-        """Fill ``buffers`` from the image."""
-        view = self._view
-        for buffer in buffers:
-            end = offset + len(buffer)
-            buffer[:] = view[offset:end]
-            offset = end
-
-    def copy_in(self, buffers: Sequence[memoryview], offset: int) -> None:
-        """Store ``buffers`` into the mapping."""
-        view = self._view
-        for buffer in buffers:
-            end = offset + len(buffer)
-            view[offset:end] = buffer
-            offset = end
+                errno.EIO,
+                f"{what} of the image cannot be had (no space left, or somebody made it shorter)",
+            )
 
     def close(self) -> None:
         """Unmap."""
-        self._view.release()
-        self.memory.close()
+        if not self.memory.closed:
+            self._view.release()
+            self.memory.close()
+            os.close(self._scratch)
+
+
+_Transfer = Callable[[int, "Sequence[memoryview]", int], int]
+
+
+def _map(image: Image, private: bool) -> mmap.mmap:
+    if not private:
+        return mmap.mmap(image.fd, image.size, access=mmap.ACCESS_WRITE)
+    try:
+        return mmap.mmap(image.fd, image.size, access=mmap.ACCESS_COPY)
+    except OSError as error:
+        if error.errno != errno.ENOMEM:
+            raise
+    # Larger than RAM and swap together, though hardly a page of it may ever be written: what
+    # ACCESS_COPY is, with a flag added, which it does not allow.
+    return mmap.mmap(
+        image.fd,
+        image.size,
+        flags=mmap.MAP_PRIVATE | _MAP_NORESERVE,
+        prot=mmap.PROT_READ | mmap.PROT_WRITE,
+    )
 
 
 def transfer_all(
@@ -214,8 +278,13 @@ def transfer_all(
     Raises:
         OSError: theirs, or ``EIO`` at the end of the file.
     """
-    rest = list(buffers)
     start = offset
+    if len(buffers) <= IOV_MAX:
+        offset += transfer(fd, buffers, offset)
+        if offset - start == sum(map(len, buffers)):
+            return offset - start
+        offset = start
+    rest = list(buffers)
     while rest:
         done = transfer(fd, rest[:IOV_MAX], offset)
         if not done:
@@ -231,6 +300,39 @@ def transfer_all(
     return offset - start
 
 
+def _vector(buffers: Sequence[memoryview]) -> Sequence[memoryview]:
+    """Return as many buffers as one system call takes."""
+    return buffers if len(buffers) <= IOV_MAX else buffers[:IOV_MAX]
+
+
+def _nowait_flags(fd: int) -> int | None:
+    """Return the flags with which a read does not wait; None if there are none."""
+    try:
+        os.preadv(fd, [bytearray(1)], 0, os.RWF_NOWAIT)
+    except BlockingIOError:
+        pass
+    except OSError:
+        # A file system that knows of no such thing; in some, though, nothing ever waits.
+        return 0 if _file_system(fd) in {"tmpfs", "ramfs", "hugetlbfs"} else None
+    return os.RWF_NOWAIT
+
+
+def _file_system(fd: int) -> str | None:
+    """Name the kind of file system that a file is in; None if that cannot be found out."""
+    # 36 35 98:0 /root /mnt rw,noatime master:1 - ext4 /dev/sda1 rw   (proc(5))
+    device = os.fstat(fd).st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as mounts:
+            for line in mounts:
+                fields = line.split()
+                if fields[2] == wanted:
+                    return fields[fields.index("-") + 1]
+    except (OSError, ValueError, IndexError):
+        pass
+    return None
+
+
 def _check_kind(path: str, mode: int) -> None:
     if stat.S_ISDIR(mode):
         raise ImageError(f"{path}: a folder: give the image file in it, or a block device")
@@ -238,13 +340,21 @@ def _check_kind(path: str, mode: int) -> None:
         raise ImageError(f"{path}: neither a file nor a block device: it cannot be a disk")
 
 
-def _check_size(path: str, size: int) -> None:
+def _check_size(path: str, size: int, sector_size: int, own: int) -> None:
+    """See that a disk of such sectors fits an image whose own sectors have ``own`` bytes."""
     if not size:
         raise ImageError(f"{path}: empty: give it a size first, such as: truncate -s 1G {path}")
-    if size % SECTOR:
+    if sector_size < own:
         raise ImageError(
-            f"{path}: its size, {size} bytes, is not a multiple of {SECTOR}: "
-            f"pad it with: truncate -s %{SECTOR} {path}"
+            f"{path}: a device of {own}-byte sectors: --sector-size must not be less; "
+            "leave it out to offer the device's own"
+        )
+    if size % sector_size:
+        remedy = "leave out --sector-size"
+        if own == SECTOR:  # never round down: what a file system has at the end would be lost
+            remedy = f"pad it with: truncate -s %{sector_size} {path}"
+        raise ImageError(
+            f"{path}: its size, {size} bytes, is not a multiple of {sector_size}: {remedy}"
         )
 
 

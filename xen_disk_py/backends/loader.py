@@ -36,7 +36,9 @@ _FLAGS = {
     "size": "--size",
     "read_only": "--read-only",
     "cow_limit": "--cow-limit",
+    "sector_size": "--sector-size",
 }
+_SIZES = ("size", "cow_limit", "sector_size")
 _INT_ANNOTATIONS = {"int", "Optional[int]", "Union[int,None]", "int|None", "None|int"}
 
 
@@ -71,9 +73,9 @@ def open_backend(backend: str | None, options: Mapping[str, object]) -> Backend:
 
     Args:
         backend: what ``--backend`` says; None for the default (see :func:`choose`).
-        options: by parameter name: ``path``, ``size``, ``read_only``, ``cow_limit`` and every
-            ``--option``. None, and False for ``read_only``, mean that it was not given.
-            Text becomes a number where the parameter is annotated ``int``.
+        options: by parameter name: ``path``, ``size``, ``read_only``, ``cow_limit``,
+            ``sector_size`` and every ``--option``. None, and False for ``read_only``, mean that it
+            was not given. Text becomes a number where the parameter is annotated ``int``.
 
     Asked for ``read_only``, a class whose constructor has no such parameter is opened as usual
     and its *instance* gets ``read_only = True``: whoever serves the disk refuses writes then.
@@ -170,6 +172,9 @@ def _fault(backend: Backend) -> str | None:
     if backend.physical_sector_size % sector:
         physical = backend.physical_sector_size
         return f"physical_sector_size is {physical}, not a multiple of sector_size, {sector}"
+    if backend.discard_granularity % sector:
+        granularity = backend.discard_granularity
+        return f"discard_granularity is {granularity}, not a multiple of sector_size, {sector}"
     return None
 
 
@@ -313,7 +318,7 @@ def _arguments(
     for key, value in given.items():
         if key not in takes and not takes_all:
             raise UsageError(f"{label} takes no {_flag(key)}; {_accepted(list(takes))}")
-        as_int = key in ("size", "cow_limit") or (key in takes and _is_int(takes[key].annotation))
+        as_int = key in _SIZES or (key in takes and _is_int(takes[key].annotation))
         arguments[key] = _number(key, value) if as_int and isinstance(value, str) else value
     if read_only and ("read_only" in takes or takes_all):
         arguments["read_only"] = True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Sequence
 
 from . import Backend
@@ -11,18 +13,26 @@ from .image import Image, MappedImage
 class MmapBackend(Backend):
     """An image, persistent, through a mapping.
 
-    Every read is a copy between memory and memory, without a system call that copies: good
-    for an image that fits into the page cache.
+    Writes go into the mapping: less work for the file system, at each of them, than ``raw``
+    makes. Reads come from the page cache that the mapping shows, which is where ``preadv`` looks
+    as well, at less cost than reading the mapping, and without its dangers (see
+    :class:`~.image.MappedImage`). A disk that is only read needs no mapping then.
 
     Args:
         path: the image; locked for us alone, or shared with other readers if ``read_only``.
         read_only: open it for reading only.
+        sector_size: the logical sector in bytes; by default the device's own, 512 for a file.
     """
 
-    def __init__(self, path: str, *, read_only: bool = False) -> None:
-        self._image = image = Image.open(path, writable=not read_only)
+    threads = 16
+
+    def __init__(
+        self, path: str, *, read_only: bool = False, sector_size: int | None = None
+    ) -> None:
+        self._image = image = Image.open(path, writable=not read_only, sector_size=sector_size)
+        self._outgrown: list[MappedImage] = []
         try:
-            self._mapped = MappedImage(image, private=False)
+            self._mapped = None if read_only else MappedImage(image, private=False)
         except BaseException:
             image.close()
             raise
@@ -31,22 +41,46 @@ class MmapBackend(Backend):
         self.sector_size = image.sector_size
         self.read_only = read_only
 
-    def read(self, buffers: Sequence[memoryview], offset: int) -> None:
-        """Copy out of the mapping."""
-        self._mapped.fault_in(offset, sum(map(len, buffers)), write=False)
-        self._mapped.copy_out(buffers, offset)
+    def read(self, buffers: Sequence[memoryview], offset: int) -> int:
+        """Read with ``preadv``."""
+        return self._image.read(buffers, offset)
 
-    def write(self, buffers: Sequence[memoryview], offset: int) -> None:
+    def read_nowait(self, buffers: Sequence[memoryview], offset: int) -> int:
+        """Read what is in the page cache."""
+        return self._image.read_nowait(buffers, offset)
+
+    def write(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Copy into the mapping."""
-        self._mapped.fault_in(offset, sum(map(len, buffers)), write=True)
-        self._mapped.copy_in(buffers, offset)
+        if self._mapped is None:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return self._mapped.store(buffers, offset)
+
+    write_nowait = write
 
     def flush(self) -> None:
         """``msync`` the whole mapping; the kernel knows which pages are dirty."""
-        if not self.read_only:
+        if self._mapped is not None:
             self._mapped.memory.flush()
+
+    def resize(self, size: int | None) -> int:
+        """Make a file longer or shorter, and map what was added; see :meth:`Image.resize`.
+
+        If it cannot be mapped the file stays longer, and the disk as it was.
+        """
+        if size is None:
+            return self._image.measure()
+        self._image.resize(size)
+        if self._mapped is not None and size > len(self._mapped.memory):  # too long: no harm
+            larger = MappedImage(self._image, private=False)
+            self._outgrown.append(self._mapped)  # a request may be using it
+            self._mapped = larger
+        self.size = size
+        return size
 
     def close(self) -> None:
         """Unmap, close and unlock; the kernel writes back what is left, in its own time."""
-        self._mapped.close()
+        while self._outgrown:
+            self._outgrown.pop().close()
+        if self._mapped is not None:
+            self._mapped.close()
         self._image.close()

@@ -14,7 +14,7 @@ import struct
 from collections.abc import Callable, Sequence
 
 from . import Backend
-from .image import IOV_MAX, Image, transfer_all
+from .image import Image
 
 _FALLOC_FL_KEEP_SIZE = 0x01  # linux/falloc.h
 _FALLOC_FL_PUNCH_HOLE = 0x02
@@ -35,10 +35,15 @@ class RawBackend(Backend):
     Args:
         path: the image; locked for us alone, or shared with other readers if ``read_only``.
         read_only: open it for reading only.
+        sector_size: the logical sector in bytes; by default the device's own, 512 for a file.
     """
 
-    def __init__(self, path: str, *, read_only: bool = False) -> None:
-        self._image = image = Image.open(path, writable=not read_only)
+    threads = 16
+
+    def __init__(
+        self, path: str, *, read_only: bool = False, sector_size: int | None = None
+    ) -> None:
+        self._image = image = Image.open(path, writable=not read_only, sector_size=sector_size)
         self._fd = image.fd
         self.path = image.path
         self.size = image.size
@@ -47,16 +52,14 @@ class RawBackend(Backend):
         self._discard: Callable[[int, int], None] | None = None
         if image.is_block_device:
             limit = _queue_attribute(image.fd, "discard_max_bytes")
-            self.physical_sector_size = (
-                _queue_attribute(image.fd, "physical_block_size") or image.sector_size
-            )
-            self.discard_granularity = (
-                _queue_attribute(image.fd, "discard_granularity") or image.sector_size
-            )
+            physical = _queue_attribute(image.fd, "physical_block_size")
+            self.physical_sector_size = max(physical, image.sector_size)
+            granularity = _queue_attribute(image.fd, "discard_granularity")
+            self.discard_granularity = _rounded_up(granularity, image.sector_size)
             if limit and not read_only:
                 self._discard = self._discard_device
         elif not read_only:
-            self.discard_granularity = os.fstat(image.fd).st_blksize
+            self.discard_granularity = _rounded_up(os.fstat(image.fd).st_blksize, image.sector_size)
             try:
                 _punch_hole(image.fd, image.size, 4096)  # nothing is there: a harmless question
             except OSError:
@@ -66,20 +69,17 @@ class RawBackend(Backend):
 
     def read(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Read with ``preadv``."""
-        if len(buffers) <= IOV_MAX:
-            done = os.preadv(self._fd, buffers, offset)
-            # No buffer is longer than 4096: the first question is cheap, and mostly enough.
-            if done == len(buffers) * 4096 or done == sum(map(len, buffers)):
-                return done
-        return transfer_all(os.preadv, self._fd, buffers, offset)
+        return self._image.read(buffers, offset)
+
+    def read_nowait(self, buffers: Sequence[memoryview], offset: int) -> int:
+        """Read what is in the page cache."""
+        return self._image.read_nowait(buffers, offset)
 
     def write(self, buffers: Sequence[memoryview], offset: int) -> int:
-        """Write with ``pwritev``."""
-        if len(buffers) <= IOV_MAX:
-            done = os.pwritev(self._fd, buffers, offset)
-            if done == len(buffers) * 4096 or done == sum(map(len, buffers)):
-                return done
-        return transfer_all(os.pwritev, self._fd, buffers, offset)
+        """Write with ``pwritev``: into the page cache, where ``flush`` takes it from."""
+        return self._image.write(buffers, offset)
+
+    write_nowait = write
 
     def flush(self) -> None:
         """``fdatasync``."""
@@ -105,6 +105,14 @@ class RawBackend(Backend):
             chunk = min(_DISCARD_CHUNK, offset + length - start)
             fcntl.ioctl(self._fd, _BLKDISCARD, struct.pack("QQ", start, chunk))
 
+    def resize(self, size: int | None) -> int:
+        """Make a file longer or shorter; see :meth:`Image.resize`."""
+        if size is None:
+            return self._image.measure()
+        self._image.resize(size)
+        self.size = size
+        return size
+
     def close(self) -> None:
         """Close and unlock the image."""
         self._fd = -1
@@ -122,6 +130,11 @@ def _queue_attribute(fd: int, name: str) -> int:
         except OSError:
             continue
     return 0
+
+
+def _rounded_up(number: int, step: int) -> int:
+    """Return the positive multiple of ``step`` that is nearest above, or ``number`` itself."""
+    return max(1, -(-number // step)) * step
 
 
 def _punch_hole(fd: int, offset: int, length: int) -> None:

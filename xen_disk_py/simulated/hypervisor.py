@@ -39,7 +39,7 @@ from typing import Any, Callable
 from xen_disk_py.atomic import load_fence
 from xen_disk_py.clibrary import Library, Signature, mapped, not_negative
 from xen_disk_py.errors import HypervisorError
-from xen_disk_py.hypervisor import PAGE_SIZE, Closing
+from xen_disk_py.hypervisor import PAGE_SIZE, Closing, Piece
 from xen_disk_py.mapping import GrantedPages, MappedPages, close_all
 
 FIRST_REFERENCE = 8
@@ -234,6 +234,7 @@ class Counters:
 
     maps: int = 0
     unmaps: int = 0
+    copies: int = 0
     notifications: int = 0
     mapped_pages: int = 0
     """Now, not ever."""
@@ -246,6 +247,7 @@ class SimulatedHypervisor(Closing):
         counters: what was done so far.
         before_map: called with (domid, refs, writable) before anything is mapped; what it
             raises is what the caller sees. For tests.
+        before_copy: the same for copying; ``writable`` if to granted pages.
     """
 
     def __init__(self, machine: SimulatedMachine) -> None:
@@ -256,6 +258,7 @@ class SimulatedHypervisor(Closing):
         self.fence = machine.fence
         self.counters = Counters()
         self.before_map: Callable[[int, Sequence[int], bool], object] | None = None
+        self.before_copy: Callable[[int, Sequence[int], bool], object] | None = None
 
     @property
     def mapped_pages(self) -> int:
@@ -272,13 +275,7 @@ class SimulatedHypervisor(Closing):
             self.before_map(domid, refs, writable)
         machine = self._machine
         refs = tuple(refs)
-        if (
-            domid != machine.domid
-            or not refs
-            or min(refs) < FIRST_REFERENCE
-            or max(refs) >= len(machine.grants)
-        ):
-            raise _not_granted(domid, refs)
+        self._check_references(domid, refs)
         self._pin(refs, 1)
         try:
             machine.fence()  # counted before we look: see SimulatedGuest._revoke
@@ -291,6 +288,58 @@ class SimulatedHypervisor(Closing):
         self._references[pages] = refs
         self.counters.maps += 1
         return pages
+
+    can_copy = True
+
+    def copy_from_grants(self, domid: int, pieces: Sequence[Piece], memory: memoryview) -> None:
+        """Copy pieces of granted pages, one after the other, into ``memory``.
+
+        Raises:
+            HypervisorError: a piece was not copied.
+        """
+        self._copy(os.preadv, domid, pieces, memory, writable=False)
+
+    def copy_to_grants(self, domid: int, pieces: Sequence[Piece], memory: memoryview) -> None:
+        """Fill pieces of granted pages from ``memory``.
+
+        Raises:
+            HypervisorError: a piece was not copied.
+        """
+        self._copy(os.pwritev, domid, pieces, memory, writable=True)
+
+    def _copy(
+        self,
+        transfer: Callable[[int, Sequence[memoryview], int], int],
+        domid: int,
+        pieces: Sequence[Piece],
+        memory: memoryview,
+        *,
+        writable: bool,
+    ) -> None:
+        refs = [ref for ref, _, _ in pieces]
+        if self.before_copy is not None:
+            self.before_copy(domid, refs, writable)
+        machine = self._machine
+        self._check_references(domid, refs)
+        self.counters.copies += 1
+        at = 0
+        for frame, (_, offset, length) in zip(self._granted_frames(refs, writable), pieces):
+            where = machine.memory_offset + frame * PAGE_SIZE + offset
+            transfer(machine.descriptors[0], [memory[at : at + length]], where)
+            at += length
+
+    def _check_references(self, domid: int, refs: Sequence[int]) -> None:
+        machine = self._machine
+        if (
+            domid != machine.domid
+            or not refs
+            or min(refs) < FIRST_REFERENCE
+            or max(refs) >= len(machine.grants)
+        ):
+            raise _not_granted(domid, refs)
+
+    def reserve(self, domid: int, channels: int) -> None:
+        """Do nothing: the machine's descriptors are open, and no others are needed."""
 
     def bind_interdomain(self, domid: int, remote_port: int) -> SimulatedEventChannel:
         """Connect to the port that ``domid`` opened for us. As on Xen, an event is pending.
