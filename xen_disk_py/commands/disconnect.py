@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import select
 import signal
-import time
 from typing import Callable
 
 from .. import record, toolstack
@@ -16,9 +14,10 @@ from ..errors import DeviceError
 from ..exit_status import ExitStatus
 from ..standin import stand_in
 from ..toolstack import Attached
-from ..vdev import VirtualDevice, parse
+from ..vdev import parse
 from ..xenbus import State
 from ..xenstore import Store
+from .served_disk import find, until
 
 _FORCE_PATIENCE = 10.0
 _FORCE_POLITENESS = 2.0  # seconds that a guest gets to let go by itself
@@ -29,14 +28,14 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
     vdev = parse(args.vdev)
     with env.open_store() as store:
         domain = toolstack.find_domain(store, args.vm)
-        disk = _find(store, domain.domid, vdev)
+        disk = find(store, domain.domid, vdev)
         found = record.find(env.record_directory, disk.address)
         alive = found is not None and found.alive
         if not alive:
             with stand_in(store, env.open_hypervisor, disk.address):
                 _ask(store, disk)
                 if args.force:
-                    _until(store, *_closed(store, disk, alive=False), _FORCE_POLITENESS)
+                    until(store, *_closed(store, disk, alive=False), _FORCE_POLITENESS)
                 else:
                     _wait(store, disk, args.timeout, alive=False)
         elif args.force:
@@ -49,15 +48,6 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
             record.forget(env.record_directory, disk.address)
     env.tell(f"{vdev}: {'forced off' if args.force else 'gone from'} {domain}")
     return ExitStatus.OK
-
-
-def _find(store: Store, domid: int, vdev: VirtualDevice) -> Attached:
-    disks = list(toolstack.attached(store, domid))
-    for disk in disks:
-        if disk.address.devid == vdev.number:
-            return disk
-    names = ", ".join(disk.device.name for disk in disks) or "none"
-    raise DeviceError(f"no {vdev} of ours in domain {domid}; connected there: {names}")
 
 
 def _ask(store: Store, disk: Attached) -> None:
@@ -75,7 +65,7 @@ def _ask(store: Store, disk: Attached) -> None:
 
 def _wait(store: Store, disk: Attached, timeout: float, *, alive: bool) -> None:
     """Wait until the backend has closed; for a dead one, until the frontend has."""
-    if not _until(store, *_closed(store, disk, alive=alive), timeout):
+    if not until(store, *_closed(store, disk, alive=alive), timeout):
         raise DeviceError(
             f"the guest has not let go of {disk.device} within {timeout:g} s: it does not "
             "answer (paused?), or waits until nothing there uses the disk; --force does not wait"
@@ -99,22 +89,6 @@ def _force(store: Store, disk: Attached) -> None:
     for patience in (_FORCE_POLITENESS, _FORCE_PATIENCE):
         with contextlib.suppress(ProcessLookupError):
             os.kill(disk.pid, signal.SIGTERM)
-        if _until(store, path, lambda: not store.exists(path), patience):
+        if until(store, path, lambda: not store.exists(path), patience):
             return
     raise DeviceError(f"process {disk.pid} does not end; kill it, then try again")
-
-
-def _until(store: Store, path: str, done: Callable[[], bool], timeout: float) -> bool:
-    """Wait until ``done()``, looking whenever ``path`` changes."""
-    deadline = time.monotonic() + timeout
-    store.watch(path)
-    poller = select.poll()
-    poller.register(store.fileno(), select.POLLIN)
-    while not done():
-        left = deadline - time.monotonic()
-        if left <= 0:
-            return False
-        if not store.has_pending:
-            poller.poll(left * 1000)
-        store.pending()
-    return True

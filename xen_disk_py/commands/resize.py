@@ -1,0 +1,82 @@
+"""``resize``: give a disk another size while the guest uses it, from another terminal."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from contextlib import suppress
+
+from .. import record, resizing, toolstack
+from ..environment import Environment
+from ..errors import DeviceError, StoreError, UsageError
+from ..exit_status import ExitStatus
+from ..toolstack import Attached
+from ..units import format_size
+from ..vdev import parse
+from ..xenstore import Store
+from .served_disk import find, until
+
+
+def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
+    """Ask the process that serves the disk, and say what it answers."""
+    vdev = parse(args.vdev)
+    if args.size is not None and (args.size <= 0 or args.size % 512):
+        raise UsageError(f"SIZE: {args.size} bytes is not a positive multiple of 512")
+    with env.open_store() as store:
+        domain = toolstack.find_domain(store, args.vm)
+        disk = find(store, domain.domid, vdev)
+        found = record.find(env.record_directory, disk.address)
+        if found is None or not found.alive:
+            raise DeviceError(
+                f"the process that served {vdev}, {disk.pid}, has ended: "
+                f"take the disk away with: disconnect {args.vm} {vdev}"
+            )
+        size = _ask(store, disk, resizing.Wish(args.size, args.force), args.timeout)
+    if args.json:
+        facts = {
+            "domid": domain.domid,
+            "vdev": vdev.name,
+            "number": vdev.number,
+            "device": vdev.guest_device,
+            "size": size,
+        }
+        env.say(json.dumps(facts))
+    else:
+        env.say(f"{vdev} {vdev.number} {vdev.guest_device} {format_size(size)}")
+    return ExitStatus.OK
+
+
+def _ask(store: Store, disk: Attached, wish: resizing.Wish, timeout: float) -> int:
+    """Leave the wish, wait for the answer, take both away; the result is the size in bytes."""
+    back = disk.address.backend
+    directory = f"{back}/{resizing.DIRECTORY}"
+    path = f"{directory}/{os.getpid()}"
+    gone = DeviceError(f"{disk.device} was disconnected meanwhile")
+    answers: list[str] = []
+
+    def leave(transaction: Store) -> None:
+        if not transaction.exists(back):
+            raise gone
+        transaction.mkdir(directory)
+        # What is made in it is not the guest's to read either.
+        transaction.set_permissions(directory, [f"n{disk.address.backend_domid}"])
+        transaction.write(path, str(wish))
+
+    def answered() -> bool:
+        answers[:] = [store.read(path) or ""]
+        return answers[0] != str(wish)
+
+    store.transact(leave)
+    try:
+        if not until(store, path, answered, timeout):
+            raise DeviceError(
+                f"the process that serves {disk.device}, {disk.pid}, does not answer within "
+                f"{timeout:g} s: it is stopped, hangs in a request, or is too old to resize"
+            )
+    finally:
+        with suppress(StoreError):  # whatever else is wrong is what should be told
+            store.remove(path)
+    if not answers[0]:
+        raise gone
+    return resizing.parse_answer(answers[0])
