@@ -1,0 +1,381 @@
+"""``adopt``, whole: one disk as libxl asks for it, from state 1 to state 6."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from contextlib import closing
+
+import pytest
+from libxl import Libxl, LibxlError
+
+from xen_disk_py.adoption import AdoptedDevice
+from xen_disk_py.backends.raw import RawBackend
+from xen_disk_py.cli import main
+from xen_disk_py.errors import XenUnavailable
+from xen_disk_py.exit_status import ExitStatus
+from xen_disk_py.record import Record, find
+from xen_disk_py.xenbus import Address, State
+
+ADDRESS = Address(0, 5, 51728, "vbd3")
+NEW = b"new" * 4096
+
+
+@pytest.fixture
+def libxl(host, tmp_path):
+    return Libxl(host, tmp_path)
+
+
+@pytest.fixture
+def adopt(host, libxl, caplog):
+    """Run ``adopt`` here, as ``serve`` would once the nodes are there, while a script plays."""
+    caplog.set_level("INFO")
+
+    def adopt(script, target=None, **changed):
+        env = host.environment()
+        errors = []
+        if target is not None:
+            libxl.create(target, **changed)
+
+        def play():
+            try:
+                script()
+            except BaseException as error:
+                errors.append(error)
+                host.xenstored.remove_domain(host.DOMID)  # let the command end
+
+        thread = threading.Thread(target=play)
+        thread.start()
+        try:
+            status = main(["adopt", "5", "51728"], env)
+        finally:
+            thread.join(10)
+        assert not thread.is_alive()
+        if errors:
+            raise AssertionError(f"{status!r}: {env.stderr.getvalue()}") from errors[0]
+        assert env.stdout.getvalue() == ""
+        return status
+
+    return adopt
+
+
+@pytest.fixture
+def image(tmp_path):
+    path = tmp_path / "disk.raw"
+    path.write_bytes(bytes(range(256)) * 4096)
+    return path
+
+
+class Steps:
+    """What libxl and the guest do, one after the other."""
+
+    def __init__(self, host, libxl):
+        self.host = host
+        self.libxl = libxl
+
+    def connect(self, **options):
+        self.libxl.wait(ADDRESS, State.INIT_WAIT)
+        self.libxl.run_script(ADDRESS, "add")
+        frontend = self.host.frontend(ADDRESS, **options)
+        frontend.connect()
+        return frontend
+
+    def detach(self, frontend):
+        self.libxl.ask_to_detach(ADDRESS)
+        frontend.disconnect()
+        self.libxl.finish_detach(ADDRESS)
+
+
+@pytest.fixture
+def steps(host, libxl):
+    return Steps(host, libxl)
+
+
+def test_a_persistent_disk(adopt, steps, image, host, caplog):
+    def script():
+        frontend = steps.connect()
+        frontend.write(4096, NEW)
+        assert NEW == frontend.read(4096, len(NEW))
+        frontend.discard(0, 4096)
+        found = find(host.records, ADDRESS)
+        assert found.alive
+        told = {key: found.facts[key] for key in ("domain", "vdev", "backend", "path", "mode")}
+        assert told == {
+            "domain": "guest",
+            "vdev": "xvdb",
+            "backend": "raw",
+            "path": str(image),
+            "mode": "rw",
+        }
+        assert str(os.getpid()) == host.tree()[f"{ADDRESS.backend}/xen-disk-pid"]
+        steps.detach(frontend)
+
+    assert adopt(script, image) is ExitStatus.OK
+    assert NEW == image.read_bytes()[4096 : 4096 + len(NEW)]
+    assert [line.getMessage() for line in caplog.records] == [
+        f"xvdb of domain 5: connected: 1 MiB raw rw {image}",
+        "xvdb of domain 5: detached by the toolstack or with the guest",
+    ]
+
+
+def test_copy_on_write(adopt, steps, image):
+    def script():
+        frontend = steps.connect()
+        frontend.write(4096, NEW)
+        assert NEW == frontend.read(4096, len(NEW))
+        steps.detach(frontend)
+
+    before = image.read_bytes()
+    assert adopt(script, f"{image},backend=cow,cow-limit=1M") is ExitStatus.OK
+    assert before == image.read_bytes()
+
+
+@pytest.mark.parametrize("backend", ["raw", "cow", "mmap"])
+def test_read_only_comes_from_the_mode(adopt, steps, image, backend):
+    def script():
+        frontend = steps.connect()
+        assert frontend.features.read_only
+        assert not frontend.features.discard
+        steps.detach(frontend)
+
+    assert adopt(script, f"{image},backend={backend}", mode="r") is ExitStatus.OK
+
+
+@pytest.mark.parametrize("enabled", ["0", "1"])
+def test_discard_is_the_toolstacks_to_allow(adopt, steps, image, enabled):
+    def script():
+        frontend = steps.connect()
+        assert (enabled == "1") is frontend.features.discard
+        steps.detach(frontend)
+
+    assert adopt(script, image, discard_enable=enabled) is ExitStatus.OK
+
+
+def test_options_reach_the_guest(adopt, steps, image):
+    def script():
+        frontend = steps.connect(max_segments=100)
+        assert 32 == frontend.features.max_indirect_segments
+        steps.detach(frontend)
+
+    assert adopt(script, f"{image},indirect-segments=32") is ExitStatus.OK
+
+
+def test_it_connects_only_after_the_script(adopt, steps, host, libxl, image, monkeypatch):
+    """libxl would miss a state 2 that is gone before it looks."""
+    looked_at = []
+    update = AdoptedDevice.update
+
+    def watched(device):
+        frontend_state = host.tree().get(f"{ADDRESS.frontend}/state")
+        update(device)
+        looked_at.append((frontend_state, device.state))
+
+    monkeypatch.setattr(AdoptedDevice, "update", watched)
+
+    def script():
+        libxl.wait(ADDRESS, State.INIT_WAIT)
+        frontend = host.frontend(ADDRESS)
+        connecting = threading.Thread(target=frontend.connect)
+        connecting.start()
+        host.until(lambda: ("3", State.INIT_WAIT) in looked_at)
+        libxl.wait(ADDRESS, State.INIT_WAIT)
+        libxl.run_script(ADDRESS, "add")
+        connecting.join(10)
+        assert frontend.backend_state is State.CONNECTED
+        steps.detach(frontend)
+
+    assert adopt(script, image) is ExitStatus.OK
+
+
+def test_detached_before_the_script_ran(adopt, libxl, image):
+    def script():
+        libxl.wait(ADDRESS, State.INIT_WAIT)
+        libxl.detach(ADDRESS)
+
+    assert adopt(script, image) is ExitStatus.OK
+
+
+@pytest.mark.parametrize("ran", [False, True])
+def test_the_guest_is_destroyed(adopt, host, libxl, steps, image, ran):
+    def script():
+        libxl.wait(ADDRESS, State.INIT_WAIT)
+        if ran:
+            steps.connect()
+        host.xenstored.remove_domain(host.DOMID)
+        libxl.wait(ADDRESS, State.CLOSED)
+        libxl.remove(ADDRESS)
+
+    assert adopt(script, image) is ExitStatus.OK
+
+
+def test_a_signal_unplugs_and_leaves_the_nodes_to_libxl(adopt, host, libxl, steps, image, caplog):
+    def script():
+        frontend = steps.connect()
+        os.kill(os.getpid(), signal.SIGTERM)
+        host.until(lambda: frontend.backend_state is State.CLOSING)
+        frontend.disconnect()
+        libxl.wait(ADDRESS, State.CLOSED)
+
+    assert adopt(script, image) is ExitStatus.OK
+    assert "unplugged" in caplog.text
+    assert str(os.getpid()) == host.tree()[f"{ADDRESS.backend}/xen-disk-pid"]
+    libxl.detach(ADDRESS)
+
+
+def test_a_hangup_resizes(adopt, steps, host, image):
+    """There is never a terminal whose end it could tell."""
+
+    def script():
+        frontend = steps.connect()
+        os.truncate(image, 2 << 20)
+        os.kill(os.getpid(), signal.SIGHUP)
+        host.until(lambda: host.tree()[f"{ADDRESS.backend}/sectors"] == "4096")
+        assert 2 << 20 == find(host.records, ADDRESS).facts["size"]
+        steps.detach(frontend)
+
+    assert adopt(script, image) is ExitStatus.OK
+
+
+def test_a_driver_that_comes_back(adopt, steps, host, libxl, image):
+    def script():
+        frontend = steps.connect()
+        frontend.disconnect()
+        libxl.wait(ADDRESS, State.CLOSED)
+        frontend = host.frontend(ADDRESS)
+        host.store.write(f"{ADDRESS.frontend}/state", "1")
+        frontend.connect()
+        assert image.read_bytes()[:4096] == frontend.read(0, 4096)
+        steps.detach(frontend)
+
+    assert adopt(script, image) is ExitStatus.OK
+
+
+@pytest.mark.parametrize(
+    ("target", "changed", "said"),
+    [
+        ("/nowhere/x.raw", {}, "/nowhere/x.raw: "),
+        ("/", {}, "/: a folder"),
+        ("disk.raw", {}, "give an absolute path"),
+        ("IMAGE,colour=blue", {}, "there is no option colour="),
+        ("IMAGE,backend=magnetic", {}, "there is no backend magnetic"),
+        ("IMAGE,cow-limit=1G", {}, "the raw backend takes no --cow-limit"),
+        ("IMAGE,cow-limit=much", {}, "'much' is not a size"),
+        ("IMAGE,option.path=/x", {}, "use --path for that"),
+        ("IMAGE,indirect-segments=-1", {}, "'-1' is not a number"),
+        ("IMAGE", {"params": "vhd:/x"}, "'vhd' images are not served"),
+        ("IMAGE", {"device_type": "cdrom"}, "a CD-ROM is not served"),
+        ("/now here/\x7f.raw", {}, "/now here/?.raw"),
+        ("/" + "long/" * 500, {}, "/long/long/"),
+    ],
+)
+def test_what_cannot_be_had_is_told_by_xl(adopt, libxl, image, target, changed, said):
+    def script():
+        libxl.wait(ADDRESS, State.INIT_WAIT)
+        with pytest.raises(LibxlError) as caught:
+            libxl.run_script(ADDRESS, "add")
+        assert said in str(caught.value)
+        assert "error" == libxl.store.read(f"{ADDRESS.backend}/hotplug-status")
+        libxl.remove(ADDRESS)
+
+    target = target.replace("IMAGE", str(image))
+    assert adopt(script, target, **changed) is ExitStatus.OK
+
+
+def test_an_image_in_use(adopt, libxl, image):
+    def script():
+        libxl.wait(ADDRESS, State.INIT_WAIT)
+        with pytest.raises(LibxlError, match="in use by process"):
+            libxl.run_script(ADDRESS, "add")
+        libxl.remove(ADDRESS)
+
+    with closing(RawBackend(str(image))):
+        assert adopt(script, image) is ExitStatus.OK
+
+
+def test_no_hypervisor(adopt, host, libxl, image, monkeypatch):
+    def missing(env):
+        raise XenUnavailable("no /dev/xen/gntdev: modprobe xen-gntdev")
+
+    monkeypatch.setattr("xen_disk_py.commands.adopt.opened_hypervisor", missing)
+
+    def script():
+        libxl.wait(ADDRESS, State.INIT_WAIT)
+        with pytest.raises(LibxlError, match="modprobe xen-gntdev"):
+            libxl.run_script(ADDRESS, "add")
+        libxl.remove(ADDRESS)
+
+    assert adopt(script, image) is ExitStatus.OK
+
+
+def test_a_process_that_still_ends(adopt, host, libxl, steps, image):
+    """libxl may attach a device anew before the process that served it has gone."""
+    old = Record(host.records, ADDRESS)
+
+    def script():
+        host.until(lambda: find(host.records, ADDRESS).alive)
+        old.close()
+        steps.detach(steps.connect())
+
+    assert adopt(script, image) is ExitStatus.OK
+
+
+def test_a_device_that_another_process_serves(adopt, host, libxl, image, monkeypatch):
+    """Two supervisors saw it at once; the quicker one's disk is not disturbed."""
+    exists = host.store.exists
+
+    with Record(host.records, ADDRESS):
+
+        def script():
+            host.until(lambda: exists(f"{ADDRESS.backend}/state"))
+            host.store.write(f"{ADDRESS.backend}/xen-disk-pid", "1")
+
+        libxl.create(image)
+        assert adopt(script) is ExitStatus.OK
+        assert "1" == host.store.read(f"{ADDRESS.backend}/state")
+        assert not exists(f"{ADDRESS.backend}/hotplug-error")
+    libxl.remove(ADDRESS)
+
+
+def test_a_process_that_died(adopt, host, libxl, image):
+    """Its guest is told that what it waits for has failed, and libxl that the disk is closed."""
+    serving = host.serving(host.memory(), "xvdb", start=False)
+    libxl.create(image, state="4", xen_disk_pid="123456789", hotplug_status="connected")
+    for key, value in serving.device.keys().items():
+        if key != "state":
+            host.store.write(f"{ADDRESS.backend}/{key}", value)
+    os.close(Record(host.records, ADDRESS)._fd)  # as when a process is killed
+
+    def script():
+        libxl.wait(ADDRESS, State.CLOSED)
+        libxl.finish_detach(ADDRESS)
+
+    libxl.ask_to_detach(ADDRESS)
+    assert adopt(script) is ExitStatus.OK
+    assert not os.path.exists(f"{host.records}/5-51728")
+
+
+@pytest.mark.parametrize("state", ["2", "4", "6"])
+def test_a_disk_that_is_served_is_left_alone(adopt, host, libxl, image, state):
+    """What two supervisors start at once; the later one must not touch the ring."""
+    libxl.create(image, state=state, xen_disk_pid="1", hotplug_status="connected")
+    before = host.tree()
+    assert adopt(lambda: None) is ExitStatus.OK
+    assert before == host.tree()
+    libxl.remove(ADDRESS)
+
+
+def test_a_closing_disk_whose_process_lives_is_left_alone(adopt, host, libxl, image):
+    libxl.create(image, state="5", xen_disk_pid="1", hotplug_status="connected")
+    before = host.tree()
+    with Record(host.records, ADDRESS):
+        assert adopt(lambda: None) is ExitStatus.ERROR
+    assert before == host.tree()
+    libxl.remove(ADDRESS)
+
+
+def test_it_is_not_for_people(capsys, host):
+    assert main(["--help"], host.environment()) is ExitStatus.OK
+    shown = capsys.readouterr().out
+    assert "serve" in shown
+    assert "adopt" not in shown

@@ -1,0 +1,293 @@
+"""``serve``, whole: libxl, the supervisor, a real process for each disk, and a guest."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from libxl import Libxl, LibxlError
+
+import xen_disk_py
+from xen_disk_py.blkif import READ
+from xen_disk_py.cli import main
+from xen_disk_py.exit_status import ExitStatus
+from xen_disk_py.frontend import RequestFailed
+from xen_disk_py.record import find
+from xen_disk_py.xenbus import Address, State
+
+ADDRESS = Address(0, 5, 51728, "vbd3")
+NEW = b"new" * 4096
+
+# Stands in for Python as ``serve`` starts it: ``… -m xen_disk_py adopt 5 51728``, on this host.
+PROGRAM = """#!{python}
+import sys
+
+sys.path.insert(0, {package!r})
+from xen_disk_py.cli import main
+from xen_disk_py.environment import Environment
+from xen_disk_py.simulated.hypervisor import SimulatedHypervisor, SimulatedMachine
+
+assert sys.argv[1:3] == ["-m", "xen_disk_py"]
+if {dies!r} in sys.argv:
+    raise SystemExit(3)
+machine = SimulatedMachine.attach({machine!r})
+env = Environment(
+    record_directory={records!r}, open_hypervisor=lambda: SimulatedHypervisor(machine)
+)
+sys.exit(main(sys.argv[3:], env))
+"""
+
+
+@pytest.fixture
+def libxl(host, tmp_path):
+    return Libxl(host, tmp_path)
+
+
+@pytest.fixture
+def image(tmp_path):
+    path = tmp_path / "disk.raw"
+    path.write_bytes(bytes(range(256)) * 4096)
+    return path
+
+
+@pytest.fixture
+def systemd(tmp_path, monkeypatch):
+    """What systemd hears."""
+    path = str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(path)
+        listener.settimeout(10)
+        monkeypatch.setenv("NOTIFY_SOCKET", path)
+        yield lambda: listener.recv(1000).decode()
+
+
+@pytest.fixture
+def serve(host, tmp_path, monkeypatch, caplog):
+    """Run ``serve`` here while a script plays libxl and the guest; then interrupt it."""
+    caplog.set_level("INFO")
+    monkeypatch.setenv("XENSTORED_PATH", host.xenstored.socket_path(0))
+    monkeypatch.setattr("xen_disk_py.commands.serve._RETRY", 0.05)
+    program = tmp_path / "python"
+    processes = []
+
+    def popen(*arguments, **options):
+        options["pass_fds"] = host.machine.descriptors
+        processes.append(subprocess.Popen(*arguments, **options))
+        return processes[-1]
+
+    def serve(script, dies="", signum=signal.SIGTERM):
+        words = {
+            "python": sys.executable,
+            "package": str(Path(xen_disk_py.__file__).parents[1]),
+            "machine": host.machine.address,
+        }
+        program.write_text(PROGRAM.format(records=host.records, dies=dies, **words))
+        program.chmod(0o755)
+        env = host.environment()
+        errors = []
+
+        def play():
+            try:
+                host.until(lambda: "ready: " in caplog.text)
+                script()
+            except BaseException as error:
+                errors.append(error)
+            finally:
+                os.kill(os.getpid(), signum)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("sys.executable", str(program))
+            patch.setattr(
+                "xen_disk_py.commands.serve.subprocess",
+                SimpleNamespace(Popen=popen, DEVNULL=subprocess.DEVNULL),
+            )
+            before = signal.getsignal(signal.SIGCHLD)
+            handlers = [
+                (number, signal.signal(number, signal.SIG_IGN))  # one that comes after the end
+                for number in (signal.SIGTERM, signal.SIGINT)
+            ]
+            thread = threading.Thread(target=play)
+            thread.start()
+            try:
+                status = main(["serve"], env)
+            finally:
+                thread.join(20)
+                for number, handler in handlers:
+                    signal.signal(number, handler)
+            assert signal.getsignal(signal.SIGCHLD) is before
+        if errors:
+            raise AssertionError(caplog.text + env.stderr.getvalue()) from errors[0]
+        assert "" == env.stdout.getvalue()
+        return status
+
+    serve.processes = processes
+    yield serve
+    for process in processes:
+        try:
+            process.wait(5)
+        finally:
+            process.kill()
+            process.wait(5)
+
+
+def kill(process, host):
+    """Kill a process; and give back what was its, as a kernel would."""
+    machine = host.machine
+    process.kill()
+    host.until(lambda: process.returncode is not None)
+    for table in (machine.mapped, machine.backend_ports):
+        for index in range(len(table)):
+            table[index] = 0
+
+
+def detach(libxl, address, frontend):
+    libxl.ask_to_detach(address)
+    frontend.disconnect()
+    libxl.finish_detach(address)
+
+
+def test_a_disk_from_attach_to_detach(serve, host, libxl, image, systemd):
+    def script():
+        assert "READY=1\nSTATUS=0 disks are served" == systemd()
+        address = libxl.attach(image)
+        assert "STATUS=1 disk is served" == systemd()
+        frontend = host.frontend(address)
+        frontend.connect()
+        frontend.write(4096, NEW)
+        assert NEW == frontend.read(4096, len(NEW))
+        detach(libxl, address, frontend)
+        assert "STATUS=0 disks are served" == systemd()
+
+    assert serve(script) is ExitStatus.OK
+    assert "STOPPING=1" == systemd()
+    assert NEW == image.read_bytes()[4096 : 4096 + len(NEW)]
+    assert [0] == [process.wait(10) for process in serve.processes]
+
+
+def test_many_guests_disks_share_a_gold_image(serve, host, libxl, image):
+    before = image.read_bytes()
+
+    def script():
+        frontends = {}
+        for vdev in ("xvda", "xvdb", "xvdc"):
+            address = libxl.attach(f"{image},backend=cow", vdev)
+            frontends[address] = host.frontend(address)
+            frontends[address].connect()
+            frontends[address].write(0, vdev.encode() * 128)
+        assert len(serve.processes) == 3
+        for address, frontend in frontends.items():
+            name = {51712: b"xvda", 51728: b"xvdb", 51744: b"xvdc"}[address.devid]
+            assert name * 128 == frontend.read(0, 512)
+            detach(libxl, address, frontend)
+
+    assert serve(script) is ExitStatus.OK
+    assert before == image.read_bytes()
+
+
+def test_a_disk_outlives_the_supervisor(serve, host, libxl, image, caplog):
+    """Restarted, it leaves the disk alone, and counts it."""
+    kept = []
+
+    def first():
+        address = libxl.attach(image)
+        kept.append((address, host.frontend(address)))
+        kept[0][1].connect()
+
+    assert serve(first, signum=signal.SIGINT) is ExitStatus.OK
+    assert "stopped; 1 disk is served by a process of its own" in caplog.text
+    (address, frontend) = kept[0]
+    frontend.write(0, NEW)
+    caplog.clear()
+
+    def second():
+        host.until(lambda: "ready: 1 disk is served" in caplog.text)
+        assert NEW == frontend.read(0, len(NEW))
+        detach(libxl, address, frontend)
+
+    assert serve(second) is ExitStatus.OK
+    assert len(serve.processes) == 1
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("/nowhere/disk.raw", "/nowhere/disk.raw: "),
+        ("/nowhere/disk.raw,colour=blue", "there is no option colour="),
+    ],
+)
+def test_a_disk_that_cannot_be_had(serve, libxl, target, said):
+    def script():
+        with pytest.raises(LibxlError) as caught:
+            libxl.attach(target)
+        assert said in str(caught.value)
+        libxl.detach(ADDRESS)
+
+    assert serve(script) is ExitStatus.OK
+
+
+def test_a_process_that_dies_at_once(serve, libxl, image):
+    def script():
+        with pytest.raises(LibxlError, match=r"process \d+ ended with status 3"):
+            libxl.attach(image)
+        libxl.detach(ADDRESS)
+
+    assert serve(script, dies="51728") is ExitStatus.OK
+
+
+def test_a_process_that_is_killed(serve, host, libxl, image, caplog):
+    """The guest learns that what it waits for has failed; libxl can detach the disk."""
+
+    def script():
+        address = libxl.attach(image)
+        frontend = host.frontend(address)
+        frontend.connect()
+        kill(serve.processes[0], host)
+        host.until(lambda: "has died" in caplog.text)
+        assert not find(host.records, address).alive
+        assert frontend.backend_state is State.CONNECTED
+        frontend.submit(READ, 0, length=4096)
+        frontend.kick()
+        libxl.ask_to_detach(address)
+        with pytest.raises(RequestFailed):
+            frontend.drain()
+        frontend.disconnect()
+        libxl.finish_detach(address)
+
+    assert serve(script) is ExitStatus.OK
+    assert "ended with status -9" in caplog.text
+    assert [-9, 0] == [process.wait(10) for process in serve.processes]
+
+
+def test_xenstored_restarts(serve, host, libxl, image, caplog):
+    """The disks go on, and new ones are seen."""
+
+    def script():
+        address = libxl.attach(f"{image},backend=cow")
+        frontend = host.frontend(address)
+        frontend.connect()
+        host.xenstored.restart(keep=True)
+        host.until(lambda: "connected to xenstore again" in caplog.text)
+        frontend.write(0, NEW)
+        for store in (libxl.store, frontend._store, host.store):
+            store.reconnect()
+        libxl.detach(libxl.attach(f"{image},backend=cow", "xvdc"))
+        detach(libxl, address, frontend)
+
+    assert serve(script) is ExitStatus.OK
+
+
+@pytest.mark.parametrize("version", [(4, 17), (4, 18), (3, 4)])
+def test_an_older_xen(host, version):
+    env = host.environment()
+    env.xen_version = lambda: version
+    assert main(["serve"], env) is ExitStatus.ERROR
+    said = env.stderr.getvalue()
+    assert f"Xen {version[0]}.{version[1]}: its libxl refuses disks with backendtype=tap" in said
+    assert len(said.splitlines()) == 1

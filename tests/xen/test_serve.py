@@ -1,0 +1,251 @@
+"""``serve`` and Xen's own toolstack: disks by ``xl block-attach`` and by a guest's configuration.
+
+libxl hands such disks to others from Xen 4.19 on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import select
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from xen_disk_py import toolstack
+
+from .disk import PROGRAM, block_nodes, gained, xen_disk, xenstore_snapshot
+from .guest import LAB, RESULTS, Guest, GuestError, sh
+
+VERSION = toolstack.xen_version()
+pytestmark = pytest.mark.skipif(
+    VERSION is not None and VERSION < (4, 19),
+    reason=f"libxl of Xen {VERSION} rejects backendtype=tap",
+)
+
+GOLD = LAB / "guest-root.ext4"
+UNIT = Path("/etc/systemd/system/xen-disk-serve.service")
+LINE = "vdev={},backendtype=tap,script=block-xen-disk,format=raw,access={},target={}"
+MIB = 1 << 20
+LIBXL_PATIENCE = 10.0  # seconds, before it uses force
+
+
+class Daemon:
+    """A running ``serve`` with the capabilities that its unit leaves it, and its systemd."""
+
+    def __init__(self, folder: Path) -> None:
+        self.log = RESULTS / "serve.log"
+        self._path = str(folder / "notify")
+        self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.listener.bind(self._path)
+        self.start()
+
+    def start(self) -> None:
+        """Start it, and wait until it is ready."""
+        names = re.findall(r"CAP_(\w+)", UNIT.read_text())
+        bounds = ",".join(["-all", *(f"+{name.lower()}" for name in names)])
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(
+                ["setpriv", f"--bounding-set={bounds}", "--no-new-privs", *PROGRAM, "serve"],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, "NOTIFY_SOCKET": self._path},
+            )
+        self.wait_for("READY=1")
+
+    def wait_for(self, text: str, timeout: float = 30) -> None:
+        """Wait until systemd has been told that."""
+        deadline = time.monotonic() + timeout
+        heard: list[str] = []
+        while True:
+            left = max(0, deadline - time.monotonic())
+            if not select.select([self.listener], [], [], left)[0]:
+                raise AssertionError(f"never said {text}, but {heard}: {self.log.read_text()}")
+            heard.append(self.listener.recv(1000).decode())
+            if text in heard[-1]:
+                return
+
+    def stop(self) -> None:
+        """End it, as systemd does."""
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            assert self.process.wait(30) == 0
+        finally:
+            self.process.kill()
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Daemon]:
+    """Return a running ``serve``, installed as it should be; nothing is left of it afterwards."""
+    installed = xen_disk("install")
+    assert installed.returncode == 0, installed.stderr
+    before = xenstore_snapshot()
+    daemon = Daemon(tmp_path)
+    yield daemon
+    daemon.stop()
+    daemon.listener.close()
+    assert xen_disk("install", "--remove").returncode == 0
+    assert gained(before, xenstore_snapshot()) == {}
+    assert sh("pgrep", "-af", "xen_disk_py adopt", check=False) == "", daemon.log.read_text()
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "my disk.raw"
+    path.write_bytes(os.urandom(8 * MIB))
+    return path
+
+
+def xl(*arguments: str, timeout: float = 90) -> tuple[int, str, float]:
+    """Run xl; return its status, what it said, and the seconds it took."""
+    start = time.monotonic()
+    done = subprocess.run(
+        ["xl", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    return done.returncode, done.stdout, time.monotonic() - start
+
+
+def served() -> list[dict[str, object]]:
+    """Return what ``list`` says."""
+    rows = json.loads(xen_disk("list", "--json").stdout)
+    assert isinstance(rows, list)
+    return rows
+
+
+def test_attach_and_detach(serve: Daemon, pv_guest: Guest, image: Path) -> None:
+    """A persistent disk: listed, written, detached; what was written is in the image."""
+    domid = str(pv_guest.domid)
+    for _ in range(2):
+        assert xl("block-attach", domid, LINE.format("xvdb", "rw", image))[:2] == (0, "")
+        pv_guest.wait_for_device("xvdb")
+        fields = sh("xl", "block-list", domid).splitlines()[1].split()
+        assert (fields[0], fields[3]) == ("51728", "4")
+        (row,) = served()
+        shown = {key: row[key] for key in ("vdev", "backend", "path", "mode", "alive")}
+        assert shown == {
+            "vdev": "xvdb",
+            "backend": "raw",
+            "path": str(image),
+            "mode": "rw",
+            "alive": True,
+        }
+        data = os.urandom(16).hex()
+        pv_guest.check(f"printf {data} | dd of=/dev/xvdb bs=512 seek=7 conv=sync oflag=direct")
+        assert xl("block-detach", domid, "xvdb")[:2] == (0, "")
+        pv_guest.wait_gone("xvdb")
+        serve.wait_for("STATUS=0 disks")
+        assert block_nodes(pv_guest.domid) == {}
+        assert image.read_bytes()[7 * 512 :].startswith(data.encode())
+
+
+def test_read_only(serve: Daemon, pv_guest: Guest, image: Path) -> None:
+    """``access=ro`` is all it takes."""
+    domid = str(pv_guest.domid)
+    assert xl("block-attach", domid, LINE.format("xvdb", "ro", image))[:2] == (0, "")
+    pv_guest.wait_for_device("xvdb")
+    assert pv_guest.check("cat /sys/block/xvdb/ro").strip() == "1"
+    assert xl("block-detach", domid, "xvdb")[:2] == (0, "")
+    pv_guest.wait_gone("xvdb")
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_discards_are_for_the_line_to_allow(
+    serve: Daemon, pv_guest: Guest, image: Path, allowed: bool
+) -> None:
+    """``no-discard`` keeps the image's blocks where they are."""
+    domid = str(pv_guest.domid)
+    access = "rw" if allowed else "rw,no-discard"
+    assert xl("block-attach", domid, LINE.format("xvdb", access, image))[:2] == (0, "")
+    pv_guest.wait_for_device("xvdb")
+    most = int(pv_guest.check("cat /sys/block/xvdb/queue/discard_max_bytes"))
+    assert (most > 0) is allowed
+    assert xl("block-detach", domid, "xvdb")[:2] == (0, "")
+    pv_guest.wait_gone("xvdb")
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("/nowhere/disk.raw", "script: /nowhere/disk.raw: "),
+        ("/dev/null", "script: /dev/null: neither a file nor a block device"),
+        ("/etc/hostname,colour=blue", "script: target=: there is no option colour=; known are"),
+    ],
+)
+def test_a_disk_that_cannot_be_had(serve: Daemon, pv_guest: Guest, target: str, said: str) -> None:
+    """``xl`` says why; and takes away again, without delay, what it has left in xenstore."""
+    domid = str(pv_guest.domid)
+    status, output, _ = xl("block-attach", domid, LINE.format("xvdb", "rw", target))
+    assert status != 0
+    assert said in output
+    status, output, seconds = xl("block-detach", domid, "xvdb")
+    assert (status, output) == (0, "")
+    assert seconds < LIBXL_PATIENCE
+    assert block_nodes(pv_guest.domid) == {}
+
+
+def test_a_guest_whose_disk_cannot_be_had(serve: Daemon) -> None:
+    """``xl create`` fails with the reason, and leaves nothing."""
+    with pytest.raises(GuestError) as caught:
+        Guest("pv", disks=[LINE.format("xvda", "rw", "/nowhere/disk.raw")])
+    assert "script: /nowhere/disk.raw: " in str(caught.value)
+
+
+def test_boot_from_a_gold_image(serve: Daemon) -> None:
+    """Two guests boot from one image by a line in their configurations, neither changes it.
+
+    ``serve`` is started anew meanwhile; the guests do not notice.
+    """
+    digest = sh("sha256sum", str(GOLD))
+    line = LINE.format("xvda", "rw", f"{GOLD},backend=cow,cow-limit=64M")
+    with Guest("pv", cmdline="lab.root=xvda", disks=[line]) as guest:
+        assert "/dev/xvda / ext4 rw" in guest.check("cat /proc/mounts")
+        guest.check("echo from the guest > /new && rm /lab-root && sync")
+        serve.stop()
+        guest.check("echo 3 > /proc/sys/vm/drop_caches; cat /new /sbin/init > /dev/null")
+        serve.start()
+        with Guest("pv", cmdline="lab.root=xvda", disks=[line]) as second:
+            second.check("ls /lab-root && ! ls /new")
+            assert len(served()) == 2
+            status, output, seconds = xl("destroy", str(second.domid))
+            assert (status, output) == (0, "")
+            assert seconds < LIBXL_PATIENCE
+        guest.check("echo 3 > /proc/sys/vm/drop_caches")
+        assert guest.check("cat /new") == "from the guest\n"
+        assert "I/O error" not in guest.dmesg()
+        guest.shutdown()
+        guest.wait_dead()
+    serve.wait_for("STATUS=0 disks")
+    assert digest == sh("sha256sum", str(GOLD)), "the gold image has changed"
+
+
+def test_a_process_that_is_killed(serve: Daemon, pv_guest: Guest, image: Path) -> None:
+    """It is reported; ``xl block-detach`` takes the disk away, and the guest is fine."""
+    domid = str(pv_guest.domid)
+    assert xl("block-attach", domid, LINE.format("xvdb", "rw", image))[:2] == (0, "")
+    pv_guest.wait_for_device("xvdb")
+    os.kill(int(str(served()[0]["pid"])), signal.SIGKILL)
+    serve.wait_for("STATUS=0 disks")
+    assert "has died" in serve.log.read_text()
+    reading = pv_guest.spawn("dd if=/dev/xvdb of=/dev/null bs=4k count=1 iflag=direct")
+    status, output, seconds = xl("block-detach", domid, "xvdb")
+    assert (status, output) == (0, "")
+    assert seconds < LIBXL_PATIENCE
+    assert reading.wait()[0] != 0
+    pv_guest.wait_gone("xvdb")
+    assert block_nodes(pv_guest.domid) == {}
+    assert xl("block-attach", domid, LINE.format("xvdb", "rw", image))[:2] == (0, "")
+    pv_guest.wait_for_device("xvdb")
+    assert xl("block-detach", domid, "xvdb")[:2] == (0, "")
+    pv_guest.wait_gone("xvdb")

@@ -1,0 +1,104 @@
+"""``serve``: the disks that guests' configurations ask for, each in a process of its own."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import select
+import signal
+import subprocess
+import sys
+
+from ..adoption import SCRIPT
+from ..environment import Environment
+from ..errors import XenDiskError, XenUnavailable
+from ..exit_status import ExitStatus
+from ..serving import Supervisor
+from ..session import Interrupts
+from ..systemd import NOTIFY_SOCKET, notify
+from ..xenbus import Address
+from ..xenstore import Store
+
+log = logging.getLogger("xen_disk_py")
+
+_SCRIPT_PATH = f"/etc/xen/scripts/{SCRIPT}"
+_RETRY = 1.0  # seconds between two tries to reach a xenstore that is away
+
+
+def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
+    """Start a process for each disk until a signal comes; the disks stay."""
+    version = env.xen_version()
+    if version is not None and version < (4, 19):
+        raise XenUnavailable(
+            "Xen {}.{}: its libxl refuses disks with backendtype=tap, Xen 4.19 is the first that "
+            "takes them; use: xen-disk connect".format(*version)
+        )
+    if not os.path.exists(_SCRIPT_PATH):
+        log.warning("there is no %s, which disk lines name: run xen-disk install", _SCRIPT_PATH)
+    debug = ["--debug"] if getattr(args, "debug", False) else []
+
+    def start(address: Address) -> subprocess.Popen[bytes]:
+        """Start what serves a disk; no signal to us or our terminal reaches it."""
+        command = [sys.executable, "-m", "xen_disk_py", *debug, "adopt"]
+        return subprocess.Popen(
+            [*command, str(address.frontend_domid), str(address.devid)],
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            env={name: value for name, value in os.environ.items() if name != NOTIFY_SOCKET},
+        )
+
+    with env.open_store() as store, Interrupts().installed() as interrupts:
+        # A child's end wakes us as any signal does.
+        before = signal.signal(signal.SIGCHLD, lambda signum, frame: None)
+        try:
+            supervisor = Supervisor(store, env.record_directory, start)
+            supervisor.watch()
+            _supervise(store, supervisor, interrupts)
+        finally:
+            signal.signal(signal.SIGCHLD, before)
+    return ExitStatus.OK
+
+
+def _supervise(store: Store, supervisor: Supervisor, interrupts: Interrupts) -> None:
+    supervisor.look()
+    log.info("ready: %s", _disks(supervisor.served))
+    notify("READY=1", f"STATUS={_disks(supervisor.served)}")
+    changed = False
+    while True:
+        interrupts.drain()
+        if interrupts.asked:
+            break
+        told, pause = supervisor.served, None
+        try:
+            if store.is_lost:
+                store.reconnect()
+                log.info("connected to xenstore again")
+            changed |= bool(store.pending())
+            changed |= supervisor.reap()
+            if changed:
+                supervisor.look()
+                changed = False
+        except XenDiskError as error:
+            log.debug("%s", error)
+            pause = _RETRY
+        if supervisor.served != told:
+            notify(f"STATUS={_disks(supervisor.served)}")
+        _sleep(store, interrupts, pause)
+    notify("STOPPING=1")
+    log.info("stopped; %s by a process of its own, as before", _disks(supervisor.served))
+
+
+def _sleep(store: Store, interrupts: Interrupts, pause: float | None) -> None:
+    """Wait for a signal or xenstore; after an error, for the next try."""
+    poller = select.poll()
+    poller.register(interrupts.fileno(), select.POLLIN)
+    if pause is None:
+        if store.has_pending:
+            return
+        poller.register(store.fileno(), select.POLLIN)
+    poller.poll(None if pause is None else pause * 1000)
+
+
+def _disks(count: int) -> str:
+    return f"{count} {'disk is' if count == 1 else 'disks are'} served"

@@ -1,0 +1,122 @@
+"""Which of libxl's disks are ours to serve, and one process for each of them.
+
+A process outlives whoever started it: a supervisor that is restarted finds the disks that are
+served by the process id in their nodes and the lock on their records, and leaves them alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+from collections.abc import Iterator
+from typing import Callable
+
+from . import adoption, record, toolstack
+from .vdev import from_number
+from .xenbus import Address, State
+from .xenstore import Store
+
+log = logging.getLogger("xen_disk_py")
+
+
+class Supervisor:
+    """Starts a process for every disk that waits for one; tells of those that have lost theirs.
+
+    Args:
+        store: xenstore.
+        directory: where the records of served disks are.
+        start: starts the process that serves a device. It serves a device that nobody has
+            served yet; of one whose process has died it answers the requests, with errors,
+            until the guest has let go.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        directory: str,
+        start: Callable[[Address], subprocess.Popen[bytes]],
+    ) -> None:
+        self._store = store
+        self._directory = directory
+        self._spawn = start
+        self._own = toolstack.own_domid(store)
+        self._root = f"/local/domain/{self._own}/backend/{adoption.KIND}"
+        self._processes: dict[Address, subprocess.Popen[bytes]] = {}
+        self._reported: set[Address] = set()
+        self._stood_in: set[Address] = set()
+        self.served = 0
+
+    def watch(self) -> None:
+        """Have xenstore tell of all changes; guests cannot write there (XSA-349)."""
+        self._store.watch(self._root)
+
+    def look(self) -> None:
+        """See which devices there are and do for each what it needs; count the served ones."""
+        found = set(self._devices())
+        self._reported &= found
+        self._stood_in &= found
+        self.served = sum(map(self._attend, found))
+
+    def reap(self) -> bool:
+        """Take note of processes that have ended; tell whether there were any.
+
+        libxl is told at once of one that came to nothing.
+        """
+        ended = [item for item in self._processes.items() if item[1].poll() is not None]
+        for address, process in ended:
+            del self._processes[address]
+            if process.returncode:
+                why = f"process {process.pid} ended with status {process.returncode}"
+                log.error("%s: %s", _name(address), why)
+                adoption.refuse(self._store, address, f"{why}; see the log of xen-disk serve")
+        return bool(ended)
+
+    def _devices(self) -> Iterator[Address]:
+        for guest in filter(str.isdigit, self._store.list(self._root)):
+            for devid in filter(str.isdigit, self._store.list(f"{self._root}/{guest}")):
+                address = Address(self._own, int(guest), int(devid), adoption.KIND)
+                if adoption.is_ours(self._store, address):
+                    yield address
+
+    def _attend(self, address: Address) -> bool:
+        """Do what a device needs; tell whether it is served."""
+        if address in self._processes:
+            return True
+        state = State.parse(self._store.read(f"{address.backend}/state"))
+        pid = self._store.read(f"{address.backend}/{toolstack.PID_KEY}")
+        if pid is None:
+            if state is State.INITIALISING:
+                return self._start(address)
+            if state is State.CLOSING:  # it was refused, or we came too late
+                adoption.close(self._store, address, None)
+            return False
+        found = record.find(self._directory, address)
+        if found is not None and found.alive:
+            return True
+        if state is State.CLOSING and address not in self._stood_in:
+            self._stood_in.add(address)  # once: after that libxl takes the disk away by force
+            self._start(address)
+        elif state in (State.INIT_WAIT, State.CONNECTED) and address not in self._reported:
+            self._reported.add(address)
+            log.error(
+                "%s: its process %s has died; the guest waits for its requests until you take "
+                "the disk away: xl block-detach %d %s",
+                _name(address),
+                pid,
+                address.frontend_domid,
+                from_number(address.devid),
+            )
+        return False
+
+    def _start(self, address: Address) -> bool:
+        try:
+            self._processes[address] = self._spawn(address)
+        except OSError as error:
+            log.error("%s: cannot start a process: %s", _name(address), error)
+            adoption.refuse(self._store, address, f"cannot start a process: {error}")
+            return False
+        return True
+
+
+def _name(address: Address) -> str:
+    return f"{from_number(address.devid)} of domain {address.frontend_domid}"
