@@ -15,7 +15,7 @@ import pytest
 from xen_disk_py import toolstack
 from xen_disk_py.backends import Backend
 from xen_disk_py.blkif import READ
-from xen_disk_py.errors import DeviceError, DeviceTaken
+from xen_disk_py.errors import DeviceError, DeviceTaken, XenUnavailable
 from xen_disk_py.session import Forced, Interrupts, Outcome
 from xen_disk_py.xenbus import State
 
@@ -259,6 +259,31 @@ def test_waiting_costs_no_cpu(host):
 
 
 # -- xenstore goes away --------------------------------------------------------------------
+
+
+def test_a_xenstore_that_stays_away_is_told_of_once(host, monkeypatch, caplog):
+    refused = []
+
+    def refuse(path, timeout):
+        refused.append(path)
+        raise XenUnavailable(f"may not open {path}: run this as root")
+
+    monkeypatch.setattr("xen_disk_py.session._RETRY", 0.01)
+    serving = host.serving(host.memory())
+    frontend = serving.frontend()
+    with caplog.at_level("INFO", "xen_disk_py"):
+        for _ in range(2):
+            caplog.clear()
+            refused.clear()
+            with monkeypatch.context() as patch:
+                patch.setattr("xen_disk_py.xenstore._connect", refuse)
+                host.xenstored.restart(keep=True)
+                host.until(lambda: len(refused) > 3)
+                assert bytes(4096) == frontend.read(0, 4096)
+            host.until(lambda: "connected to xenstore again" in caplog.text)
+            (away,) = (line for line in caplog.messages if "xenstore is away" in line)
+            assert away.endswith("run this as root; serving goes on, nobody can detach it")
+    frontend._store.reconnect()
 
 
 @pytest.mark.parametrize("keep", [True, False])

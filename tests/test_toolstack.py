@@ -315,6 +315,15 @@ class TestAttach:
         keys = set(store.list(XVDB.toolstack))
         assert {"backend", "type", "dev", "removable", "mode", "device-type", "params"} <= keys
 
+    def test_a_cdrom_is_told_to_the_guest_and_to_libxl(self, server, store):
+        plug(store, read_only=True, cdrom=True)
+
+        tree = tree_of(server)
+        expected = {"device-type": "cdrom", "removable": "1", "mode": "r"}
+        for path in (XVDB.backend, XVDB.toolstack):
+            assert expected == {name: tree[f"{path}/{name}"] for name in expected}
+        assert "cdrom" == tree[f"{XVDB.frontend}/device-type"]
+
     def test_nodes_belong_to_whom_they_should(self, server, store):
         plug(store)
 

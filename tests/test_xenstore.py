@@ -71,6 +71,22 @@ def simulated(server):
         yield result
 
 
+@pytest.fixture
+def locked_out(monkeypatch):
+    """A context in which no new connection can be made."""
+
+    @contextlib.contextmanager
+    def locked():
+        def refuse(path, timeout):
+            raise XenUnavailable(f"may not open {path}")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(xenstore, "_connect", refuse)
+            yield
+
+    return locked
+
+
 def events(store, seconds=5.0):
     """Wait for events as a main loop does: not on the descriptor if there are some."""
     deadline = time.monotonic() + seconds
@@ -571,6 +587,33 @@ class TestLoss:
         simulated.reconnect()
 
         assert ["/a"] == events(simulated)
+
+    def test_who_may_not_connect_uses_each_reserve_once(self, server, simulated, locked_out):
+        simulated.watch("/a")
+        simulated.reserve(2)
+        simulated.reserve(2)
+        with locked_out():
+            for _ in range(2):
+                simulated._router.close()
+                simulated.reconnect()
+                simulated.write("/a", "1")
+                assert ["/a"] == events(simulated)
+            with pytest.raises(XenUnavailable, match="may not"):
+                simulated.reconnect()
+        assert simulated.is_lost
+        simulated.reconnect()
+        assert "1" == simulated.read("/a")
+
+    def test_a_reserve_ends_with_its_server(self, server, simulated, locked_out):
+        simulated.reserve(1)
+        simulated.read("/")  # by now the server has accepted it
+        server.restart(keep=True)
+        with locked_out():
+            simulated.reconnect()
+            with pytest.raises(StoreLost):
+                simulated.read("/a")
+            with pytest.raises(XenUnavailable, match="may not"):
+                simulated.reconnect()
 
     def test_reconnecting_to_nothing_says_what_to_do(self, server, simulated):
         server.close()

@@ -40,9 +40,27 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _queues(text: str) -> int:
+    if not text.isdigit() or not 1 <= int(text) <= 8:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 to 8")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is no number")
+    return int(text)
+
+
 def _segments(text: str) -> int:
-    if not (text.isdecimal() and int(text) <= 256):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 256")
+    if not (text.isdecimal() and int(text) <= 4096):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 4096")
+    return int(text)
+
+
+def _sector_size(text: str) -> int:
+    if text not in ("512", "1024", "2048", "4096"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not 512, 1024, 2048 or 4096")
     return int(text)
 
 
@@ -65,6 +83,12 @@ def _add_backend_arguments(parser: argparse.ArgumentParser) -> None:
         type=_size,
         metavar="SIZE",
         help="host memory that a cow disk's changes may take (default: half of what is free)",
+    )
+    parser.add_argument(
+        "--sector-size",
+        type=_sector_size,
+        metavar="BYTES",
+        help="the disk's logical sector: 512 to 4096 (default: the device's own; of a file 512)",
     )
     parser.add_argument(
         "--option",
@@ -95,7 +119,9 @@ def build_parser() -> argparse.ArgumentParser:
         parents=[common],
         help="give a guest a disk until Ctrl-C",
         description="Give the running guest VM a disk and serve it until Ctrl-C, which unplugs "
-        "it politely; a second Ctrl-C forces it.",
+        "it politely; a second Ctrl-C forces it. SIGTERM is the same, and SIGHUP when started in "
+        "a terminal (stdin or stderr is one); otherwise SIGHUP resizes the disk to what its image "
+        "has become.",
     )
     connect.add_argument("vm", metavar="VM", help="domain id, UUID or name")
     _add_backend_arguments(connect)
@@ -110,11 +136,43 @@ def build_parser() -> argparse.ArgumentParser:
         help="largest request to offer, in pages of 4 KiB; 0: do not offer (default: 256)",
     )
     connect.add_argument(
+        "--queues",
+        type=_queues,
+        default=1,
+        metavar="N",
+        help="queues to offer, each with a thread; a disk that lets one thread in gets one "
+        "(default: 1)",
+    )
+    connect.add_argument(
+        "--grants",
+        choices=("auto", "copy", "map"),
+        default="auto",
+        help="how to get at the guest's pages; auto: keep them mapped if the guest offers that "
+        "(persistent grants), else copy, else map for each request (default: auto)",
+    )
+    connect.add_argument(
+        "--persistent-grants",
+        type=_count,
+        default=8224,
+        metavar="N",
+        help="pages to keep mapped for each queue at most (default: 8224)",
+    )
+    connect.add_argument(
         "--timeout",
         type=_seconds,
         default=30,
         metavar="SECONDS",
         help="how long the guest may take to connect (default: 30)",
+    )
+    connect.add_argument(
+        "--cdrom",
+        action="store_true",
+        help="present it as a CD-ROM, which is read-only; Linux takes one in PV guests only",
+    )
+    connect.add_argument(
+        "--user",
+        metavar="NAME[:GROUP]",
+        help="whom to become when all is open, without any privilege (such as nobody)",
     )
     connect.add_argument("--json", action="store_true", help="say what is connected as JSON")
     connect.add_argument("--quiet", "-q", action="store_true", help="no status line, no totals")
@@ -142,6 +200,61 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="how long the guest may take to let go (default: 30)",
     )
+
+    resize = commands.add_parser(
+        "resize",
+        parents=[common],
+        help="give a disk another size while the guest uses it",
+        description="Give a disk another size while the guest uses it: SIZE, or, without it, the "
+        "size that its image has by now. With SIZE, an image file of a raw or mmap disk is made "
+        "that long; a cow disk keeps its size. SIGHUP to the process that serves the disk does "
+        "what this does without SIZE, unless that process was started in a terminal.",
+    )
+    resize.add_argument("vm", metavar="VM", help="domain id, UUID or name")
+    resize.add_argument("vdev", metavar="VDEV", help="such as xvdb")
+    resize.add_argument(
+        "size", metavar="SIZE", nargs="?", type=_size, help="bytes, or 512M, 10G, 2T"
+    )
+    resize.add_argument(
+        "--force", action="store_true", help="allow a smaller size; what lies beyond is lost"
+    )
+    resize.add_argument(
+        "--timeout",
+        type=_seconds,
+        default=30,
+        metavar="SECONDS",
+        help="how long the process that serves the disk may take (default: 30)",
+    )
+    resize.add_argument("--json", action="store_true", help="say the new size as JSON")
+
+    commands.add_parser(
+        "serve",
+        parents=[common],
+        help="serve the disks that xl's configurations ask for",
+        description="Wait for disks that guests' configurations (or xl block-attach) ask for with "
+        "backendtype=tap,script=block-xen-disk, and start a process for each. Ctrl-C ends the "
+        "waiting, not the disks. Needs Xen 4.19; see docs/xl.md.",
+    )
+
+    install = commands.add_parser(
+        "install",
+        parents=[common],
+        help="put the hotplug script and the services where xl and systemd look for them",
+        description="Put the hotplug script for `serve` into /etc/xen/scripts, the services "
+        "xen-disk-serve and xen-disk@ into /etc/systemd/system.",
+    )
+    install.add_argument(
+        "--prefix", default="/", metavar="FOLDER", help="the system's root (default: /)"
+    )
+    install.add_argument("--remove", action="store_true", help="take them away again")
+    install.add_argument(
+        "--force", action="store_true", help="also where a file of that name differs"
+    )
+
+    # no help: it is what serve starts, not for people
+    adopt = commands.add_parser("adopt", parents=[common])
+    adopt.add_argument("domid", type=int)
+    adopt.add_argument("devid", type=int)
 
     doctor = commands.add_parser(
         "doctor", parents=[common], help="check that this host can connect a disk"

@@ -37,6 +37,12 @@ class Environment:
     open_hypervisor: Callable[[], Hypervisor] = _xen
     xen_version: Callable[[], tuple[int, int] | None] = _xen_version
     record_directory: str = record.DIRECTORY
+    stdin: TextIO | None = field(default_factory=lambda: sys.stdin)
+
+    @property
+    def in_terminal(self) -> bool:
+        """Whether somebody sits in front of us: stdin or stderr is a terminal."""
+        return any(stream is not None and stream.isatty() for stream in (self.stdin, self.stderr))
 
     def say(self, text: str) -> None:
         """Print a line of data on stdout."""

@@ -3,6 +3,9 @@
 The file's first page is a JSON object (who serves what), the second the disk's counters,
 memory-mapped, so that ``list`` reads them at no cost to the disk. The process holds a lock
 on the file as long as it lives: a record without a lock is what a killed process left.
+
+A process that has become another user cannot remove its file; it empties the first page, and
+whoever makes a record next removes what is empty.
 """
 
 from __future__ import annotations
@@ -82,6 +85,7 @@ class Record(Closing):
         self._path = _path(directory, address)
         try:
             os.makedirs(directory, mode=0o755, exist_ok=True)
+            _sweep(directory)
             fd = self._claim()
         except OSError as error:
             raise XenUnavailable(
@@ -123,8 +127,27 @@ class Record(Closing):
         fd, self._fd = self._fd, -1
         try:
             _unlink(fd, self._path)
+        except PermissionError:
+            self._map[:_PAGE] = bytes(_PAGE)
+            fcntl.flock(fd, fcntl.LOCK_UN)  # the mapping has a copy of the descriptor
         finally:
             os.close(fd)
+
+
+def _sweep(directory: str) -> None:
+    """Remove the records that their processes emptied."""
+    for name in os.listdir(directory):
+        path = os.path.join(directory, name)
+        with contextlib.suppress(OSError):  # somebody else's business
+            fd = _lock(path, os.O_RDONLY)
+            if fd is None:
+                continue
+            try:
+                data = os.pread(fd, _PAGE, 0)
+                if len(data) == _PAGE and not any(data):
+                    _unlink(fd, path)
+            finally:
+                os.close(fd)
 
 
 class Found(NamedTuple):

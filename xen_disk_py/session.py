@@ -49,16 +49,19 @@ class Forced(BaseException):
 
 
 class Interrupts:
-    """What can end a session from outside: the user's signals, a failure of the queue.
+    """What comes to a session from outside: the user's signals, a failure of the queue.
 
-    SIGINT, SIGTERM and SIGHUP: the first asks, the second forces.
+    SIGINT, SIGTERM and SIGHUP: the first asks, the second forces. With ``hangup_resizes``,
+    SIGHUP sets ``resize`` instead: the disk is to have the size that its storage has by now.
 
     The first makes ``fileno`` readable and sets ``asked``; the second raises
     :class:`Forced` in the main thread wherever it is, unless ``calm`` is set; a session
     clears it while it serves.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, hangup_resizes: bool = False) -> None:
+        self._hangup_resizes = hangup_resizes
+        self.resize = False
         self.asked = False
         self.calm = True
         self.failure: Exception | None = None
@@ -93,6 +96,10 @@ class Interrupts:
             pass
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if signum == signal.SIGHUP and self._hangup_resizes:
+            self.resize = True
+            self.wake()
+            return
         if self.asked and not self.calm:
             self.calm = True
             raise Forced
@@ -125,7 +132,9 @@ class Session:
         device: what serves it.
         vdev: its number and name.
         interrupts: how the user says stop, and the queue that it has failed.
-        patience: seconds that the guest may take to connect.
+        patience: seconds that the guest may take to connect; None for ever.
+        release: what to do in xenstore at the end, where the nodes are a toolstack's; by
+            default, they are removed.
     """
 
     def __init__(
@@ -135,14 +144,17 @@ class Session:
         vdev: VirtualDevice,
         interrupts: Interrupts,
         *,
-        patience: float,
+        patience: float | None,
+        release: Callable[[], None] | None = None,
     ) -> None:
         self._store = store
         self._device = device
         self._vdev = vdev
         self._interrupts = interrupts
         self._patience = patience
+        self._release = release
         self._unplugging = False
+        self._is_away_said = False
 
     def run(
         self,
@@ -150,6 +162,7 @@ class Session:
         on_connected: Callable[[], None],
         on_tick: Callable[[], None] | None = None,
         on_unplug: Callable[[], None] = lambda: None,
+        on_attached: Callable[[], None] = lambda: None,
     ) -> Outcome:
         """Attach, serve, and leave nothing behind.
 
@@ -158,6 +171,7 @@ class Session:
             on_connected: called once, when the guest has the disk.
             on_tick: called every :data:`TICK` seconds while the guest has it.
             on_unplug: called when the guest has been asked to let go.
+            on_attached: called when the nodes are there and nothing is served yet.
 
         Raises:
             DeviceError: the guest did not connect in time, or serving failed.
@@ -168,6 +182,7 @@ class Session:
         forced = False
         try:
             try:
+                on_attached()
                 interrupts.calm = False
                 self._device.watch()
                 self._serve(on_connected, on_tick, on_unplug)
@@ -191,14 +206,14 @@ class Session:
     ) -> None:
         device, interrupts = self._device, self._interrupts
         announced = False
-        deadline = time.monotonic() + self._patience
+        deadline = None if self._patience is None else time.monotonic() + self._patience
         self._attempt(device.update)
         while not device.finished:
             if device.connected and not announced:
                 announced = True
                 on_connected()
             waiting = not (announced or self._unplugging)
-            if waiting and time.monotonic() >= deadline:
+            if waiting and deadline is not None and time.monotonic() >= deadline:
                 raise DeviceError(self._why_not_connected())
             self._sleep(deadline if waiting else None, ticking=announced and bool(on_tick))
             if interrupts.failure is not None:
@@ -207,6 +222,9 @@ class Session:
                 self._unplugging = True
                 on_unplug()
                 self._attempt(device.unplug)
+            if interrupts.resize:
+                interrupts.resize = False
+                self._attempt(self._resize)
             if self._store.is_lost:
                 self._attempt(self._reconnect)
             else:
@@ -221,6 +239,7 @@ class Session:
         if (
             self._store.has_pending
             or self._interrupts.failure is not None
+            or self._interrupts.resize
             or (self._interrupts.asked and not self._unplugging)
         ):
             return
@@ -248,12 +267,23 @@ class Session:
         if self._store.pending():
             self._device.update()
 
+    def _resize(self) -> None:
+        try:
+            self._device.resize(None)
+        except StoreLost:
+            raise
+        except XenDiskError as error:
+            log.error("%s: not resized: %s", self._vdev, error)
+
     def _reconnect(self) -> None:
         try:
             self._store.reconnect()
         except XenDiskError as error:
-            log.debug("xenstore is away: %s", error)
+            level = logging.DEBUG if self._is_away_said else logging.WARNING
+            self._is_away_said = True
+            log.log(level, "xenstore is away: %s; serving goes on, nobody can detach it", error)
             return
+        self._is_away_said = False
         log.info("connected to xenstore again")
         self._device.store_reconnected()
         if self._unplugging:
@@ -286,8 +316,7 @@ class Session:
         if not device.finished and not device.force():
             log.error("the backend does not return; its pages stay mapped until we end")
         try:
-            self._let_toolstack_finish()
-            toolstack.detach(self._store, device.address)
+            (self._release or self._remove_nodes)()
         except XenDiskError as error:
             log.error(
                 "%s; what is left in xenstore goes with: xen-disk disconnect %d %s",
@@ -295,6 +324,10 @@ class Session:
                 device.address.frontend_domid,
                 self._vdev,
             )
+
+    def _remove_nodes(self) -> None:
+        self._let_toolstack_finish()
+        toolstack.detach(self._store, self._device.address)
 
     def _let_toolstack_finish(self) -> None:
         """If a toolstack detaches the disk, let it see Closed and remove the nodes itself."""

@@ -123,6 +123,7 @@ def attach(
     backend_keys: Mapping[str, str],
     params: str,
     read_only: bool,
+    cdrom: bool = False,
     pid: int,
 ) -> None:
     """Make all nodes of a device, with their permissions, in one transaction.
@@ -137,6 +138,7 @@ def attach(
         backend_keys: what the backend publishes itself, its ``state`` included.
         params: free text that says what the disk is.
         read_only: how the toolstack's ``mode`` key reads.
+        cdrom: the device's type is that of a CD-ROM, not of a disk.
         pid: the process that serves it.
 
     Raises:
@@ -144,6 +146,7 @@ def attach(
         DeviceError: the guest has gone.
     """
     guest, host = address.frontend_domid, address.backend_domid
+    device_type = "cdrom" if cdrom else "disk"
     backend = {
         "frontend": address.frontend,
         "frontend-id": str(guest),
@@ -151,8 +154,8 @@ def attach(
         "type": address.kind,
         "dev": device.name,
         "mode": "r" if read_only else "w",
-        "device-type": "disk",
-        "removable": "0",
+        "device-type": device_type,
+        "removable": str(int(cdrom)),
         "bootable": "1",
         "specification": "xen",
         "online": "1",
@@ -166,7 +169,7 @@ def attach(
         "backend": address.backend,
         "backend-id": str(host),
         "virtual-device": str(address.devid),
-        "device-type": "disk",
+        "device-type": device_type,
         "trusted": "1",
         "state": str(int(State.INITIALISING)),
     }

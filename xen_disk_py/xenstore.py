@@ -84,6 +84,7 @@ class Store(Closing):
         self._numbers = itertools.count(1)
         self._tokens: dict[str, str] = {}  # watched path -> token
         self._watched: dict[str, str] = {}  # token -> watched path
+        self._spares: list[_Router] = []
         self._connect()
 
     @classmethod
@@ -289,21 +290,36 @@ class Store(Closing):
             XenUnavailable: it cannot connect.
             StoreLost: the new connection broke at once.
         """
-        self.close()
+        self._router.close()
         self._connect()
         try:
             for path, token in self._tokens.items():
                 self._register(_path(path), token)
         except BaseException:
-            self.close()
+            self._router.close()
             raise
+
+    def reserve(self, count: int) -> None:
+        """Make so many connections more, for :meth:`reconnect` when it may make none any longer.
+
+        Each is used once, and xenstored's end is the end of all of them.
+        """
+        while len(self._spares) < count:
+            self._spares.append(_Router(_connect(self._path, self._timeout)))
 
     def close(self) -> None:
         """Disconnect; xenstored then forgets our watches and an open transaction."""
         self._router.close()
+        while self._spares:
+            self._spares.pop().close()
 
     def _connect(self) -> None:
-        self._router = _Router(_connect(self._path, self._timeout))
+        try:
+            self._router = _Router(_connect(self._path, self._timeout))
+        except XenUnavailable:
+            if not self._spares:
+                raise
+            self._router = self._spares.pop()
         self._client: Any = pyxs.Client(router=self._router)
 
     def _register(self, name: bytes, token: str) -> None:

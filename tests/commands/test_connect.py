@@ -10,15 +10,17 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 from typing import ClassVar
 
 import pytest
 
-from xen_disk_py import toolstack
+from xen_disk_py import privileges, toolstack
 from xen_disk_py.backends import Backend
 from xen_disk_py.blkif import READ
 from xen_disk_py.cli import main
 from xen_disk_py.commands import connect as connect_module
+from xen_disk_py.errors import PrivilegeError
 from xen_disk_py.exit_status import ExitStatus
 from xen_disk_py.queue import Queue
 from xen_disk_py.record import find
@@ -111,7 +113,7 @@ def session(player, vdev="xvda"):
     player.unplug(frontend)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_throwaway_disk(connect, signum):
     def script(player):
         frontend = player.frontend()
@@ -129,6 +131,47 @@ def test_a_throwaway_disk(connect, signum):
     assert "requests per look at the ring" in lines
 
 
+@pytest.mark.parametrize("stream", ["stdin", "stderr"])
+def test_the_end_of_the_terminal(host, connect, monkeypatch, stream):
+    """Whoever started it there has gone: the guest is asked to let go."""
+    if stream == "stdin":
+        environment = host.environment
+        monkeypatch.setattr(
+            host, "environment", lambda stderr: replace(environment(stderr), stdin=Terminal())
+        )
+
+    def script(player):
+        player.unplug(player.frontend(), signal.SIGHUP)
+
+    stderr = Terminal() if stream == "stderr" else None
+    status, _, err = connect(script, "guest", "--quiet", stderr=stderr)
+    assert (ExitStatus.OK, True) == (status, "xvda: unplugged" in err)
+
+
+def test_hangup_without_a_terminal(connect, image, caplog):
+    """The guest gets what the image has become, and the record says so."""
+    caplog.set_level("INFO")
+
+    def script(player):
+        frontend = player.frontend()
+        player.host.until(player.env.stdout.getvalue)
+        os.truncate(image, 2 << 20)
+        player.interrupt(signal.SIGHUP)
+        player.host.until(lambda: frontend.look_again().sectors == 4096)
+        assert bytes(4096) == frontend.read((2 << 20) - 4096, 4096)
+        assert find(player.host.records, player.address()).facts["size"] == 2 << 20
+        os.truncate(image, 1 << 20)
+        player.interrupt(signal.SIGHUP)
+        player.host.until(lambda: "xvda: not resized: 1048576 bytes is less" in caplog.text)
+        player.unplug(frontend)
+
+    argv = ["guest", "--path", str(image), "--backend", "raw", "--json"]
+    status, out, _ = connect(script, *argv)
+    assert (ExitStatus.OK, 1 << 20) == (status, json.loads(out)["size"])
+    assert "xvda: 2097152 bytes long now, 1048576 before" in caplog.text
+    caplog.clear()  # the error in it knows where it was raised, down to the record
+
+
 def test_copy_on_write(connect, image):
     before = image.read_bytes()
     status, out, err = connect(session, "5", "--path", str(image))
@@ -136,6 +179,79 @@ def test_copy_on_write(connect, image):
     assert out == "xvda 51712 /dev/xvda 1 MiB cow rw\n"
     assert "vanish when the disk is disconnected; to keep them in the image: --backend raw" in err
     assert before == image.read_bytes()
+
+
+def test_large_sectors(connect, image):
+    def script(player):
+        frontend = player.frontend()
+        assert 4096 == frontend.features.sector_size
+        assert 2048 == frontend.features.sectors  # of 512 bytes, as ever
+        assert 4096 == len(frontend.read((1 << 20) - 4096, 4096))
+        with pytest.raises(OSError, match="-1"):
+            frontend.read(512, 512)
+        player.unplug(frontend)
+
+    argv = ["guest", "--path", str(image), "--sector-size", "4096"]
+    status, _, err = connect(script, *argv)
+    assert (ExitStatus.OK, True) == (status, "refused            1" in err)
+
+
+@pytest.mark.parametrize("kind", ["pv", "pvh", ""])
+def test_cdrom(host, connect, image, kind):
+    host.store.write(f"/libxl/{host.DOMID}/type", kind)
+
+    def script(player):
+        frontend = player.frontend()
+        assert (True, True) == (frontend.features.cdrom, frontend.features.read_only)
+        tree = player.host.tree()
+        assert "cdrom" == tree[f"{player.address().frontend}/device-type"]
+        assert "r" == tree[f"{player.address().backend}/mode"]
+        with pytest.raises(OSError, match="-1"):
+            frontend.write(0, bytes(4096))
+        player.unplug(frontend)
+
+    status, out, err = connect(script, "guest", "--path", str(image), "--cdrom")
+    host.store.write(f"/libxl/{host.DOMID}/type", "")
+    assert (ExitStatus.OK, True) == (status, out.endswith("cow ro\n"))
+    assert (kind == "pvh") == ("PVH guest: Linux does not take a CD-ROM there" in err)
+
+
+class Somebody:
+    """Stands for what becoming another user does."""
+
+    def __init__(self, monkeypatch, host, error=None):
+        self.host = host
+        self.error = error
+        self.seen = []
+        self.reserved = []
+        user = privileges.User("somebody", 1234, 1234)
+        monkeypatch.setattr(privileges, "find_user", lambda text: user)
+        monkeypatch.setattr(privileges, "forbid_gains", lambda: self.seen.append("forbid"))
+        monkeypatch.setattr(privileges, "become", self.become)
+        monkeypatch.setattr(host.hypervisor, "reserve", lambda *what: self.reserved.append(what))
+
+    def become(self, user):
+        states = [path for path in self.host.tree() if path.endswith("/51712/state")]
+        self.seen.append((user.name, len(states), len(os.listdir(self.host.records))))
+        if self.error is not None:
+            raise self.error
+
+
+def test_another_user(host, connect, monkeypatch):
+    """When the nodes and the record are there, and all else is open."""
+    somebody = Somebody(monkeypatch, host)
+    status, _, _ = connect(session, "guest", "--user", "somebody")
+    assert status is ExitStatus.OK
+    assert ["forbid", ("somebody", 3, 1)] == somebody.seen
+    assert [(host.DOMID, 1)] == somebody.reserved
+
+
+def test_another_user_cannot_be_become(host, connect, monkeypatch):
+    somebody = Somebody(monkeypatch, host, PrivilegeError("cannot become somebody: no"))
+    status, out, err = connect(lambda player: None, "guest", "--user", "somebody")
+    assert (ExitStatus.ERROR, "") == (status, out)
+    assert "error: cannot become somebody: no\n" in err
+    assert 2 == len(somebody.seen)
 
 
 def test_raw(connect, image):
@@ -379,7 +495,7 @@ def test_a_backend_that_keeps_buffers(connect, host, monkeypatch, caplog):
     monkeypatch.setattr(connect_module, "backend_from", lambda args: Keeping())
 
     def script(player):
-        frontend = player.frontend(persistent=False)
+        frontend = player.frontend()
         frontend.read(0, 4096)
         player.interrupt()
         player.host.until(lambda: frontend.backend_state is State.CLOSING)

@@ -39,7 +39,7 @@ class Disk(Backend):
             buffer[:] = self.data[offset : offset + len(buffer)]
             offset += len(buffer)
         if self.fault in ("corrupts", "forgets"):
-            buffer[7] ^= 1
+            buffer[-7] ^= 1
 
     def write(self, buffers, offset):
         for buffer in buffers:

@@ -12,6 +12,7 @@ from xen_disk_py import record
 from xen_disk_py.cli import main
 from xen_disk_py.exit_status import ExitStatus
 from xen_disk_py.record import Record
+from xen_disk_py.statistics import REQUESTS
 from xen_disk_py.xenbus import Address
 
 
@@ -109,7 +110,7 @@ def test_a_dead_process(listing, host):
 
     lasting = Record(host.records, serving.address)
     lasting.describe({"backend": "cow", "path": "/some/disk.raw"})
-    lasting.statistics.words[0] = 77
+    lasting.statistics.of_queue(0).add(REQUESTS, 77)
     content = Path(lasting._path).read_bytes()
     lasting.close()
     Path(lasting._path).write_bytes(content)

@@ -17,7 +17,7 @@ def backend_from(args: argparse.Namespace) -> Backend:
         BackendError: the backend's own code is broken.
     """
     given: dict[str, object] = {}
-    for name in ("path", "size", "cow_limit"):
+    for name in ("path", "size", "cow_limit", "sector_size"):
         if getattr(args, name) is not None:
             given[name] = getattr(args, name)
     if args.read_only:

@@ -11,16 +11,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from .. import toolstack
+from .. import privileges, toolstack
 from ..device import Device
 from ..disk import Disk
 from ..environment import Environment
 from ..errors import BackendError, DeviceTaken
 from ..exit_status import ExitStatus
+from ..grants import Grants
 from ..hypervisor import Hypervisor
+from ..privileges import User
+from ..queue import Options
 from ..record import Record
 from ..session import Interrupts, Outcome, Session
 from ..statistics import Statistics, histogram
+from ..systemd import notify
 from ..toolstack import Domain
 from ..units import format_size
 from ..vdev import VirtualDevice, parse
@@ -30,23 +34,30 @@ from .backend_arguments import backend_from, backend_name
 
 log = logging.getLogger("xen_disk_py")
 
+_SPARE_CONNECTIONS = 4  # to xenstore: for a forced end, and a xenstored that stalls now and then
+
 
 def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
     """Open the image, find the guest, attach, serve, clean up."""
     wanted = parse(args.vdev) if args.vdev is not None else None
+    user = privileges.find_user(args.user) if args.user is not None else None
+    if user is not None:
+        privileges.forbid_gains()  # before a backend starts a thread
+    if args.cdrom:
+        args.read_only = True
     disk = Disk(backend_from(args))
     try:
-        with env.open_store() as store, _opened_hypervisor(env) as hypervisor:
+        with env.open_store() as store, opened_hypervisor(env) as hypervisor:
             domain = toolstack.find_domain(store, args.vm)
-            with Interrupts().installed() as interrupts:
-                connection = _Connection(args, env, store, hypervisor, domain, disk)
+            with Interrupts(hangup_resizes=not env.in_terminal).installed() as interrupts:
+                connection = _Connection(args, env, store, hypervisor, domain, disk, user)
                 return connection.serve(wanted, interrupts)
     finally:
         disk.close()
 
 
 @contextmanager
-def _opened_hypervisor(env: Environment) -> Iterator[Hypervisor]:
+def opened_hypervisor(env: Environment) -> Iterator[Hypervisor]:
     """Open the hypervisor; a page that a backend keeps does not change how the command ends."""
     hypervisor = env.open_hypervisor()
     try:
@@ -69,6 +80,7 @@ class _Connection:
         hypervisor: Hypervisor,
         domain: Domain,
         disk: Disk,
+        user: User | None,
     ) -> None:
         self._args = args
         self._env = env
@@ -76,12 +88,18 @@ class _Connection:
         self._hypervisor = hypervisor
         self._domain = domain
         self._disk = disk
+        self._user = user
         self._backend = backend_name(args)
 
     def serve(self, wanted: VirtualDevice | None, interrupts: Interrupts) -> ExitStatus:
         """Serve as ``wanted``, or as the first free device."""
         kind = toolstack.choose_kind(self._store, self._domain.domid, self._env.xen_version())
         own = toolstack.own_domid(self._store)
+        if self._args.cdrom:
+            self._warn_of_cdrom()
+        if self._user is not None:
+            self._store.reserve(_SPARE_CONNECTIONS)
+            self._hypervisor.reserve(self._domain.domid, self._args.queues)
         for attempt in range(20):
             vdev = wanted or toolstack.free_device(self._store, self._domain.domid)
             address = Address(own, self._domain.domid, vdev.number, kind)
@@ -100,17 +118,27 @@ class _Connection:
         args, env, disk = self._args, self._env, self._disk
         with Record(env.record_directory, address) as record:
             disk.statistics = record.statistics
+            facts = self._facts(vdev)
+            record.describe(facts)
+
+            def note_size(size: int) -> None:
+                facts["size"] = size
+                record.describe(facts)
+
             device = Device(
                 self._store,
                 self._hypervisor,
                 address,
                 disk,
-                max_indirect_segments=args.indirect_segments,
+                options=Options(
+                    args.indirect_segments, Grants(args.grants), args.persistent_grants
+                ),
+                max_queues=args.queues,
+                cdrom=args.cdrom,
                 on_failure=interrupts.fail,
+                on_resize=note_size,
             )
             session = Session(self._store, device, vdev, interrupts, patience=args.timeout)
-            facts = self._facts(vdev)
-            record.describe(facts)
             status_line = _StatusLine(env, vdev, disk.statistics)
             live = not args.quiet and env.stderr.isatty()
 
@@ -122,12 +150,14 @@ class _Connection:
                     backend_keys=device.keys(),
                     params=f"{self._backend}:{facts['path'] or ''}",
                     read_only=disk.read_only,
+                    cdrom=args.cdrom,
                     pid=os.getpid(),
                 )
 
             try:
                 outcome = session.run(
                     attach,
+                    on_attached=self._give_up_privileges,
                     on_connected=lambda: self._announce(facts),
                     on_tick=status_line.show if live else None,
                     on_unplug=lambda: self._say_unplugging(vdev, status_line),
@@ -139,6 +169,18 @@ class _Connection:
                 for line in summary(disk.statistics):
                     env.tell(line)
         return ExitStatus.INTERRUPTED if outcome is Outcome.FORCED else ExitStatus.OK
+
+    def _give_up_privileges(self) -> None:
+        if self._user is not None:
+            privileges.become(self._user)
+
+    def _warn_of_cdrom(self) -> None:
+        kind = self._store.read(f"/libxl/{self._domain.domid}/type")
+        if kind in ("pvh", "hvm"):
+            self._env.tell(
+                f"{self._domain} is a {kind.upper()} guest: Linux does not take a CD-ROM there; "
+                "if it does not connect, use --read-only in place of --cdrom"
+            )
 
     def _facts(self, vdev: VirtualDevice) -> dict[str, Any]:
         path = self._args.path
@@ -156,6 +198,7 @@ class _Connection:
         }
 
     def _announce(self, facts: dict[str, Any]) -> None:
+        notify("READY=1", "STATUS={vdev} of {domain}".format(**facts))
         if self._args.json:
             self._env.say(json.dumps(facts))
         else:
@@ -171,6 +214,7 @@ class _Connection:
             )
 
     def _say_unplugging(self, vdev: VirtualDevice, status_line: _StatusLine) -> None:
+        notify("STOPPING=1")
         status_line.clear()
         self._env.tell(
             f"{vdev}: asked the guest to let go (an older Linux waits until nothing there uses "

@@ -1,0 +1,110 @@
+"""Sector sizes, very large disks, and CD-ROMs, as Linux sees them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Callable
+
+import pytest
+
+from .disk import Disk, block_nodes
+from .guest import Dom0, Guest
+
+MIB = 1 << 20
+TIB = 1 << 40
+
+Connect = Callable[..., Disk]
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.raw"
+    path.write_bytes(b"image " * (16 * MIB // 6) + bytes(16 * MIB % 6))
+    return path
+
+
+def attribute(guest: Dom0 | Guest, disk: Disk, name: str) -> str:
+    """Return one of the attributes that the guest's kernel has of the disk."""
+    return guest.check(f"cat /sys/block/{disk.device}/{name}").strip()
+
+
+@pytest.mark.parametrize("size", [512, 1024, 2048, 4096])
+@pytest.mark.parametrize("backend", ["raw", "mmap", "cow"])
+def test_a_sector_size(
+    backend: str,
+    size: int,
+    dom0: Dom0,
+    connect: Connect,
+    image: Path,
+    tmp_path: Path,
+    xenstore_unchanged: None,
+) -> None:
+    """Linux has the sectors that were asked for, the size in bytes stays, and data does."""
+    disk = connect(dom0, "--path", image, "--backend", backend, "--sector-size", str(size))
+    dom0.wait_for_device(disk.device)
+    assert attribute(dom0, disk, "queue/logical_block_size") == str(size)
+    assert int(attribute(dom0, disk, "queue/physical_block_size")) >= size
+    assert attribute(dom0, disk, "size") == str(16 * MIB // 512)
+    data = tmp_path / "data"
+    data.write_bytes(b"written " * (size // 8) * 3)
+    for sector in (0, 5, 16 * MIB // size - 3):  # where a page is written in part, and the end
+        dom0.check(
+            f"dd if={data} of=/dev/{disk.device} bs={size} seek={sector} oflag=direct && "
+            f"dd if=/dev/{disk.device} of={tmp_path}/back bs={size} skip={sector} count=3 "
+            f"iflag=direct && cmp {data} {tmp_path}/back"
+        )
+    assert disk.disconnect() == 0, disk.describe()
+    assert [line for line in disk.stderr.splitlines() if line.split() == ["refused", "0"]]
+
+
+@pytest.mark.parametrize("backend", ["raw", "mmap", "cow"])
+def test_a_disk_of_5_tib(
+    backend: str, dom0: Dom0, connect: Connect, tmp_path: Path, xenstore_unchanged: None
+) -> None:
+    """Sectors beyond 2**32 are the right ones."""
+    path = Path("/var/tmp/large.raw")
+    try:
+        with path.open("wb") as file:
+            try:
+                file.truncate(5 * TIB)
+            except OSError as error:
+                pytest.skip(f"no file of 5 TiB here: {error.strerror}")
+        disk = connect(dom0, "--path", path, "--backend", backend)
+        dom0.wait_for_device(disk.device)
+        assert attribute(dom0, disk, "size") == str(5 * TIB // 512)
+        data = tmp_path / "data"
+        last = 5 * TIB // MIB - 1
+        for block in (0, 2 * TIB // MIB - 1, 2 * TIB // MIB, last):
+            data.write_bytes(block.to_bytes(8, "little") * (MIB // 8))
+            dom0.check(f"dd if={data} of=/dev/{disk.device} bs=1M seek={block} oflag=direct")
+        for block in (0, 2 * TIB // MIB - 1, 2 * TIB // MIB, last):
+            data.write_bytes(block.to_bytes(8, "little") * (MIB // 8))
+            dom0.check(
+                f"dd if=/dev/{disk.device} of={tmp_path}/back bs=1M count=1 skip={block} "
+                f"iflag=direct && cmp {data} {tmp_path}/back"
+            )
+        assert disk.disconnect() == 0, disk.describe()
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def test_a_cdrom(dom0: Dom0, connect: Connect, image: Path, xenstore_unchanged: None) -> None:
+    """A PV guest, as domain 0 is, takes it, and cannot write."""
+    disk = connect(dom0, "--path", image, "--cdrom")
+    dom0.wait_for_device(disk.device)
+    types = [value for path, value in block_nodes(0).items() if path.endswith("/device-type")]
+    assert types == ["cdrom"] * 3
+    assert disk.mode == "ro"
+    assert attribute(dom0, disk, "ro") == "1"
+    assert dom0.run(f"dd if=/dev/zero of=/dev/{disk.device} count=1 oflag=direct")[0] != 0
+    dom0.check(f"dd if=/dev/{disk.device} bs=64k iflag=direct | cmp - {image}")
+    assert disk.disconnect() == 0, disk.describe()
+
+
+def test_a_cdrom_in_a_pvh_guest_is_told_to_be_in_vain(
+    pvh_guest: Guest, connect: Connect, image: Path, xenstore_unchanged: None
+) -> None:
+    disk = connect(pvh_guest, "--path", image, "--cdrom", "--timeout", "3", wait=False)
+    assert disk.wait() == 1, disk.describe()
+    assert "PVH guest: Linux does not take a CD-ROM there" in disk.stderr
+    assert block_nodes(pvh_guest.domid) == {}
