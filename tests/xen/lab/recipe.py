@@ -40,6 +40,7 @@ PACKAGES = (
     "xenstore-utils",
     "qemu-system-xen",
     "qemu-utils",
+    "grub-xen-host",
     "python3",
     "python3-pytest",
     "python3-pytest-timeout",

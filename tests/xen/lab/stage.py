@@ -1,5 +1,5 @@
-"""The checkout as dom0 gets it: the product installed as a user would, the tests and the examples,
-in one archive.
+"""The checkout as dom0 gets it: the product installed as a user would, the tests, the examples
+and the benchmarks, in one archive.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .recipe import CHECKOUT, cache_root
 
 PRODUCT = "xen_disk_py"
 PRODUCT_FILES = ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", PRODUCT)
-COPIED = ("tests", "examples")
+COPIED = ("tests", "examples", "benchmarks")
 CACHES = {"__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache"}
 KEEP_INSTALLS = 5
 

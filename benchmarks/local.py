@@ -1,0 +1,286 @@
+"""``python -m benchmarks.local``: how fast a disk is served, without Xen.
+
+The backend is ``connect`` in a process of its own, on a simulated host; the load was laid out
+beforehand (see :mod:`.workload`). Next to it, in the same rounds, stand the same transfers in a
+bare loop, and nbdkit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Callable
+
+from xen_disk_py.blkif import READ, WRITE
+
+from . import bare, nbdkit
+from .results import BYTES, CPU, RATE, Results, about, number, tell
+from .workload import Sample, ServedDisk, drive, served
+
+KIB, MIB = 1 << 10, 1 << 20
+DISK = 64 * MIB
+SIZES = {"4 KiB": 4 * KIB, "64 KiB": 64 * KIB, "1 MiB": MIB}
+DEPTHS = (1, 32)
+OPERATIONS = {"read": READ, "write": WRITE}
+LIMIT, COPY = "bare call", "bare copy"
+HERE = Path(__file__).parent
+IDLE_SECONDS = 5
+
+Loop = Callable[[float], Sample]
+
+
+class Bench:
+    """What every table needs.
+
+    Args:
+        results: where values go.
+        folder: for images.
+        seconds: how long one run takes.
+        rounds: how often everything is run.
+    """
+
+    def __init__(self, results: Results, folder: Path, seconds: float, rounds: int) -> None:
+        self.results = results
+        self.folder = folder
+        self.seconds = seconds
+        self.rounds = rounds
+
+    def image(self, name: str) -> str:
+        """Make an image full of data."""
+        path = self.folder / f"{name}.raw"
+        path.write_bytes(random.Random(name).randbytes(DISK))
+        return str(path)
+
+    def interleave(self, table: str, workload: str, size: int, loops: dict[str, Loop]) -> None:
+        """Run all contenders in turn, as often as there are rounds, after one to warm up."""
+        for loop in loops.values():
+            loop(self.seconds / 5)
+        for _ in range(self.rounds):
+            for name, loop in loops.items():
+                sample = loop(self.seconds)
+                rate = sample.requests / sample.seconds
+                metrics = {RATE: rate, BYTES: rate * size, CPU: sample.cpu / sample.requests}
+                self.results.add(table, workload, name, **metrics)
+
+    def show(self, table: str, workload: str, base: str) -> None:
+        """Print a workload's medians and what they come to next to ``base``."""
+        tell(f"{table}: {workload}")
+        for name, series in self.results.tables[table][workload].items():
+            rate, bytes_, cpu = (statistics.median(series[m]) for m in (RATE, BYTES, CPU))
+            text = f"  {name:15}{rate:>10,.0f}/s{bytes_ / 1e9:>7.2f} GB/s{cpu * 1e6:>9.2f} µs CPU"
+            if name != base:
+                for metric, what in ((RATE, "rate"), (CPU, "CPU")):
+                    ratio = self.results.ratio(table, workload, metric, name, base)
+                    text += f"   {what} x {ratio}"
+            tell(text)
+
+
+def offsets(size: int) -> list[int]:
+    """Return places for requests of that size, anywhere on the disk."""
+    chosen = random.Random(size)
+    return [chosen.randrange(DISK // size) * size for _ in range(256)]
+
+
+def prepared(
+    disk: ServedDisk, operation: int, size: int, depth: int, *, scatter: bool = False
+) -> Loop:
+    """Return a run against a served disk."""
+
+    def loop(seconds: float) -> Sample:
+        disk.load.prepare(operation, size, depth, offsets(size), scatter=scatter)
+        return drive([disk], seconds)
+
+    return loop
+
+
+def _disks(bench: Bench, stack: ExitStack, names: Sequence[str]) -> dict[str, ServedDisk]:
+    disks = {}
+    for name in names:
+        where = ["--size", "64M"] if name == "discard" else ["--path", bench.image(name)]
+        disks[name] = stack.enter_context(served("--backend", name, *where))
+    return disks
+
+
+def requests(
+    bench: Bench,
+    names: Sequence[str] = ("raw", "cow", "mmap", "discard"),
+    sizes: Sequence[str] = tuple(SIZES),
+    depths: Sequence[int] = DEPTHS,
+) -> None:
+    """Every size, depth and direction, next to bare loops."""
+    table = "requests"
+    with ExitStack() as stack:
+        disks = _disks(bench, stack, names)
+        path = bench.image("bare")
+        for label in reversed(sizes):  # the largest first: it has all pages mapped, side by side
+            size = SIZES[label]
+            for depth in depths:
+                for way, operation in OPERATIONS.items():
+                    loops = {
+                        LIMIT: bare.system_call(path, operation, size, offsets(size)),
+                        COPY: bare.slice_copy(path, operation, size, offsets(size)),
+                    }
+                    for name, disk in disks.items():
+                        loops[name] = prepared(disk, operation, size, depth)
+                    workload = f"{label} {way}, depth {depth}"
+                    bench.interleave(table, workload, size, loops)
+                    bench.show(table, workload, LIMIT)
+
+
+def core(bench: Bench) -> None:
+    """Do what matters most of ``requests``: raw, 4 KiB and 1 MiB, depth 32."""
+    requests(bench, names=("raw",), sizes=("4 KiB", "1 MiB"), depths=(32,))
+
+
+def scattered(bench: Bench) -> None:
+    """1 MiB whose pages lie all over the guest's memory, next to a bare call of the same."""
+    table = "scattered"
+    with ExitStack() as stack:
+        disks = _disks(bench, stack, ("raw", "mmap"))
+        path = bench.image("bare")
+        for way, operation in OPERATIONS.items():
+            loops = {LIMIT: bare.scattered_system_call(path, operation, MIB, offsets(MIB))}
+            for name, disk in disks.items():
+                loops[name] = prepared(disk, operation, MIB, 32, scatter=True)
+            workload = f"1 MiB {way}, depth 32"
+            bench.interleave(table, workload, MIB, loops)
+            bench.show(table, workload, LIMIT)
+
+
+def memory(bench: Bench) -> None:
+    """Disks in memory: ours and nbdkit's, and the same in Python for both."""
+    table = "memory"
+    with ExitStack() as stack:
+        disks = _disks(bench, stack, ("raw", "mmap"))
+        disks["Python disk"] = stack.enter_context(served("--path", str(HERE / "memory_disk.py")))
+        servers = {  # not started yet
+            "nbdkit Python": nbdkit.served("python", str(HERE / "nbdkit_disk.py")),
+            "nbdkit memory": nbdkit.served("memory", f"size={DISK}"),
+        }
+        present = not nbdkit.version().startswith("not")
+        peers = {name: stack.enter_context(server) for name, server in servers.items() if present}
+        for label, size in SIZES.items():
+            for depth in DEPTHS:
+                for way, operation in OPERATIONS.items():
+                    loops = {
+                        name: prepared(disk, operation, size, depth) for name, disk in disks.items()
+                    }
+                    for name, peer in peers.items():
+                        loops[name] = peer.fio(operation, size, depth)
+                    workload = f"{label} {way}, depth {depth}"
+                    bench.interleave(table, workload, size, loops)
+                    bench.show(table, workload, "nbdkit Python")
+
+
+def idle(bench: Bench) -> None:
+    """A disk that nobody asks anything of."""
+    with served("--path", bench.image("idle"), "--backend", "raw") as disk:
+        resident = disk.memory()["VmRSS"]
+        prepared(disk, READ, 4 * KIB, 32)(bench.seconds)
+        for _ in range(bench.rounds):
+            time.sleep(0.2)
+            before = disk.switches()
+            time.sleep(IDLE_SECONDS)
+            wakeups = (disk.switches() - before) / IDLE_SECONDS
+            bench.results.add(
+                "idle", "raw", "connect", wakeups_per_second=wakeups, resident_bytes=resident
+            )
+    tell(f"idle: {number(wakeups)} wake-ups/s, {resident / 1e6:.1f} MB resident")
+
+
+def start(bench: Bench) -> None:
+    """How long it takes to begin."""
+    table = "start"
+    programs = {
+        "python -c pass": [sys.executable, "-c", "pass"],
+        "xen-disk --help": [sys.executable, "-m", "xen_disk_py", "--help"],
+    }
+    image = bench.image("start")
+    for _ in range(bench.rounds):
+        for name, command in programs.items():
+            begun = time.perf_counter()
+            subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+            bench.results.add(table, name, "wall", seconds=time.perf_counter() - begun)
+        with served("--path", image, pages=11) as disk:
+            bench.results.add(table, "connect", "wall", seconds=disk.connect_seconds)
+    for name, series in bench.results.tables[table].items():
+        tell(f"start: {name:16} {statistics.median(series['wall']['seconds']):.3f} s")
+
+
+def many(bench: Bench) -> None:
+    """Compare eight disks at once with one."""
+    table, workload, size = "many", "4 KiB read, depth 32, raw", 4 * KIB
+    with ExitStack() as stack:
+        disks = []
+        for number_ in range(8):
+            path = bench.image(f"many{number_}")
+            disks.append(stack.enter_context(served("--path", path, "--backend", "raw", pages=1)))
+            disks[-1].load.prepare(READ, size, 32, offsets(size))
+        loops: dict[str, Loop] = {
+            "1 disk": lambda seconds: drive(disks[:1], seconds),
+            "8 disks": lambda seconds: drive(disks, seconds),
+        }
+        bench.interleave(table, workload, size, loops)
+    bench.show(table, workload, "1 disk")
+
+
+def sleeping(bench: Bench) -> None:
+    """Compare many requests at once with one at a time, to a disk that takes a millisecond."""
+    table, size = "sleeping", 4 * KIB
+    with served("--path", str(HERE / "sleeping_disk.py"), pages=1) as disk:
+        loops = {f"depth {depth}": prepared(disk, READ, size, depth) for depth in DEPTHS}
+        bench.interleave(table, "4 KiB read", size, loops)
+    bench.show(table, "4 KiB read", "depth 1")
+
+
+TABLES: dict[str, Callable[[Bench], None]] = {
+    "requests": requests,
+    "scattered": scattered,
+    "memory": memory,
+    "many": many,
+    "sleeping": sleeping,
+    "idle": idle,
+    "start": start,
+}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure, print and write the result."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.local", description=__doc__)
+    parser.add_argument("--json", metavar="FILE", help="write what was measured there")
+    parser.add_argument("--seconds", type=float, default=0.5, help="of each run (default: 0.5)")
+    parser.add_argument("--rounds", type=int, default=5, help="of each table (default: 5)")
+    parser.add_argument(
+        "--only",
+        action="append",
+        choices=[*TABLES, "core"],
+        metavar="NAME",
+        help=f"{', '.join(TABLES)}; core: what matters most of requests",
+    )
+    parser.add_argument(
+        "--folder", default="/dev/shm", help="where to make images (default: /dev/shm)"
+    )
+    args = parser.parse_args(arguments)
+    command = f"python -m benchmarks.local {shlex.join(arguments)}".strip()
+    facts = about(command, nbdkit=nbdkit.version(), images=args.folder)
+    results = Results({**facts, "rounds": str(args.rounds), "seconds": str(args.seconds)})
+    with tempfile.TemporaryDirectory(prefix="xen_disk_py-bench-", dir=args.folder) as folder:
+        bench = Bench(results, Path(folder), args.seconds, args.rounds)
+        for name in args.only or TABLES:
+            (core if name == "core" else TABLES[name])(bench)
+            if args.json:
+                results.save(args.json)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,343 @@
+"""``python -m benchmarks.report FILE...``: from measurements to ``docs/benchmarks.md``.
+
+Each file is what ``benchmarks.local --json`` or ``benchmarks.lab`` wrote. Their tables, and
+the goals next to what was measured, go between the marks in the document (``<!-- local -->`` to
+``<!-- /local -->`` and so on), and a plot of each table beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import html
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import ceil, floor, log2
+from pathlib import Path
+from typing import Callable
+
+from .local import LIMIT
+from .results import BYTES, CPU, CPU_GIB, RATE, Results, Spread, number, spread
+
+DOCUMENT = Path(__file__).resolve().parents[1] / "docs/benchmarks.md"
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class View:
+    """One metric of a table, next to one contender of it.
+
+    Attributes:
+        title: with the unit of ``metric`` times ``scale``.
+        metric: what is shown.
+        scale: to the unit shown.
+        base: the contender that the others are compared with.
+    """
+
+    title: str
+    metric: str
+    scale: float
+    base: str
+
+
+LOCAL = {
+    "requests": (
+        View("Requests per second, next to the bare call", RATE, 1, LIMIT),
+        View("The backend's processor time for a request, µs", CPU, 1e6, LIMIT),
+    ),
+    "scattered": (View("GB/s, next to the bare call", BYTES, 1e-9, LIMIT),),
+    "memory": (
+        View("Requests per second, next to nbdkit's Python plugin", RATE, 1, "nbdkit Python"),
+    ),
+    "many": (View("Requests per second, all disks together", RATE, 1, "1 disk"),),
+    "sleeping": (View("Requests per second", RATE, 1, "depth 1"),),
+    "idle": (
+        View("Wake-ups per second", "wakeups_per_second", 1, ""),
+        View("Resident memory, MB", "resident_bytes", 1e-6, ""),
+    ),
+    "start": (View("Seconds", "seconds", 1, ""),),
+}
+LAB = (
+    View("Requests per second, next to blkback", RATE, 1, "blkback"),
+    View("Requests per second, next to qdisk", RATE, 1, "qdisk"),
+    View("dom0's processor time, seconds per GiB, next to blkback", CPU_GIB, 1, "blkback"),
+)
+
+Measured = tuple[str, Spread]
+Look = Callable[[Results], Iterator[Measured]]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What is wanted.
+
+    Attributes:
+        text: in words.
+        wanted: the number.
+        at_least: or at most.
+        look: finds what was measured, with a label.
+    """
+
+    text: str
+    wanted: float
+    at_least: bool
+    look: Look
+
+    def met(self, value: float) -> bool:
+        """Tell whether that is good enough."""
+        return value >= self.wanted if self.at_least else value <= self.wanted
+
+
+def _lab_tables(results: Results) -> list[str]:
+    return [table for table in results.tables if table not in LOCAL]
+
+
+def _lab(contender: str, base: str, pattern: str, metric: str = RATE) -> Look:
+    """Look for workloads in every table of the lab."""
+
+    def look(results: Results) -> Iterator[Measured]:
+        for table in _lab_tables(results):
+            for workload in results.tables[table]:
+                ratio = results.ratio(table, workload, metric, contender, base)
+                if ratio and re.match(pattern, workload):
+                    yield f"{table}, {workload}", ratio
+
+    return look
+
+
+def _local(table: str, pattern: str, metric: str, contender: str, base: str) -> Look:
+    def look(results: Results) -> Iterator[Measured]:
+        for workload in results.tables.get(table, {}):
+            ratio = results.ratio(table, workload, metric, contender, base)
+            if ratio and re.match(pattern, workload):
+                yield workload, ratio
+
+    return look
+
+
+def _value(table: str, workload: str, contender: str, metric: str, scale: float = 1) -> Look:
+    def look(results: Results) -> Iterator[Measured]:
+        values = results.values(table, workload, contender, metric)
+        if values:
+            yield workload, spread([value * scale for value in values])
+
+    return look
+
+
+GOALS = (
+    Goal("1 MiB direct, of blkback's rate", 1.0, True, _lab("raw", "blkback", "1 MiB")),
+    Goal(
+        "4 KiB random, depth 32, of blkback's rate",
+        2.5,
+        True,
+        _lab("raw", "blkback", "4 KiB.*depth 32"),
+    ),
+    Goal(
+        "4 KiB random, depth 1, of blkback's rate",
+        1.2,
+        True,
+        _lab("raw", "blkback", "4 KiB.*depth 1$"),
+    ),
+    Goal("every workload, of qdisk's rate", 2.0, True, _lab("raw", "qdisk", "")),
+    Goal(
+        "1 MiB direct, dom0's processor time of blkback's",
+        1.5,
+        False,
+        _lab("raw", "blkback", "1 MiB", CPU_GIB),
+    ),
+    Goal(
+        "no Xen: 1 MiB, depth 32, of the bare call's GB/s",
+        0.9,
+        True,
+        _local("requests", "1 MiB.*depth 32", BYTES, "raw", LIMIT),
+    ),
+    Goal(
+        "no Xen: 4 KiB, depth 32, processor time in bare calls",
+        4.0,
+        False,
+        _local("requests", "4 KiB.*depth 32", CPU, "raw", LIMIT),
+    ),
+    Goal(
+        "no Xen: 4 KiB, depth 32, of the rate of nbdkit's Python plugin",
+        5.0,
+        True,
+        _local("memory", "4 KiB.*depth 32", RATE, "raw", "nbdkit Python"),
+    ),
+    Goal(
+        "idle: wake-ups per second",
+        0,
+        False,
+        _value("idle", "raw", "connect", "wakeups_per_second"),
+    ),
+    Goal(
+        "idle: resident memory, MB",
+        30,
+        False,
+        _value("idle", "raw", "connect", "resident_bytes", 1e-6),
+    ),
+    Goal("--help, seconds", 0.15, False, _value("start", "xen-disk --help", "wall", "seconds")),
+    Goal(
+        "connect until the guest has the disk, our own part, seconds",
+        0.5,
+        False,
+        _value("start", "connect", "wall", "seconds"),
+    ),
+    Goal(
+        "8 disks on 2 processors, of the rate of one",
+        0.9,
+        True,
+        _local("many", "", RATE, "8 disks", "1 disk"),
+    ),
+    Goal(
+        "a disk that sleeps 1 ms: depth 32, of the rate one at a time",
+        8.0,
+        True,
+        _local("sleeping", "", RATE, "depth 32", "depth 1"),
+    ),
+)
+
+
+SHOWN = 4
+
+
+def goals(runs: Sequence[Results]) -> str:
+    """Write the table of goals, with the worst of what was measured for each."""
+    lines = ["| goal | wanted | measured | |", "|---|---|---|---|"]
+    for goal in GOALS:
+        sign = "≥" if goal.at_least else "≤"
+        found = [measured for run in runs for measured in goal.look(run)]
+        found.sort(key=lambda measured: measured[1].median, reverse=not goal.at_least)
+        cells = "<br>".join(f"{label}: {ratio}" for label, ratio in found[:SHOWN])
+        if len(found) > SHOWN:
+            cells += f"<br>and {len(found) - SHOWN} better ones"
+        cells = cells or "not measured"
+        verdict = "" if not found else "yes" if goal.met(found[0][1].median) else "no"
+        lines.append(
+            f"| {goal.text} | {sign} {goal.wanted:g} | {cells or 'not measured'} | {verdict} |"
+        )
+    return "\n".join(lines)
+
+
+def table(results: Results, name: str, view: View) -> str:
+    """Write one table: a row for each workload, a column for each contender."""
+    workloads = results.tables[name]
+    columns = list(dict.fromkeys(contender for rows in workloads.values() for contender in rows))
+    lines = [f"| {view.title} | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for workload in workloads:
+        cells = []
+        for contender in columns:
+            values = results.values(name, workload, contender, view.metric)
+            cell = number(spread(values).median * view.scale) if values else ""
+            ratio = results.ratio(name, workload, view.metric, contender, view.base)
+            if ratio and contender != view.base:
+                cell += f"<br>× {ratio}"
+            cells.append(cell)
+        lines.append(f"| {workload} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def section(results: Results, name: str, views: Sequence[View], folder: Path) -> str:
+    """Write a table's views and its plot."""
+    parts = []
+    for view in views:
+        parts.append(table(results, name, view))
+        if view is views[0] and view.base:
+            path = folder / f"benchmarks-{name}.svg"
+            path.write_text(plot(results, name, view))
+            parts.append(f"![{view.title}]({path.name})")
+    return "\n\n".join(parts)
+
+
+def facts(results: Results) -> str:
+    """Write what, where and how was measured."""
+    rows = "\n".join(f"| {name} | {value} |" for name, value in results.about.items() if value)
+    return f"| | |\n|---|---|\n{rows}"
+
+
+LABELS, WIDTH, ROW, TOP = 330, 860, 18, 40
+COLOURS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#475569")
+
+
+def plot(results: Results, name: str, view: View) -> str:
+    """Draw the ratios to the base: a dot for the median, a line from the least to the greatest."""
+    rows: list[tuple[str, str, Spread]] = []
+    for workload, contenders in results.tables[name].items():
+        for contender in contenders:
+            ratio = results.ratio(name, workload, view.metric, contender, view.base)
+            if ratio and contender != view.base:
+                rows.append((workload, contender, ratio))
+    names = list(dict.fromkeys(contender for _, contender, _ in rows))
+    low = floor(min(0.0, *(log2(ratio.low) for *_, ratio in rows)))
+    high = ceil(max(1.0, *(log2(ratio.high) for *_, ratio in rows)))
+
+    def x(ratio: float) -> float:
+        return LABELS + (WIDTH - LABELS - 20) * (log2(ratio) - low) / (high - low)
+
+    height = TOP + ROW * len(rows) + 30
+    out = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" '
+        f'font-family="sans-serif" font-size="12">',
+        f'<rect width="{WIDTH}" height="{height}" fill="white"/>',
+        f'<text x="10" y="20" font-size="14">{html.escape(view.title)} ({view.base} = 1)</text>',
+    ]
+    for power in range(low, high + 1):
+        at, label = x(2.0**power), f"{2**power}" if power >= 0 else f"1/{2**-power}"
+        colour = "#111" if power == 0 else "#ddd"
+        out.append(f'<path d="M{at:.1f} {TOP - 8}V{height - 25}" stroke="{colour}"/>')
+        out.append(f'<text x="{at:.1f}" y="{height - 10}" text-anchor="middle">{label}</text>')
+    before = ""
+    for index, (workload, contender, ratio) in enumerate(rows):
+        y = TOP + ROW * index + ROW // 2
+        colour = COLOURS[names.index(contender) % len(COLOURS)]
+        if workload != before:
+            out.append(f'<path d="M10 {y - ROW // 2}H{WIDTH - 10}" stroke="#eee"/>')
+            out.append(f'<text x="10" y="{y + 4}">{html.escape(workload)}</text>')
+            before = workload
+        out.append(
+            f'<text x="{LABELS - 10}" y="{y + 4}" text-anchor="end" fill="{colour}">'
+            f"{html.escape(contender)}</text>"
+        )
+        ends = f"M{x(ratio.low):.1f} {y}H{x(ratio.high):.1f}"
+        out.append(f'<path d="{ends}" stroke="{colour}" stroke-width="2"/>')
+        out.append(f'<circle cx="{x(ratio.median):.1f}" cy="{y}" r="4" fill="{colour}"/>')
+    return "\n".join([*out, "</svg>", ""])
+
+
+def fill(text: str, mark: str, content: str) -> str:
+    """Replace what stands between a mark and its end.
+
+    Raises:
+        ValueError: the text has no such marks.
+    """
+    start, end = f"<!-- {mark} -->", f"<!-- /{mark} -->"
+    if start not in text or end not in text:
+        raise ValueError(f"the document has no {start} and {end}")
+    before, _, rest = text.partition(start)
+    return f"{before}{start}\n{content}\n{end}{rest.partition(end)[2]}"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Write the document's tables and plots."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser.add_argument("files", nargs="+", metavar="FILE", help="JSON files")
+    parser.add_argument("--document", type=Path, default=DOCUMENT, help="default: %(default)s")
+    args = parser.parse_args(arguments)
+    runs = [Results.load(file) for file in args.files]
+    folder: Path = args.document.parent
+    local, lab = [], []
+    for run in runs:
+        own = [section(run, name, LOCAL[name], folder) for name in LOCAL if name in run.tables]
+        others = [section(run, name, LAB, folder) for name in _lab_tables(run)]
+        local += [facts(run), *own] if own else []
+        lab += [facts(run), *others] if others else []
+    text = fill(args.document.read_text(), "goals", goals(runs))
+    for mark, parts in (("local", local), ("lab", lab)):
+        if parts:  # what was not measured again stays
+            text = fill(text, mark, "\n\n".join(parts))
+    args.document.write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,344 @@
+"""A disk served by a process of its own, and a load that costs its sender next to nothing.
+
+A frontend written in Python takes as long to make a request as the backend to do it, so the
+two together say little about either. Here the requests are laid out beforehand, in whole
+rings; sending some is a copy into the ring and a kick.
+"""
+
+from __future__ import annotations
+
+import random
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from xen_disk_py.blkif import (
+    MAX_SEGMENTS,
+    SECTOR,
+    SECTORS_PER_PAGE,
+    Indirect,
+    Transfer,
+    encode_segments,
+)
+from xen_disk_py.errors import DeviceError
+from xen_disk_py.frontend import Frontend
+from xen_disk_py.hypervisor import PAGE_SIZE, GuestHypervisor
+from xen_disk_py.ring import HEADER
+from xen_disk_py.simulated.hypervisor import SimulatedGuest, SimulatedMachine
+from xen_disk_py.simulated.xenstored import SimulatedXenstored
+from xen_disk_py.xenstore import Store
+
+GUEST = 1
+VDEV = 51712
+"""``xvda``: the first free device."""
+SLOTS = 32
+"""Requests that a ring of one page holds."""
+
+_PAGES = 256  # of the largest request, 1 MiB
+_LAPS = 8  # rings full of requests that are laid out beforehand
+_MASK = 0xFFFF_FFFF
+_REQ_PROD, _REQ_EVENT, _RSP_PROD, _RSP_EVENT = range(4)
+_UNANSWERED = 0xFFFF << 16  # in a request's id: where a response has its status
+
+
+class Load(Frontend):
+    """A frontend that sends requests laid out beforehand, and looks only at their status.
+
+    Args:
+        store: xenstore, as the guest sees it.
+        guest: shares pages, opens ports.
+        directory: the device's directory.
+        pages: of the largest request.
+    """
+
+    def __init__(
+        self, store: Store, guest: GuestHypervisor, directory: str, pages: int = _PAGES
+    ) -> None:
+        super().__init__(store, guest, directory, max_segments=pages, depth=SLOTS)
+        self._fence = guest.fence
+        self._laps: list[bytes] = []
+        self._depth = self._half = self._produced = self._consumed = 0
+
+    def prepare(
+        self,
+        operation: int,
+        size: int,
+        depth: int,
+        offsets: Sequence[int],
+        *,
+        scatter: bool = False,
+    ) -> None:
+        """Lay requests out, to be sent again and again.
+
+        Args:
+            operation: READ or WRITE.
+            size: bytes of each, a multiple of 4096.
+            depth: how many to keep in flight.
+            offsets: where, in turn; bytes.
+            scatter: take each request's pages from all over the guest's memory, as in one that
+                has run for a while; otherwise they lie side by side, as in one just booted.
+        """
+        ring = self._shared[0].view
+        self._ring_bytes, self._indices = ring, ring[:16].cast("I")
+        self._depth, self._half = depth, max(1, depth // 2)
+        self._indices[_RSP_EVENT] = (self._consumed + self._half) & _MASK
+        count = -(-size // PAGE_SIZE)
+        pages = self.max_bytes // PAGE_SIZE
+        refs = [ref for buffer in self._free for ref in buffer.refs]
+        if scatter:
+            random.Random(1).shuffle(refs)
+        slots = []
+        for number in range(_LAPS * SLOTS):
+            at = number % depth  # which of the requests in flight, so which pages
+            buffer = self._free[at]
+            grefs = tuple(refs[at * pages : at * pages + count])
+            id_, sector = _UNANSWERED | number % SLOTS, offsets[number % len(offsets)] // SECTOR
+            if count <= MAX_SEGMENTS:
+                sectors = count * SECTORS_PER_PAGE
+                firsts, lasts = (0,) * count, (7,) * count
+                slot = self._abi.encode(
+                    Transfer(id_, operation, sector, sectors, grefs, firsts, lasts)
+                )
+            else:
+                segments = encode_segments([(ref, 0, 7) for ref in grefs])
+                buffer.indirect_view[: len(segments)] = segments
+                slot = self._abi.encode(
+                    Indirect(id_, operation, sector, count, buffer.indirect_refs)
+                )
+            slots.append(slot)
+        self._laps = [b"".join(slots[at : at + SLOTS]) for at in range(0, len(slots), SLOTS)]
+
+    def turn(self) -> bool:
+        """Look once; if there is room for half of the requests or more, send some."""
+        answered = (self._indices[_RSP_PROD] - self._consumed) & _MASK
+        if answered >= self._half:
+            self._reap()
+        elif self._produced - self._consumed == self._depth:
+            return False
+        self._refill()
+        return True
+
+    def finish(self) -> None:
+        """Wait until everything is answered.
+
+        Raises:
+            DeviceError: an error, or no answer in time.
+        """
+        deadline = time.monotonic() + self._timeout
+        while self._consumed < self._produced:
+            if not self._reap() and time.monotonic() > deadline:
+                raise DeviceError("no response in time")
+
+    @property
+    def answered(self) -> int:
+        """How many requests have been answered, ever."""
+        return self._consumed
+
+    def quiet(self) -> bool:
+        """There is nothing to do for :meth:`turn`, and ``fileno`` will tell when there is."""
+        self._fence()  # our wish is visible before the last look
+        return (self._indices[_RSP_PROD] - self._consumed) & _MASK < self._half
+
+    def fileno(self) -> int:
+        """Return a descriptor that becomes readable with the next answer."""
+        return self._channels[0].fileno()
+
+    def acknowledge(self) -> None:
+        """Make ``fileno`` quiet again."""
+        self._channels[0].acknowledge()
+
+    def _refill(self) -> None:
+        # Not more than half a ring at once, so that a backend that answers all it took
+        # together finds the other half when it looks again.
+        produced = self._produced
+        count = min(self._depth - (produced - self._consumed), self._half)
+        position, size = produced % SLOTS, self._abi.slot_size
+        count = min(count, SLOTS - position)
+        start, stop = position * size, (position + count) * size
+        lap = self._laps[produced // SLOTS % _LAPS]
+        self._ring_bytes[HEADER + start : HEADER + stop] = lap[start:stop]
+        self._fence()
+        self._produced = new = produced + count
+        self._indices[_REQ_PROD] = new & _MASK
+        self._fence()
+        if (new - self._indices[_REQ_EVENT]) & _MASK < count:
+            self._channels[0].notify()
+
+    def _reap(self) -> int:
+        consumed = self._consumed
+        answered = (self._indices[_RSP_PROD] - consumed) & _MASK
+        if not answered:
+            return 0
+        self._fence()
+        first = consumed % SLOTS
+        self._check(first, min(first + answered, SLOTS))
+        self._check(0, max(first + answered - SLOTS, 0))
+        self._consumed = consumed + answered
+        self._indices[_RSP_EVENT] = (self._consumed + self._half) & _MASK
+        return answered
+
+    def _check(self, first: int, last: int) -> None:
+        size, ring = self._abi.slot_size, self._ring_bytes
+        start, stop = HEADER + first * size, HEADER + last * size
+        if any(ring[start + 10 : stop : size]) or any(ring[start + 11 : stop : size]):
+            raise DeviceError("the backend answered an error")
+
+    def close(self) -> None:
+        """Give everything back."""
+        if self._laps:
+            self._indices.release()
+            del self._ring_bytes
+            self._laps = []
+        super().close()
+
+
+@dataclass
+class Sample:
+    """What one run came to."""
+
+    requests: int
+    seconds: float
+    cpu: float
+    """Seconds of processor time, of the backends alone."""
+
+
+def send(loads: Sequence[Load], seconds: float) -> tuple[int, float]:
+    """Keep the prepared loads going, asleep while there is nothing to do for any.
+
+    Returns:
+        How many requests were answered, and the seconds that it took, the last ones included.
+    """
+    sleeper = select.poll()
+    for load in loads:
+        sleeper.register(load.fileno(), select.POLLIN)
+    before = sum(load.answered for load in loads)
+    clock = time.perf_counter
+    start = clock()
+    while clock() < start + seconds:
+        moved = [load.turn() for load in loads]
+        if not any(moved) and all(load.quiet() for load in loads):
+            sleeper.poll(100)
+            for load in loads:
+                load.acknowledge()
+    for load in loads:
+        load.finish()
+    return sum(load.answered for load in loads) - before, clock() - start
+
+
+def drive(disks: Sequence[ServedDisk], seconds: float) -> Sample:
+    """Send the prepared loads of all disks, and look at the processor time of their backends."""
+    cpu = sum(disk.cpu_seconds() for disk in disks)
+    requests, elapsed = send([disk.load for disk in disks], seconds)
+    return Sample(requests, elapsed, sum(disk.cpu_seconds() for disk in disks) - cpu)
+
+
+def cpu_seconds(pid: int) -> float:
+    """Return the processor time of all threads of a process so far, those that ended included."""
+    # What clock_getcpuclockid(3) returns, which Python does not have: linux/posix-timers.h.
+    return time.clock_gettime(~pid << 3 | 2)
+
+
+def _tasks(pid: int) -> Iterator[Path]:
+    return Path(f"/proc/{pid}/task").iterdir()
+
+
+class ServedDisk:
+    """A disk that ``connect`` serves in another process, and the load for it."""
+
+    def __init__(self, process: subprocess.Popen[str], load: Load, seconds: float) -> None:
+        self.process = process
+        self.load = load
+        self.connect_seconds = seconds
+        """From the start of the process until the guest has the disk."""
+
+    def cpu_seconds(self) -> float:
+        """Return the processor time it has taken so far."""
+        return cpu_seconds(self.process.pid)
+
+    def switches(self) -> int:
+        """Return how often its threads have gone to sleep, or were made to, so far."""
+        return sum(
+            int(line.split()[1])
+            for task in _tasks(self.process.pid)
+            for line in (task / "status").read_text().splitlines()
+            if "ctxt_switches" in line
+        )
+
+    def memory(self) -> dict[str, int]:
+        """Return its resident memory in bytes, by the kernel's names (``VmRSS``, ``RssAnon``…)."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        fields = (line.split() for line in status.splitlines())
+        return {f[0][:-1]: int(f[1]) << 10 for f in fields if f[0].startswith(("VmRSS", "Rss"))}
+
+
+@contextmanager
+def served(*arguments: str, pages: int = _PAGES) -> Iterator[ServedDisk]:
+    """Serve a disk on a simulated host of its own.
+
+    Args:
+        arguments: what comes after ``connect VM``.
+        pages: of the largest request to be sent.
+    """
+    with ExitStack() as stack:
+        records = stack.enter_context(tempfile.TemporaryDirectory(prefix="xen_disk_py-bench-"))
+        xenstored = stack.enter_context(SimulatedXenstored())
+        xenstored.add_domain(GUEST, "bench", "00000000-0000-4000-8000-000000000001")
+        machine = stack.enter_context(SimulatedMachine(domid=GUEST))
+        guest = stack.enter_context(SimulatedGuest(machine))
+        store = stack.enter_context(Store.open(xenstored.socket_path(GUEST)))
+        directory = f"/local/domain/{GUEST}/device/vbd/{VDEV}"
+        store.watch(directory)
+        program = [sys.executable, "-m", "benchmarks.serve"]
+        where = [machine.address, xenstored.socket_path(0), records]
+        said = stack.enter_context((Path(records) / "stderr").open("w+"))
+        start = time.perf_counter()
+        process = subprocess.Popen(
+            [*program, *where, str(GUEST), "--json", "--quiet", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=said,
+            text=True,
+            pass_fds=machine.descriptors,
+            cwd=Path(__file__).parents[1],
+        )
+        stack.callback(_end, process, said)
+        _await_device(store, directory, process)
+        load = stack.enter_context(Load(store, guest, directory, pages))
+        load.connect()
+        assert process.stdout is not None
+        process.stdout.readline()
+        seconds = time.perf_counter() - start
+        yield ServedDisk(process, load, seconds)
+        load.disconnect()
+
+
+def _await_device(store: Store, directory: str, process: subprocess.Popen[str]) -> None:
+    poller = select.poll()
+    poller.register(store.fileno(), select.POLLIN)
+    while store.read(f"{directory}/state") is None:
+        if process.poll() is not None:
+            raise DeviceError(f"connect ended with status {process.returncode}")
+        if not store.has_pending:
+            poller.poll(100)
+        store.pending()
+
+
+def _end(process: subprocess.Popen[str], said: TextIO) -> None:
+    process.send_signal(signal.SIGINT)
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    assert process.stdout is not None
+    process.stdout.close()
+    if process.returncode:
+        said.seek(0)
+        sys.stderr.write(said.read())

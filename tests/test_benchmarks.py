@@ -1,0 +1,136 @@
+"""What the benchmarks measure with and how they compare, not how fast anything is."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from xen_disk_py.blkif import READ, WRITE
+from xen_disk_py.errors import DeviceError
+
+sys.path.append(str(Path(__file__).parents[1]))  # last: the package is tested where it is installed
+
+from benchmarks import report
+from benchmarks.bare import scattered_system_call, slice_copy, system_call
+from benchmarks.results import BYTES, CPU, RATE, Results
+from benchmarks.workload import SLOTS, Load, send
+
+
+@pytest.fixture
+def load(host):
+    def connect(backend):
+        serving = host.serving(backend)
+        load = Load(host.open_store(host.DOMID), host.guest, serving.address.frontend, pages=16)
+        host._frontends.append(load)
+        load.connect()
+        return load
+
+    return connect
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, SLOTS])
+@pytest.mark.parametrize("size", [4096, 65536])
+def test_a_load_sends_what_was_laid_out_in_that_order(host, load, size, depth):
+    backend = host.memory(1 << 20)
+    offsets = [place * 65536 for place in (3, 1, 4, 15, 9)]
+    sender = load(backend)
+    sender.prepare(READ, size, depth, offsets)
+    requests, seconds = send([sender], 0.02)
+    assert requests == len(backend.calls) > SLOTS
+    assert seconds >= 0.02
+    laps = 256  # laid out, then from the start again
+    expected = [("read", offsets[i % laps % 5], size) for i in range(requests)]
+    assert expected == backend.calls
+
+
+def test_a_load_can_be_prepared_again(host, load):
+    backend = host.memory(1 << 20)
+    sender = load(backend)
+    for operation, depth in ((READ, SLOTS), (WRITE, 1), (READ, 4)):
+        sender.prepare(operation, 4096, depth, [0, 4096], scatter=True)
+        del backend.calls[:]
+        requests, _ = send([sender], 0.01)
+        assert [("write" if operation == WRITE else "read")] * requests == [
+            call[0] for call in backend.calls
+        ]
+        assert requests > 1
+
+
+def test_a_load_notices_an_error(host, load):
+    sender = load(host.memory(1 << 20))
+    sender.prepare(READ, 4096, 8, [0, 0, 0, 1 << 20])
+    with pytest.raises(DeviceError):
+        send([sender], 5)
+
+
+@pytest.mark.parametrize("loop", [system_call, scattered_system_call, slice_copy])
+@pytest.mark.parametrize("operation", [READ, WRITE])
+def test_a_bare_loop_counts_its_calls(tmp_path, loop, operation):
+    path = tmp_path / "image"
+    path.write_bytes(b"x" * 65536)
+    sample = loop(str(path), operation, 8192, [0, 8192, 32768])(0.001)
+    assert 0 == sample.requests % 3
+    assert sample.requests > 0
+    assert sample.seconds >= 0.001
+    written = path.read_bytes()
+    assert 65536 == len(written)
+    assert (operation == WRITE) == (b"\0" * 8192 == written[32768:40960])
+
+
+def test_a_ratio_is_made_within_each_round(tmp_path):
+    results = Results({"command": "x"})
+    for ours, theirs in ((10, 10), (300, 100), (8, 4)):
+        results.add("t", "w", "ours", rate=ours)
+        results.add("t", "w", "theirs", rate=theirs)
+    results.save(tmp_path / "r.json")
+    loaded = Results.load(tmp_path / "r.json")
+    assert (2, 1, 3) == loaded.ratio("t", "w", "rate", "ours", "theirs")
+    assert loaded.ratio("t", "w", "rate", "ours", "nobody") is None
+
+
+@pytest.fixture
+def document(tmp_path):
+    path = tmp_path / "page.md"
+    marks = "".join(
+        f"<!-- {name} -->\nold\n<!-- /{name} -->\n" for name in ("goals", "local", "lab")
+    )
+    path.write_text(f"# Page\n{marks}The end\n")
+    return path
+
+
+def test_a_report_fills_the_document(tmp_path, document):
+    local, lab = Results({"command": "local one"}), Results({"command": "lab one"})
+    for cpu in (5, 3, 2):
+        for name, factor in (("bare call", 1), ("raw", cpu)):
+            local.add("requests", "4 KiB read, depth 32", name, **{RATE: 1, BYTES: 1, CPU: factor})
+    for name, rate in (("raw", 300), ("blkback", 100), ("qdisk", 200)):
+        lab.add("xen-pv", "4 KiB random read, depth 32", name, **{RATE: rate})
+    local.save(tmp_path / "local.json")
+    lab.save(tmp_path / "lab.json")
+    files = [str(tmp_path / "local.json"), str(tmp_path / "lab.json")]
+    assert 0 == report.main([*files, "--document", str(document)])
+    text = document.read_text()
+    assert "old" not in text
+    assert text.endswith("The end\n")
+    assert "local one" in text
+    assert "lab one" in text
+    rows = {line.split(" | ")[0][2:]: line.split(" | ")[-1] for line in text.splitlines()}
+    assert "yes |" == rows["no Xen: 4 KiB, depth 32, processor time in bare calls"]
+    assert "yes |" == rows["4 KiB random, depth 32, of blkback's rate"]
+    assert "no |" == rows["every workload, of qdisk's rate"]
+    assert " |" == rows["--help, seconds"]
+    plot = (tmp_path / "benchmarks-xen-pv.svg").read_text()
+    assert 2 == plot.count("<circle")
+    assert "4 KiB random read, depth 32" in plot
+
+
+def test_a_report_leaves_what_was_not_measured_again(tmp_path, document):
+    lab = Results({"command": "lab one"})
+    lab.add("xen-pv", "w", "raw", **{RATE: 1})
+    lab.add("xen-pv", "w", "blkback", **{RATE: 1})
+    lab.save(tmp_path / "lab.json")
+    report.main([str(tmp_path / "lab.json"), "--document", str(document)])
+    assert 1 == document.read_text().count("old")
+    assert "<!-- local -->\nold\n" in document.read_text()
