@@ -251,10 +251,10 @@ def test_the_options_reach_the_queue(host, make, grants, kept):
 def threaded(host, make):
     """A device that offers eight queues."""
     data = bytearray(random.Random(1).randbytes(1 << 20))
-    return make(host.memory(threads=4, data=data), max_queues=8)
+    return make(host.memory(threads=8, data=data), max_queues=8)
 
 
-@pytest.mark.parametrize(("threads", "offered"), [(1, "1"), (2, "8")])
+@pytest.mark.parametrize(("threads", "offered"), [(1, "1"), (2, "2"), (16, "8")])
 def test_queues_are_offered_where_threads_may_be_several(host, make, threads, offered):
     guest = make(host.memory(threads=threads), max_queues=8)
     assert offered == guest.store.read(f"{guest.address.backend}/multi-queue-max-queues")
@@ -332,7 +332,7 @@ def test_more_queues_than_offered(guest, caplog):
 def test_forcing_waits_for_all_queues_at_once(host, make):
     """The time is one for all, and what hangs is all that stays."""
     allowed = threading.Event()
-    backend = host.memory(threads=4, read=lambda buffers, offset: allowed.wait(5) and None)
+    backend = host.memory(threads=8, read=lambda buffers, offset: allowed.wait(5) and None)
     guest = make(backend, max_queues=8)
     connect(guest, queues=8)
     for number in (2, 3, 5):

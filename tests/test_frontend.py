@@ -45,7 +45,7 @@ def test_write_and_read(host, options):
 @pytest.mark.parametrize(("wanted", "order"), [(2, 0), (3, 1), (8, 0), (20, 0)])
 def test_several_queues(host, wanted, order, persistent):
     """Requests go to all of them in turn."""
-    backend = host.memory(4 << 20, threads=4)
+    backend = host.memory(4 << 20, threads=8)
     serving = host.serving(backend, max_queues=8)
     queues = min(wanted, 8)
     frontend = serving.frontend(
@@ -80,7 +80,7 @@ def test_a_single_queue_where_no_more_are_offered(host):
 def test_a_full_ring_of_several(host):
     """The others may have room: it is this one's turn."""
     allowed = threading.Event()
-    backend = host.memory(threads=4)
+    backend = host.memory(threads=8)
     read = backend.read
     backend.read = lambda buffers, offset: allowed.wait(5) and read(buffers, offset)
     frontend = host.serving(backend, max_queues=2).frontend(

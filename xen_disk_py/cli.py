@@ -140,7 +140,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=_queues,
         default=1,
         metavar="N",
-        help="queues to offer, each with a thread; a disk that lets one thread in gets one "
+        help="queues to offer, each with a thread; fewer for a disk that lets in fewer threads "
         "(default: 1)",
     )
     connect.add_argument(
@@ -155,7 +155,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=_count,
         default=8224,
         metavar="N",
-        help="pages to keep mapped for each queue at most (default: 8224)",
+        help="pages of the guest to keep mapped at most (default: 8224)",
     )
     connect.add_argument(
         "--timeout",

@@ -38,8 +38,8 @@ class Device:
         address: which device; its directories exist once :meth:`keys` have been written there.
         disk: what serves the requests; not closed here.
         options: how its queues work.
-        max_queues: how many to offer, up to ``blkif.MAX_QUEUES``. A backend that lets only one
-            thread in gets one all the same.
+        max_queues: how many to offer, up to ``blkif.MAX_QUEUES``; fewer if the backend lets
+            in fewer threads.
         cdrom: show the guest a CD-ROM.
         on_failure: called, from another thread, when serving stops for an error of our own.
         on_resize: called with the new size, in bytes, when the disk has become that long.
@@ -67,7 +67,7 @@ class Device:
         self._hypervisor = hypervisor
         self._disk = disk
         self._options = options
-        self._max_queues = max_queues if disk.backend.threads > 1 else 1
+        self._max_queues = min(max_queues, disk.backend.threads)
         self._cdrom = cdrom
         self._on_failure = on_failure
         self._on_resize = on_resize

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Sequence
 from typing import Callable, Optional
 
 from . import statistics as count
@@ -32,7 +33,7 @@ from .statistics import Statistics
 
 log = logging.getLogger("xen_disk_py")
 
-_Move = Callable[["list[memoryview]", int], Optional[int]]
+_Move = Callable[["Sequence[memoryview]", int], Optional[int]]
 
 SETTLING = 5.0
 """Seconds that the requests under way may take before a disk becomes smaller."""
@@ -177,7 +178,7 @@ class Disk:
 
     # -- requests that lie inside the disk and are allowed ------------------------------
 
-    def read(self, buffers: list[memoryview], offset: int, length: int) -> int | None:
+    def read(self, buffers: Sequence[memoryview], offset: int, length: int) -> int | None:
         """Read ``length`` bytes at ``offset`` into ``buffers``.
 
         Returns:
@@ -194,7 +195,7 @@ class Disk:
             return None
         return self._go_on("read", self.backend.read, buffers, offset, length, done)
 
-    def write(self, buffers: list[memoryview], offset: int, length: int) -> int | None:
+    def write(self, buffers: Sequence[memoryview], offset: int, length: int) -> int | None:
         """Write ``length`` bytes from ``buffers`` at ``offset``; returns as :meth:`read` does."""
         try:
             done = self._write_first(buffers, offset)
@@ -206,7 +207,7 @@ class Disk:
             return None
         return self._go_on("write", self.backend.write, buffers, offset, length, done)
 
-    def transfer(self, request: Transfer, buffers: list[memoryview]) -> int:
+    def transfer(self, request: Transfer, buffers: Sequence[memoryview]) -> int:
         """Do a read, write, flush or barrier, however long it takes; the result is its status.
 
         A barrier is stable when it returns, and so is all that was written before it began.
@@ -242,7 +243,7 @@ class Disk:
         return OKAY
 
     def _move(
-        self, what: str, move: _Move, buffers: list[memoryview], offset: int, length: int
+        self, what: str, move: _Move, buffers: Sequence[memoryview], offset: int, length: int
     ) -> int:
         try:
             moved = move(buffers, offset)
@@ -254,7 +255,7 @@ class Disk:
         self,
         what: str,
         move: _Move,
-        buffers: list[memoryview],
+        buffers: Sequence[memoryview],
         offset: int,
         length: int,
         moved: int | None,
@@ -263,7 +264,7 @@ class Disk:
         done = 0
         try:
             while moved is not None:
-                if not 0 < moved <= length - done:
+                if not 0 < moved <= length - done or moved % self.backend.sector_size:
                     raise EOFError(f"{done + moved} of {length} bytes")  # noqa: TRY301 - as theirs
                 done += moved
                 if done == length:
@@ -313,7 +314,7 @@ def _is_aligned(request: Transfer | Discard, step: int) -> bool:
     )
 
 
-def _after(buffers: list[memoryview], done: int) -> list[memoryview]:
+def _after(buffers: Sequence[memoryview], done: int) -> Sequence[memoryview]:
     """Return the buffers without their first ``done`` bytes."""
     if not done:
         return buffers

@@ -50,7 +50,7 @@ class Plan(NamedTuple):
     """What a run of segment descriptors stands for: good as long as its pages are kept."""
 
     sectors: int
-    buffers: list[memoryview]
+    buffers: tuple[memoryview, ...]  # no backend can change what the next request finds
     word: int
     """The counter of requests of so many segments."""
 
@@ -58,7 +58,7 @@ class Plan(NamedTuple):
 class Loan:
     """The buffers of one request."""
 
-    def __init__(self, buffers: list[memoryview]) -> None:
+    def __init__(self, buffers: Sequence[memoryview]) -> None:
         self.buffers = buffers
 
     def end(self, *, deliver: bool) -> None:
@@ -136,8 +136,7 @@ class GuestPages:
         if self._keep(request.grefs):
             places = [self._places[ref] for ref in request.grefs]
             buffers = _cut([(group.mapping.view, at) for group, at in places], request)
-            self._remember(descriptors, request, buffers)
-            return Loan(buffers)
+            return Loan(self._remember(descriptors, request, tuple(buffers)))
         if self._copies:
             return self._copied(request)
         # a read of the disk is a write to the guest's pages
@@ -176,7 +175,7 @@ class GuestPages:
         length = request.sectors * SECTOR
         memory = self._spare.pop() if self._spare else memoryview(b"")
         if len(memory) < length:
-            memory = memoryview(bytearray(1 << (length - 1).bit_length()))
+            memory = memoryview(bytearray(length))
         loan = _Copied(self, memory, length, pieces if request.operation == READ else ())
         if request.operation != READ:
             try:
@@ -254,13 +253,16 @@ class GuestPages:
                 self.unmap(group.mapping, logging.DEBUG)
         self._turn += 1
 
-    def _remember(self, descriptors: bytes, request: Transfer, buffers: list[memoryview]) -> None:
+    def _remember(
+        self, descriptors: bytes, request: Transfer, buffers: tuple[memoryview, ...]
+    ) -> tuple[memoryview, ...]:
         segments = len(request.grefs)
         self._planned += segments
         if self._planned > _PLANNED_SEGMENTS:
             self.plans.clear()
             self._planned = segments
         self.plans[descriptors] = Plan(request.sectors, buffers, segments_word(segments))
+        return buffers
 
     # -- the end -----------------------------------------------------------------------
 
@@ -285,11 +287,12 @@ class GuestPages:
 class _Mapped(Loan):
     def __init__(self, pages: GuestPages, mapping: Mapping, buffers: list[memoryview]) -> None:
         super().__init__(buffers)
+        self._views = buffers
         self._pages = pages
         self._mapping = mapping
 
     def end(self, *, deliver: bool) -> None:
-        self.buffers.clear()
+        self._views.clear()  # whoever still has the list has no page
         self._pages.unmap(self._mapping)
 
 

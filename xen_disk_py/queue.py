@@ -76,7 +76,7 @@ class Options(NamedTuple):
     grants: Grants = Grants.AUTO
     """How to get at the guest's pages."""
     persistent_limit: int = PERSISTENT_LIMIT
-    """Pages that one queue keeps mapped."""
+    """Pages that all queues together keep mapped."""
 
 
 class _Begun(NamedTuple):
@@ -95,7 +95,7 @@ class Queue:
         disk: what does the requests.
         options: how.
         persistent: the frontend promised to use the same grants again and again.
-        sharers: the queues of the disk, this one included: they share what may be in flight.
+        sharers: the queues of the disk, this one included: they share the limits.
         statistics: where this queue, and no other, counts.
         on_failure: called from the queue's thread when it stops for an error of its own.
 
@@ -126,7 +126,7 @@ class Queue:
             hypervisor,
             domid,
             persistent=persistent,
-            limit=options.persistent_limit,
+            limit=options.persistent_limit // sharers,
             grants=options.grants,
         )
         self._is_concurrent = disk.backend.threads > 1
@@ -141,7 +141,8 @@ class Queue:
             self._channel: EventChannel = undo.enter_context(
                 hypervisor.bind_interdomain(domid, ring.event_channel)
             )
-            self._workers: Workers[_Begun] = undo.enter_context(Workers(disk.backend.threads))
+            workers = max(1, disk.backend.threads // sharers)
+            self._workers: Workers[_Begun] = undo.enter_context(Workers(workers))
             self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
             undo.pop_all()
         self._spurious = 0  # wake-ups since there was something to do
@@ -364,8 +365,8 @@ class Queue:
                         loan = pages.lend(request, descriptors)
                     return _Begun(request, loan)
                 reason, status = refusal
-        except HypervisorError as error:
-            reason, status = str(error), ERROR
+        except (HypervisorError, MemoryError) as error:
+            reason, status = str(error) or "no memory", ERROR
         disk.refuse(reason)
         self._ring.respond(encode_response(request.id, request.operation, status))
         return None

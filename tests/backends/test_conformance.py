@@ -268,6 +268,13 @@ class ScribblesOnTheGuest(Good):
         buffers[0][0] = 0
 
 
+class TakesBuffersOut(Good):
+    def read(self, buffers, offset):
+        while buffers:
+            super().read(buffers[:1], offset)
+            offset += len(buffers.pop(0))
+
+
 class KeepsBuffers(Good):
     def write(self, buffers, offset):
         super().write(buffers, offset)
@@ -423,6 +430,7 @@ def test_a_good_disk_passes():
         (DropsWrites, "test_what_was_written_is_read_after_a_flush"),
         (WritesTooFar, "test_what_was_written_is_read_and_the_neighbours_are_spared"),
         (ScribblesOnTheGuest, "test_the_largest_request_can_be_written"),
+        (TakesBuffersOut, "test_the_largest_request_can_be_read"),
         (KeepsBuffers, "test_no_buffer_is_kept"),
         (DiscardsTooMuch, "test_a_discard_spares_its_neighbours"),
         (CannotFlush, "test_a_flush_with_nothing_to_do_returns"),

@@ -24,6 +24,7 @@ LAB = Path(os.environ.get("XEN_LAB", "/opt/lab"))
 RESULTS = Path(os.environ.get("XEN_LAB_RESULTS", "/run/lab"))
 READY = "lab: guest ready"
 START_SECONDS = 120
+SAVE_SECONDS = 120
 KERNEL_OPTIONS = "console=hvc0 quiet mitigations=off nokaslr cryptomgr.notests random.trust_cpu=on"
 _numbers = itertools.count(1)
 
@@ -48,6 +49,7 @@ class Shell:
 
     name: str
     domid: int
+    _insert_blkfront = "insmod /modules/xen_blkfront.ko"
 
     def run(self, command: str, timeout: float = 60) -> tuple[int, str]:
         """Run a shell command there; return its status and everything it printed."""
@@ -59,6 +61,18 @@ class Shell:
         if status:
             raise GuestError(f"{self.name}: {command!r} ended with status {status}:\n{output}")
         return output
+
+    def unload_blkfront(self) -> None:
+        """Take the block driver out, as soon as it has no disk any longer."""
+        # It is in use a moment longer than its last disk is there.
+        gone = "[ ! -e /sys/module/xen_blkfront ]"
+        self.wait_until(f"rmmod xen_blkfront 2>/dev/null || {gone}", 20, "blkfront is in use")
+
+    def load_blkfront(self, **parameters: int) -> None:
+        """Load the block driver anew, with module parameters; without any, as it always is."""
+        self.unload_blkfront()
+        words = " ".join(f"{name}={value}" for name, value in parameters.items())
+        self.check(f"{self._insert_blkfront} {words}")
 
     def spawn(self, command: str) -> Job:
         """Start a command in the background."""
@@ -140,6 +154,7 @@ class Dom0(Shell):
 
     name = "Domain-0"
     domid = 0
+    _insert_blkfront = "modprobe xen-blkfront"
 
     def run(self, command: str, timeout: float = 60) -> tuple[int, str]:
         """Run a shell command in dom0."""
@@ -171,6 +186,8 @@ class Guest(Shell):
         cmdline: more words for the kernel's command line; ``lab.noblkfront`` leaves the block
             frontend out, ``lab.root=xvda`` waits for that disk and makes it the root.
         disks: ``disk`` lines of the configuration, as xl takes them.
+        kernel: what to start instead of Linux, such as GRUB, with neither initial RAM disk nor
+            command line.
         paused: leave it paused; then :meth:`unpause` and :meth:`wait_ready` are the caller's.
         name: its name, otherwise a unique one.
     """
@@ -184,6 +201,7 @@ class Guest(Shell):
         fio: bool = False,
         cmdline: str = "",
         disks: Sequence[str] = (),
+        kernel: Path | None = None,
         paused: bool = False,
         name: str | None = None,
     ) -> None:
@@ -194,18 +212,19 @@ class Guest(Shell):
         self._marks = itertools.count(1)
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
-        self._tty = -1
+        self._tty = self._stop = self._stop_writer = -1
         self._reader: threading.Thread | None = None
-        self._stop, self._stop_writer = os.pipe()
-        words = f"{KERNEL_OPTIONS} {cmdline}"
+        linux = {
+            "kernel": str(LAB / "vmlinuz"),
+            "ramdisk": str(LAB / ("guest-fio.cpio" if fio else "guest.cpio")),
+            "cmdline": f"{KERNEL_OPTIONS} {cmdline}".strip(),
+        }
         settings = {
             "name": self.name,
             "type": kind,
-            "kernel": str(LAB / "vmlinuz"),
-            "ramdisk": str(LAB / ("guest-fio.cpio" if fio else "guest.cpio")),
+            **(linux if kernel is None else {"kernel": str(kernel)}),
             "memory": memory or (384 if fio else 192),
             "vcpus": vcpus,
-            "cmdline": words.strip(),
             "on_crash": "preserve",
             "on_reboot": "destroy",
             "disk": list(disks),
@@ -263,6 +282,21 @@ class Guest(Shell):
     def unpause(self) -> None:
         """Let the guest's processors go on."""
         sh("xl", "unpause", str(self.domid))
+
+    def checkpoint(self, path: Path) -> None:
+        """Write the guest to a file, for which it stands still; then it goes on."""
+        sh("xl", "save", "-c", str(self.domid), str(path), timeout=SAVE_SECONDS)
+
+    def save(self, path: Path) -> None:
+        """Write the guest to a file, and with that end the domain."""
+        sh("xl", "save", str(self.domid), str(path), timeout=SAVE_SECONDS)
+        self._detach_console()
+
+    def restore(self, path: Path) -> None:
+        """Make a domain of what :meth:`save` wrote: with another id, and paused."""
+        sh("xl", "restore", "-p", str(path), timeout=SAVE_SECONDS)
+        self.domid = int(sh("xl", "domid", self.name).strip())
+        self._attach_console()
 
     def shutdown(self) -> None:
         """Let the guest power itself off."""
@@ -342,13 +376,14 @@ class Guest(Shell):
             time.sleep(0.05)
         self._tty = os.open(path, os.O_RDWR | os.O_NOCTTY)
         tty.setraw(self._tty)
+        self._stop, self._stop_writer = os.pipe()
         self._reader = threading.Thread(
             target=self._read_console, name=f"console of {self.name}", daemon=True
         )
         self._reader.start()
 
     def _read_console(self) -> None:
-        with (RESULTS / f"guest-{self.name}.log").open("wb") as log:
+        with (RESULTS / f"guest-{self.name}.log").open("ab") as log:
             while True:
                 ready = select.select([self._tty, self._stop], [], [])[0]
                 if self._stop in ready:
@@ -372,6 +407,5 @@ class Guest(Shell):
         self._stop_writer = -1
         if self._reader is not None:
             self._reader.join(10)
-        if self._tty >= 0:
-            os.close(self._tty)
+        os.close(self._tty)
         os.close(self._stop)

@@ -26,7 +26,7 @@ Save it as ``mydisk.py`` and try it, with no Xen at all, then in a guest::
 
 What holds for every call:
 
-* ``offset`` is in bytes, a multiple of ``sector_size``. ``buffers`` is a list of
+* ``offset`` is in bytes, a multiple of ``sector_size``. ``buffers`` is a sequence of
   ``memoryview`` of unsigned bytes, each a multiple of ``sector_size`` long: mostly the guest's
   own pages. Together they are one run of the disk, inside ``[0, size)``: the caller has checked
   that. Those of a write may be read-only.
@@ -82,7 +82,8 @@ class Backend:
     """How many threads may be in here at once. A disk that waits for something (a network, a
     slow device) does many requests at a time with 32, say. Its methods must then be fit for
     that; the guest may use several queues, and a request is done in a thread of its own unless
-    ``read_nowait`` or ``write_nowait`` does it at once."""
+    ``read_nowait`` or ``write_nowait`` does it at once: these two are called by one more thread
+    for each queue."""
 
     discard_granularity: int = 4096
     """The smallest run, in bytes, whose discard frees something; a multiple of

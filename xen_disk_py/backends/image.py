@@ -91,20 +91,20 @@ class Image(Closing):
             own = _logical_block_size(fd) if is_block_device else SECTOR
             sector_size = sector_size or own
             _check_size(path, size, sector_size, own)
+            return cls(
+                fd,
+                os.path.abspath(path),
+                size,
+                sector_size=sector_size,
+                read_only=not writable,
+                is_block_device=is_block_device,
+            )
         except OSError as error:
             os.close(fd)
             raise ImageError(f"{path}: {error.strerror}") from error
         except BaseException:
             os.close(fd)
             raise
-        return cls(
-            fd,
-            os.path.abspath(path),
-            size,
-            sector_size=sector_size,
-            read_only=not writable,
-            is_block_device=is_block_device,
-        )
 
     def read(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Fill ``buffers`` from ``offset`` bytes into the image on.
@@ -307,14 +307,17 @@ def _vector(buffers: Sequence[memoryview]) -> Sequence[memoryview]:
 
 def _nowait_flags(fd: int) -> int | None:
     """Return the flags with which a read does not wait; None if there are none."""
+    flags = getattr(os, "RWF_NOWAIT", 0)  # not where Python was built without preadv2
     try:
-        os.preadv(fd, [bytearray(1)], 0, os.RWF_NOWAIT)
+        os.preadv(fd, [bytearray(1)], 0, flags)
     except BlockingIOError:
         pass
-    except OSError:
+    except (OSError, NotImplementedError):
+        flags = 0
+    if not flags:
         # A file system that knows of no such thing; in some, though, nothing ever waits.
         return 0 if _file_system(fd) in {"tmpfs", "ramfs", "hugetlbfs"} else None
-    return os.RWF_NOWAIT
+    return flags
 
 
 def _file_system(fd: int) -> str | None:

@@ -35,7 +35,7 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
             with stand_in(store, env.open_hypervisor, disk.address):
                 _ask(store, disk)
                 if args.force:
-                    until(store, *_closed(store, disk, alive=False), _FORCE_POLITENESS)
+                    until(store, *_closed(store, disk, alive=False), _FORCE_PATIENCE)
                 else:
                     _wait(store, disk, args.timeout, alive=False)
         elif args.force:
