@@ -96,6 +96,7 @@ def test_a_guest_that_holds_on(disconnect, served, host):
 
 def test_force(disconnect, served, host, monkeypatch):
     """Two signals to the process; its first asks, its second forces."""
+    monkeypatch.setattr(disconnect_module, "_FORCE_POLITENESS", 0.1)
     frontend = served.frontend()
     signals = []
 
@@ -115,6 +116,7 @@ def test_force(disconnect, served, host, monkeypatch):
 
 def test_force_a_process_that_does_not_end(disconnect, served, monkeypatch):
     monkeypatch.setattr(disconnect_module.os, "kill", lambda pid, signum: None)
+    monkeypatch.setattr(disconnect_module, "_FORCE_POLITENESS", 0.1)
     monkeypatch.setattr(disconnect_module, "_FORCE_PATIENCE", 0.1)
     status, said = disconnect("guest", "xvdb", "--force")
     assert status is ExitStatus.ERROR
@@ -155,7 +157,8 @@ def test_a_dead_process_whose_guest_lets_go(disconnect, orphan, host):
     guest.join()
 
 
-def test_a_dead_process_whose_guest_holds_on(disconnect, orphan, host):
+def test_a_dead_process_whose_guest_holds_on(disconnect, orphan, host, monkeypatch):
+    monkeypatch.setattr(disconnect_module, "_FORCE_PATIENCE", 0.1)
     host.store.write(f"{orphan.address.frontend}/state", "4")
     status, said = disconnect("guest", "xvdb", "--timeout", "0.1")
     assert status is ExitStatus.ERROR
