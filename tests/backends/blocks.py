@@ -1,6 +1,11 @@
 """Reads and writes runs of a disk, as a guest would."""
 
+import ctypes
+import mmap
 import os
+import time
+
+import pytest
 
 
 def buffers(content, size=4096):
@@ -37,7 +42,28 @@ def write(disk, offset, content, size=4096):
 
 
 def drop_from_cache(path):
-    """Have the system forget what it has of a file in memory."""
+    """Have the system forget what it has of a file in memory; it may keep what is in use."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def make_cold(path):
+    """Do that until nothing of it is left in memory; skip the test if something always is."""
+    for _ in range(50):
+        drop_from_cache(path)
+        if not pages_in_memory(path):
+            return
+        time.sleep(0.02)
+    pytest.skip("the system keeps the file in memory")
+
+
+def pages_in_memory(path):
+    """Count them, without a look inside that would fetch them (mincore(2))."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as memory:
+        held = ctypes.c_char.from_buffer(memory)
+        pages = (ctypes.c_ubyte * -(-len(memory) // mmap.PAGESIZE))()
+        address = ctypes.c_void_p(ctypes.addressof(held))
+        assert 0 == ctypes.CDLL(None).mincore(address, ctypes.c_size_t(len(memory)), pages)
+        del held
+        return sum(page & 1 for page in pages)

@@ -7,7 +7,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from blocks import buffers, drop_from_cache, read, write
+from blocks import buffers, make_cold, read, write
 
 from xen_disk_py.backends import cow as cow_module
 from xen_disk_py.backends.cow import CowBackend
@@ -255,7 +255,7 @@ def test_an_image_that_was_cut_short_takes_the_changes_with_it(make_image):
 
 def test_without_waiting(open_cow, image):
     """What was written is in memory; of the rest, what the system has there."""
-    drop_from_cache(image)
+    make_cold(image)
     disk = open_cow()
     if disk._image._nowait:
         assert disk.read_nowait(buffers(bytes(1 << 20)), 0) < 1 << 20

@@ -7,7 +7,7 @@ import sys
 import tempfile
 
 import pytest
-from blocks import buffers, drop_from_cache
+from blocks import buffers, drop_from_cache, make_cold
 
 from xen_disk_py.backends import image as image_module
 from xen_disk_py.backends.image import Image, MappedImage, transfer_all
@@ -382,7 +382,7 @@ def test_what_is_in_memory_is_read_without_waiting(image):
 
 
 def test_what_is_not_in_memory_is_left_to_a_read_that_waits(image):
-    drop_from_cache(image)
+    make_cold(image)
     with Image.open(image, writable=False) as opened:
         if not opened._nowait:
             pytest.skip("this file system does not tell what waits")

@@ -3,7 +3,7 @@ import random
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from blocks import buffers, drop_from_cache, read, write
+from blocks import buffers, make_cold, read, write
 
 from xen_disk_py.backends import mmap as mmap_module
 from xen_disk_py.backends.image import Image
@@ -73,7 +73,7 @@ def test_without_waiting(image):
     assert done == (0 if disk._image._nowait is None else 8192)
     assert b"x" * done == b"".join(found)[:done]
     disk.close()
-    drop_from_cache(image)
+    make_cold(image)
     disk = MmapBackend(image)
     if disk._image._nowait:
         assert disk.read_nowait(buffers(bytes(1 << 20)), 0) < 1 << 20

@@ -5,7 +5,7 @@ import signal
 import subprocess
 
 import pytest
-from blocks import buffers, drop_from_cache, read, write
+from blocks import buffers, make_cold, read, write
 
 from xen_disk_py.backends import raw as raw_module
 from xen_disk_py.backends.raw import RawBackend
@@ -80,7 +80,7 @@ def test_without_waiting(image):
     done = disk.read_nowait(found, 512)
     assert done == (0 if disk._image._nowait is None else 8192)
     assert b"x" * done == b"".join(found)[:done]
-    drop_from_cache(image)
+    make_cold(image)
     if disk._image._nowait:
         assert disk.read_nowait(buffers(bytes(1 << 20)), 0) < 1 << 20
     assert b"x" * 8192 == read(disk, 512, 8192)
