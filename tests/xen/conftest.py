@@ -15,11 +15,14 @@ from .guest import Dom0, Guest, Shell
 
 HERE = Path(__file__).resolve().parent
 IN_LAB = "XEN_LAB" in os.environ
+LONG = ("test_protocol.py", "test_life.py")
+"""Modules whose cases in PVH guests are left to a long run."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Name the marks, for a run whose configuration does not know them."""
     config.addinivalue_line("markers", "xen: needs a real Xen dom0, which the lab boots")
+    config.addinivalue_line("markers", "long: not in the ordinary run; with -m long")
     config.addinivalue_line("markers", "timeout: seconds that a test may take (pytest-timeout)")
 
 
@@ -28,6 +31,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in Path(str(item.path)).parents:
             item.add_marker(pytest.mark.xen)
+            parameters = item.callspec.params if hasattr(item, "callspec") else {}
+            if item.path.name in LONG and parameters.get("kind") == "pvh":
+                item.add_marker(pytest.mark.long)
             if not IN_LAB:
                 item.add_marker(pytest.mark.skip(reason="needs Xen: run tox -e xen"))
 
@@ -46,7 +52,7 @@ def pv_guest() -> Iterator[Guest]:
         yield guest
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # emulated, it dies of a triple fault once in a while
 def pvh_guest() -> Iterator[Guest]:
     """One PVH guest for the whole session."""
     with Guest("pvh") as guest:

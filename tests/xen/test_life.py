@@ -155,7 +155,7 @@ def test_grub(
     sh("mke2fs", "-q", "-t", "ext2", "-d", str(boot.parent), str(image), "64M")
     guest = new_guest(kind, memory=384, kernel=GRUB / program, paused=True)
     disk = connect(
-        guest, "--path", image, "--backend", "raw", "--vdev", "xvda", "--timeout", "20", wait=False
+        guest, "--path", image, "--backend", "raw", "--vdev", "xvda", "--timeout", "60", wait=False
     )
     wait_offered(disk)
     guest.unpause()

@@ -39,7 +39,7 @@ def loop(image: Path) -> Iterator[str]:
 
 def resize(disk: Disk, *arguments: str) -> int:
     """Resize the disk and return the size that the command prints."""
-    result = xen_disk("resize", disk.guest.name, disk.vdev, "--json", *arguments)
+    result = xen_disk("resize", disk.guest.name, disk.vdev, *arguments, "--json")
     assert (result.returncode, result.stderr) == (0, ""), result.stderr + disk.describe()
     return int(json.loads(result.stdout)["size"])
 

@@ -21,7 +21,7 @@ from .recipe import CHECKOUT, CPUS, DEFAULT_SUITE, HERE, SUITES
 from .stage import write_stage
 
 BOOT_ATTEMPTS = 3
-TEST_MINUTES = 25.0
+TEST_MINUTES = 45.0
 PYTEST = (
     "python3 -u -m pytest -c tests/xen/pytest.ini --rootdir=. -p no:cacheprovider "
     "--junitxml=/mnt/results/junit.xml"
@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         default=TEST_MINUTES,
         metavar="MINUTES",
-        help="stop whatever runs after this (default: 25)",
+        help="stop whatever runs after this (default: 45)",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("test", parents=[common], help="run the tests of tests/xen in dom0")
