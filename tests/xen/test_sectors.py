@@ -102,7 +102,7 @@ def test_a_cdrom(dom0: Dom0, connect: Connect, image: Path, xenstore_unchanged: 
 
 
 def test_a_cdrom_in_a_pvh_guest_is_told_to_be_in_vain(
-    pvh_guest: Guest, connect: Connect, image: Path, xenstore_unchanged: None
+    pvh_guest: Guest, connect: Connect, image: Path
 ) -> None:
     disk = connect(pvh_guest, "--path", image, "--cdrom", "--timeout", "3", wait=False)
     assert disk.wait() == 1, disk.describe()
