@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from xen_disk_py import __version__, cli
+from xen_disk_py.arguments import build_parser
 from xen_disk_py.cli import main
 from xen_disk_py.environment import Environment
 from xen_disk_py.errors import DeviceError, GuestNotFound, UsageError
@@ -152,7 +153,7 @@ def test_a_bug_has_its_traceback_with_debug(env):
 def test_what_a_backend_is_called(argv, name):
     from xen_disk_py.commands.backend_arguments import backend_name
 
-    assert name == backend_name(cli.build_parser().parse_args(["connect", "vm", *argv]))
+    assert name == backend_name(build_parser().parse_args(["connect", "vm", *argv]))
 
 
 def test_options_reach_the_backend(tmp_path):
@@ -168,7 +169,7 @@ def test_options_reach_the_backend(tmp_path):
     )
     argv = ["connect", "vm", "--path", str(tmp_path / "mine.py"), "--option", "colour=a=b"]
     argv += ["--size", "2M", "--read-only"]
-    disk = backend_from(cli.build_parser().parse_args(argv))
+    disk = backend_from(build_parser().parse_args(argv))
     assert (2 << 20, "a=b", True) == (disk.size, disk.colour, disk.read_only)
 
 

@@ -12,7 +12,7 @@ from importlib import resources
 
 import pytest
 
-from xen_disk_py.cli import build_parser
+from xen_disk_py.arguments import build_parser
 
 UNIT = resources.files("xen_disk_py").joinpath("data", "xen-disk@.service").read_text("utf-8")
 

@@ -32,7 +32,7 @@ def test_what_is_meant(text, expected):
 
 
 def test_every_option_is_one_of_connect():
-    from xen_disk_py.cli import build_parser
+    from xen_disk_py.arguments import build_parser
 
     text = "backend=cow,cow-limit=1G,grants=map,indirect-segments=3,persistent-grants=4,queues=2"
     words = arguments(f"aio:/a b,{text},sector-size=4096,size=5,option.c=d")

@@ -12,7 +12,7 @@ from typing import Any
 
 from .. import adoption, toolstack
 from ..adoption import AdoptedDevice
-from ..cli import build_parser
+from ..arguments import build_parser
 from ..disk import Disk
 from ..environment import Environment
 from ..errors import DeviceTaken, XenDiskError

@@ -1,0 +1,277 @@
+"""What can be asked on the command line: the commands, their arguments, their help."""
+
+from __future__ import annotations
+
+import argparse
+from typing import NoReturn
+
+from . import __version__
+from .errors import UsageError
+from .units import parse_size
+
+PROGRAM = "xen_disk_py"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (try: {self.prog} --help)")
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1
+    if not 0 <= seconds <= 1_000_000:  # more does not fit into poll()
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds")
+    return seconds
+
+
+def _queues(text: str) -> int:
+    if not text.isdigit() or not 1 <= int(text) <= 8:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 to 8")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is no number")
+    return int(text)
+
+
+def _segments(text: str) -> int:
+    if not (text.isdecimal() and int(text) <= 4096):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 4096")
+    return int(text)
+
+
+def _sector_size(text: str) -> int:
+    if text not in ("512", "1024", "2048", "4096"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not 512, 1024, 2048 or 4096")
+    return int(text)
+
+
+def _add_backend_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--path",
+        metavar="PATH",
+        help="an image or block device; or a Python file that defines a disk",
+    )
+    parser.add_argument(
+        "--backend",
+        metavar="NAME",
+        help="discard, raw, mmap, cow, FILE.py, package.module:Class, or an installed one "
+        "(default: cow with --path, else discard)",
+    )
+    parser.add_argument("--size", type=_size, help="of a discard disk: bytes, or 10M, 1G, 2T")
+    parser.add_argument("--read-only", action="store_true", help="refuse all writes")
+    parser.add_argument(
+        "--cow-limit",
+        type=_size,
+        metavar="SIZE",
+        help="host memory that a cow disk's changes may take (default: half of what is free)",
+    )
+    parser.add_argument(
+        "--sector-size",
+        type=_sector_size,
+        metavar="BYTES",
+        help="the disk's logical sector: 512 to 4096 (default: the device's own; of a file 512)",
+    )
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="an option of the backend's own; may be given several times",
+    )
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of the whole command line."""
+    # what every command takes; SUPPRESS lets it stand before or after the command's name
+    common = _Parser(add_help=False, argument_default=argparse.SUPPRESS)
+    common.add_argument("--debug", action="store_true", help="log everything; show tracebacks")
+    parser = _Parser(
+        prog=PROGRAM,
+        description="Hot-plug a disk into a running Xen guest and serve it from Python.",
+        parents=[common],
+    )
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", parser_class=_Parser
+    )
+
+    connect = commands.add_parser(
+        "connect",
+        parents=[common],
+        help="give a guest a disk until Ctrl-C",
+        description="Give the running guest VM a disk and serve it until Ctrl-C, which unplugs "
+        "it politely; a second Ctrl-C forces it. SIGTERM is the same, and SIGHUP when started in "
+        "a terminal (stdin or stderr is one); otherwise SIGHUP resizes the disk to what its image "
+        "has become.",
+    )
+    connect.add_argument("vm", metavar="VM", help="domain id, UUID or name")
+    _add_backend_arguments(connect)
+    connect.add_argument(
+        "--vdev", metavar="DEV", help="such as xvdc (default: the guest's first free one)"
+    )
+    connect.add_argument(
+        "--indirect-segments",
+        type=_segments,
+        default=256,
+        metavar="N",
+        help="largest request to offer, in pages of 4 KiB; 0: do not offer (default: 256)",
+    )
+    connect.add_argument(
+        "--queues",
+        type=_queues,
+        default=1,
+        metavar="N",
+        help="queues to offer, each with a thread; fewer for a disk that lets in fewer threads "
+        "(default: 1)",
+    )
+    connect.add_argument(
+        "--grants",
+        choices=("auto", "copy", "map"),
+        default="auto",
+        help="how to get at the guest's pages; auto: keep them mapped if the guest offers that "
+        "(persistent grants), else copy, else map for each request (default: auto)",
+    )
+    connect.add_argument(
+        "--persistent-grants",
+        type=_count,
+        default=8224,
+        metavar="N",
+        help="pages of the guest to keep mapped at most (default: 8224)",
+    )
+    connect.add_argument(
+        "--timeout",
+        type=_seconds,
+        default=30,
+        metavar="SECONDS",
+        help="how long the guest may take to connect (default: 30)",
+    )
+    connect.add_argument(
+        "--cdrom",
+        action="store_true",
+        help="present it as a CD-ROM, which is read-only; Linux takes one in PV guests only",
+    )
+    connect.add_argument(
+        "--user",
+        metavar="NAME[:GROUP]",
+        help="whom to become when all is open, without any privilege (such as nobody)",
+    )
+    connect.add_argument("--json", action="store_true", help="say what is connected as JSON")
+    connect.add_argument("--quiet", "-q", action="store_true", help="no status line, no totals")
+
+    listing = commands.add_parser(
+        "list", parents=[common], help="show the disks that are connected"
+    )
+    listing.add_argument("vm", metavar="VM", nargs="?", help="only this guest's")
+    listing.add_argument("--json", action="store_true", help="as JSON")
+
+    disconnect = commands.add_parser(
+        "disconnect",
+        parents=[common],
+        help="take a disk away, from another terminal",
+        description="Take a disk away and wait until it is gone. Also cleans up behind a "
+        "process that was killed.",
+    )
+    disconnect.add_argument("vm", metavar="VM", help="domain id, UUID or name")
+    disconnect.add_argument("vdev", metavar="VDEV", help="such as xvdb")
+    disconnect.add_argument("--force", action="store_true", help="even if the guest uses it")
+    disconnect.add_argument(
+        "--timeout",
+        type=_seconds,
+        default=30,
+        metavar="SECONDS",
+        help="how long the guest may take to let go (default: 30)",
+    )
+
+    resize = commands.add_parser(
+        "resize",
+        parents=[common],
+        help="give a disk another size while the guest uses it",
+        description="Give a disk another size while the guest uses it: SIZE, or, without it, the "
+        "size that its image has by now. With SIZE, an image file of a raw or mmap disk is made "
+        "that long; a cow disk keeps its size. SIGHUP to the process that serves the disk does "
+        "what this does without SIZE, unless that process was started in a terminal.",
+    )
+    resize.add_argument("vm", metavar="VM", help="domain id, UUID or name")
+    resize.add_argument("vdev", metavar="VDEV", help="such as xvdb")
+    resize.add_argument(
+        "size", metavar="SIZE", nargs="?", type=_size, help="bytes, or 512M, 10G, 2T"
+    )
+    resize.add_argument(
+        "--force", action="store_true", help="allow a smaller size; what lies beyond is lost"
+    )
+    resize.add_argument(
+        "--timeout",
+        type=_seconds,
+        default=30,
+        metavar="SECONDS",
+        help="how long the process that serves the disk may take (default: 30)",
+    )
+    resize.add_argument("--json", action="store_true", help="say the new size as JSON")
+
+    commands.add_parser(
+        "serve",
+        parents=[common],
+        help="serve the disks that xl's configurations ask for",
+        description="Wait for disks that guests' configurations (or xl block-attach) ask for with "
+        "backendtype=tap,script=block-xen-disk, and start a process for each. Ctrl-C ends the "
+        "waiting, not the disks. Needs Xen 4.19; see docs/xl.md.",
+    )
+
+    install = commands.add_parser(
+        "install",
+        parents=[common],
+        help="put the hotplug script and the services where xl and systemd look for them",
+        description="Put the hotplug script for `serve` into /etc/xen/scripts, the services "
+        "xen-disk-serve and xen-disk@ into /etc/systemd/system.",
+    )
+    install.add_argument(
+        "--prefix", default="/", metavar="FOLDER", help="the system's root (default: /)"
+    )
+    install.add_argument("--remove", action="store_true", help="take them away again")
+    install.add_argument(
+        "--force", action="store_true", help="also where a file of that name differs"
+    )
+
+    # no help: it is what serve starts, not for people
+    adopt = commands.add_parser("adopt", parents=[common])
+    adopt.add_argument("domid", type=int)
+    adopt.add_argument("devid", type=int)
+
+    doctor = commands.add_parser(
+        "doctor", parents=[common], help="check that this host can connect a disk"
+    )
+    doctor.add_argument("--json", action="store_true", help="as JSON")
+
+    demo = commands.add_parser(
+        "demo",
+        parents=[common],
+        help="try a disk without Xen: a second process plays the guest",
+    )
+    _add_backend_arguments(demo)
+    demo.add_argument(
+        "--bytes",
+        type=_size,
+        default=64 << 20,
+        metavar="SIZE",
+        help="how much to write and read (default: 64M)",
+    )
+    demo.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="let a raw or mmap disk's image be overwritten (otherwise it is only read)",
+    )
+    demo.add_argument("--json", action="store_true", help="the results as JSON")
+    return parser
