@@ -35,7 +35,7 @@ from xen_disk_py.xenbus import Address
 from xen_disk_py.xenstore import Store
 
 DOMID = 5
-PATIENCE = 5.0  # seconds for what must happen to happen
+PATIENCE = 30.0  # seconds for what must happen to happen
 
 
 class Memory(Backend):

@@ -13,7 +13,7 @@ import pytest
 
 from xen_disk_py.workers import Workers
 
-PATIENCE = 5.0
+PATIENCE = 30.0
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ LONG = bool(os.environ.get("XEN_DISK_LONG"))
 """Whether the storms are to have their full length."""
 
 DOMID = 5
-PATIENCE = 10.0  # seconds for what must happen to happen
+PATIENCE = 30.0  # seconds for what must happen to happen
 U32 = 0xFFFF_FFFF
 BAD_REFERENCES = (0, 3, 5000, 0x7FFF_FFFF, U32)  # none of them is granted on a small machine
 
