@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from typing import NoReturn
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 from . import __version__
 from .errors import UsageError
@@ -13,6 +14,10 @@ PROGRAM = "xen_disk_py"
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, *args: Any, **options: Any) -> None:
+        options.setdefault("allow_abbrev", False)  # scripts outlive abbreviations
+        super().__init__(*args, **options)
+
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (try: {self.prog} --help)")
 
@@ -67,8 +72,14 @@ def _add_backend_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend",
         metavar="NAME",
-        help="discard, raw, mmap, cow, FILE.py, package.module:Class, or an installed one "
-        "(default: cow with --path, else discard)",
+        help="discard, raw, mmap, cow, overlay, FILE.py, package.module:Class, or an installed one "
+        "(default: overlay with --overlay, else cow with --path, else discard)",
+    )
+    parser.add_argument(
+        "--overlay",
+        metavar="PATH",
+        help="a file that keeps the changes, made if there is none; the image stays as it is "
+        "(without --path: the image that the file was made for)",
     )
     parser.add_argument("--size", type=_size, help="of a discard disk: bytes, or 10M, 1G, 2T")
     parser.add_argument("--read-only", action="store_true", help="refuse all writes")
@@ -76,7 +87,8 @@ def _add_backend_arguments(parser: argparse.ArgumentParser) -> None:
         "--cow-limit",
         type=_size,
         metavar="SIZE",
-        help="host memory that a cow disk's changes may take (default: half of what is free)",
+        help="what a cow disk's changes may take of host memory (default: half of what is free), "
+        "an overlay's of its file system (default: all)",
     )
     parser.add_argument(
         "--sector-size",
@@ -93,21 +105,67 @@ def _add_backend_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Build the parser of the whole command line."""
-    # what every command takes; SUPPRESS lets it stand before or after the command's name
-    common = _Parser(add_help=False, argument_default=argparse.SUPPRESS)
-    common.add_argument("--debug", action="store_true", help="log everything; show tracebacks")
-    parser = _Parser(
-        prog=PROGRAM,
-        description="Hot-plug a disk into a running Xen guest and serve it from Python.",
-        parents=[common],
-    )
-    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
-    commands = parser.add_subparsers(
-        dest="command", required=True, metavar="COMMAND", parser_class=_Parser
-    )
+def _add_overlay_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("overlay", metavar="OVERLAY", help="a file that --overlay has made")
 
+
+def _add_result_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="say the result as JSON")
+    parser.add_argument("--quiet", "-q", action="store_true", help="do not show how far it is")
+
+
+def _add_overlay_commands(commands: argparse._SubParsersAction[_Parser], common: _Parser) -> None:
+    diff = commands.add_parser(
+        "diff",
+        parents=[common],
+        help="say what an overlay holds",
+        description="Print a line for each run of bytes that OVERLAY holds in place of its "
+        "image's: where it starts on the disk, and its length. Nothing is changed; while a disk "
+        "uses the overlay, the lines may be out of date when they are read.",
+    )
+    _add_overlay_argument(diff)
+    diff.add_argument("--json", action="store_true", help="as JSON")
+
+    commit = commands.add_parser(
+        "commit",
+        parents=[common],
+        help="put an overlay's changes into its image",
+        description="Put what OVERLAY holds into its image, wholly or not at all, and remove "
+        "OVERLAY. A complete new image is made beside the old one and takes its place, so the "
+        "folder must have room for it; nobody may use either file meanwhile, and other overlays of "
+        "the image fit it no more.",
+    )
+    _add_overlay_argument(commit)
+    commit.add_argument(
+        "--keep", action="store_true", help="leave an empty overlay of the new image in its place"
+    )
+    _add_result_arguments(commit)
+
+    export = commands.add_parser(
+        "export",
+        parents=[common],
+        help="make a new image of an overlay and its image",
+        description="Make a new, sparse image NEW of OVERLAY and its image, which stay as they "
+        "are. It is for its owner alone (mode 0600).",
+    )
+    _add_overlay_argument(export)
+    export.add_argument("new", metavar="NEW", help="the new image")
+    export.add_argument("--force", action="store_true", help="replace a file of that name")
+    _add_result_arguments(export)
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """Parse a command line; ``words`` of the result is that line, to be parsed once more.
+
+    Raises:
+        UsageError: it asks for something that is not there.
+    """
+    args = build_parser().parse_args(words)
+    args.words = list(words)
+    return args
+
+
+def _add_connect(commands: argparse._SubParsersAction[_Parser], common: _Parser) -> None:
     connect = commands.add_parser(
         "connect",
         parents=[common],
@@ -168,8 +226,64 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME[:GROUP]",
         help="whom to become when all is open, without any privilege (such as nobody)",
     )
+    connect.add_argument(
+        "--on-error",
+        choices=("report", "hold"),
+        default="report",
+        help="what to do with a request that the storage cannot do: report an error to the guest, "
+        "or hold it and try again until it can, while the guest waits (default: report)",
+    )
+    connect.add_argument(
+        "--supervise",
+        action="store_true",
+        help="if the process that serves the disk dies or hangs, start another, which goes on: "
+        "the guest sees a pause. A cow disk gets an overlay in memory",
+    )
+    connect.add_argument(
+        "--watchdog",
+        type=_seconds,
+        default=60,
+        metavar="SECONDS",
+        help="with --supervise: of silence, or for one request, that mean that it hangs; 0 for "
+        "never (default: 60)",
+    )
+    connect.add_argument(
+        "--recover",
+        action="store_true",
+        help="if a process that served --vdev of this guest died, go on with its disk, else "
+        "connect one; if this one dies of an error, leave the disk to the next: for services",
+    )
+    connect.add_argument(
+        "--adopt",
+        action="store_true",
+        help="go on with the disk VDEV of a process that died, with the arguments that it had",
+    )
+    connect.add_argument("device", metavar="VDEV", nargs="?", help="with --adopt: such as xvdb")
+    # No help, they are for processes that we start ourselves. --leave: with an error of our own,
+    # leave the disk to a successor; --again: this is one, say nothing on stdout; --scratch: remove
+    # the overlay at the end; --rehearse: only see whether --adopt would come so far.
+    for flag in ("--leave", "--again", "--scratch", "--rehearse"):
+        connect.add_argument(flag, action="store_true", help=argparse.SUPPRESS)
     connect.add_argument("--json", action="store_true", help="say what is connected as JSON")
     connect.add_argument("--quiet", "-q", action="store_true", help="no status line, no totals")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of the whole command line."""
+    # what every command takes; SUPPRESS lets it stand before or after the command's name
+    common = _Parser(add_help=False, argument_default=argparse.SUPPRESS)
+    common.add_argument("--debug", action="store_true", help="log everything; show tracebacks")
+    parser = _Parser(
+        prog=PROGRAM,
+        description="Hot-plug a disk into a running Xen guest and serve it from Python.",
+        parents=[common],
+    )
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", parser_class=_Parser
+    )
+
+    _add_connect(commands, common)
 
     listing = commands.add_parser(
         "list", parents=[common], help="show the disks that are connected"
@@ -221,6 +335,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     resize.add_argument("--json", action="store_true", help="say the new size as JSON")
 
+    _add_overlay_commands(commands, common)
+
     commands.add_parser(
         "serve",
         parents=[common],
@@ -271,7 +387,8 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--overwrite",
         action="store_true",
-        help="let a raw or mmap disk's image be overwritten (otherwise it is only read)",
+        help="let a raw or mmap disk's image, or an overlay that exists, be overwritten (otherwise "
+        "it is only read)",
     )
     demo.add_argument("--json", action="store_true", help="the results as JSON")
     return parser

@@ -14,6 +14,7 @@ from xen_disk_py.backends.cow import CowBackend
 from xen_disk_py.backends.discard import DiscardBackend
 from xen_disk_py.backends.loader import open_backend
 from xen_disk_py.backends.mmap import MmapBackend
+from xen_disk_py.backends.overlay import OverlayBackend
 from xen_disk_py.backends.raw import RawBackend
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -103,6 +104,21 @@ class TestCowLarge(BackendConformance):
         return CowBackend(self.image)
 
 
+class TestOverlay(OnAnImage):
+    def open_disk(self, tmp_path):
+        return OverlayBackend(self.image, overlay=str(tmp_path / "changes"))
+
+
+class TestOverlayThatFillsUp(OnAnImage):
+    def open_disk(self, tmp_path):
+        return OverlayBackend(self.image, overlay=str(tmp_path / "changes"), cow_limit=1100 << 10)
+
+
+class TestOverlayLarge(TestRawLarge):
+    def open_disk(self, tmp_path):
+        return OverlayBackend(self.image, overlay=str(tmp_path / "changes"))
+
+
 class WithLargeSectors(BackendConformance):
     @pytest.fixture(autouse=True)
     def _image(self, make_image):
@@ -122,6 +138,12 @@ class TestMmapWithLargeSectors(WithLargeSectors):
 
 class TestCowWithLargeSectors(WithLargeSectors):
     backend = "cow"
+
+
+class TestOverlayWithLargeSectors(WithLargeSectors):
+    def open_disk(self, tmp_path):
+        options = {"path": self.image, "overlay": str(tmp_path / "changes"), "sector_size": 4096}
+        return open_backend("overlay", options)
 
 
 class TestAddressExample(BackendConformance):

@@ -166,9 +166,9 @@ def test_a_negative_limit_is_refused(image):
         CowBackend(image, cow_limit=-1)
 
 
-def test_the_limit_is_half_of_the_available_memory_by_default(open_cow, monkeypatch):
-    assert 0 < cow_module._available_memory() < 1 << 60
-    monkeypatch.setattr(cow_module, "_available_memory", lambda: 1 << 20)
+def test_the_limit_is_half_of_theavailable_memory_by_default(open_cow, monkeypatch):
+    assert 0 < cow_module.available_memory() < 1 << 60
+    monkeypatch.setattr(cow_module, "available_memory", lambda: 1 << 20)
     assert 1 << 19 == open_cow().cow_limit
 
 

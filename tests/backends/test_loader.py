@@ -17,6 +17,7 @@ from xen_disk_py.backends.loader import (
     user_line,
 )
 from xen_disk_py.backends.mmap import MmapBackend
+from xen_disk_py.backends.overlay import OverlayBackend
 from xen_disk_py.backends.raw import RawBackend
 from xen_disk_py.errors import BackendError, ImageError, UsageError
 
@@ -107,10 +108,13 @@ def test_the_backend_follows_from_what_is_given(backend, path, chosen):
         ("cow", {"path": "image", "cow_limit": "1M"}, CowBackend),
         ("raw", {"path": "image"}, RawBackend),
         ("mmap", {"path": "image"}, MmapBackend),
+        ("overlay", {"path": "image", "overlay": "changes"}, OverlayBackend),
     ],
 )
 def test_ours_are_opened_by_name(image, backend, options, kind):
     given = {**options, **({"path": image} if options.get("path") else {})}
+    if "overlay" in options:
+        given["overlay"] = f"{image}.overlay"
     disk = open_backend(backend, given)
     assert kind is type(disk)
     disk.close()
@@ -138,7 +142,7 @@ def test_an_entry_point(monkeypatch):
     assert "broken cannot be imported" in error_of(BackendError, "broken")
     message = error_of(UsageError, "nonsense")
     assert "there is no backend nonsense" in message
-    assert "broken, cow, discard, memory, mmap, raw" in message
+    assert "broken, cow, discard, memory, mmap, overlay, raw" in message
 
 
 def test_no_entry_points_at_all():
@@ -247,6 +251,10 @@ def test_an_option_that_is_not_taken_names_those_that_are(image):
     assert "the cow backend takes no --option speed=…" in message
     assert "it takes --path, --cow-limit, --sector-size, --read-only" in message
     assert "takes no --cow-limit" in error_of(UsageError, "raw", path=image, cow_limit=1)
+    assert "the raw backend takes no --overlay" in error_of(
+        UsageError, "raw", path=image, overlay="changes"
+    )
+    assert "the overlay backend needs --overlay" == error_of(UsageError, "overlay", path=image)
 
 
 @pytest.mark.parametrize("name", ["raw", "mmap", "cow"])

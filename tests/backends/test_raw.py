@@ -130,7 +130,7 @@ def test_a_file_system_that_punches_no_holes_offers_no_discard(image, monkeypatc
     def refuse(fd, offset, length):
         raise OSError(errno.EOPNOTSUPP, "Operation not supported")
 
-    monkeypatch.setattr(raw_module, "_punch_hole", refuse)
+    monkeypatch.setattr(raw_module, "punch_hole", refuse)
     disk = RawBackend(image)
     assert not disk.can_discard
     with pytest.raises(OSError, match="not supported") as caught:
@@ -141,7 +141,7 @@ def test_a_file_system_that_punches_no_holes_offers_no_discard(image, monkeypatc
 
 def test_a_hole_that_cannot_be_punched_raises_with_its_errno():
     with pytest.raises(OSError, match="Bad file descriptor") as caught:
-        raw_module._punch_hole(-1, 0, 4096)
+        raw_module.punch_hole(-1, 0, 4096)
     assert errno.EBADF == caught.value.errno
 
 

@@ -162,6 +162,32 @@ def test_raw_only_reads_unless_it_may_overwrite(demo, image):
     assert before[512 << 10 :] == image.read_bytes()[512 << 10 :]
 
 
+def test_an_overlay_keeps_what_is_written_and_is_only_read_the_next_time(demo, image, tmp_path):
+    overlay = tmp_path / "changes"
+    before = image.read_bytes()
+    status, out, err = demo("--path", str(image), "--overlay", str(overlay), "--json")
+    assert (ExitStatus.OK, "") == (status, err)
+    result = json.loads(out)
+    assert ("overlay", str(image)) == (result["backend"], result["path"])
+    assert FOUR == [phase["name"] for phase in result["phases"]]
+    assert result["image_untouched"]
+    written = overlay.read_bytes()
+    status, out, err = demo("--overlay", str(overlay))  # it knows its image
+    assert (ExitStatus.OK, FOUR[1:3]) == (status, names(out))
+    assert f"only reading: overlay would change {overlay}" in err
+    assert "image untouched" in out
+    assert written == overlay.read_bytes()
+    status, out, err = demo("--overlay", str(overlay), "--backend", "cow", "--overwrite")
+    assert (ExitStatus.OK, FOUR, "") == (status, names(out), err)
+    assert before == image.read_bytes()
+
+
+def test_an_overlay_of_a_disk_of_ones_own(demo, disk_file, tmp_path):
+    status, _, err = demo("--path", disk_file, "--overlay", str(tmp_path / "changes"))
+    assert ExitStatus.USAGE is status
+    assert "takes no --overlay" in err
+
+
 def test_a_disk_of_ones_own(demo, disk_file):
     status, out, err = demo("--path", disk_file)
     assert (ExitStatus.OK, FOUR, "") == (status, names(out), err)

@@ -40,10 +40,10 @@ What holds for every call:
   and but for ``resize``, see there.
 * What the constructor names as a keyword it can be given: ``path`` by ``--path``, ``size``
   (bytes) by ``--size``, ``sector_size`` by ``--sector-size``, ``read_only`` by
-  ``--read-only``, anything else by ``--option name=value`` (text, or a size like ``64M`` where
-  the parameter is annotated ``int``). A disk whose constructor has no ``read_only`` can be
-  connected ``--read-only`` all the same: no write reaches it then. One that is always
-  ``read_only`` needs no ``write``.
+  ``--read-only``, ``overlay`` by ``--overlay``, anything else by ``--option name=value`` (text,
+  or a size like ``64M`` where the parameter is annotated ``int``). A disk whose constructor has no
+  ``read_only`` can be connected ``--read-only`` all the same: no write reaches it then. One that
+  is always ``read_only`` needs no ``write``.
 * Open in the constructor whatever needs privilege: under ``--user`` everything else is done by
   that user, without any.
 
@@ -84,6 +84,12 @@ class Backend:
     that; the guest may use several queues, and a request is done in a thread of its own unless
     ``read_nowait`` or ``write_nowait`` does it at once: these two are called by one more thread
     for each queue."""
+
+    survives: bool = False
+    """True: what the guest wrote does not end with this process (it is in a file, on a server):
+    if it is killed, another may open the same and go on. It then does again what was not
+    answered, so that a request may be done twice, though never after a later one was answered
+    that depends on it."""
 
     discard_granularity: int = 4096
     """The smallest run, in bytes, whose discard frees something; a multiple of

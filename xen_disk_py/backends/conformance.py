@@ -537,13 +537,14 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--path", help="the image, where the disk has one: give a copy")
     parser.add_argument("--size", type=_size)
     parser.add_argument("--cow-limit", type=_size)
+    parser.add_argument("--overlay", help="the file of an overlay disk")
     parser.add_argument("--sector-size", type=_size)
     parser.add_argument("--read-only", action="store_true")
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE")
     parser.epilog = "What follows a -- goes to pytest: -- -v -x"
     split = [*arguments, "--"].index("--")
     given, for_pytest = parser.parse_args(arguments[:split]), arguments[split + 1 :]
-    names = ("path", "size", "cow_limit", "sector_size", "read_only")
+    names = ("path", "size", "cow_limit", "sector_size", "read_only", "overlay")
     try:
         options = {**parse_options(given.option), **{name: getattr(given, name) for name in names}}
         opener = _Opener(given.backend, options)

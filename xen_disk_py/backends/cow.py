@@ -53,7 +53,7 @@ class CowBackend(Backend):
         self, path: str, *, cow_limit: int | None = None, sector_size: int | None = None
     ) -> None:
         if cow_limit is None:
-            cow_limit = _available_memory() // 2
+            cow_limit = available_memory() // 2
         elif cow_limit < 0:
             raise UsageError(f"--cow-limit: {cow_limit} bytes is less than nothing")
         self._image = image = Image.open(path, writable=False, sector_size=sector_size)
@@ -153,7 +153,8 @@ class CowBackend(Backend):
         self._image.close()
 
 
-def _available_memory() -> int:
+def available_memory() -> int:
+    """Return how many bytes of memory the system could give (MemAvailable)."""
     with open("/proc/meminfo", encoding="ascii") as meminfo:
         for line in meminfo:
             if line.startswith("MemAvailable:"):

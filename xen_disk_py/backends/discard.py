@@ -17,6 +17,7 @@ class DiscardBackend(Backend):
     """
 
     keeps_data = False
+    survives = True
 
     def __init__(self, *, size: int = 1 << 30, sector_size: int = 512) -> None:
         if size <= 0 or size % sector_size:

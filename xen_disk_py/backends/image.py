@@ -86,7 +86,7 @@ class Image(Closing):
             raise ImageError(f"{path}: {_reason(error, path, writable)}") from error
         try:
             _check_kind(path, os.fstat(fd).st_mode)
-            _lock(fd, path, writable, is_block_device)
+            lock(fd, path, writable, is_block_device)
             size = os.lseek(fd, 0, os.SEEK_END)
             own = _logical_block_size(fd) if is_block_device else SECTOR
             sector_size = sector_size or own
@@ -381,7 +381,12 @@ def _logical_block_size(fd: int) -> int:
     return int(size)
 
 
-def _lock(fd: int, path: str, writable: bool, is_block_device: bool) -> None:
+def lock(fd: int, path: str, writable: bool, is_block_device: bool) -> None:
+    """Lock an open file: for us alone if ``writable``, else shared with other readers.
+
+    Raises:
+        ImageError: somebody else has it; the message says who.
+    """
     operation = (fcntl.LOCK_EX if writable else fcntl.LOCK_SH) | fcntl.LOCK_NB
     # udev locks a device for the blink of an eye when it looks into it: try for a second.
     deadline = time.monotonic() + is_block_device

@@ -2,8 +2,8 @@
 
 A backend is named by
 
-* a word: one of ours (``discard``, ``raw``, ``mmap``, ``cow``), or an installed entry point of
-  the group ``xen_disk_py.backends``;
+* a word: one of ours (``discard``, ``raw``, ``mmap``, ``cow``, ``overlay``), or an
+  installed entry point of the group ``xen_disk_py.backends``;
 * ``package.module:Class``;
 * ``file.py`` or ``file.py:Class``, as the backend or, with no backend given, as the path.
 """
@@ -28,6 +28,7 @@ _OURS = {
     "cow": "CowBackend",
     "discard": "DiscardBackend",
     "mmap": "MmapBackend",
+    "overlay": "OverlayBackend",
     "raw": "RawBackend",
 }
 _FILE = re.compile(r"(?P<file>.+\.py)(?::(?P<name>\w+))?")
@@ -36,6 +37,7 @@ _FLAGS = {
     "size": "--size",
     "read_only": "--read-only",
     "cow_limit": "--cow-limit",
+    "overlay": "--overlay",
     "sector_size": "--sector-size",
 }
 _SIZES = ("size", "cow_limit", "sector_size")
@@ -74,8 +76,9 @@ def open_backend(backend: str | None, options: Mapping[str, object]) -> Backend:
     Args:
         backend: what ``--backend`` says; None for the default (see :func:`choose`).
         options: by parameter name: ``path``, ``size``, ``read_only``, ``cow_limit``,
-            ``sector_size`` and every ``--option``. None, and False for ``read_only``, mean that it
-            was not given. Text becomes a number where the parameter is annotated ``int``.
+            ``sector_size``, ``overlay`` and every ``--option``. None, and False for ``read_only``,
+            mean that it was not given. Text becomes a number where the parameter is annotated
+            ``int``.
 
     Asked for ``read_only``, a class whose constructor has no such parameter is opened as usual
     and its *instance* gets ``read_only = True``: whoever serves the disk refuses writes then.
@@ -91,7 +94,7 @@ def open_backend(backend: str | None, options: Mapping[str, object]) -> Backend:
     if backend is None and name == path:
         del given["path"]
     read_only = bool(given.pop("read_only", False))
-    cls, label = _find(name)
+    cls, label = find_class(name)
     arguments = _arguments(cls, label, given, read_only)
     try:
         disk = cls(**arguments)
@@ -178,8 +181,13 @@ def _fault(backend: Backend) -> str | None:
     return None
 
 
-def _find(name: str) -> tuple[type[Backend], str]:
-    """Find the class, and what to call it in messages."""
+def find_class(name: str) -> tuple[type[Backend], str]:
+    """Find the class of that name (see :func:`choose`), and what to call it in messages.
+
+    Raises:
+        UsageError: there is none.
+        BackendError: it cannot be loaded.
+    """
     if name in _OURS:
         module = importlib.import_module(f"{__package__}.{name}")
         return _checked(getattr(module, _OURS[name]), name), f"the {name} backend"

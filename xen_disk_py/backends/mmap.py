@@ -25,6 +25,7 @@ class MmapBackend(Backend):
     """
 
     threads = 16
+    survives = True
 
     def __init__(
         self, path: str, *, read_only: bool = False, sector_size: int | None = None

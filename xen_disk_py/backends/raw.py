@@ -39,6 +39,7 @@ class RawBackend(Backend):
     """
 
     threads = 16
+    survives = True
 
     def __init__(
         self, path: str, *, read_only: bool = False, sector_size: int | None = None
@@ -61,7 +62,7 @@ class RawBackend(Backend):
         elif not read_only:
             self.discard_granularity = _rounded_up(os.fstat(image.fd).st_blksize, image.sector_size)
             try:
-                _punch_hole(image.fd, image.size, 4096)  # nothing is there: a harmless question
+                punch_hole(image.fd, image.size, 4096)  # nothing is there: a harmless question
             except OSError:
                 pass
             else:
@@ -98,7 +99,7 @@ class RawBackend(Backend):
         return self._discard is not None
 
     def _discard_file(self, offset: int, length: int) -> None:
-        _punch_hole(self._fd, offset, length)
+        punch_hole(self._fd, offset, length)
 
     def _discard_device(self, offset: int, length: int) -> None:
         for start in range(offset, offset + length, _DISCARD_CHUNK):
@@ -137,7 +138,12 @@ def _rounded_up(number: int, step: int) -> int:
     return max(1, -(-number // step)) * step
 
 
-def _punch_hole(fd: int, offset: int, length: int) -> None:
+def punch_hole(fd: int, offset: int, length: int) -> None:
+    """Give the disk space of a part of a file back: zeros are read there (fallocate(2)).
+
+    Raises:
+        OSError: the file system cannot do that, or fails.
+    """
     mode = _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE
     if _fallocate(fd, mode, offset, length):
         code = ctypes.get_errno()

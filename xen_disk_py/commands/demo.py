@@ -42,7 +42,9 @@ _BLOCKS = 20_000
 def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
     """Connect the disk to the second process and print what it measured."""
     with ExitStack() as stack:
-        if args.path is None and args.backend in (None, "cow", "raw", "mmap"):
+        kept = args.overlay is not None and os.path.lexists(args.overlay)  # somebody's changes
+        file_backends = (None, "cow", "raw", "mmap")
+        if args.path is None and args.overlay is None and args.backend in file_backends:
             args.path = stack.enter_context(_temporary_image(args.bytes))
             args.backend = args.backend or "cow"
             args.overwrite = True
@@ -51,10 +53,11 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
         name = backend_name(args)
         length = min(args.bytes, disk.backend.size)
         write = not disk.read_only
-        if write and name in ("raw", "mmap") and not args.overwrite:
+        if write and (name in ("raw", "mmap") or kept) and not args.overwrite:
             write = False
-            env.tell(f"only reading: {name} would change {args.path} (to allow that: --overwrite)")
-        image = args.path if name == "cow" else None
+            changed = args.overlay if kept else args.path
+            env.tell(f"only reading: {name} would change {changed} (to allow that: --overwrite)")
+        image = args.path if name in ("cow", "overlay") else None
         before = _digest(image, length) if image else None
         interrupts = stack.enter_context(Interrupts().installed())
         phases = _drive(disk, interrupts, length, write, args, env)

@@ -1,0 +1,169 @@
+"""``export``: a new image of an overlay and its image, which stay as they are."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import stat
+
+import pytest
+
+from xen_disk_py import overlays
+from xen_disk_py.backends.image import Image
+from xen_disk_py.backends.overlay import OverlayBackend
+from xen_disk_py.cli import main
+from xen_disk_py.environment import Environment
+from xen_disk_py.exit_status import ExitStatus
+
+SIZE = (4 << 20) + 512
+
+
+@pytest.fixture
+def files(tmp_path):
+    """The image, the overlay, and what they are together; the two stay as they are."""
+    image, overlay = tmp_path / "disk.img", tmp_path / "changes"
+    with open(image, "wb") as file:
+        file.write(b"first" * 1000)
+        file.truncate(SIZE)
+    content = bytearray(image.read_bytes())
+    disk = OverlayBackend(str(image), overlay=str(overlay))
+    disk.write([memoryview(b"x" * 1024)], 512)
+    disk.write([memoryview(b"y" * 512)], SIZE - 512)
+    disk.close()
+    content[512:1536] = b"x" * 1024
+    content[-512:] = b"y" * 512
+    before = image.read_bytes(), overlay.read_bytes()
+    yield image, overlay, bytes(content)
+    assert before == (image.read_bytes(), overlay.read_bytes())
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
+
+
+@pytest.fixture
+def new(tmp_path):
+    return tmp_path / "new.img"
+
+
+@pytest.fixture
+def export(files, new):
+    def export(*argv, to=new):
+        env = Environment(stdout=io.StringIO(), stderr=io.StringIO(), stdin=None)
+        status = main(["export", str(files[1]), str(to), *argv], env)
+        return status, env.stdout.getvalue(), env.stderr.getvalue()
+
+    return export
+
+
+def test_a_new_image_sparse_and_private(export, files, new):
+    assert (ExitStatus.OK, f"{new} 4 MiB\n", "") == export()
+    assert files[2] == new.read_bytes()
+    status = os.stat(new)
+    assert 0o600 == stat.S_IMODE(status.st_mode)
+    assert status.st_blocks * 512 <= 64 << 10
+
+
+def test_json(export, new):
+    assert {"path": str(new), "size": SIZE} == json.loads(export("--json")[1])
+
+
+def test_others_may_use_the_image(export, files, new):
+    with Image.open(str(files[0]), writable=False):
+        assert ExitStatus.OK is export()[0]
+    assert files[2] == new.read_bytes()
+
+
+def test_nobody_may_write_the_image(export, files):
+    with Image.open(str(files[0]), writable=True):
+        status, _, err = export()
+    assert ExitStatus.ERROR is status
+    assert "being written by process" in err
+
+
+def test_nobody_may_use_the_overlay(export, files, new):
+    disk = OverlayBackend(str(files[0]), overlay=str(files[1]))
+    status, _, err = export()
+    disk.close()
+    assert ExitStatus.ERROR is status
+    assert f"{files[1]}: being written by process {os.getpid()}" in err
+    assert not new.exists()
+
+
+def test_a_file_is_replaced_by_force_only(export, files, new):
+    new.write_bytes(b"precious")
+    status, _, err = export()
+    assert ExitStatus.USAGE is status
+    assert f"{new}: there is such a file: give another name, or --force" in err
+    assert b"precious" == new.read_bytes()
+    assert ExitStatus.OK is export("--force")[0]
+    assert files[2] == new.read_bytes()
+
+
+def test_force_without_such_a_file(export, files, new):
+    assert ExitStatus.OK is export("--force")[0]
+    assert files[2] == new.read_bytes()
+
+
+def test_a_file_that_appears_meanwhile_is_not_replaced(export, new, monkeypatch):
+    real = overlays._merge
+
+    def merge(*arguments):
+        real(*arguments)
+        new.write_bytes(b"theirs")
+
+    monkeypatch.setattr(overlays, "_merge", merge)
+    status, _, err = export()
+    assert ExitStatus.ERROR is status
+    assert "File exists; nothing was changed" in err
+    assert b"theirs" == new.read_bytes()
+
+
+def test_a_link_is_followed_by_force(export, files, new, tmp_path):
+    os.symlink(new, tmp_path / "link")
+    assert ExitStatus.USAGE is export(to=tmp_path / "link")[0]
+    new.write_bytes(b"old")
+    assert ExitStatus.OK is export("--force", to=tmp_path / "link")[0]
+    assert (tmp_path / "link").is_symlink()
+    assert files[2] == new.read_bytes()
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_the_image_and_the_overlay_are_never_replaced(export, files, which):
+    status, _, err = export("--force", to=files[which])
+    assert ExitStatus.USAGE is status
+    assert "the overlay or its image itself" in err
+
+
+def test_what_is_no_file_is_never_replaced(export, tmp_path):
+    os.mkdir(tmp_path / "folder")
+    status, _, err = export("--force", to=tmp_path / "folder")
+    assert ExitStatus.USAGE is status
+    assert "not a file" in err
+    status, _, err = export("--force", to="/dev/null")
+    assert ExitStatus.USAGE is status
+
+
+def test_an_image_in_use_is_not_replaced(export, new):
+    new.write_bytes(bytes(512))
+    with Image.open(str(new), writable=False):
+        status, _, err = export("--force")
+    assert ExitStatus.ERROR is status
+    assert f"{new}: in use by process" in err
+    assert bytes(512) == new.read_bytes()
+
+
+def test_no_space(export, new, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(overlays, "_copy", fail)
+    status, _, err = export()
+    assert ExitStatus.ERROR is status
+    assert "up to 4 MiB are needed there" in err
+    assert not new.exists()
+
+
+def test_no_such_folder(export, tmp_path):
+    status, _, err = export(to=tmp_path / "no" / "new.img")
+    assert ExitStatus.ERROR is status
+    assert "cannot be made: No such file or directory" in err

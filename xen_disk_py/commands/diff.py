@@ -1,0 +1,37 @@
+"""``diff``: say what an overlay holds."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from .. import overlays
+from ..backends.overlay_file import OverlayFile
+from ..environment import Environment
+from ..exit_status import ExitStatus
+from ..units import format_size
+
+
+def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
+    """Print its runs; a disk may be using it, which is said then."""
+    with OverlayFile.open(args.overlay, writable=False, alone=None) as file:
+        header = file.header
+        ranges = overlays.held(file)
+        count = sum(length for _, length in ranges)
+        if args.json:
+            facts = {
+                "overlay": file.path,
+                "image": header.path,
+                "size": header.size,
+                "held": count,
+                "in_use": file.in_use,
+                "ranges": [{"offset": offset, "length": length} for offset, length in ranges],
+            }
+            env.say(json.dumps(facts))
+            return ExitStatus.OK
+        if file.in_use:
+            env.tell(f"{args.overlay}: a disk is using it: this may be out of date")
+        env.tell(f"{header.path}: {format_size(count)} of {format_size(header.size)} changed")
+        if ranges:
+            env.say("\n".join(f"{offset} {length}" for offset, length in ranges))
+    return ExitStatus.OK

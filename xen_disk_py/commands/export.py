@@ -1,0 +1,25 @@
+"""``export``: make a new image of an overlay and its image."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+
+from .. import overlays
+from ..environment import Environment
+from ..exit_status import ExitStatus
+from ..units import format_size
+from .progress import ProgressLine
+
+
+def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
+    """Export, and say what was made."""
+    with ProgressLine(env, "copying the image", quiet=args.quiet) as progress:
+        size = overlays.export(args.overlay, args.new, force=args.force, progress=progress)
+    path = os.path.abspath(args.new)
+    if args.json:
+        env.say(json.dumps({"path": path, "size": size}))
+    else:
+        env.say(f"{path} {format_size(size)}")
+    return ExitStatus.OK
