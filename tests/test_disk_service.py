@@ -12,7 +12,9 @@ from importlib import resources
 
 import pytest
 
+from xen_disk_py import record
 from xen_disk_py.arguments import build_parser
+from xen_disk_py.exit_status import ExitStatus
 
 UNIT = resources.files("xen_disk_py").joinpath("data", "xen-disk@.service").read_text("utf-8")
 
@@ -52,7 +54,7 @@ def test_the_documented_configuration_makes_a_command_line():
     assert ["@PYTHON@", "-m", "xen_disk_py"] == [python, *words[:2]]
     args = build_parser().parse_args(words[2:])
     assert ("connect", "web", "nobody", True) == (args.command, args.vm, args.user, args.quiet)
-    assert ("raw", "xvdb") == (args.backend, args.vdev)
+    assert ("raw", "xvdb", True) == (args.backend, args.vdev, args.recover)
 
 
 def test_a_guest_whose_name_looks_like_an_option_is_a_guest():
@@ -65,6 +67,18 @@ def test_starting_waits_longer_than_the_guest_may_take():
     assert "notify" == Unit()["Service"]["Type"]
     assert "TimeoutStartSec" not in Unit()["Service"]
     assert build_parser().parse_args(["connect", "vm"]).timeout < 90
+
+
+def test_what_leaves_its_disk_behind_is_restarted_and_nothing_else():
+    service = Unit()["Service"]
+    assert "on-abnormal" == service["Restart"]  # signals and silence, no exit status
+    assert [str(int(ExitStatus.CRASHED))] == service["RestartForceExitStatus"].split()
+
+
+def test_what_a_successor_needs_to_know_is_kept():
+    service = Unit()["Service"]
+    assert record.DIRECTORY == f"/run/{service['RuntimeDirectory']}"
+    assert "yes" == service["RuntimeDirectoryPreserve"]
 
 
 def test_memory_that_is_written_need_not_be_executed():

@@ -12,5 +12,7 @@ class ExitStatus(IntEnum):
     OK = 0
     ERROR = 1
     USAGE = 2
+    CRASHED = 70
+    """Serving failed and the disk was left as it was, for a successor (EX_SOFTWARE, sysexits.h)."""
     INTERRUPTED = 130
     """Ended by force: a second Ctrl-C."""

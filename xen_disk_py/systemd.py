@@ -1,19 +1,29 @@
-"""What a service tells systemd, which listens where ``$NOTIFY_SOCKET`` says (sd_notify(3))."""
+"""What a service and systemd tell each other: sd_notify(3) and sd_watchdog_enabled(3)."""
 
 from __future__ import annotations
 
 import logging
 import os
 import socket
+import time
 
 log = logging.getLogger("xen_disk_py")
 
 NOTIFY_SOCKET = "NOTIFY_SOCKET"
-"""The variable that says where; not for the programs that a service starts."""
+"""The variable that says where somebody listens; not for the programs that a service starts."""
+WATCHDOG_USEC = "WATCHDOG_USEC"
+"""The variable that says after how many microseconds of silence a service is killed."""
+WATCHDOG_PID = "WATCHDOG_PID"
+"""The variable that says which process that is for, unless it is for all who read it."""
+
+_PATIENCE = 5.0  # seconds for a listener whose queue is full: one that has been stopped
 
 
 def notify(*assignments: str) -> None:
-    """Send ``READY=1``, ``STATUS=…`` and the like; nothing where nobody listens."""
+    """Send ``READY=1``, ``STATUS=…`` and the like; nothing where nobody listens.
+
+    Never waits for ever: what is not taken in a few seconds is lost.
+    """
     path = os.environ.get(NOTIFY_SOCKET)
     if not path:
         return
@@ -21,6 +31,40 @@ def notify(*assignments: str) -> None:
         path = "\0" + path[1:]
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+            channel.settimeout(_PATIENCE)
             channel.sendto("\n".join(assignments).encode(), path)
     except OSError as error:
         log.debug("cannot notify systemd: %s", error)
+
+
+def watchdog_interval() -> float | None:
+    """Return after how many seconds without ``WATCHDOG=1`` we are killed, None if never.
+
+    Half of it is how often to send one (sd_watchdog_enabled(3)).
+    """
+    if os.environ.get(WATCHDOG_PID, str(os.getpid())) != str(os.getpid()):
+        return None  # meant for who started us
+    try:
+        microseconds = int(os.environ.get(WATCHDOG_USEC, "0"))
+    except ValueError:
+        return None
+    return microseconds / 1e6 if microseconds > 0 else None
+
+
+class Watchdog:
+    """Sends the signs of life that somebody waits for, if anybody does."""
+
+    def __init__(self) -> None:
+        self.interval = watchdog_interval()
+        """Seconds of silence that it takes; None if nobody waits."""
+        self._next = 0.0
+
+    def pause(self) -> float | None:
+        """Return the seconds until the next sign is due; None if none is."""
+        return None if self.interval is None else max(0.0, self._next - time.monotonic())
+
+    def ping(self) -> None:
+        """Send a sign, if one is due."""
+        if self.pause() == 0 and self.interval is not None:
+            notify("WATCHDOG=1")
+            self._next = time.monotonic() + self.interval / 2
