@@ -21,7 +21,7 @@ from xen_disk_py.record import Found, Record, find, forget
 from xen_disk_py.xenbus import Address
 
 ADDRESS = Address(0, 5, 51728, "vbd3")
-FACTS = {"vdev": "xvdb", "path": "/images/größe.img", "size": 1 << 40}
+FACTS = {"vdev": "xvdb", "path": "/images/größe.img", "size": 1 << 40, "format": 1}
 
 
 @pytest.fixture(autouse=True)

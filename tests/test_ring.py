@@ -246,10 +246,10 @@ class TestBothEnds:
         before = bytes(shared)
         for count in (1, 2, 3):
             back.respond(encode_response(7, 0, 0))
-            assert count == back.unpublished
+            assert count == len(back.unpublished)
         assert before == bytes(shared)
         back.push()
-        assert 0 == back.unpublished
+        assert not back.unpublished
         assert [encode_response(7, 0, 0)] * 3 == [slot[:12] for slot in front.take()]
 
     def test_one_who_is_awake_is_not_notified(self):

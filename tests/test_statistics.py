@@ -35,6 +35,7 @@ NAMES = [
     "bytes_discarded",
     "wakeups",
     "in_flight",
+    "held",
     "memory",
 ]
 # (the least number, the greatest) of each bucket
@@ -109,12 +110,12 @@ class TestCounters:
         counters.of_queue(1).words[segments_word(2)] += 1
         counters.of_queue(2).count_batch(5)
 
-        expected = [[0] * (13 + 13 + 13) for _ in range(1 + MAX_QUEUES)]
-        expected[0][1], expected[0][12] = 3, 9
+        expected = [[0] * (14 + 13 + 13) for _ in range(1 + MAX_QUEUES)]
+        expected[0][1], expected[0][13] = 3, 9
         for number in range(MAX_QUEUES):
             expected[1 + number][1] = 1 << number
-        expected[2][13 + 1] = 1
-        expected[3][26 + 3] = 1
+        expected[2][14 + 1] = 1
+        expected[3][27 + 3] = 1
         assert [word for block in expected for word in block] == list(
             struct.unpack(f"={WORDS}Q", memory)
         )

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from .arguments import PROGRAM, build_parser
+from .arguments import PROGRAM, parse
 from .environment import Environment
 from .errors import UsageError, XenDiskError
 from .exit_status import ExitStatus
@@ -29,7 +29,7 @@ def main(argv: Sequence[str], env: Environment | None = None) -> ExitStatus:
         format=f"{PROGRAM}: %(message)s",
     )
     try:
-        args = build_parser().parse_args(argv)
+        args = parse(argv)
         command = importlib.import_module(f"xen_disk_py.commands.{args.command}")
         return ExitStatus(command.run(args, env))
     except UsageError as error:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import platform
 import time
+from collections.abc import Sequence
 from typing import Callable
 
 from . import resizing
@@ -18,6 +19,7 @@ from .blkif import SECTOR, Connection, abi_named
 from .disk import Disk
 from .errors import GuestMisbehaved, HypervisorError, StoreLost, XenDiskError
 from .hypervisor import Hypervisor
+from .journal import Journal
 from .queue import Options, Queue
 from .vdev import from_number
 from .xenbus import Action, Address, State, react
@@ -43,6 +45,9 @@ class Device:
         cdrom: show the guest a CD-ROM.
         on_failure: called, from another thread, when serving stops for an error of our own.
         on_resize: called with the new size, in bytes, when the disk has become that long.
+        journals: what outlives this process, one for each queue; private ones by default.
+        adopts: the device is there already, and the process that served it has died: the first
+            :meth:`update` goes on where that was.
     """
 
     def __init__(
@@ -57,6 +62,8 @@ class Device:
         cdrom: bool = False,
         on_failure: Callable[[Exception], None] = lambda error: None,
         on_resize: Callable[[int], None] = lambda size: None,
+        journals: Sequence[Journal] = (),
+        adopts: bool = False,
     ) -> None:
         self.address = address
         self.state = State.INIT_WAIT
@@ -71,7 +78,9 @@ class Device:
         self._cdrom = cdrom
         self._on_failure = on_failure
         self._on_resize = on_resize
-        self._step = SECTOR
+        self._journals = journals
+        self._adopts = adopts
+        self._step = disk.backend.physical_sector_size  # of which any size is a multiple (blkif.h)
         self._queues: list[Queue] = []
         self._adrift = False
 
@@ -90,6 +99,11 @@ class Device:
             self.frontend_state is State.CONNECTED
             or self._disk.statistics.as_dict()["requests"] > 0
         )
+
+    @property
+    def busy(self) -> float:
+        """For how many seconds the oldest request has been under way; what is held is not."""
+        return max((queue.busy for queue in self._queues), default=0.0)
 
     def keys(self) -> dict[str, str]:
         """What the backend itself publishes in its directory, its first state included."""
@@ -112,6 +126,8 @@ class Device:
 
     def update(self) -> None:
         """Look at xenstore and do what follows, until nothing does."""
+        if self._adopts:
+            self._adopt()
         if not (self.finished or self._adrift):
             self._answer_wishes()
         while not (self.finished or self._adrift):
@@ -210,6 +226,21 @@ class Device:
                 "but nobody can see or detach it except by ending this process"
             )
 
+    def _adopt(self) -> None:
+        """Take the place of the process that died, in whatever state it has left the device."""
+        shown = State.parse(self._store.read(f"{self.address.backend}/state"))
+        frontend = State.parse(self._store.read(f"{self.address.frontend}/state"))
+        if shown is not None:
+            self.state = shown
+        if (
+            shown in (State.CONNECTED, State.CLOSING)
+            and frontend in (State.INITIALISED, State.CONNECTED, State.CLOSING)
+            and not self._guest_is_gone()
+        ):
+            self._open_queues(shown)
+        self._publish_size()
+        self._adopts = False
+
     def _guest_is_gone(self) -> bool:
         domid = self.address.frontend_domid
         return domid != 0 and not self._store.is_introduced(domid)
@@ -220,10 +251,10 @@ class Device:
         self._replace(f"{self.address.backend}/state", str(int(state)))
 
     def _replace(self, path: str, value: str) -> None:
-        """Write a node, unless it has been removed meanwhile."""
+        """Write a node, unless it has that value or has been removed meanwhile."""
 
         def write(store: Store) -> None:
-            if store.exists(path):
+            if store.read(path) not in (None, value):
                 store.write(path, value)
 
         self._store.transact(write)
@@ -280,29 +311,13 @@ class Device:
             self.finished = True
 
     def _connect(self) -> None:
-        front, domid = self.address.frontend, self.address.frontend_domid
         self._disconnect()
+        self._open_queues(State.CONNECTED)
+
+    def _open_queues(self, state: State) -> None:
+        """Begin to serve the rings that the frontend has published, and publish ``state``."""
         try:
-            connection = Connection.from_keys(
-                lambda name: self._store.read(f"{front}/{name}"),
-                MAX_RING_PAGE_ORDER,
-                self._max_queues,
-            )
-            abi = abi_named(connection.protocol, platform.machine())
-            for number, ring in enumerate(connection.rings):
-                queue = Queue(
-                    self._hypervisor,
-                    domid,
-                    ring,
-                    abi,
-                    self._disk,
-                    options=self._options,
-                    persistent=connection.persistent,
-                    sharers=len(connection.rings),
-                    statistics=self._disk.statistics.of_queue(number),
-                    on_failure=self._on_failure,
-                )
-                self._queues.append(queue)
+            self._make_queues()
         except (GuestMisbehaved, HypervisorError) as error:
             log.error("cannot connect to the frontend: %s", error)
             self._disconnect()
@@ -310,7 +325,31 @@ class Device:
             return
         for queue in self._queues:
             queue.start()
-        self._publish(State.CONNECTED)
+        self._publish(state)
+
+    def _make_queues(self) -> None:
+        front, domid = self.address.frontend, self.address.frontend_domid
+        connection = Connection.from_keys(
+            lambda name: self._store.read(f"{front}/{name}"),
+            MAX_RING_PAGE_ORDER,
+            self._max_queues,
+        )
+        abi = abi_named(connection.protocol, platform.machine())
+        for number, ring in enumerate(connection.rings):
+            queue = Queue(
+                self._hypervisor,
+                domid,
+                ring,
+                abi,
+                self._disk,
+                options=self._options,
+                persistent=connection.persistent,
+                sharers=len(connection.rings),
+                journal=self._journals[number] if self._journals else None,
+                statistics=self._disk.statistics.of_queue(number),
+                on_failure=self._on_failure,
+            )
+            self._queues.append(queue)
 
     def _disconnect(self) -> None:
         """Finish the requests taken so far and unmap everything; before Closed is published."""

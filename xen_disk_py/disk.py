@@ -35,6 +35,10 @@ log = logging.getLogger("xen_disk_py")
 
 _Move = Callable[["Sequence[memoryview]", int], Optional[int]]
 
+TROUBLE = -99
+"""What a request's status is when the storage has failed and the disk holds such requests: it is
+not for the guest; try it again."""
+
 SETTLING = 5.0
 """Seconds that the requests under way may take before a disk becomes smaller."""
 
@@ -45,9 +49,13 @@ class Disk:
     Args:
         backend: open and checked; only :meth:`close` closes it.
         statistics: where to count.
+        holds: a request that fails for the storage's sake (any ``OSError`` of the backend's) is
+            not answered with an error, but reported as :data:`TROUBLE`.
     """
 
-    def __init__(self, backend: Backend, statistics: Statistics | None = None) -> None:
+    def __init__(
+        self, backend: Backend, statistics: Statistics | None = None, *, holds: bool = False
+    ) -> None:
         self.backend = backend
         self.statistics = statistics if statistics is not None else Statistics()
         self.read_only = backend.read_only
@@ -60,6 +68,7 @@ class Disk:
         self._read_first: _Move = backend.read_nowait if self._is_concurrent else backend.read
         self._write_first: _Move = backend.write_nowait if self._is_concurrent else backend.write
         self._lock = threading.Lock()
+        self._holds = holds
         self._quiet_until = 0.0
         self._unsaid = 0
 
@@ -182,30 +191,34 @@ class Disk:
         """Read ``length`` bytes at ``offset`` into ``buffers``.
 
         Returns:
-            A status, or None if that would take waiting and the backend lets several threads
-            in: then :meth:`transfer` does it, in one of them.
+            A status, or None if it is not done: that would take waiting and the backend lets
+            several threads in, or the request is one to hold. Then :meth:`transfer` does it.
         """
         try:
             done = self._read_first(buffers, offset)
         except BaseException as error:  # noqa: BLE001 - whatever an author's code raises, exit() too
-            return self._failed("read", error)
+            status = self._failed("read", error)
+            return None if status == TROUBLE else status
         if done is None or done == length:
             return OKAY
         if self._is_concurrent:
             return None
-        return self._go_on("read", self.backend.read, buffers, offset, length, done)
+        status = self._go_on("read", self.backend.read, buffers, offset, length, done)
+        return None if status == TROUBLE else status
 
     def write(self, buffers: Sequence[memoryview], offset: int, length: int) -> int | None:
         """Write ``length`` bytes from ``buffers`` at ``offset``; returns as :meth:`read` does."""
         try:
             done = self._write_first(buffers, offset)
         except BaseException as error:  # noqa: BLE001 - whatever an author's code raises, exit() too
-            return self._failed("write", error)
+            status = self._failed("write", error)
+            return None if status == TROUBLE else status
         if done is None or done == length:
             return OKAY
         if self._is_concurrent:
             return None
-        return self._go_on("write", self.backend.write, buffers, offset, length, done)
+        status = self._go_on("write", self.backend.write, buffers, offset, length, done)
+        return None if status == TROUBLE else status
 
     def transfer(self, request: Transfer, buffers: Sequence[memoryview]) -> int:
         """Do a read, write, flush or barrier, however long it takes; the result is its status.
@@ -276,6 +289,9 @@ class Disk:
 
     def _failed(self, what: str, error: BaseException) -> int:
         reason = user_line(error, self.backend)
+        if self._holds and isinstance(error, OSError):
+            self._say(logging.ERROR, f"{what} waits for {self.backend}, which failed: {reason}")
+            return TROUBLE
         self.statistics.add(count.ERRORS)
         self._say(logging.ERROR, f"{what} failed in {self.backend}: {reason}")
         return ERROR

@@ -14,6 +14,9 @@ and leaves all others to the first way. What would make the thread wait is done 
 
 Everything of the guest's that is decided upon is a private copy: the slots, and the pages of
 an indirect request. Guest pages are handed to the backend for data only.
+
+Killed at any instant, a queue leaves a :class:`~xen_disk_py.journal.Journal` by which another
+goes on. A request that the storage cannot do may be held and tried again: its guest waits.
 """
 
 from __future__ import annotations
@@ -24,7 +27,9 @@ import os
 import select
 import threading
 import traceback
+from collections.abc import Sequence
 from functools import partial
+from math import inf
 from time import perf_counter
 from typing import Callable, NamedTuple
 
@@ -48,10 +53,11 @@ from .blkif import (
     encode_response,
     resolve,
 )
-from .disk import Disk
+from .disk import TROUBLE, Disk
 from .errors import GuestMisbehaved, HypervisorError, XenDiskError
 from .grants import PERSISTENT_LIMIT, Grants, GuestPages, Loan
 from .hypervisor import PAGE_SIZE, EventChannel, Hypervisor, Mapping
+from .journal import Journal
 from .ring import BackRing
 from .statistics import Counters
 from .workers import Workers
@@ -66,6 +72,7 @@ _LINGER = 8  # how long to look on before sleeping: times as long as the last ba
 _LINGER_MOST = 0.002  # seconds at most
 _STORM = 16  # wake-ups in a row that find nothing, before the next is put off
 _CALM = 10  # milliseconds that it is put off
+_PAUSES = 0.1, 5.0  # seconds before what is held is tried again: at first, and at most
 
 
 class Options(NamedTuple):
@@ -79,9 +86,17 @@ class Options(NamedTuple):
     """Pages that all queues together keep mapped."""
 
 
-class _Begun(NamedTuple):
-    request: Transfer | Discard
-    loan: Loan
+class _Begun:
+    """A request under way."""
+
+    __slots__ = ("loan", "request", "since", "slot", "was_held")
+
+    def __init__(self, slot: bytes, request: Transfer | Discard, loan: Loan) -> None:
+        self.slot = slot
+        self.request = request
+        self.loan = loan
+        self.since = inf  # when it was given to a worker
+        self.was_held = False
 
 
 class Queue:
@@ -96,6 +111,8 @@ class Queue:
         options: how.
         persistent: the frontend promised to use the same grants again and again.
         sharers: the queues of the disk, this one included: they share the limits.
+        journal: what outlives this process. If a process that was killed has left something
+            about this very ring there, this goes on from it. By default a private one.
         statistics: where this queue, and no other, counts.
         on_failure: called from the queue's thread when it stops for an error of its own.
 
@@ -114,6 +131,7 @@ class Queue:
         options: Options,
         persistent: bool,
         sharers: int = 1,
+        journal: Journal | None = None,
         statistics: Counters,
         on_failure: Callable[[Exception], None],
     ) -> None:
@@ -138,6 +156,10 @@ class Queue:
             )
             self._ring = BackRing(self._mapping.view, abi.slot_size, hypervisor.fence)
             undo.callback(self._ring.close)
+            self._journal = journal if journal is not None else Journal()
+            self._left = self._recall(ring)
+            if self._left is None:
+                self._journal.begin(ring, abi.slot_size)
             self._channel: EventChannel = undo.enter_context(
                 hypervisor.bind_interdomain(domid, ring.event_channel)
             )
@@ -145,6 +167,11 @@ class Queue:
             self._workers: Workers[_Begun] = undo.enter_context(Workers(workers))
             self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
             undo.pop_all()
+        self._unanswered: dict[int, _Begun] = {}  # in the order in which they were begun, by id()
+        self._held: list[_Begun] = []  # of these, those that the storage could not do
+        self._pause = _PAUSES[0]  # seconds until they are tried again
+        self._retry_at = inf
+        self._moved = inf  # when responses were last published, in the middle of a batch
         self._spurious = 0  # wake-ups since there was something to do
         self._is_quick = False  # the last sleep was shorter than the time we would look on
         self._window = 0.0  # that time, in seconds
@@ -153,9 +180,25 @@ class Queue:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="queue", daemon=True)
 
+    def _recall(self, ring: Ring) -> Sequence[bytes] | None:
+        """Put the ring to where the journal says; the requests to do again, or None."""
+        left = self._journal.recall(ring, self._abi.slot_size)
+        if left and self._ring.resume(left.start, left.responses, len(left.requests)):
+            return left.requests
+        return None
+
     def start(self) -> None:
         """Begin to serve; requests that wait on the ring already are found."""
         self._thread.start()
+
+    @property
+    def busy(self) -> float:
+        """For how many seconds the oldest request has been under way; from any thread.
+
+        Nothing that is held counts: it is the storage that takes its time.
+        """
+        since = [self._moved, *(begun.since for begun in list(self._unanswered.values()))]
+        return max(0.0, perf_counter() - min(since))
 
     def ask_to_stop(self) -> None:
         """Have the thread come to its end; :meth:`stop` waits for that."""
@@ -200,6 +243,7 @@ class Queue:
             traceback.clear_frames(error.__traceback__)  # no buffer is kept in there
             self._on_failure(error)
         finally:
+            self._stopping = True  # nothing is held any longer
             while not self._attempt(self._drain):
                 pass  # one response could not be told; the others' turn
             self._attempt(self._refuse_the_rest)
@@ -216,6 +260,7 @@ class Queue:
 
     def _release(self) -> None:
         """Unmap and unbind everything: in the queue's thread, where no signal cuts it short."""
+        self._journal.clear()
         self._workers.close()
         self._pages.close()
         self._ring.close()
@@ -227,9 +272,13 @@ class Queue:
         sleeper = select.poll()
         for descriptor in (self._channel.fileno(), workers.fileno(), self._wake_read):
             sleeper.register(descriptor, select.POLLIN)
+        if self._left is not None:
+            self._go_on(self._left)
         while not self._stopping:
             finished = workers.unfinished and self._end_finished()
-            room = self._most - workers.unfinished
+            if self._held and perf_counter() >= self._retry_at:
+                self._retry()
+            room = self._most - len(self._unanswered)
             slots = ring.take(room) if room > 0 else b""
             if slots:
                 self._serve(slots)
@@ -240,20 +289,30 @@ class Queue:
             elif not self._look_on(sleeper) and not ring.arm():
                 self._sleep(sleeper)
 
+    def _go_on(self, requests: Sequence[bytes]) -> None:
+        """Do again what another has not answered; reads, writes and flushes can be repeated."""
+        words = self._statistics.words
+        words[count.IN_FLIGHT] = len(requests)
+        for slot in requests:
+            self._begin(slot, None, waits=False)
+        self._publish()
+        words[count.IN_FLIGHT] = len(self._unanswered)
+        self._channel.notify()  # it may have been killed before it did
+
     def _serve(self, slots: bytes) -> None:  # noqa: PLR0915 - one loop, every call in it counts
         """Do the requests in ``slots`` in their order, and publish the answers.
 
         This is where the time goes. A read or write of known pages costs a look-up of its
         descriptors, the backend's call and the packing of its answer.
         """
-        began = perf_counter()
+        began = self._moved = perf_counter()
         abi, disk, ring, statistics = self._abi, self._disk, self._ring, self._statistics
         plans, kept = self._pages.plans, self._pages.kept
         size, segments_at = abi.slot_size, abi.segments_at
         in_one_page = min(self._max_indirect_segments, SEGMENTS_PER_PAGE)
         requests = len(slots) // size
         words = statistics.words
-        words[count.IN_FLIGHT] = requests + self._workers.unfinished
+        words[count.IN_FLIGHT] = requests + len(self._unanswered)
         # Looked at after that: whoever makes the disk smaller waits for what is in flight.
         capacity, misaligned, read_only = disk.sectors, disk.alignment - 1, disk.read_only
         reads = writes = bytes_read = bytes_written = unpublished = 0
@@ -301,16 +360,24 @@ class Queue:
             words[count.WRITES] += writes
             words[count.BYTES_WRITTEN] += bytes_written
             disk.count_memory()
-        words[count.IN_FLIGHT] = self._workers.unfinished
+        words[count.IN_FLIGHT] = len(self._unanswered)
         self._spurious = 0
+        self._moved = inf
         now = perf_counter()
         self._window = min(_LINGER * (now - began), _LINGER_MOST)
         self._until = now + self._window if self._is_quick else now
 
     def _publish(self) -> None:
-        self._statistics.words[count.REQUESTS] += self._ring.unpublished
-        if self._ring.push():
-            self._channel.notify()
+        ring = self._ring
+        responses = ring.unpublished
+        if responses:
+            self._statistics.words[count.REQUESTS] += len(responses)
+            waiting = [begun.slot for begun in self._unanswered.values()]
+            self._journal.note(ring.published, responses, waiting)
+            if self._moved != inf:
+                self._moved = perf_counter()
+            if ring.push():
+                self._channel.notify()
 
     # -- one request -------------------------------------------------------------------
 
@@ -325,23 +392,34 @@ class Queue:
         begun = self._judge(slot, descriptors)
         if begun is None:
             return
-        disk, (request, loan) = self._disk, begun
+        disk, request, buffers = self._disk, begun.request, begun.loan.buffers
+        is_barrier = request.operation == WRITE_BARRIER
+        if is_barrier:
+            self._drain()  # what came before is done before
+        self._unanswered[id(begun)] = begun
         status = None
-        if request.operation == WRITE_BARRIER:
-            self._drain()  # what came before is done before; what comes after waits for us
-        elif isinstance(request, Transfer) and request.operation <= WRITE and not waits:
+        if isinstance(request, Transfer) and request.operation <= WRITE and not waits:
             do = disk.read if request.operation == READ else disk.write
-            status = do(loan.buffers, request.sector * SECTOR, request.sectors * SECTOR)
+            status = do(buffers, request.sector * SECTOR, request.sectors * SECTOR)
         if status is None:
-            if isinstance(request, Discard):
-                call = partial(disk.discard, request)
-            else:
-                call = partial(disk.transfer, request, loan.buffers)
-            if self._is_concurrent and request.operation != WRITE_BARRIER:
-                self._workers.submit(call, begun)
-                return
-            status = call()
-        self._end(begun, status)
+            status = self._do(begun)
+        if status is not None:
+            self._end(begun, status)
+        if is_barrier:
+            self._drain()  # what comes after waits for it, though it be held
+
+    def _do(self, begun: _Begun) -> int | None:
+        """Do a request, however long it takes; None if a worker does."""
+        disk, request = self._disk, begun.request
+        if isinstance(request, Discard):
+            call = partial(disk.discard, request)
+        else:
+            call = partial(disk.transfer, request, begun.loan.buffers)
+        if not self._is_concurrent or request.operation == WRITE_BARRIER:
+            return call()
+        begun.since = perf_counter()
+        self._workers.submit(call, begun)
+        return None
 
     def _judge(self, slot: bytes, descriptors: bytes | None) -> _Begun | None:
         """Decode a request and borrow its pages; None if it was refused, and that answered."""
@@ -363,7 +441,7 @@ class Queue:
                             start = self._abi.segments_at
                             descriptors = slot[start : start + 8 * len(request.grefs)]
                         loan = pages.lend(request, descriptors)
-                    return _Begun(request, loan)
+                    return _Begun(slot, request, loan)
                 reason, status = refusal
         except (HypervisorError, MemoryError) as error:
             reason, status = str(error) or "no memory", ERROR
@@ -372,10 +450,20 @@ class Queue:
         return None
 
     def _end(self, begun: _Begun, status: int) -> None:
-        """Give a request's pages back, count it, and put its answer."""
-        request, loan = begun
+        """Give a request's pages back, count it, and put its answer; or hold it."""
+        if status == TROUBLE:
+            if not self._stopping:
+                self._hold(begun)
+                return
+            status = ERROR
+        request = begun.request
+        del self._unanswered[id(begun)]
+        if begun.was_held and status == OKAY:
+            if self._pause > _PAUSES[0]:
+                log.info("the storage works again")
+            self._pause = _PAUSES[0]
         try:
-            loan.end(deliver=status == OKAY)
+            begun.loan.end(deliver=status == OKAY)
         except HypervisorError as error:
             self._disk.refuse(str(error))
             status = ERROR
@@ -387,11 +475,42 @@ class Queue:
     def _end_finished(self) -> bool:
         """Answer what the workers have done; False if that is nothing."""
         finished = self._workers.collect()
+        before = len(self._unanswered)
         for begun, status in finished:
             self._end(begun, status)
         self._publish()
-        self._statistics.words[count.IN_FLIGHT] -= len(finished)  # a batch may go on
+        # a batch may go on
+        self._statistics.words[count.IN_FLIGHT] -= before - len(self._unanswered)
         return bool(finished)
+
+    # -- requests that the storage could not do ----------------------------------------
+
+    def _hold(self, begun: _Begun) -> None:
+        """Keep a request, to try it again; the guest waits, and knows of nothing."""
+        begun.since = inf
+        begun.was_held = True
+        if not self._held:
+            self._retry_at = perf_counter() + self._pause
+        self._held.append(begun)
+        self._statistics.words[count.HELD] = len(self._held)
+
+    def _retry(self) -> None:
+        """Try again what is held; if we are to stop, that is answered with errors."""
+        held, self._held = self._held, []
+        before = len(self._unanswered)
+        self._pause = min(2 * self._pause, _PAUSES[1])
+        while held:
+            begun = held.pop(0)
+            status = ERROR if self._stopping else self._do(begun)
+            if status is not None:
+                self._end(begun, status)
+            if self._held:  # no better than before: spare the storage the others
+                self._held += held
+                break
+        words = self._statistics.words
+        words[count.HELD] = len(self._held)
+        words[count.IN_FLIGHT] -= before - len(self._unanswered)
+        self._publish()
 
     # -- waiting -----------------------------------------------------------------------
 
@@ -409,7 +528,7 @@ class Queue:
 
     def _sleep(self, sleeper: select.poll) -> None:
         began = perf_counter()
-        woken = [descriptor for descriptor, _ in sleeper.poll()]
+        woken = [descriptor for descriptor, _ in sleeper.poll(self._milliseconds())]
         self._is_quick = perf_counter() - began < self._window
         self._statistics.words[count.WAKEUPS] += 1
         if self._channel.fileno() in woken:
@@ -421,15 +540,25 @@ class Queue:
                 calm.poll(_CALM)
             self._channel.acknowledge()
 
+    def _milliseconds(self) -> float | None:
+        """How long to sleep at most, for ``poll``: until what is held is to be tried again."""
+        return max(0.0, self._retry_at - perf_counter()) * 1000 + 1 if self._held else None
+
     def _await_workers(self) -> None:
         poller = select.poll()
         poller.register(self._workers.fileno(), select.POLLIN)
-        poller.poll()
+        if not self._stopping:
+            poller.register(self._wake_read, select.POLLIN)
+        poller.poll(self._milliseconds())
 
     def _drain(self) -> None:
-        """Wait until the workers have done what they were given."""
-        while self._workers.unfinished:
-            if not self._end_finished():
+        """Wait until the workers have done what they were given, and nothing is held."""
+        while self._workers.unfinished or self._held:
+            if self._held and (self._stopping or perf_counter() >= self._retry_at):
+                self._retry()
+                if self._moved != inf:
+                    self._moved = perf_counter()
+            elif not self._end_finished():
                 self._await_workers()
 
     def _refuse_the_rest(self) -> None:

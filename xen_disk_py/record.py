@@ -1,11 +1,18 @@
-"""What a serving process tells the others on this host: a small file in /run.
+"""What a serving process tells the others on this host, and its successor: a file in /run.
 
-The file's first page is a JSON object (who serves what), the second the disk's counters,
-memory-mapped, so that ``list`` reads them at no cost to the disk. The process holds a lock
-on the file as long as it lives: a record without a lock is what a killed process left.
+The file is memory-mapped, so that ``list`` reads it at no cost to the disk::
 
-A process that has become another user cannot remove its file; it empties the first page, and
-whoever makes a record next removes what is empty.
+    facts: who serves what (a JSON object, in two halves)
+    counters of the disk, which fill a page
+    a journal for each queue that is offered
+
+The process holds a lock on the file as long as it lives: a record without a lock is what a
+killed process left, and :meth:`Record.adopt` takes it over. The lock goes when the last thread
+of the process has ended and all its memory is unmapped, so that nothing that it began can come
+after what its successor does.
+
+A process that has become another user cannot remove its file; it clears the facts, and whoever
+makes a record next removes what is empty.
 """
 
 from __future__ import annotations
@@ -19,21 +26,36 @@ import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from .errors import DeviceTaken, XenUnavailable
+from .errors import DeviceError, DeviceTaken, XenUnavailable
+from .halves import Halves
 from .hypervisor import Closing
+from .journal import SIZE as JOURNAL_SIZE
+from .journal import Journal
 from .statistics import WORDS, Statistics
 from .vdev import from_number
 from .xenbus import Address
 
 DIRECTORY = "/run/xen_disk_py"
-_PAGE = 4096
-_SIZE = _PAGE + mmap.PAGESIZE
+FORMAT = 1
+"""What the layout of this file is, and of all in it."""
+
+_FACTS = 32 << 10  # bytes
+_COUNTERS = 4096
+_HEAD = _FACTS + _COUNTERS
 _TRIES = 10  # one who looks has the lock for a moment, one who ends has it until the very end
 _PAUSE = 0.01
 
 
 def _path(directory: str, address: Address) -> str:
     return os.path.join(directory, f"{address.frontend_domid}-{address.devid}")
+
+
+def _parse(facts: Halves) -> dict[str, Any]:
+    try:
+        found = json.loads(facts.read() or b"{}")
+    except ValueError:
+        found = None
+    return found if isinstance(found, dict) else {}
 
 
 def _is_at(fd: int, path: str) -> bool:
@@ -69,56 +91,117 @@ def _lock(path: str, flags: int) -> int | None:
     return None
 
 
+def _claim(path: str, flags: int) -> int | None:
+    """Open and lock a file; None if somebody keeps the lock."""
+    for _ in range(_TRIES):
+        fd = _lock(path, flags)
+        if fd is not None:
+            return fd
+        time.sleep(_PAUSE)
+    return None
+
+
 class Record(Closing):
     """The record of a disk that this process serves; held open and locked until closed.
 
     Args:
         directory: where records live.
         address: which device.
+        queues: how many queues the disk has at most.
+
+    Attributes:
+        facts: who serves what, as it was described last.
+        statistics: the disk's counters.
+        journals: one for each queue.
 
     Raises:
         DeviceTaken: another process serves that device.
         XenUnavailable: the directory cannot be written.
     """
 
-    def __init__(self, directory: str, address: Address) -> None:
-        self._path = _path(directory, address)
+    def __init__(self, directory: str, address: Address, queues: int = 1) -> None:
+        path = _path(directory, address)
         try:
             os.makedirs(directory, mode=0o755, exist_ok=True)
             _sweep(directory)
-            fd = self._claim()
+            fd = _claim(path, os.O_RDWR | os.O_CREAT)
         except OSError as error:
-            raise XenUnavailable(
-                f"cannot write {self._path}: {error.strerror}; run as root"
-            ) from error
+            raise XenUnavailable(f"cannot write {path}: {error.strerror}; run as root") from error
         if fd is None:
             raise DeviceTaken(
                 f"another process serves device {address.devid} of that guest "
                 f"({from_number(address.devid)}): choose another --vdev"
             )
         try:
+            size = _HEAD + queues * JOURNAL_SIZE
             os.ftruncate(fd, 0)
-            os.posix_fallocate(fd, 0, _SIZE)  # not sparse: a full /run is an error now, not later
-            self._map = mmap.mmap(fd, _SIZE)
+            os.posix_fallocate(fd, 0, size)  # not sparse: a full /run is an error now, not later
+            self._open(fd, path, size)
         except BaseException:
             os.close(fd)
             raise
-        self._fd = fd
-        self._words = memoryview(self._map)[_PAGE : _PAGE + 8 * WORDS].cast("Q")
-        self.statistics = Statistics(self._words)
 
-    def _claim(self) -> int | None:
-        for _ in range(_TRIES):
-            fd = _lock(self._path, os.O_RDWR | os.O_CREAT)
-            if fd is not None:
-                return fd
-            time.sleep(_PAUSE)
-        return None
+    @classmethod
+    def adopt(cls, directory: str, address: Address) -> Record:
+        """Take over the record that a killed process left, with all that is in it.
+
+        Raises:
+            DeviceTaken: the process lives, or another has taken it over.
+            DeviceError: there is none, or one that this version cannot read.
+        """
+        path = _path(directory, address)
+        name = f"{from_number(address.devid)} of domain {address.frontend_domid}"
+        try:
+            fd = _claim(path, os.O_RDWR)
+        except FileNotFoundError as error:
+            raise DeviceError(f"no process has left {name} behind: nothing to adopt") from error
+        except OSError as error:
+            raise XenUnavailable(f"cannot open {path}: {error.strerror}; run as root") from error
+        if fd is None:
+            raise DeviceTaken(f"a process that lives serves {name}: see xen-disk list")
+        record = cls.__new__(cls)
+        size = os.fstat(fd).st_size
+        if size > _HEAD and (size - _HEAD) % JOURNAL_SIZE == 0:
+            record._open(fd, path, size)
+            if record.facts.get("format") == FORMAT:
+                return record
+        os.close(fd)
+        raise DeviceError(
+            f"{path} is damaged, or another version wrote it: {name} cannot be adopted; take it "
+            f"away with: xen-disk disconnect {address.frontend_domid} "
+            f"{from_number(address.devid)} --force"
+        )
+
+    def _open(self, fd: int, path: str, size: int) -> None:
+        self._fd = fd
+        self._path = path
+        whole = memoryview(mmap.mmap(fd, size))
+        self._facts = Halves(whole[:_FACTS])
+        self.facts = _parse(self._facts)
+        words = whole[_FACTS : _FACTS + 8 * WORDS].cast("Q")
+        self.statistics = Statistics(words)
+        self.journals = [
+            Journal(whole[at : at + JOURNAL_SIZE]) for at in range(_HEAD, size, JOURNAL_SIZE)
+        ]
 
     def describe(self, facts: Mapping[str, Any]) -> None:
-        """Write who serves what; at most 4096 bytes as JSON."""
-        text = json.dumps(facts).encode()
-        self._map[:_PAGE] = text[:_PAGE].ljust(_PAGE, b"\0")
+        """Write who serves what.
+
+        Raises:
+            DeviceError: that is too much, some 16,000 bytes as JSON.
+        """
+        self.facts = {**facts, "format": FORMAT}
+        try:
+            self._facts.write(json.dumps(self.facts).encode())
+        except ValueError as error:
+            raise DeviceError(f"the arguments are too long to be noted: {error}") from error
+
+    def leave(self) -> None:
+        """Leave the record to whoever adopts it next."""
+        if self._fd >= 0:
+            fcntl.flock(self._fd, fcntl.LOCK_UN)  # the mapping has a copy of the descriptor
+            os.close(self._fd)
+            self._fd = -1
 
     def close(self) -> None:
         """Remove the record. The counters stay readable for this process."""
@@ -128,7 +211,7 @@ class Record(Closing):
         try:
             _unlink(fd, self._path)
         except PermissionError:
-            self._map[:_PAGE] = bytes(_PAGE)
+            self._facts.clear()
             fcntl.flock(fd, fcntl.LOCK_UN)  # the mapping has a copy of the descriptor
         finally:
             os.close(fd)
@@ -143,8 +226,8 @@ def _sweep(directory: str) -> None:
             if fd is None:
                 continue
             try:
-                data = os.pread(fd, _PAGE, 0)
-                if len(data) == _PAGE and not any(data):
+                data = os.pread(fd, _FACTS, 0)
+                if len(data) == _FACTS and Halves(memoryview(bytearray(data))).read() is None:
                     _unlink(fd, path)
             finally:
                 os.close(fd)
@@ -165,7 +248,7 @@ def find(directory: str, address: Address) -> Found | None:
     except OSError:
         return None
     try:
-        data = os.pread(fd, _SIZE, 0)
+        data = os.pread(fd, _HEAD, 0)
         try:
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
             alive = False
@@ -173,15 +256,10 @@ def find(directory: str, address: Address) -> Found | None:
             alive = True
     finally:
         os.close(fd)
-    if len(data) < _SIZE:
+    if len(data) < _HEAD:
         return None
-    try:
-        facts = json.loads(data[:_PAGE].rstrip(b"\0") or b"{}")
-    except ValueError:
-        facts = None
-    if not isinstance(facts, dict):
-        facts = {}
-    words = memoryview(data)[_PAGE : _PAGE + 8 * WORDS].cast("Q")
+    facts = _parse(Halves(memoryview(bytearray(data[:_FACTS]))))
+    words = memoryview(data)[_FACTS : _FACTS + 8 * WORDS].cast("Q")
     return Found(facts, Statistics(words).as_dict(), alive)
 
 

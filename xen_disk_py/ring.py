@@ -20,6 +20,7 @@ Source: ``xen/include/public/io/ring.h``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Callable
 
 from .errors import GuestMisbehaved
@@ -92,10 +93,36 @@ class BackRing(_Ring):
     def __repr__(self) -> str:
         return f"<BackRing of {self.slots}: took {self._consumed}, answered {self._published}>"
 
+    def resume(self, start: int, responses: Sequence[bytes], waiting: int) -> bool:
+        """Go on where a process was killed.
+
+        Args:
+            start: the index of the first response that it was about to publish.
+            responses: those; published now unless it came so far.
+            waiting: how many requests it has taken beyond those that are answered with these.
+
+        Returns:
+            False if ``rsp_prod`` is neither what it was before nor what it was to be: then
+            this is another ring, and nothing has changed.
+        """
+        end = (start + len(responses)) & _MASK
+        if self._published not in (start, end):
+            return False
+        if self._published != end:
+            self._unpublished.extend(responses)
+            self.push()
+        self._consumed = (end + waiting) & _MASK
+        return True
+
     @property
-    def unpublished(self) -> int:
-        """How many responses were put since the last :meth:`push`."""
-        return len(self._unpublished)
+    def published(self) -> int:
+        """The index of the next response to :meth:`push`."""
+        return self._published
+
+    @property
+    def unpublished(self) -> Sequence[bytes]:
+        """The responses put since the last :meth:`push`."""
+        return self._unpublished
 
     @property
     def has_requests(self) -> bool:

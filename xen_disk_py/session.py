@@ -21,6 +21,7 @@ from typing import Callable
 from . import toolstack
 from .device import Device
 from .errors import DeviceError, StoreLost, XenDiskError
+from .systemd import Watchdog
 from .vdev import VirtualDevice
 from .xenbus import State
 from .xenstore import Store
@@ -30,7 +31,7 @@ log = logging.getLogger("xen_disk_py")
 TICK = 0.5
 """Seconds between two looks of whoever wants to show progress."""
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
 _TOOLSTACK_PATIENCE = 5.0
 _RETRY = 1.0  # seconds between two tries to reach a xenstore that is away
 
@@ -53,6 +54,7 @@ class Interrupts:
 
     SIGINT, SIGTERM and SIGHUP: the first asks, the second forces. With ``hangup_resizes``,
     SIGHUP sets ``resize`` instead: the disk is to have the size that its storage has by now.
+    SIGUSR2 sets ``upgrade``: another program is to go on with the disk.
 
     The first makes ``fileno`` readable and sets ``asked``; the second raises
     :class:`Forced` in the main thread wherever it is, unless ``calm`` is set; a session
@@ -62,6 +64,7 @@ class Interrupts:
     def __init__(self, *, hangup_resizes: bool = False) -> None:
         self._hangup_resizes = hangup_resizes
         self.resize = False
+        self.upgrade = False
         self.asked = False
         self.calm = True
         self.failure: Exception | None = None
@@ -96,14 +99,15 @@ class Interrupts:
             pass
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if signum == signal.SIGHUP and self._hangup_resizes:
+        if signum == signal.SIGUSR2:
+            self.upgrade = True
+        elif signum == signal.SIGHUP and self._hangup_resizes:
             self.resize = True
-            self.wake()
-            return
-        if self.asked and not self.calm:
+        elif self.asked and not self.calm:
             self.calm = True
             raise Forced
-        self.asked = True
+        else:
+            self.asked = True
         self.wake()
 
     @contextmanager
@@ -112,6 +116,8 @@ class Interrupts:
         before = {signum: signal.signal(signum, self._handle) for signum in _SIGNALS}
         # Written by the C handler: a signal just before poll() would not end it otherwise.
         wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        # Blocked by the program that has become this one, if so: none is lost in between.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         try:
             yield self
         finally:
@@ -135,6 +141,9 @@ class Session:
         patience: seconds that the guest may take to connect; None for ever.
         release: what to do in xenstore at the end, where the nodes are a toolstack's; by
             default, they are removed.
+        on_upgrade: called when another program is to go on; it does not return if one does.
+        on_crash: called for an error of our own, before anything is cleaned up. By default the
+            disk ends with us; one that does not return leaves it to a successor.
     """
 
     def __init__(
@@ -146,6 +155,8 @@ class Session:
         *,
         patience: float | None,
         release: Callable[[], None] | None = None,
+        on_upgrade: Callable[[], None] = lambda: None,
+        on_crash: Callable[[Exception], None] = lambda error: None,
     ) -> None:
         self._store = store
         self._device = device
@@ -155,6 +166,10 @@ class Session:
         self._release = release
         self._unplugging = False
         self._is_away_said = False
+        self._on_upgrade = on_upgrade
+        self._on_crash = on_crash
+        self._watchdog = Watchdog()
+        self._is_stuck_said = False
 
     def run(
         self,
@@ -190,6 +205,11 @@ class Session:
                 interrupts.calm = True  # and removed as a whole
         except Forced:  # may come as late as in the line above
             forced = True
+        except XenDiskError:
+            raise
+        except Exception as error:
+            self._on_crash(error)
+            raise
         finally:
             self._clean_up(forced)
         if forced:
@@ -217,11 +237,15 @@ class Session:
                 raise DeviceError(self._why_not_connected())
             self._sleep(deadline if waiting else None, ticking=announced and bool(on_tick))
             if interrupts.failure is not None:
+                self._on_crash(interrupts.failure)
                 raise DeviceError(f"serving failed: {interrupts.failure!r}") from interrupts.failure
             if interrupts.asked and not self._unplugging:
                 self._unplugging = True
                 on_unplug()
                 self._attempt(device.unplug)
+            if interrupts.upgrade:
+                interrupts.upgrade = False
+                self._on_upgrade()
             if interrupts.resize:
                 interrupts.resize = False
                 self._attempt(self._resize)
@@ -240,6 +264,7 @@ class Session:
             self._store.has_pending
             or self._interrupts.failure is not None
             or self._interrupts.resize
+            or self._interrupts.upgrade
             or (self._interrupts.asked and not self._unplugging)
         ):
             return
@@ -254,6 +279,14 @@ class Session:
             waits.append(max(0.0, deadline - time.monotonic()))
         if ticking:
             waits.append(TICK)
+        watchdog = self._watchdog.interval
+        if watchdog is not None:
+            if self._device.busy < watchdog:
+                self._watchdog.ping()
+            elif not self._is_stuck_said:
+                self._is_stuck_said = True
+                log.error("a request has not returned for %g s; the watchdog ends us", watchdog)
+            waits.append(self._watchdog.pause() or watchdog / 2)
         poller.poll(min(waits) * 1000 if waits else None)
 
     def _attempt(self, step: Callable[[], None]) -> None:

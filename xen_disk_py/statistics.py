@@ -28,6 +28,7 @@ _COUNTERS = (
     "bytes_discarded",
     "wakeups",
     "in_flight",
+    "held",
     "memory",
 )
 _BLOCK = len(_COUNTERS) + 2 * _BUCKETS
@@ -162,6 +163,7 @@ def segments_word(segments: int) -> int:
     BYTES_DISCARDED,
     WAKEUPS,
     IN_FLIGHT,
+    HELD,
     MEMORY,
 ) = range(len(_COUNTERS))
 _SEGMENTS = len(_COUNTERS)

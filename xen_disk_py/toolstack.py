@@ -198,6 +198,16 @@ def attach(
     store.transact(create)
 
 
+def pass_on(store: Store, address: Address, pid: int) -> None:
+    """Have a device be served by another process than the one that made its nodes."""
+
+    def write(transaction: Store) -> None:
+        if transaction.exists(address.backend):
+            transaction.write(f"{address.backend}/{PID_KEY}", str(pid))
+
+    store.transact(write)
+
+
 def detach(store: Store, address: Address) -> None:
     """Remove all nodes of a device and the directories that they leave empty.
 

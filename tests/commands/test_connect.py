@@ -177,7 +177,7 @@ def test_copy_on_write(connect, image):
     status, out, err = connect(session, "5", "--path", str(image))
     assert status is ExitStatus.OK
     assert out == "xvda 51712 /dev/xvda 1 MiB cow rw\n"
-    assert "vanish when the disk is disconnected; to keep them in the image: --backend raw" in err
+    assert "vanish when the disk is disconnected; to keep them beside the image: --overlay FILE" in err
     assert before == image.read_bytes()
 
 
@@ -604,9 +604,9 @@ def test_two_race_on_one_host(host, monkeypatch):
     record_class = connect_module.Record
 
     class Slow(record_class):
-        def __init__(self, directory, address):
+        def __init__(self, directory, address, queues):
             tried.append(address.devid)
-            super().__init__(directory, address)
+            super().__init__(directory, address, queues)
 
     monkeypatch.setattr(connect_module, "Record", Slow)
     monkeypatch.setattr(connect_module.time, "sleep", lambda seconds: None)

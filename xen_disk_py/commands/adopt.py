@@ -8,17 +8,14 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 from .. import adoption, toolstack
 from ..adoption import AdoptedDevice
-from ..arguments import build_parser
+from ..arguments import parse
 from ..disk import Disk
 from ..environment import Environment
 from ..errors import DeviceTaken, XenDiskError
 from ..exit_status import ExitStatus
-from ..grants import Grants
-from ..queue import Options
 from ..record import Record
 from ..session import Interrupts, Session
 from ..standin import stand_in
@@ -27,8 +24,8 @@ from ..units import format_size
 from ..vdev import VirtualDevice, from_number
 from ..xenbus import Address, State
 from ..xenstore import Store
-from .backend_arguments import backend_from, backend_name
-from .connect import opened_hypervisor
+from .backend_arguments import backend_from
+from .opening import facts_about, opened_hypervisor, queue_options
 from .served_disk import until
 
 log = logging.getLogger("xen_disk_py")
@@ -69,7 +66,7 @@ def _serve(env: Environment, store: Store, address: Address) -> None:
             own_record = stack.enter_context(_claimed(env, store, address))
             domain = toolstack.find_domain(store, str(address.frontend_domid))
             wish = adoption.read_wish(store, address)
-            options = build_parser().parse_args(["connect", str(domain.domid), *wish.arguments])
+            options = parse(["connect", str(domain.domid), *wish.arguments])
             disk = Disk(backend_from(options), own_record.statistics)
             stack.callback(disk.close)
             hypervisor = stack.enter_context(opened_hypervisor(env))
@@ -82,38 +79,18 @@ def _serve(env: Environment, store: Store, address: Address) -> None:
             disk.can_discard = disk.can_discard_securely = False
         name = store.read(f"{address.backend}/dev") or from_number(address.devid).name
         vdev = VirtualDevice(address.devid, name)
-        backend = backend_name(options)
-        mode = "ro" if disk.read_only else "rw"
-        facts: dict[str, Any] = {
-            "domid": domain.domid,
-            "domain": domain.name,
-            "vdev": vdev.name,
-            "number": vdev.number,
-            "device": vdev.guest_device,
-            "size": disk.backend.size,
-            "backend": backend,
-            "path": options.path,
-            "mode": mode,
-            "pid": os.getpid(),
-        }
-        own_record.describe(facts)
-
-        def note_size(size: int) -> None:
-            facts["size"] = size
-            own_record.describe(facts)
-
+        own_record.describe(facts_about(options, domain, vdev, disk))
         interrupts = stack.enter_context(Interrupts(hangup_resizes=True).installed())
         device = AdoptedDevice(
             store,
             hypervisor,
             address,
             disk,
-            options=Options(
-                options.indirect_segments, Grants(options.grants), options.persistent_grants
-            ),
+            options=queue_options(options),
             max_queues=options.queues,
             on_failure=interrupts.fail,
-            on_resize=note_size,
+            on_resize=lambda size: own_record.describe({**own_record.facts, "size": size}),
+            journals=own_record.journals,
         )
         session = Session(
             store,
@@ -126,11 +103,9 @@ def _serve(env: Environment, store: Store, address: Address) -> None:
         outcome = session.run(
             lambda: adoption.publish(store, address, device.keys(), os.getpid()),
             on_connected=lambda: log.info(
-                "connected: %s %s %s %s",
-                format_size(disk.backend.size),
-                backend,
-                mode,
-                options.path,
+                "connected: {length} {backend} {mode} {path}".format(
+                    length=format_size(disk.backend.size), **own_record.facts
+                )
             ),
         )
         log.info("%s", outcome.value)

@@ -7,20 +7,24 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from .. import privileges, toolstack
 from ..device import Device
 from ..disk import Disk
 from ..environment import Environment
-from ..errors import BackendError, DeviceTaken
+from ..errors import (
+    DeviceTaken,
+    HypervisorError,
+    ImageError,
+    StoreError,
+    UsageError,
+    XenUnavailable,
+)
 from ..exit_status import ExitStatus
-from ..grants import Grants
 from ..hypervisor import Hypervisor
 from ..privileges import User
-from ..queue import Options
 from ..record import Record
 from ..session import Interrupts, Outcome, Session
 from ..statistics import Statistics, histogram
@@ -30,7 +34,11 @@ from ..units import format_size
 from ..vdev import VirtualDevice, parse
 from ..xenbus import Address
 from ..xenstore import Store
+from . import succession, supervision
 from .backend_arguments import backend_from, backend_name
+from .opening import TOLD, facts_about, opened_hypervisor, queue_options
+from .succession import Left
+from .upgrading import Upgrade, rehearse
 
 log = logging.getLogger("xen_disk_py")
 
@@ -38,35 +46,74 @@ _SPARE_CONNECTIONS = 4  # to xenstore: for a forced end, and a xenstored that st
 
 
 def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
-    """Open the image, find the guest, attach, serve, clean up."""
-    wanted = parse(args.vdev) if args.vdev is not None else None
+    """Open the image, find the guest, attach, serve, clean up; or go on in another's place."""
+    if args.adopt != (args.device is not None):
+        raise UsageError("VM VDEV goes with --adopt; the name of a new disk goes with --vdev")
+    if args.supervise:
+        return supervision.supervise(args)
+    if args.rehearse:
+        return rehearse(args, env)
+    args.leave |= args.recover
+    name = args.device if args.device is not None else args.vdev
+    wanted = parse(name) if name is not None else None
+    if args.recover and not args.adopt:
+        args.adopt = _is_to_recover(args, env, wanted)
+    if args.adopt and wanted is not None:
+        return _go_on(args, env, wanted)
+    with ExitStack() as stack:
+        connection = _open(args, env, stack)
+        if args.leave and not connection.disk.backend.survives:
+            raise UsageError(
+                f"a {backend_name(args)} disk ends with its process, so that no other can go on "
+                "with it: leave out --supervise and --recover, or use another backend"
+            )
+        return connection.serve(wanted)
+
+
+def _is_to_recover(
+    args: argparse.Namespace, env: Environment, wanted: VirtualDevice | None
+) -> bool:
+    if wanted is None:
+        env.tell("without --vdev there is nothing to --recover by: this connects a new disk")
+        return False
+    with env.open_store() as store:
+        domain = toolstack.find_domain(store, args.vm)
+        return succession.is_left(env, store, domain, wanted.number)
+
+
+def _go_on(args: argparse.Namespace, env: Environment, vdev: VirtualDevice) -> ExitStatus:
+    """Serve on what a process that was killed has left."""
+    with ExitStack() as stack:
+        try:
+            with env.open_store() as store:
+                left = succession.take(env, store, toolstack.find_domain(store, args.vm), vdev)
+            stack.callback(left.record.leave)  # unless it comes to its end here
+            for name in ("vm", "leave", "again", "json", "quiet", "adopt", "timeout"):
+                setattr(left.arguments, name, getattr(args, name))
+            connection = _open(left.arguments, env, stack)
+            succession.check_size(left, connection.disk.backend)
+        except (ImageError, StoreError, XenUnavailable, HypervisorError) as error:
+            if not args.leave:
+                raise
+            log.error("%s", error)  # it may pass, and whoever started us tries again
+            return ExitStatus.CRASHED
+        return connection.serve_on(left)
+
+
+def _open(args: argparse.Namespace, env: Environment, stack: ExitStack) -> _Connection:
+    """Open all that a disk needs; what is wrong with the command line comes to light first."""
     user = privileges.find_user(args.user) if args.user is not None else None
     if user is not None:
         privileges.forbid_gains()  # before a backend starts a thread
     if args.cdrom:
         args.read_only = True
-    disk = Disk(backend_from(args))
-    try:
-        with env.open_store() as store, opened_hypervisor(env) as hypervisor:
-            domain = toolstack.find_domain(store, args.vm)
-            with Interrupts(hangup_resizes=not env.in_terminal).installed() as interrupts:
-                connection = _Connection(args, env, store, hypervisor, domain, disk, user)
-                return connection.serve(wanted, interrupts)
-    finally:
-        disk.close()
-
-
-@contextmanager
-def opened_hypervisor(env: Environment) -> Iterator[Hypervisor]:
-    """Open the hypervisor; a page that a backend keeps does not change how the command ends."""
-    hypervisor = env.open_hypervisor()
-    try:
-        yield hypervisor
-    finally:
-        try:
-            hypervisor.close()
-        except BackendError as error:
-            log.warning("%s", error)
+    disk = Disk(backend_from(args), holds=args.on_error == "hold")
+    stack.callback(disk.close)
+    store = stack.enter_context(env.open_store())
+    hypervisor = stack.enter_context(opened_hypervisor(env))
+    domain = toolstack.find_domain(store, args.vm)
+    interrupts = stack.enter_context(Interrupts(hangup_resizes=not env.in_terminal).installed())
+    return _Connection(args, env, store, hypervisor, domain, disk, user, interrupts)
 
 
 class _Connection:
@@ -81,30 +128,30 @@ class _Connection:
         domain: Domain,
         disk: Disk,
         user: User | None,
+        interrupts: Interrupts,
     ) -> None:
+        self.disk = disk
         self._args = args
         self._env = env
         self._store = store
         self._hypervisor = hypervisor
         self._domain = domain
-        self._disk = disk
         self._user = user
+        self._interrupts = interrupts
         self._backend = backend_name(args)
 
-    def serve(self, wanted: VirtualDevice | None, interrupts: Interrupts) -> ExitStatus:
+    def serve(self, wanted: VirtualDevice | None) -> ExitStatus:
         """Serve as ``wanted``, or as the first free device."""
         kind = toolstack.choose_kind(self._store, self._domain.domid, self._env.xen_version())
         own = toolstack.own_domid(self._store)
         if self._args.cdrom:
             self._warn_of_cdrom()
-        if self._user is not None:
-            self._store.reserve(_SPARE_CONNECTIONS)
-            self._hypervisor.reserve(self._domain.domid, self._args.queues)
         for attempt in range(20):
             vdev = wanted or toolstack.free_device(self._store, self._domain.domid)
             address = Address(own, self._domain.domid, vdev.number, kind)
             try:
-                return self._serve_as(vdev, address, interrupts)
+                with Record(self._env.record_directory, address, self._args.queues) as record:
+                    return self._serve(vdev, address, record)
             except DeviceTaken:
                 if wanted:
                     raise
@@ -112,62 +159,78 @@ class _Connection:
                 time.sleep(0.01 * attempt)
         raise DeviceTaken("every free device was taken by somebody else at once; try again")
 
-    def _serve_as(
-        self, vdev: VirtualDevice, address: Address, interrupts: Interrupts
-    ) -> ExitStatus:
-        args, env, disk = self._args, self._env, self._disk
-        with Record(env.record_directory, address) as record:
-            disk.statistics = record.statistics
-            facts = self._facts(vdev)
-            record.describe(facts)
+    def serve_on(self, left: Left) -> ExitStatus:
+        """Serve what another process has left."""
+        with left.record:
+            return self._serve(left.disk.device, left.disk.address, left.record)
 
-            def note_size(size: int) -> None:
-                facts["size"] = size
-                record.describe(facts)
+    def _serve(self, vdev: VirtualDevice, address: Address, record: Record) -> ExitStatus:
+        args, env, disk = self._args, self._env, self.disk
+        if self._user is not None:
+            self._store.reserve(_SPARE_CONNECTIONS)
+            self._hypervisor.reserve(self._domain.domid, args.queues)
+        disk.statistics = record.statistics
+        record.describe(facts_about(args, self._domain, vdev, disk))
+        device = Device(
+            self._store,
+            self._hypervisor,
+            address,
+            disk,
+            options=queue_options(args),
+            max_queues=args.queues,
+            cdrom=args.cdrom,
+            on_failure=self._interrupts.fail,
+            on_resize=lambda size: record.describe({**record.facts, "size": size}),
+            journals=record.journals,
+            adopts=args.adopt,
+        )
+        status_line = _StatusLine(env, vdev, disk.statistics)
+        live = not args.quiet and env.stderr.isatty()
+        successor = Upgrade(args, self._domain, vdev, record, status_line.clear)
+        session = Session(
+            self._store,
+            device,
+            vdev,
+            self._interrupts,
+            patience=args.timeout,
+            on_upgrade=successor.take_over,
+            on_crash=succession.crash if args.leave else lambda error: None,
+        )
 
-            device = Device(
+        def attach() -> None:
+            # whoever starts another process if this one dies must know what to go on with
+            notify(f"X_DEVICE={self._domain.domid} {vdev}")
+            if args.adopt:
+                toolstack.pass_on(self._store, address, os.getpid())
+                return
+            toolstack.attach(
                 self._store,
-                self._hypervisor,
                 address,
-                disk,
-                options=Options(
-                    args.indirect_segments, Grants(args.grants), args.persistent_grants
-                ),
-                max_queues=args.queues,
+                vdev,
+                backend_keys=device.keys(),
+                params=f"{self._backend}:{record.facts['path'] or ''}",
+                read_only=disk.read_only,
                 cdrom=args.cdrom,
-                on_failure=interrupts.fail,
-                on_resize=note_size,
+                pid=os.getpid(),
             )
-            session = Session(self._store, device, vdev, interrupts, patience=args.timeout)
-            status_line = _StatusLine(env, vdev, disk.statistics)
-            live = not args.quiet and env.stderr.isatty()
 
-            def attach() -> None:
-                toolstack.attach(
-                    self._store,
-                    address,
-                    vdev,
-                    backend_keys=device.keys(),
-                    params=f"{self._backend}:{facts['path'] or ''}",
-                    read_only=disk.read_only,
-                    cdrom=args.cdrom,
-                    pid=os.getpid(),
-                )
-
-            try:
-                outcome = session.run(
-                    attach,
-                    on_attached=self._give_up_privileges,
-                    on_connected=lambda: self._announce(facts),
-                    on_tick=status_line.show if live else None,
-                    on_unplug=lambda: self._say_unplugging(vdev, status_line),
-                )
-            finally:
-                status_line.clear()
-            env.tell(f"{vdev}: {outcome.value}")
-            if not args.quiet:
-                for line in summary(disk.statistics):
-                    env.tell(line)
+        try:
+            outcome = session.run(
+                attach,
+                on_attached=self._give_up_privileges,
+                on_connected=lambda: self._announce(record.facts),
+                on_tick=status_line.show if live else None,
+                on_unplug=lambda: self._say_unplugging(vdev, status_line),
+            )
+        finally:
+            status_line.clear()
+            if args.scratch:
+                with suppress(OSError):  # another user's, if we have become one
+                    os.unlink(args.overlay)
+        env.tell(f"{vdev}: {outcome.value}")
+        if not args.quiet:
+            for line in summary(disk.statistics):
+                env.tell(line)
         return ExitStatus.INTERRUPTED if outcome is Outcome.FORCED else ExitStatus.OK
 
     def _give_up_privileges(self) -> None:
@@ -182,35 +245,23 @@ class _Connection:
                 "if it does not connect, use --read-only in place of --cdrom"
             )
 
-    def _facts(self, vdev: VirtualDevice) -> dict[str, Any]:
-        path = self._args.path
-        return {
-            "domid": self._domain.domid,
-            "domain": self._domain.name,
-            "vdev": vdev.name,
-            "number": vdev.number,
-            "device": vdev.guest_device,
-            "size": self._disk.backend.size,
-            "backend": self._backend,
-            "path": os.path.abspath(path) if path else None,
-            "mode": "ro" if self._disk.read_only else "rw",
-            "pid": os.getpid(),
-        }
-
     def _announce(self, facts: dict[str, Any]) -> None:
         notify("READY=1", "STATUS={vdev} of {domain}".format(**facts))
+        if self._args.again:
+            self._env.tell("{vdev}: process {pid} goes on".format(**facts))
+            return
         if self._args.json:
-            self._env.say(json.dumps(facts))
+            self._env.say(json.dumps({name: facts[name] for name in TOLD}))
         else:
             self._env.say(
                 "{vdev} {number} {device} {length} {backend} {mode}".format(
                     length=format_size(facts["size"]), **facts
                 )
             )
-        if self._backend == "cow":
+        if self._backend == "cow" or self._args.scratch:
             self._env.tell(
-                "changes are kept in memory and vanish when the disk is disconnected; "
-                "to keep them in the image: --backend raw"
+                "changes are kept in memory and vanish when the disk is disconnected; to keep "
+                "them beside the image: --overlay FILE; in the image: --backend raw"
             )
 
     def _say_unplugging(self, vdev: VirtualDevice, status_line: _StatusLine) -> None:

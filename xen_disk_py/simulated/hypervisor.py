@@ -203,6 +203,11 @@ class SimulatedMachine(Closing):
             raise
         return address
 
+    def bury_backend(self) -> None:
+        """Do what a kernel does when the backend's process has died: unmap and unbind all."""
+        for column in (self.mapped, self.backend_ports):
+            column[:] = memoryview(bytes(4 * len(column))).cast("I")
+
     def close(self) -> None:
         """Give the memory and the descriptors back."""
         if not self._is_open:

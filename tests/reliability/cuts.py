@@ -1,0 +1,252 @@
+"""A queue that is killed at every line it executes, and its successors.
+
+Run as a program, it plays the frontend. Backends are forked: the first is killed (SIGKILL) at its
+n-th line, the second, on what that has left, at a line picked at random, the third lives. Then
+each request must have been answered exactly once, and every byte be right. Then n + 1, until a
+backend gets through before its n-th line comes.
+
+A cut at every line is a cut between any two stores to the ring, the guest's pages, the journal,
+the image and the event channel: none of these lines has two.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import mmap
+import os
+import random
+import select
+import signal
+import struct
+import sys
+
+from xen_disk_py import grants, halves, journal, queue, ring
+from xen_disk_py.backends import Backend
+from xen_disk_py.blkif import X86_32, X86_64, Ring, decode_response
+from xen_disk_py.disk import Disk
+from xen_disk_py.grants import Grants
+from xen_disk_py.journal import SIZE, Journal
+from xen_disk_py.queue import Options, Queue
+from xen_disk_py.ring import FrontRing
+from xen_disk_py.simulated.hypervisor import (
+    SimulatedGuest,
+    SimulatedHypervisor,
+    SimulatedMachine,
+)
+
+DOMID = 5
+PAGE = 4096
+READ, WRITE, BARRIER, FLUSH, DISCARD, INDIRECT = 0, 1, 2, 3, 5, 6
+TRACED = {module.__file__ for module in (queue, ring, journal, halves, grants)} | {__file__}
+PATIENCE = 20.0  # seconds
+
+
+class FileDisk(Backend):
+    """A disk in a file that all generations share; every other read or write takes waiting."""
+
+    def __init__(self, descriptor: int, size: int, threads: int) -> None:
+        self.descriptor, self.size, self.threads = descriptor, size, threads
+
+    def read(self, buffers, offset):
+        return os.preadv(self.descriptor, buffers, offset)
+
+    def write(self, buffers, offset):
+        return os.pwritev(self.descriptor, buffers, offset)
+
+    def read_nowait(self, buffers, offset):
+        return self.read(buffers, offset) if offset // PAGE % 2 else 0
+
+    def write_nowait(self, buffers, offset):
+        return self.write(buffers, offset) if offset // PAGE % 2 else 0
+
+    def flush(self):
+        os.fdatasync(self.descriptor)
+
+    def discard(self, offset, length):
+        os.pwrite(self.descriptor, bytes(length), offset)
+
+
+class Frontend:
+    """The guest: a list of requests, each on a place of its own, and what they must do."""
+
+    SECTORS = 2048
+
+    def __init__(self, setting, stack):
+        self.abi = {"x86_64": X86_64, "x86_32": X86_32}[setting["abi"]]
+        self.machine = stack.enter_context(SimulatedMachine(domid=DOMID, pages=256))
+        self.guest = stack.enter_context(SimulatedGuest(self.machine))
+        self.pages = stack.enter_context(self.guest.share_pages(0, 1, writable=True))
+        self.data = stack.enter_context(self.guest.share_pages(0, 64, writable=True))
+        self.tables = stack.enter_context(self.guest.share_pages(0, 8, writable=True))
+        self.channel = stack.enter_context(self.guest.bind_unbound(0))
+        start = setting["start"]
+        self.ring = FrontRing(self.pages.view, self.abi.slot_size, self.guest.fence, start)
+        stack.callback(self.ring.close)
+        self.file = os.memfd_create("disk")
+        stack.callback(os.close, self.file)
+        self.before = b"".join(n.to_bytes(4, "big") for n in range(128 * self.SECTORS))
+        os.pwrite(self.file, self.before, 0)
+        self.after = bytearray(self.before)
+        self.journal = mmap.mmap(-1, SIZE)
+        self.checks = []
+        self.slots = list(self._requests(setting["requests"]))
+        self.answers = []
+        self.sent = 0
+
+    def _lay_out(self, operation, id_, sector, segments):
+        pad = self.abi.slot_size - 20 - 88
+        head = struct.pack(f"<BBH{pad}xQQ", operation, len(segments), 0, id_, sector)
+        return head + b"".join(struct.pack("<IBBxx", *segment) for segment in segments)
+
+    def _requests(self, count):
+        dice = random.Random(3)
+        pad = self.abi.slot_size - 20 - 88
+        kinds = WRITE, READ, DISCARD, FLUSH, INDIRECT, WRITE, BARRIER, READ
+        for id_ in range(count):
+            kind = kinds[id_ % len(kinds)]
+            sector = 24 * id_  # three pages apart: nothing overlaps
+            where, at = 512 * sector, PAGE * id_
+            segments = [(self.data.refs[id_], 0, 7)]
+            if kind == FLUSH:
+                yield self._lay_out(FLUSH, id_, 2**64 - 1, [])
+            elif kind == DISCARD:
+                self.after[where : where + PAGE] = bytes(PAGE)
+                yield struct.pack(f"<BBH{pad}xQQQ", DISCARD, 0, 0, id_, sector, 8)
+            elif kind in (WRITE, BARRIER):
+                content = dice.getrandbits(8 * PAGE).to_bytes(PAGE, "big")
+                self.data.view[at : at + PAGE] = content
+                self.after[where : where + PAGE] = content
+                yield self._lay_out(kind, id_, sector, segments)
+            else:
+                self.checks.append((at, self.before[where : where + PAGE]))
+                if kind == READ:
+                    yield self._lay_out(READ, id_, sector, segments)
+                else:
+                    page = id_ // len(kinds)
+                    self.tables.view[page * PAGE : page * PAGE + 8] = struct.pack(
+                        "<IBBxx", *segments[0]
+                    )
+                    head = struct.pack(f"<BBH{pad}xQQHxx", INDIRECT, READ, 1, id_, sector, 0)
+                    yield head + struct.pack("<8I", self.tables.refs[page], *(0,) * 7)
+
+    def step(self):
+        """Take what was answered, put what there is room for."""
+        self.answers.extend(map(decode_response, self.ring.take()))
+        put = 0
+        while self.sent < len(self.slots) and self.ring.free:
+            self.ring.put(self.slots[self.sent].ljust(self.abi.slot_size, b"\0"))
+            self.sent += 1
+            put += 1
+        if put and self.ring.push():
+            self.channel.notify()
+
+    @property
+    def done(self):
+        return len(self.answers) >= len(self.slots)
+
+    def check(self):
+        """Compare all with what must be."""
+        assert list(range(len(self.slots))) == sorted(a.id for a in self.answers), self.answers
+        assert {0} == {answer.status for answer in self.answers}, self.answers
+        for at, content in self.checks:
+            assert content == self.data.view[at : at + PAGE], f"what was read into {at}"
+        assert self.after == os.pread(self.file, len(self.after), 0), "the disk"
+
+    def backend(self, setting, cut):
+        """Be a backend, in a process of its own, until line ``cut``; or for ever."""
+        hypervisor = SimulatedHypervisor(self.machine)
+        disk = Disk(FileDisk(self.file, 512 * self.SECTORS, setting["threads"]))
+        noted = Journal(memoryview(self.journal))
+        shape = Ring(tuple(self.pages.refs), self.channel.port)
+        lines = 0
+
+        def trace(frame, event, arg):
+            nonlocal lines
+            if event == "call" and frame.f_code.co_filename not in TRACED:
+                return None
+            if event == "line":
+                lines += 1
+                if lines == cut:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return trace
+
+        if cut:
+            sys.settrace(trace)
+        served = Queue(
+            hypervisor,
+            DOMID,
+            shape,
+            self.abi,
+            disk,
+            options=Options(8, Grants(setting["grants"])),
+            persistent=setting["persistent"],
+            journal=noted,
+            statistics=disk.statistics.of_queue(0),
+            on_failure=lambda error: print(f"failed: {error!r}", file=sys.stderr) or os._exit(3),
+        )
+        served._run()
+
+    def generation(self, setting, number, cut):
+        """Have a backend work until it dies, or until all is answered; True if it died."""
+        pid = os.fork()
+        if not pid:
+            try:
+                self.backend(setting, cut)
+            finally:
+                os._exit(4)
+        poll = select.poll()
+        ended = os.pidfd_open(pid)
+        poll.register(ended, select.POLLIN)
+        poll.register(self.channel.fileno(), select.POLLIN)
+        status = None
+        try:
+            while not self.done and status is None:
+                self.step()
+                if not self.done and not self.ring.arm():
+                    ready = dict(poll.poll(1000 * PATIENCE))
+                    assert ready, f"{len(self.answers)} answers, and no event"
+                    if ended in ready:
+                        status = os.waitpid(pid, 0)[1]
+                    self.channel.acknowledge()
+        finally:
+            os.close(ended)
+            if status is None:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+            self.machine.bury_backend()
+        died = status is not None
+        assert not died or os.WIFSIGNALED(status), f"backend {number} ended with {status}"
+        self.step()
+        return died
+
+
+def main(setting):
+    """Cut at every line, or at one in so many of them."""
+    dice = random.Random(setting.get("seed", 1))
+    cut, cuts, survived = 1 + dice.randrange(setting["step"]), 0, 0
+    deaths = 0
+    while not survived:
+        with contextlib.ExitStack() as stack:
+            frontend = Frontend(setting, stack)
+            frontend.step()
+            if frontend.generation(setting, 0, cut):
+                cuts += 1
+                if dice.random() < 0.3:
+                    deaths += frontend.generation(setting, 1, 1 + dice.randrange(1000))
+                frontend.generation(setting, 2, 0)
+            else:
+                survived = cut
+            assert frontend.done
+            try:
+                frontend.check()
+            except AssertionError as error:
+                raise AssertionError(f"cut at line {cut}: {error}") from None
+        cut += setting["step"]
+    print(json.dumps({"lines": survived, "cuts": cuts, "of successors": deaths}))
+
+
+if __name__ == "__main__":
+    gc.disable()
+    main(json.loads(sys.argv[1]))

@@ -1,0 +1,67 @@
+"""A backend killed at any instant: its successor answers each request once, and rightly."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from xen_disk_py import queue
+
+PROGRAM = Path(__file__).with_name("cuts.py")
+LONG = bool(os.environ.get("XEN_DISK_LONG"))
+
+PLAIN = {
+    "abi": "x86_64",
+    "start": 0,
+    "threads": 1,
+    "grants": "auto",
+    "persistent": True,
+    "requests": 8,
+    "step": 1,
+}
+
+
+def cut(**setting):
+    """Run a setting; its figures."""
+    done = subprocess.run(
+        [sys.executable, str(PROGRAM), json.dumps({**PLAIN, **setting})],
+        env={**os.environ, "PYTHONPATH": str(Path(queue.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "" == done.stderr
+    print(done.stdout)
+    return json.loads(done.stdout)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("threads", [1, 4])
+def test_at_every_line(threads):
+    """One request of each kind, in order and out of order, until the end is reached."""
+    step = 1 if LONG else 5  # all of them, one in five by chance each time
+    figures = cut(threads=threads, step=step, seed=random.randrange(1 << 30))
+    assert figures["lines"] > 800
+    assert figures["cuts"] >= figures["lines"] // step - 1
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"abi": "x86_32", "start": 2**32 - 20, "threads": 4},
+        {"grants": "copy", "persistent": False, "start": 2**32 - 3},
+        {"grants": "map", "threads": 4, "start": 2**31 - 30},
+    ],
+)
+def test_rings_that_go_round(setting):
+    """More requests than the ring has slots, while the frontend takes answers and puts more."""
+    figures = cut(**setting, requests=60, step=11 if LONG else 400, seed=random.randrange(1 << 30))
+    assert figures["lines"] > 4000
+    assert figures["cuts"] > 5
