@@ -9,6 +9,7 @@ import re
 import pytest
 
 from xen_disk_py import disk as disk_module
+from xen_disk_py import statistics as count
 from xen_disk_py.backends import Backend
 from xen_disk_py.backends.loader import open_backend
 from xen_disk_py.blkif import (
@@ -23,7 +24,8 @@ from xen_disk_py.blkif import (
     Discard,
     Transfer,
 )
-from xen_disk_py.disk import Disk
+from xen_disk_py.disk import TROUBLE, Disk
+from xen_disk_py.errors import DeviceError
 
 SECTORS = 64
 
@@ -503,3 +505,148 @@ def test_no_buffer_is_kept_in_a_traceback(users_disk, operation):
     users_disk.transfer(whole(operation, 0, 1536), [page[1024:2560]])
     page.release()
     array.append(0)  # impossible while a view of it exists
+
+
+# -- holding -------------------------------------------------------------------------------
+
+
+class Storage(Discarding):
+    """Moves as many bytes each time as it is told to, or raises what it is told to."""
+
+    can_discard = True
+
+    def __init__(self, *results, **attributes):
+        super().__init__(**attributes)
+        self.results = list(results)
+
+    def _next(self, *call):
+        self.calls.append(call)
+        result = self.results.pop(0) if self.results else None
+        if isinstance(result, BaseException):
+            raise result
+        return result
+
+    def read(self, buffers, offset):
+        return self._next("read", offset, sum(map(len, buffers)))
+
+    def write(self, buffers, offset):
+        return self._next("write", offset, sum(map(len, buffers)))
+
+    def read_nowait(self, buffers, offset):
+        return self._next("read", offset, sum(map(len, buffers)))
+
+    def write_nowait(self, buffers, offset):
+        return self._next("write", offset, sum(map(len, buffers)))
+
+    def flush(self):
+        self._next("flush")
+
+    def discard(self, offset, length):
+        self._next("discard", offset, length)
+
+
+BROKEN = OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("operation", [READ, WRITE])
+def test_what_the_storage_cannot_do_is_not_done_rather_than_an_error(operation, threads, caplog):
+    disk = Disk(Storage(BROKEN, BROKEN, threads=threads), holds=True)
+    do_first = {READ: disk.read, WRITE: disk.write}[operation]
+    given = buffers(bytes(1024))
+    assert do_first(given, 512, 1024) is None
+    assert TROUBLE == disk.transfer(whole(operation, 1, 1024), given)
+    assert OKAY == disk.transfer(whole(operation, 1, 1024), given)
+    name = {READ: "read", WRITE: "write"}[operation]
+    assert [(name, 512, 1024)] * 3 == disk.backend.calls
+    assert 0 == disk.statistics.as_dict()["errors"]
+    (line,) = caplog.messages  # not one for each failure
+    assert line.startswith(f"{name} waits for Storage, which failed: test_disk.py:")
+    assert line.endswith("OSError: [Errno 28] No space left on device")
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("operation", [READ, WRITE])
+def test_a_part_that_was_done_before_the_storage_failed_is_done_again(operation, threads):
+    disk = Disk(Storage(512, BROKEN, 512, BROKEN, 1024, 512, threads=threads), holds=True)
+    do_first = {READ: disk.read, WRITE: disk.write}[operation]
+    given = buffers(bytes(1000), bytes(536))
+    request = whole(operation, 1, 1536)
+    assert do_first(given, 512, 1536) is None
+    if threads > 1:  # the attempt did a part, and that is all
+        assert TROUBLE == disk.transfer(request, given)
+    assert TROUBLE == disk.transfer(request, given)
+    assert OKAY == disk.transfer(request, given)
+    name = {READ: "read", WRITE: "write"}[operation]
+    parts = {
+        1: [(512, 1536), (1024, 1024)] * 2 + [(512, 1536), (1536, 512)],
+        4: [(512, 1536)] * 2 + [(512, 1536), (1024, 1024)] + [(512, 1536), (1536, 512)],
+    }[threads]
+    assert [(name, *part) for part in parts] == disk.backend.calls
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2])
+def test_a_barrier_is_done_again_from_its_beginning(failing):
+    backend = Storage(*[None] * failing, BROKEN)
+    disk = Disk(backend, holds=True)
+    request = whole(WRITE_BARRIER, 0, 512)
+    assert TROUBLE == disk.transfer(request, buffers(bytes(512)))
+    backend.calls.clear()
+    assert OKAY == disk.transfer(request, buffers(bytes(512)))
+    assert ["flush", "write", "flush"] == [name for name, *_ in backend.calls]
+
+
+def test_flushes_and_discards_are_held():
+    disk = Disk(Storage(BROKEN, None, BROKEN, None), holds=True)
+    discard = Discard(1, DISCARD, 0, 8, secure=False)
+    assert [TROUBLE, OKAY] == [disk.transfer(whole(FLUSH, 0, 0), []) for _ in range(2)]
+    assert [TROUBLE, OKAY] == [disk.discard(discard) for _ in range(2)]
+
+
+@pytest.mark.parametrize("result", [ValueError("no"), SystemExit(3), 0, 2048, "all"], ids=repr)
+@pytest.mark.parametrize("operation", [READ, WRITE])
+def test_what_is_wrong_with_the_backend_itself_is_an_error_at_once(operation, result):
+    """It would be wrong again, and again."""
+    disk = Disk(Storage(result), holds=True)
+    assert ERROR == do(disk, operation, buffers(bytes(1024)))
+    assert 1 == len(disk.backend.calls)
+    assert 1 == disk.statistics.as_dict()["errors"]
+
+
+@pytest.mark.parametrize("operation", [READ, WRITE, FLUSH])
+def test_a_disk_that_does_not_hold_answers_with_an_error(operation):
+    disk = Disk(Storage(BROKEN))
+    assert ERROR == do(disk, operation, buffers(bytes(1024)))
+    assert 1 == disk.statistics.as_dict()["errors"]
+
+
+def test_trouble_is_no_status_of_the_protocol():
+    assert TROUBLE not in (OKAY, ERROR, EOPNOTSUPP)
+
+
+def test_a_disk_is_not_made_smaller_while_a_request_is_held(monkeypatch):
+    """It was judged by the size before, and will be tried again."""
+
+    class Elastic(Storage):
+        def resize(self, size):
+            self.calls.append(("resize", size))
+            return size
+
+    monkeypatch.setattr(disk_module, "SETTLING", 0.01)
+    disk = Disk(Elastic(), holds=True)
+    words = disk.statistics.of_queue(0).words
+    words[count.IN_FLIGHT] = words[count.HELD] = 1
+    settled = disk.statistics.settled
+
+    def later(*, in_order):
+        is_settled = settled(in_order=in_order)
+        words[count.REQUESTS] += 9  # others overtake it
+        return is_settled
+
+    monkeypatch.setattr(disk.statistics, "settled", later)
+    with pytest.raises(DeviceError, match="a request has not returned"):
+        disk.resize(SECTORS * 256, force=True)
+    assert [] == disk.backend.calls
+    words[count.IN_FLIGHT] = words[count.HELD] = 0
+    disk.resize(SECTORS * 256, force=True)
+    assert [("resize", SECTORS * 256)] == disk.backend.calls

@@ -13,7 +13,8 @@ import time
 
 import pytest
 
-from xen_disk_py import grants
+from xen_disk_py import disk as disk_module
+from xen_disk_py import grants, pacing
 from xen_disk_py import queue as queue_module
 from xen_disk_py.backends import Backend
 from xen_disk_py.blkif import (
@@ -36,11 +37,14 @@ from xen_disk_py.blkif import (
     Ring,
     Transfer,
     decode_response,
+    encode_response,
     encode_segments,
 )
 from xen_disk_py.disk import Disk
 from xen_disk_py.errors import BackendError, HypervisorError
 from xen_disk_py.grants import Grants
+from xen_disk_py.journal import SIZE as JOURNAL_SIZE
+from xen_disk_py.journal import Journal
 from xen_disk_py.queue import Options, Queue
 from xen_disk_py.ring import FrontRing
 
@@ -78,7 +82,7 @@ def raw_indirect(abi, operation, count, id_, sector, refs):
     return head + struct.pack("<8I", *refs)
 
 
-def queue_of(host, refs, port, disk, on_failure=print):
+def queue_of(host, refs, port, disk, on_failure=print, journal=None):
     """Make a queue that is not started."""
     return Queue(
         host.hypervisor,
@@ -88,6 +92,7 @@ def queue_of(host, refs, port, disk, on_failure=print):
         disk,
         options=Options(),
         persistent=False,
+        journal=journal,
         statistics=disk.statistics.of_queue(0),
         on_failure=on_failure,
     )
@@ -1669,8 +1674,9 @@ def test_answers_are_published_amid_a_batch(host):
 
 def test_where_the_guest_is_quick_the_thread_looks_on(host, monkeypatch):
     """It is awake when the next request comes, and no event is needed."""
-    monkeypatch.setattr(queue_module, "_LINGER", 1e6)
-    monkeypatch.setattr(queue_module, "_LINGER_MOST", 0.1)
+    for name, value in (("_TIMES", 1e6), ("_LITTLE", 0.1), ("_MOST", 0.1)):
+        monkeypatch.setattr(pacing, name, value)
+    monkeypatch.setattr(queue_module, "_CROWDED", 1e9)
     line = host.line(host.memory(SIZE))
     ref = host.share().refs[0]
     line.ask(one(0, READ, 0, ref))
@@ -1681,7 +1687,6 @@ def test_where_the_guest_is_quick_the_thread_looks_on(host, monkeypatch):
         assert id_ == line.ask(one(id_, READ, 0, ref)).id
     assert line.disk.statistics.as_dict()["wakeups"] <= wakeups + 2
     start = time.monotonic()
-    host.until(lambda: line.disk.statistics.as_dict()["wakeups"] or line.queue._until)
     assert line.queue.stop(5)
     assert time.monotonic() - start < 1
 
@@ -1770,3 +1775,574 @@ def test_statistics(host):
     # one segment, three (the flush has none), and five requests at once
     assert [1, 0, 1] == line.disk.statistics.segments_per_request[:3]
     assert [0, 0, 0, 1] == line.disk.statistics.requests_per_batch[:4]
+
+
+# -- requests that the storage cannot do ---------------------------------------------------
+
+
+class Ailing(Backend):
+    """A disk that fails at some sectors, or in its flush; it notes what was tried, and when."""
+
+    size = SIZE
+
+    def __init__(self, threads, *broken, error=OSError):
+        self.threads = threads
+        self.broken = set(broken)
+        self.error = error
+        self.tries = []
+        self.times = []
+        self.changed = threading.Condition()
+
+    def _do(self, what):
+        with self.changed:
+            self.tries.append(what)
+            self.times.append(time.perf_counter())
+            self.changed.notify_all()
+            if what in self.broken:
+                raise self.error(errno.EIO, "broken")
+
+    def repair(self):
+        with self.changed:
+            self.broken.clear()
+
+    def wait_for(self, what, times):
+        """Wait until that was tried so many times more."""
+        with self.changed:
+            wanted = self.tries.count(what) + times
+            assert self.changed.wait_for(lambda: self.tries.count(what) >= wanted, 10)
+
+    def read(self, buffers, offset):
+        self._do(offset // 512)
+
+    write = read
+
+    def flush(self):
+        self._do("flush")
+
+    def discard(self, offset, length):
+        self._do(offset // 512)
+
+
+@pytest.fixture
+def hurry(monkeypatch):
+    monkeypatch.setattr(queue_module, "_PAUSES", (0.001, 0.004))
+
+
+@pytest.fixture
+def patience(monkeypatch):
+    """Nothing that is held is tried again."""
+    monkeypatch.setattr(queue_module, "_PAUSES", (1000.0, 1000.0))
+
+
+in_order_or_not = pytest.mark.parametrize("threads", [1, 4])
+
+
+def counted(line, *names):
+    counters = line.disk.statistics.as_dict()
+    return tuple(counters[name] for name in names)
+
+
+@pytest.mark.usefixtures("hurry")
+@in_order_or_not
+@pytest.mark.parametrize(
+    ("operation", "what"),
+    [(READ, 3), (WRITE, 3), (FLUSH, "flush"), (DISCARD, 3), (WRITE_BARRIER, 3), (FLUSH, 3)],
+)
+def test_what_the_storage_cannot_do_is_answered_when_it_can(host, operation, what, threads):
+    backend = Ailing(threads, what)
+    line = host.line(Disk(backend, holds=True))
+    ref = host.share().refs[0]
+    if operation == DISCARD:
+        line.put(Discard(1, DISCARD, 3, 1, secure=False))
+    else:
+        line.put(flush(1) if what == "flush" else one(1, operation, 3, ref))
+    line.kick()
+    backend.wait_for(what, 5)
+    assert [] == line.ring.take()
+    host.until(lambda: counted(line, "held") == (1,))
+    assert (1, 0, 0) == counted(line, "in_flight", "errors", "requests")
+    backend.repair()
+    assert [Response(1, operation, OKAY)] == line.responses(1)
+    host.until(lambda: counted(line, "in_flight") == (0,))
+    tries = len(backend.tries)
+    line.ask(one(2, READ, 9, ref))
+    assert (0, 0, 2) == counted(line, "held", "errors", "requests")
+    assert tries + 1 == len(backend.tries)  # it is not tried again, nor answered
+
+
+@pytest.mark.usefixtures("hurry")
+@in_order_or_not
+@pytest.mark.parametrize("way", [KEPT, COPIED], ids=["kept", "copied"])
+def test_model_of_a_storage_that_fails_now_and_then(host, way, threads):
+    """Every byte and every response is right nevertheless."""
+    dice = random.Random(threads)
+    backend = host.memory(2 << 20, threads=threads)
+
+    def failing(do):
+        def done(*arguments):
+            if dice.random() < 0.3:
+                raise OSError(errno.EIO, "broken")
+            return do(*arguments)
+
+        return done
+
+    for name in ("read", "write", "flush", "discard"):
+        setattr(backend, name, failing(getattr(backend, name)))
+    line = host.line(Disk(backend, holds=True), **way)
+    model = Model(line, backend, host.share(300), dice, overtaking=True)
+    for _ in range(10):
+        while line.ring.free and model.step():
+            pass
+        model.collect()
+    assert model.data == backend.data
+    host.until(lambda: counted(line, "in_flight", "held") == (0, 0))
+    assert (0,) == counted(line, "errors")
+    assert not line.failures
+
+
+@pytest.mark.usefixtures("hurry")
+@in_order_or_not
+def test_what_can_be_done_is_answered_meanwhile(host, threads):
+    backend = Ailing(threads, 0, 5)
+    line = host.line(Disk(backend, holds=True), persistent=True)
+    refs = host.share(8).refs
+    for _ in range(3):
+        backend.broken = {0, 5}
+        line.put(*(one(id_, WRITE, id_, ref) for id_, ref in enumerate(refs)))
+        line.kick()
+        assert {1, 2, 3, 4, 6, 7} == {answer.id for answer in line.responses(6)}
+        host.until(lambda: counted(line, "in_flight") == (2,))
+        backend.wait_for(0, 3)
+        assert [] == line.ring.take()
+        backend.repair()
+        assert {0, 5} == {answer.id for answer in line.responses(2)}
+        host.until(lambda: counted(line, "in_flight", "held") == (0, 0))
+    assert (24, 24, 0) == counted(line, "requests", "writes", "errors")
+
+
+@pytest.mark.usefixtures("hurry")
+@in_order_or_not
+@pytest.mark.parametrize("data", [True, False])
+def test_what_is_behind_a_held_barrier_is_not_begun(host, threads, data):
+    backend = Ailing(threads, "flush")
+    line = host.line(Disk(backend, holds=True))
+    refs = host.share(3).refs
+    barrier = one(1, WRITE_BARRIER, 1, refs[1]) if data else flush(1, WRITE_BARRIER)
+    line.put(one(0, WRITE, 0, refs[0]), barrier, one(2, WRITE, 2, refs[2]))
+    line.kick()
+    assert [0] == [answer.id for answer in line.responses(1)]
+    backend.wait_for("flush", 5)
+    assert {0, "flush"} == set(backend.tries)
+    assert [] == line.ring.take()
+    in_flight, held = counted(line, "in_flight", "held")
+    assert held == 1
+    assert 2 <= in_flight <= 3  # where they are in order a batch is, as long as it lasts
+    backend.repair()
+    assert [(1, OKAY), (2, OKAY)] == [(a.id, a.status) for a in line.responses(2)]
+
+
+@pytest.mark.usefixtures("hurry")
+@in_order_or_not
+def test_a_barrier_waits_for_what_is_held_before_it(host, threads):
+    backend = Ailing(threads, 0)
+    line = host.line(Disk(backend, holds=True))
+    ref = host.share().refs[0]
+    line.put(one(0, WRITE, 0, ref), flush(1, WRITE_BARRIER))
+    line.kick()
+    backend.wait_for(0, 5)
+    assert {0} == set(backend.tries)
+    backend.repair()
+    assert [(0, OKAY), (1, OKAY)] == [(a.id, a.status) for a in line.responses(2)]
+
+
+@pytest.mark.usefixtures("patience")
+@in_order_or_not
+def test_what_would_be_wrong_again_is_an_error_at_once(host, threads):
+    backend = Ailing(threads, 0, error=ValueError)
+    line = host.line(Disk(backend, holds=True))
+    ref = host.share().refs[0]
+    assert Response(1, WRITE, ERROR) == line.ask(one(1, WRITE, 0, ref))
+    assert [0] == backend.tries
+    assert (0, 1) == counted(line, "held", "errors")
+
+
+@in_order_or_not
+def test_the_pause_between_tries_grows_and_is_bounded(host, monkeypatch, threads):
+    monkeypatch.setattr(queue_module, "_PAUSES", (0.01, 0.04))
+    backend = Ailing(threads, 0)
+    line = host.line(Disk(backend, holds=True))
+    ref = host.share().refs[0]
+    for _ in range(2):  # and begins anew
+        assert 0.01 == line.queue._pause
+        wakeups = counted(line, "wakeups")[0]
+        backend.tries, backend.times, backend.broken = [], [], {0}
+        line.put(one(1, READ, 0, ref))
+        line.kick()
+        backend.wait_for(0, 8)
+        assert 0.04 == line.queue._pause
+        backend.repair()
+        assert OKAY == line.responses(1)[0].status
+        times = backend.times[1:] if threads == 1 else backend.times  # at once is tried twice
+        pauses = [after - before for before, after in zip(times, times[1:])]
+        for least, pause in zip([0.01, 0.02, *[0.04] * 9], pauses):
+            assert pause >= least
+        assert counted(line, "wakeups")[0] - wakeups < 4 * len(times)  # it sleeps meanwhile
+
+
+@pytest.mark.usefixtures("patience")
+@in_order_or_not
+@pytest.mark.parametrize("operation", [READ, WRITE_BARRIER])
+def test_what_is_held_at_the_end_is_an_error(host, threads, operation):
+    backend = Ailing(threads, 0)
+    line = host.line(Disk(backend, holds=True))
+    refs = host.share(2).refs
+    line.put(one(0, operation, 0, refs[0]), one(1, READ, 0, refs[1]))
+    line.kick()
+    held = 2 if operation == READ else 1
+    host.until(lambda: counted(line, "held") == (held,))
+    start = time.monotonic()
+    assert line.queue.stop(10)
+    assert time.monotonic() - start < 5
+    assert [(0, ERROR), (1, ERROR)] == sorted((a.id, a.status) for a in line.responses(2))
+    assert (0, 2) == counted(line, "held", "errors")
+    assert host.hypervisor.mapped_pages == 0
+
+
+@pytest.mark.usefixtures("hurry")
+@in_order_or_not
+def test_no_more_is_held_than_may_be_on_its_way(host, monkeypatch, threads):
+    monkeypatch.setattr(queue_module, "MAX_IN_FLIGHT", 3 * 256 * 4096)
+    backend = Ailing(threads, *range(32))
+    line = host.line(Disk(backend, holds=True))
+    refs = host.share(32).refs
+    line.put(*(one(sector, WRITE, sector, ref) for sector, ref in enumerate(refs)))
+    line.kick()
+    backend.wait_for(0, 8)
+    host.until(lambda: counted(line, "held") == (3,))
+    assert {0, 1, 2} == set(backend.tries)
+    assert (3,) == counted(line, "in_flight")
+    backend.repair()
+    answers = line.responses(32)
+    assert {(id_, OKAY) for id_ in range(32)} == {(a.id, a.status) for a in answers}
+
+
+@pytest.mark.usefixtures("hurry")
+@in_order_or_not
+def test_it_is_told_that_the_storage_fails_and_that_it_works_again(
+    host, monkeypatch, caplog, threads
+):
+    monkeypatch.setattr(disk_module.time, "monotonic", lambda: 1000.0)
+    caplog.set_level("INFO")
+    backend = Ailing(threads, *range(20))
+    line = host.line(Disk(backend, holds=True))
+    refs = host.share(20).refs
+    line.put(*(one(sector, WRITE, sector, ref) for sector, ref in enumerate(refs)))
+    line.kick()
+    backend.wait_for(0, 5)
+    (said,) = caplog.messages
+    assert "write waits for Ailing, which failed" in said
+    backend.repair()
+    line.responses(20)
+    assert [said, "the storage works again"] == caplog.messages
+
+
+# -- how long the oldest request has been under way ----------------------------------------
+
+
+@in_order_or_not
+@pytest.mark.parametrize("operation", [READ, WRITE_BARRIER, FLUSH])
+def test_a_backend_that_hangs_is_seen(host, threads, operation):
+    backend = Gate()
+    backend.threads = threads
+    line = host.line(backend)
+    ref = host.share().refs[0]
+    assert 0 == line.queue.busy
+    line.ask(one(0, READ, 1, ref))
+    host.until(lambda: line.queue.busy == 0)
+    backend.shut(0)
+    line.put(one(1, operation, 0, ref))
+    line.kick()
+    backend.wait_for(2)
+    before = line.queue.busy
+    host.until(lambda: line.queue.busy > before + 0.02)
+    if threads > 1:  # nor do others hide it
+        line.put(one(2, READ, 1, ref))
+        line.kick()
+        if operation != WRITE_BARRIER:
+            line.responses(1)
+        assert line.queue.busy > before + 0.02
+    backend.open(0)
+    line.responses(2 if threads > 1 and operation == WRITE_BARRIER else 1)
+    host.until(lambda: line.queue.busy == 0)
+
+
+def test_a_barrier_that_waits_for_a_backend_that_hangs(host):
+    backend = Gate()
+    line = host.line(backend)
+    refs = host.share(2).refs
+    backend.shut(0)
+    line.put(one(0, WRITE, 0, refs[0]), one(1, WRITE_BARRIER, 1, refs[1]))
+    line.kick()
+    host.until(lambda: line.queue.busy > 0.05)
+    backend.open(0)
+    line.responses(2)
+    host.until(lambda: line.queue.busy == 0)
+
+
+@pytest.mark.usefixtures("patience")
+@in_order_or_not
+@pytest.mark.parametrize("operation", [READ, WRITE_BARRIER])
+def test_what_is_held_does_not_hang(host, threads, operation):
+    line = host.line(Disk(Ailing(threads, 0), holds=True))
+    refs = host.share(2).refs
+    line.put(one(0, operation, 0, refs[0]))
+    line.kick()
+    host.until(lambda: counted(line, "held") == (1,))
+    host.until(lambda: line.queue.busy == 0, 2)
+    time.sleep(0.01)
+    assert 0 == line.queue.busy
+    assert line.queue.stop(5)
+    line.responses(1)
+
+
+@pytest.mark.usefixtures("hurry")
+@in_order_or_not
+@pytest.mark.parametrize("operation", [READ, WRITE_BARRIER])
+def test_a_backend_that_hangs_when_it_is_tried_again(host, threads, operation):
+    backend = Gate()
+    backend.threads = threads
+    line = host.line(Disk(backend, holds=True))
+    do, failures = backend._do, [OSError(errno.EIO, "broken")] * 3
+
+    def failing(name):
+        if failures:
+            raise failures.pop()
+        do(name)
+
+    backend._do = failing
+    backend.shut(0)
+    backend.shut("flush")
+    line.put(one(1, operation, 0, host.share().refs[0]))
+    line.kick()
+    backend.wait_for(1)
+    host.until(lambda: line.queue.busy > 0.05, 5)
+    backend.open()
+    line.responses(1)
+
+
+# -- a ring on which another process was killed --------------------------------------------
+
+
+class Left:
+    """What a killed process left: eight writes on a ring, and its journal.
+
+    It had taken the first six; 2 and 5 are done, and it was about to tell so. Request n writes
+    page n to sector 8 n.
+    """
+
+    RESPONSES = tuple(encode_response(id_, WRITE, OKAY) for id_ in (2, 5))
+    WAITING = (0, 1, 3, 4)
+
+    def __init__(self, host, start):
+        self.host = host
+        self.start = start
+        self.pages, self.data = host.share(), host.share(8)
+        self.data.view[:] = random.Random(4).randbytes(8 * 4096)
+        self.channel = host.guest.bind_unbound(0)
+        self.ring = FrontRing(self.pages.view, X86_64.slot_size, host.guest.fence, start)
+        self.shape = Ring(tuple(self.pages.refs), self.channel.port)
+        self.slots = [
+            X86_64.encode(whole(id_, WRITE, 8 * id_, [self.data.refs[id_]])).ljust(112, b"\0")
+            for id_ in range(8)
+        ]
+        for slot in self.slots:
+            self.ring.put(slot)
+        self.ring.push()
+        self.memory = memoryview(bytearray(JOURNAL_SIZE))
+        self.queues = []
+
+    def note(self, responses=RESPONSES, waiting=WAITING, start=None):
+        journal = Journal(self.memory)
+        journal.begin(self.shape, 112)
+        start = self.start if start is None else start
+        journal.note(start, responses, [self.slots[id_] for id_ in waiting])
+
+    def tell(self, responses=RESPONSES):
+        """Do what comes right after the note."""
+        for number, response in enumerate(responses):
+            at = 64 + (self.start + number & 31) * 112
+            self.pages.view[at : at + 12] = response
+        with self.pages.view[:16].cast("I") as indices:
+            indices[2] = self.start + len(responses) & 0xFFFF_FFFF
+
+    def successor(self, disk, on_failure=print):
+        made = queue_of(
+            self.host,
+            self.pages.refs,
+            self.channel.port,
+            disk,
+            on_failure=on_failure,
+            journal=Journal(self.memory),
+        )
+        self.queues.append(made)
+        return made
+
+    def answers(self, count):
+        found = []
+
+        def enough():
+            found.extend(map(decode_response, self.ring.take()))
+            return len(found) >= count
+
+        self.host.until(enough)
+        time.sleep(0.005)  # for one too many
+        found.extend(map(decode_response, self.ring.take()))
+        return sorted(found)
+
+    def close(self):
+        for made in self.queues:
+            assert made.stop(5)
+        self.ring.close()
+        self.channel.close()
+
+
+@pytest.fixture(params=[0, 2**32 - 3, 2**31 - 1])
+def left(host, request):
+    left = Left(host, request.param)
+    yield left
+    left.close()
+
+
+@in_order_or_not
+@pytest.mark.parametrize("told", [False, True])
+def test_each_request_is_answered_once_though_its_process_was_killed(host, left, threads, told):
+    in_flight = []
+
+    def watched(buffers, offset):
+        in_flight.append(disk.statistics.as_dict()["in_flight"])
+        type(backend).write(backend, buffers, offset)
+
+    backend = host.memory(SIZE, threads=threads, write=watched)
+    disk = Disk(backend)
+    left.note()
+    if told:
+        left.tell()
+    notifications = host.hypervisor.counters.notifications
+    left.successor(disk).start()
+    assert [Response(id_, WRITE, OKAY) for id_ in range(8)] == left.answers(8)
+    assert [0, 1, 3, 4, 6, 7] == sorted(offset // 4096 for _, offset, _ in backend.calls)
+    for id_ in (0, 1, 3, 4, 6, 7):
+        assert (
+            left.data.view[4096 * id_ : 4096 * (id_ + 1)]
+            == backend.data[4096 * id_ : 4096 * (id_ + 1)]
+        )
+    assert host.hypervisor.counters.notifications > notifications
+    host.until(lambda: disk.statistics.as_dict()["in_flight"] == 0)
+    assert 1 <= min(in_flight) <= max(in_flight) <= 6
+    assert 6 == disk.statistics.as_dict()["requests"]
+
+
+def test_the_guest_is_notified_though_nothing_is_left_to_do(host, left):
+    """The process may have been killed between its last response and the event."""
+    done = tuple(encode_response(id_, WRITE, OKAY) for id_ in range(8))
+    left.note(done, ())
+    left.tell(done)
+    notifications = host.hypervisor.counters.notifications
+    left.successor(Disk(host.memory(SIZE))).start()
+    host.until(lambda: host.hypervisor.counters.notifications == notifications + 1)
+    assert list(range(8)) == [answer.id % 8 for answer in left.answers(8)]
+
+
+def test_who_begins_where_a_process_was_killed_before_it_noted_anything(host, left):
+    backend = host.memory(SIZE)
+    Journal(left.memory).begin(left.shape, 112)
+    left.successor(Disk(backend)).start()
+    assert [Response(id_, WRITE, OKAY) for id_ in range(8)] == left.answers(8)
+    assert left.data.view == backend.data[: 8 * 4096]
+
+
+@pytest.mark.parametrize("other", ["ring", "place"])
+def test_what_is_noted_of_another_ring_is_not_done(host, left, other):
+    if other == "ring":
+        left.shape = left.shape._replace(event_channel=left.shape.event_channel + 1)
+        left.note()
+    else:
+        left.note(start=left.start + 1 & 0xFFFF_FFFF)
+    backend = host.memory(SIZE)
+    left.successor(Disk(backend)).start()
+    assert [Response(id_, WRITE, OKAY) for id_ in range(8)] == left.answers(8)
+    assert 8 == len(backend.calls)  # all those of the ring, and none of the journal
+
+
+def test_a_successor_that_never_starts_leaves_it_to_the_next(host, left):
+    left.note()
+    assert left.successor(Disk(host.memory(SIZE))).stop()
+    left.successor(Disk(host.memory(SIZE))).start()
+    assert [Response(id_, WRITE, OKAY) for id_ in range(8)] == left.answers(8)
+
+
+def test_one_that_ends_as_it_should_leaves_nothing(host, left):
+    left.note()
+    queue = left.successor(Disk(host.memory(SIZE)))
+    queue.start()
+    left.answers(8)
+    assert Journal(left.memory).recall(left.shape, 112) is not None
+    assert queue.stop(5)
+    assert Journal(left.memory).recall(left.shape, 112) is None
+
+
+def test_what_is_under_way_is_noted_when_others_are_answered(host, left):
+    """So that a successor of the successor finds it: slots, order, and where the ring stands."""
+    backend = Gate()
+    for sector in (8, 24, 48):  # requests 1 and 3, which were taken before, and 6
+        backend.shut(sector)
+    left.note()
+    left.successor(Disk(backend)).start()
+    assert [0, 2, 4, 5, 7] == [answer.id for answer in left.answers(5)]
+    noted = Journal(left.memory).recall(left.shape, 112)
+    assert [left.slots[id_] for id_ in (1, 3, 6)] == noted.requests
+    assert left.start + 5 & 0xFFFF_FFFF == noted.start + len(noted.responses) & 0xFFFF_FFFF
+    backend.open()
+    assert [1, 3, 6] == [answer.id for answer in left.answers(3)]
+    assert [] == Journal(left.memory).recall(left.shape, 112).requests
+
+
+@in_order_or_not
+def test_a_successor_that_hangs_is_seen(host, left, threads):
+    backend = Gate()
+    backend.threads = threads
+    backend.shut(0)
+    left.note()
+    queue = left.successor(Disk(backend))
+    queue.start()
+    host.until(lambda: queue.busy > 0.05, 5)
+    backend.open()
+    left.answers(8)
+    host.until(lambda: queue.busy == 0)
+
+
+@pytest.mark.usefixtures("hurry")
+@in_order_or_not
+def test_what_a_successor_cannot_do_is_held(host, left, threads):
+    backend = Ailing(threads, 8, 24)
+    disk = Disk(backend, holds=True)
+    left.note()
+    left.successor(disk).start()
+    assert [0, 2, 4, 5, 6, 7] == [answer.id for answer in left.answers(6)]
+    backend.wait_for(8, 3)
+    assert 2 == disk.statistics.as_dict()["in_flight"]
+    noted = Journal(left.memory).recall(left.shape, 112)
+    assert [left.slots[id_] for id_ in (1, 3)] == noted.requests
+    backend.repair()
+    assert [Response(1, WRITE, OKAY), Response(3, WRITE, OKAY)] == left.answers(2)
+    host.until(lambda: disk.statistics.as_dict()["in_flight"] == 0)
+
+
+def test_a_journal_that_knows_of_more_than_was_asked_for(host, left, caplog):
+    """What it has is answered; the ring, which cannot be right, is not served."""
+    left.slots += [left.slots[0]] * 24
+    left.note((), range(32))
+    failures = []
+    left.successor(Disk(host.memory(SIZE)), failures.append).start()
+    host.until(lambda: "the guest's ring is not served any longer" in caplog.text)
+    assert not failures

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -16,12 +17,18 @@ from pathlib import Path
 import pytest
 
 from xen_disk_py import record, statistics
-from xen_disk_py.errors import DeviceTaken, XenUnavailable
+from xen_disk_py.blkif import Ring
+from xen_disk_py.errors import DeviceError, DeviceTaken, XenUnavailable
+from xen_disk_py.journal import SIZE, Unanswered
 from xen_disk_py.record import Found, Record, find, forget
 from xen_disk_py.xenbus import Address
 
 ADDRESS = Address(0, 5, 51728, "vbd3")
+ROOM = (32 * 1024 - 8) // 2 - 4  # bytes of facts
 FACTS = {"vdev": "xvdb", "path": "/images/größe.img", "size": 1 << 40, "format": 1}
+
+
+UNREADABLE = [b"", b"{", b"nonsense", b"\xff\xfe", b'{"a": 1', b"[]", b"7", b"[" * ROOM]
 
 
 @pytest.fixture(autouse=True)
@@ -84,18 +91,29 @@ class TestServing:
             mine.describe(FACTS)
             assert FACTS == find(directory, ADDRESS).facts
 
-    def test_facts_of_a_whole_page_fit(self, directory):
-        facts = {"path": "x" * (4096 - len('{"path": ""}'))}
+    def test_the_format_is_told_with_the_facts(self, directory):
+        with Record(directory, ADDRESS) as mine:
+            mine.describe({"path": "/a"})
+            assert {"path": "/a", "format": record.FORMAT} == find(directory, ADDRESS).facts
+            assert mine.facts == find(directory, ADDRESS).facts
+
+    @pytest.mark.parametrize("count", [1, 2])
+    def test_facts_of_half_their_place_fit(self, directory, count):
+        facts = {"path": "x" * (ROOM - len('{"path": "", "format": 1}')), "format": 1}
         with Record(directory, ADDRESS) as mine:
             mine.statistics.add(statistics.REQUESTS, 7)
-            mine.describe(facts)
+            for _ in range(count):
+                mine.describe(facts)
             assert Found(facts, mine.statistics.as_dict(), True) == find(directory, ADDRESS)
 
-    def test_facts_that_do_not_fit_harm_no_counter(self, directory):
+    def test_facts_that_do_not_fit_are_an_error_and_the_old_ones_stay(self, directory):
         with Record(directory, ADDRESS) as mine:
             mine.statistics.add(statistics.REQUESTS, 7)
-            mine.describe({"path": "x" * 10000})
-            assert Found({}, mine.statistics.as_dict(), True) == find(directory, ADDRESS)
+            mine.describe(FACTS)
+            with pytest.raises(DeviceError, match=f"too long to be noted: {ROOM + 1} bytes"):
+                mine.describe({"path": "x" * (ROOM + 1 - len('{"path": "", "format": 1}'))})
+            assert FACTS == mine.facts
+            assert Found(FACTS, mine.statistics.as_dict(), True) == find(directory, ADDRESS)
 
     def test_a_device_is_served_once(self, directory):
         with Record(directory, ADDRESS) as mine:
@@ -208,9 +226,16 @@ class TestEndAsAnotherUser:
             assert FACTS == find(directory, ADDRESS).facts
         assert [] == os.listdir(directory)
 
+    def test_nobody_adopts_it(self, directory):
+        with pytest.raises(DeviceError, match="cannot be adopted"):
+            Record.adopt(directory, ADDRESS)
+        with Record(directory, Address(0, 6, 51712, "vbd3")):
+            assert ["6-51712"] == os.listdir(directory)
+
     def test_neither_a_living_record_nor_a_killed_ones_is_removed(self, directory):
-        killed = Path(directory, "7-51712")
-        killed.write_bytes(b"{}".ljust(4096, b"\0") + bytes(4096))
+        killed = Record(directory, Address(0, 7, 51712, "vbd3"))
+        killed.describe(FACTS)
+        killed.leave()
         half = Path(directory, "8-51712")
         half.write_bytes(b"")
         with Record(directory, Address(0, 6, 51712, "vbd3")):  # not described yet
@@ -265,6 +290,202 @@ class TestStale:
             assert find(directory, ADDRESS).alive
 
 
+RING = Ring((8, 9), 17)
+LEFT = Unanswered(7, [b"a" * 12], [b"b" * 112, b"c" * 112])
+
+
+class TestAdopting:
+    """What a killed process left is gone on with."""
+
+    @pytest.fixture
+    def killed(self, directory):
+        """A record of three queues whose process was killed."""
+        program = (
+            "import os, sys, time\n"
+            "from xen_disk_py.blkif import Ring\n"
+            "from xen_disk_py.record import Record\n"
+            "from xen_disk_py.xenbus import Address\n"
+            "mine = Record(sys.argv[1], Address(0, 5, 51728, 'vbd3'), 3)\n"
+            "mine.describe({'path': '/a'})\n"
+            "mine.statistics.add(0, 77)\n"
+            "mine.statistics.of_queue(2).add(0, 5)\n"
+            "mine.journals[2].begin(Ring((8, 9), 17), 112)\n"
+            "mine.journals[2].note(7, [b'a' * 12], [b'b' * 112, b'c' * 112])\n"
+            "print('ready', flush=True)\n"
+            "time.sleep(60)\n"
+        )
+        child = subprocess.Popen(
+            [sys.executable, "-c", program, directory],
+            env={**os.environ, "PYTHONPATH": str(Path(record.__file__).parents[1])},
+            stdout=subprocess.PIPE,
+        )
+        with child:
+            assert b"ready\n" == child.stdout.readline()
+            with pytest.raises(DeviceTaken, match="a process that lives serves xvdb of domain 5"):
+                Record.adopt(directory, ADDRESS)
+            child.send_signal(signal.SIGKILL)
+        assert -signal.SIGKILL == child.returncode
+
+    @pytest.mark.usefixtures("killed")
+    def test_all_is_as_it_was_and_goes_on(self, directory):
+        assert not find(directory, ADDRESS).alive
+        mine = Record.adopt(directory, ADDRESS)
+        assert {"path": "/a", "format": 1} == mine.facts
+        assert 82 == mine.statistics.as_dict()["requests"]
+        assert [None, None, LEFT] == [journal.recall(RING, 112) for journal in mine.journals]
+        mine.statistics.add(statistics.REQUESTS)
+        mine.describe({**mine.facts, "pid": 4})
+        found = find(directory, ADDRESS)
+        assert ({"path": "/a", "pid": 4, "format": 1}, 83, True) == (
+            found.facts,
+            found.counters["requests"],
+            found.alive,
+        )
+        with pytest.raises(DeviceTaken):
+            Record(directory, ADDRESS)
+        mine.close()
+        assert [] == os.listdir(directory)
+
+    @pytest.mark.usefixtures("killed")
+    def test_what_was_left_is_adopted_again_and_again(self, directory):
+        for number in range(3):
+            mine = Record.adopt(directory, ADDRESS)
+            assert 82 + number == mine.statistics.as_dict()["requests"]
+            mine.statistics.add(statistics.REQUESTS)
+            (*_, journal) = mine.journals
+            assert LEFT._replace(start=7 + number) == journal.recall(RING, 112)
+            journal.note(8 + number, LEFT.responses, LEFT.requests)
+            mine.leave()
+            mine.leave()  # it has
+            mine.close()  # nothing any longer
+            found = find(directory, ADDRESS)
+            assert (False, 83 + number) == (found.alive, found.counters["requests"])
+        forget(directory, ADDRESS)
+        assert [] == os.listdir(directory)
+
+    @pytest.mark.usefixtures("killed")
+    def test_of_two_processes_one_adopts(self, directory):
+        program = (
+            "import sys\n"
+            "from xen_disk_py.errors import DeviceTaken\n"
+            "from xen_disk_py.record import Record\n"
+            "from xen_disk_py.xenbus import Address\n"
+            "print('ready', flush=True)\n"
+            "sys.stdin.readline()\n"
+            "try:\n"
+            "    mine = Record.adopt(sys.argv[1], Address(0, 5, 51728, 'vbd3'))\n"
+            "except DeviceTaken:\n"
+            "    print('taken', flush=True)\n"
+            "else:\n"
+            "    print('adopted', flush=True)\n"
+            "    sys.stdin.readline()\n"
+            "    mine.leave()\n"
+        )
+        children = [
+            subprocess.Popen(
+                [sys.executable, "-c", program, directory],
+                env={**os.environ, "PYTHONPATH": str(Path(record.__file__).parents[1])},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                bufsize=1,
+            )
+            for _ in range(2)
+        ]
+        with contextlib.ExitStack() as stack:
+            for child in children:
+                stack.enter_context(child)
+                assert "ready\n" == child.stdout.readline()
+            for child in children:
+                child.stdin.write("go\n")
+            said = [child.stdout.readline().strip() for child in children]
+            assert ["adopted", "taken"] == sorted(said)
+        with Record.adopt(directory, ADDRESS):
+            pass
+
+    def test_nothing_is_adopted_where_nobody_left_anything(self, directory):
+        for _ in range(2):
+            with pytest.raises(DeviceError, match="left xvdb of domain 5 behind"):
+                Record.adopt(directory, ADDRESS)
+            Path(directory).mkdir(parents=True, exist_ok=True)
+        assert [] == os.listdir(directory)
+
+    def test_a_file_that_cannot_be_opened_names_the_remedy(self, directory):
+        path_in(directory).mkdir(parents=True)
+        with pytest.raises(XenUnavailable, match="Is a directory; run as root"):
+            Record.adopt(directory, ADDRESS)
+
+    @staticmethod
+    def other_format(mine, path):
+        mine._facts.write(b'{"path": "/a", "format": 2}')
+
+    @staticmethod
+    def no_format(mine, path):
+        mine._facts.write(b'{"path": "/a"}')
+
+    @staticmethod
+    def damaged(mine, path):
+        with path.open("r+b") as file:
+            file.write(b"\3")
+
+    @staticmethod
+    def one_byte_more(mine, path):
+        os.truncate(path, path.stat().st_size + 1)
+
+    @staticmethod
+    def no_journal(mine, path):
+        os.truncate(path, path.stat().st_size - SIZE)
+
+    @staticmethod
+    def empty(mine, path):
+        os.truncate(path, 0)
+
+    @pytest.mark.parametrize(
+        "harm", ["other_format", "no_format", "damaged", "one_byte_more", "no_journal", "empty"]
+    )
+    def test_what_cannot_be_read_is_left_to_disconnect(self, directory, harm):
+        mine = Record(directory, ADDRESS)
+        mine.describe(FACTS)
+        getattr(self, harm)(mine, path_in(directory))
+        mine.leave()
+        content = path_in(directory).read_bytes()
+        refusals = []  # kept: with the first one's traceback its mapping lives on
+        for _ in range(2):
+            with pytest.raises(DeviceError, match="xen-disk disconnect 5 xvdb --force") as refused:
+                Record.adopt(directory, ADDRESS)
+            assert not isinstance(refused.value, DeviceTaken)
+            refusals.append(refused)
+        assert content == path_in(directory).read_bytes()
+        with Record(directory, ADDRESS) as successor:  # the lock is free
+            successor.describe(FACTS)
+        assert [] == os.listdir(directory)
+
+    @pytest.mark.parametrize("text", UNREADABLE)
+    def test_facts_that_cannot_be_read_are_left_to_disconnect(self, directory, text):
+        mine = Record(directory, ADDRESS)
+        mine._facts.write(text)
+        mine.leave()
+        with pytest.raises(DeviceError, match="damaged, or another version wrote it"):
+            Record.adopt(directory, ADDRESS)
+        forget(directory, ADDRESS)
+        assert [] == os.listdir(directory)
+
+    def test_a_file_that_cannot_be_mapped_stays_and_its_lock_is_free(self, directory, monkeypatch):
+        mine = Record(directory, ADDRESS)
+        mine.describe(FACTS)
+        mine.leave()
+
+        def fail(*arguments):
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(record.mmap, "mmap", fail)
+            with pytest.raises(OSError, match="Cannot allocate"):
+                Record.adopt(directory, ADDRESS)
+        with Record.adopt(directory, ADDRESS) as again:
+            assert FACTS == again.facts
+
+
 class TestFinding:
     @pytest.mark.parametrize(
         "content",
@@ -277,12 +498,19 @@ class TestFinding:
 
         assert find(directory, ADDRESS) is None
 
-    @pytest.mark.parametrize("text", [b"", b"{", b"nonsense", b"\xff\xfe", b'{"a": 1'])
+    @pytest.mark.parametrize("text", UNREADABLE)
     def test_facts_that_cannot_be_read_are_none(self, directory, text):
         with Record(directory, ADDRESS) as mine:
             mine.statistics.add(statistics.READS)
+            mine._facts.write(text)
+            assert Found({}, mine.statistics.as_dict(), True) == find(directory, ADDRESS)
+
+    @pytest.mark.parametrize("head", [b"\3", b"\1\0\0\0\0\0\0\0\xff\xff"])
+    def test_facts_whose_place_is_damaged_are_none(self, directory, head):
+        with Record(directory, ADDRESS) as mine:
+            mine.describe(FACTS)
             with path_in(directory).open("r+b") as file:
-                file.write(text)
+                file.write(head)
             assert Found({}, mine.statistics.as_dict(), True) == find(directory, ADDRESS)
 
     def test_none_without_a_directory(self, directory):

@@ -341,6 +341,102 @@ class TestNotification:
         assert {True, False} == said
 
 
+class TestResuming:
+    """A ring on which a process was killed, and what that had noted."""
+
+    @staticmethod
+    def left(start, stride, *, taken, answered, waiting, told):
+        """Make a ring of requests 0, 1, ... whose rsp_prod is as it was left; and the front end.
+
+        Args:
+            start: the index of the first request.
+            stride: bytes of a slot.
+            taken: requests that have been on the ring.
+            answered: of these, those that were answered and told, before the note.
+            waiting: those that were taken and not answered, in the note.
+            told: whether rsp_prod followed the note.
+        """
+        shared, front, before = ends(start, stride)
+        for number in range(taken):
+            front.put(request(number, stride))
+        front.push()
+        before.take(answered)
+        for number in range(answered):
+            before.respond(encode_response(number, 0, 0))
+        before.push()
+        noted = [encode_response(100 + number, 0, 0) for number in range(3)]
+        if told:
+            before.take(3 + waiting)
+            for response in noted:
+                before.respond(response)
+            before.push()
+        front.take()
+        return shared, front, noted
+
+    @pytest.mark.parametrize("stride", STRIDES)
+    @pytest.mark.parametrize("start", STARTS)
+    @pytest.mark.parametrize("told", [False, True])
+    @pytest.mark.parametrize("waiting", [0, 4, 25])
+    def test_the_responses_are_told_once_and_the_next_requests_follow(
+        self, start, stride, told, waiting
+    ):
+        shared, front, noted = self.left(
+            start, stride, taken=32, answered=2, waiting=waiting, told=told
+        )
+        for _ in range(2):  # one that is killed at once changes nothing
+            back = BackRing(memoryview(shared), stride, nothing)
+            assert back.resume((start + 2) & M, noted, waiting)
+            assert start + 5 & M == get(shared, RSP_PROD) == back.published
+            assert not back.unpublished
+        told_now = [] if told else [100, 101, 102]
+        assert told_now == [number_in(slot) for slot in front.take()]
+        rest = list(map(number_in, cut(back.take(), stride)))
+        assert list(range(5 + waiting, 32)) == rest
+        for number in range(waiting + len(rest)):
+            back.respond(encode_response(200 + number, 0, 0))
+        back.push()
+        assert [200 + number for number in range(27)] == [number_in(slot) for slot in front.take()]
+        assert not back.has_requests
+
+    @pytest.mark.parametrize("start", STARTS)
+    def test_without_responses_only_what_waits_is_behind(self, start):
+        shared, _, _ = self.left(start, 112, taken=10, answered=2, waiting=0, told=False)
+        before = bytes(shared)
+        back = BackRing(memoryview(shared), 112, nothing)
+        assert back.resume((start + 2) & M, [], 3)
+        assert before == bytes(shared)
+        assert list(range(5, 10)) == list(map(number_in, cut(back.take())))
+
+    @pytest.mark.parametrize("start", STARTS)
+    @pytest.mark.parametrize("away", [-32, -1, 1, 2, 4, 5, 32, 2**31])
+    def test_another_ring_is_untouched(self, start, away):
+        """Its responses went neither to where the note begins nor to where it ends."""
+        shared, _, noted = self.left(start, 112, taken=10, answered=2, waiting=0, told=False)
+        before = bytes(shared)
+        back = BackRing(memoryview(shared), 112, nothing)
+        assert not back.resume((start + 2 - away) & M, noted, 4)
+        assert before == bytes(shared)
+        assert not back.unpublished
+        assert list(range(2, 10)) == list(map(number_in, cut(back.take())))
+
+    @pytest.mark.parametrize("waiting", [9, 600, 2**32 - 1])
+    def test_more_that_wait_than_were_asked_for_are_refused(self, waiting):
+        shared, _, noted = self.left(0, 112, taken=10, answered=2, waiting=0, told=False)
+        back = BackRing(memoryview(shared), 112, nothing)
+        assert back.resume(2, noted, waiting)
+        with pytest.raises(GuestMisbehaved):
+            back.take()
+
+    def test_responses_are_there_before_they_are_told(self):
+        def fence():
+            seen.append((get(shared, RSP_PROD), number_in(shared[64 + 4 * 112 :])))
+
+        seen = []
+        shared, _, noted = self.left(0, 112, taken=10, answered=2, waiting=0, told=False)
+        BackRing(memoryview(shared), 112, fence).resume(2, noted, 0)
+        assert [(2, 102), (5, 102)] == seen
+
+
 class TestHostileFrontend:
     @pytest.mark.parametrize("start", STARTS)
     @pytest.mark.parametrize("pages", [1, 16])

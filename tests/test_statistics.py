@@ -211,6 +211,17 @@ class TestSettling:
         words[statistics.IN_FLIGHT] = 0
         assert is_settled()
 
+    def test_a_request_that_is_held_may_be_overtaken(self):
+        counters = Statistics()
+        words = counters.of_queue(0).words
+        words[statistics.IN_FLIGHT] = 2
+        is_settled = counters.settled(in_order=True)
+        words[statistics.HELD] = 1
+        words[statistics.REQUESTS] += 1000
+        assert not is_settled()
+        words[statistics.HELD] = 0
+        assert is_settled()
+
     def test_where_requests_overtake_each_other_answers_prove_nothing(self):
         counters = Statistics()
         words = counters.of_queue(0).words

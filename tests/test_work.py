@@ -13,7 +13,7 @@ import threading
 
 import pytest
 
-from xen_disk_py import queue as queue_module
+from xen_disk_py import pacing
 from xen_disk_py.backends.raw import RawBackend
 from xen_disk_py.blkif import READ, WRITE, Indirect, Transfer
 from xen_disk_py.disk import Disk
@@ -59,7 +59,8 @@ class Work:
 
 @pytest.fixture
 def work(host, tmp_path, monkeypatch):
-    monkeypatch.setattr(queue_module, "_LINGER_MOST", 0.0)  # that is bounded by time, not counts
+    for name in ("_MOST", "_PATIENCE"):  # looking on is bounded by time, not counts
+        monkeypatch.setattr(pacing, name, 0.0)
     path = tmp_path / "disk.raw"
     path.write_bytes(random.Random(1).randbytes(4 << 20))
     return lambda **options: Work(host, path, **options)

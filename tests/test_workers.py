@@ -163,3 +163,23 @@ def test_closing_does_not_wait_for_what_hangs(make):
     assert time.monotonic() - start < 1
     gate.set()
     assert [("hanging", 5)] == drain(workers)
+
+
+def test_nothing_is_readable_once_all_is_collected(monkeypatch):
+    """However long a worker takes between its result and the word of it: who sleeps, sleeps."""
+    write, writing = os.write, threading.Event()
+
+    def slowly(descriptor, data):
+        writing.set()
+        time.sleep(0.02)
+        return write(descriptor, data)
+
+    with Workers(1) as workers:
+        monkeypatch.setattr(os, "write", slowly)
+        workers.submit(lambda: 7, "token")
+        assert writing.wait(5)
+        assert [("token", 7)] == workers.collect()
+        time.sleep(0.05)
+        poll = select.poll()
+        poll.register(workers.fileno(), select.POLLIN)
+        assert [] == poll.poll(0)

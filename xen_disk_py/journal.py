@@ -18,7 +18,8 @@ from typing import NamedTuple
 from .blkif import RESPONSE_SIZE, Ring
 from .halves import Halves
 
-_HEAD = struct.Struct("<18I3I")  # which ring; index of the first response, responses, requests
+_WHICH = struct.Struct("<18I")  # slot size, event channel, grant references of a ring
+_HEAD = struct.Struct(f"<{_WHICH.size}s3I")  # which; index of the first response, how many, bytes
 _PAGES = 16  # the largest ring has 512 slots, which are noted at most
 SIZE = 33 * 4096
 """Bytes of one journal."""
@@ -44,7 +45,7 @@ class Journal:
 
     def __init__(self, memory: memoryview | None = None) -> None:
         self._halves = Halves(memory if memory is not None else memoryview(bytearray(SIZE)))
-        self._ring: tuple[int, ...] = (0,) * 18
+        self._ring = bytes(_WHICH.size)
 
     def begin(self, ring: Ring, slot_size: int) -> None:
         """Forget everything: from now on, this is about ``ring``."""
@@ -60,7 +61,7 @@ class Journal:
             requests: the slots of all that were taken and are not answered with these.
         """
         slots = b"".join(requests)
-        head = _HEAD.pack(*self._ring, start, len(responses), len(slots))
+        head = _HEAD.pack(self._ring, start, len(responses), len(slots))
         self._halves.write(b"".join((head, *responses, slots)))
 
     def clear(self) -> None:
@@ -75,15 +76,15 @@ class Journal:
         data = self._halves.read()
         if data is None or len(data) < _HEAD.size:
             return None
-        *which, start, responses, length = _HEAD.unpack_from(data)
+        which, start, responses, length = _HEAD.unpack_from(data)
         middle = _HEAD.size + responses * RESPONSE_SIZE
         if (
-            tuple(which) != _identity(ring, slot_size)
+            which != _identity(ring, slot_size)
             or middle + length != len(data)
             or length % slot_size
         ):
             return None
-        self._ring = tuple(which)
+        self._ring = which
         return Unanswered(
             start,
             _cut(data[_HEAD.size : middle], RESPONSE_SIZE),
@@ -91,9 +92,9 @@ class Journal:
         )
 
 
-def _identity(ring: Ring, slot_size: int) -> tuple[int, ...]:
+def _identity(ring: Ring, slot_size: int) -> bytes:
     unused = (0,) * (_PAGES - len(ring.refs))
-    return (slot_size, ring.event_channel, *ring.refs, *unused)
+    return _WHICH.pack(slot_size, ring.event_channel, *ring.refs, *unused)
 
 
 def _cut(data: bytes, size: int) -> list[bytes]:

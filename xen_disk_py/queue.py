@@ -3,7 +3,7 @@
 The loop is the whole data path::
 
     take all requests ─ for each: decode, check, borrow its pages, do it, give them back
-    publish the responses, some at a time ─ notify if the frontend asked for it
+    publish the responses when the pace says so ─ notify if the frontend asked for it
     nothing more to take? look on for a moment, ask for a notification, look once more, sleep
 
 Two ways lead through it. :meth:`Queue._begin` does any request, whatever it asks for and
@@ -58,6 +58,7 @@ from .errors import GuestMisbehaved, HypervisorError, XenDiskError
 from .grants import PERSISTENT_LIMIT, Grants, GuestPages, Loan
 from .hypervisor import PAGE_SIZE, EventChannel, Hypervisor, Mapping
 from .journal import Journal
+from .pacing import Pace
 from .ring import BackRing
 from .statistics import Counters
 from .workers import Workers
@@ -68,8 +69,7 @@ MAX_IN_FLIGHT = 64 << 20
 """Bytes of one disk that may be on their way at once where requests are done in threads."""
 
 _PUBLISH = 64 << 10  # bytes moved until responses are published, amid a batch
-_LINGER = 8  # how long to look on before sleeping: times as long as the last batch took,
-_LINGER_MOST = 0.002  # seconds at most
+_CROWDED = 20  # times as long as looking took, if giving way to others took that there are any
 _STORM = 16  # wake-ups in a row that find nothing, before the next is put off
 _CALM = 10  # milliseconds that it is put off
 _PAUSES = 0.1, 5.0  # seconds before what is held is tried again: at first, and at most
@@ -95,7 +95,7 @@ class _Begun:
         self.slot = slot
         self.request = request
         self.loan = loan
-        self.since = inf  # when it was given to a worker
+        self.since = inf  # when the storage was given it
         self.was_held = False
 
 
@@ -173,9 +173,7 @@ class Queue:
         self._retry_at = inf
         self._moved = inf  # when responses were last published, in the middle of a batch
         self._spurious = 0  # wake-ups since there was something to do
-        self._is_quick = False  # the last sleep was shorter than the time we would look on
-        self._window = 0.0  # that time, in seconds
-        self._until = 0.0  # when to stop looking on
+        self._pace = Pace()
         self._stopping = False
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="queue", daemon=True)
@@ -247,6 +245,7 @@ class Queue:
             while not self._attempt(self._drain):
                 pass  # one response could not be told; the others' turn
             self._attempt(self._refuse_the_rest)
+            self._journal.clear()  # a queue that never ran leaves it to the next
             self._attempt(self._release)
             self._ended.set()
 
@@ -260,7 +259,6 @@ class Queue:
 
     def _release(self) -> None:
         """Unmap and unbind everything: in the queue's thread, where no signal cuts it short."""
-        self._journal.clear()
         self._workers.close()
         self._pages.close()
         self._ring.close()
@@ -311,6 +309,8 @@ class Queue:
         size, segments_at = abi.slot_size, abi.segments_at
         in_one_page = min(self._max_indirect_segments, SEGMENTS_PER_PAGE)
         requests = len(slots) // size
+        pace = self._pace
+        pace.begin(began, requests, len(ring.unpublished))
         words = statistics.words
         words[count.IN_FLIGHT] = requests + len(self._unanswered)
         # Looked at after that: whoever makes the disk smaller waits for what is in flight.
@@ -352,7 +352,6 @@ class Queue:
                             self._publish()
                         continue
             self._begin(slots[at : at + size], descriptors, waits=plan is not None)
-        self._publish()
         statistics.count_batch(requests)
         words[count.READS] += reads
         words[count.BYTES_READ] += bytes_read
@@ -363,9 +362,8 @@ class Queue:
         words[count.IN_FLIGHT] = len(self._unanswered)
         self._spurious = 0
         self._moved = inf
-        now = perf_counter()
-        self._window = min(_LINGER * (now - began), _LINGER_MOST)
-        self._until = now + self._window if self._is_quick else now
+        if pace.end(perf_counter(), len(ring.unpublished)):
+            self._publish()
 
     def _publish(self) -> None:
         ring = self._ring
@@ -397,6 +395,7 @@ class Queue:
         if is_barrier:
             self._drain()  # what came before is done before
         self._unanswered[id(begun)] = begun
+        begun.since = perf_counter()
         status = None
         if isinstance(request, Transfer) and request.operation <= WRITE and not waits:
             do = disk.read if request.operation == READ else disk.write
@@ -415,9 +414,9 @@ class Queue:
             call = partial(disk.discard, request)
         else:
             call = partial(disk.transfer, request, begun.loan.buffers)
+        begun.since = perf_counter()
         if not self._is_concurrent or request.operation == WRITE_BARRIER:
             return call()
-        begun.since = perf_counter()
         self._workers.submit(call, begun)
         return None
 
@@ -455,13 +454,14 @@ class Queue:
             if not self._stopping:
                 self._hold(begun)
                 return
+            self._disk.statistics.add(count.ERRORS)
             status = ERROR
         request = begun.request
         del self._unanswered[id(begun)]
         if begun.was_held and status == OKAY:
-            if self._pause > _PAUSES[0]:
-                log.info("the storage works again")
             self._pause = _PAUSES[0]
+            if not any(other.was_held for other in self._unanswered.values()):
+                log.info("the storage works again")
         try:
             begun.loan.end(deliver=status == OKAY)
         except HypervisorError as error:
@@ -501,7 +501,7 @@ class Queue:
         self._pause = min(2 * self._pause, _PAUSES[1])
         while held:
             begun = held.pop(0)
-            status = ERROR if self._stopping else self._do(begun)
+            status = TROUBLE if self._stopping else self._do(begun)
             if status is not None:
                 self._end(begun, status)
             if self._held:  # no better than before: spare the storage the others
@@ -515,21 +515,33 @@ class Queue:
     # -- waiting -----------------------------------------------------------------------
 
     def _look_on(self, sleeper: select.poll) -> bool:
-        """Look at the ring for a moment more, where the guest has been quick lately.
+        """Look for more to do before we sleep, as long as the pace says; tell if there is."""
+        pace, ring = self._pace, self._ring
+        if ring.unpublished:
+            if self._watch(sleeper, pace.publish_at):
+                return True
+            pace.stall(len(ring.unpublished))
+            self._publish()
+        return self._watch(sleeper, pace.look_until)
 
-        It then finds us awake: no event is sent, received and unmasked. The moment is a small
-        multiple of the work that was done before, and so is the time that may be lost in it.
-        """
-        while perf_counter() < self._until:
-            # The system call lets other threads run, too.
+    def _watch(self, sleeper: select.poll, until: float) -> bool:
+        """Look at the ring until then, or until somebody else wants the processor."""
+        while True:
+            began = perf_counter()
+            if began >= until:
+                return False
             if self._ring.has_requests or sleeper.poll(0):
                 return True
-        return False
+            looked = perf_counter()
+            os.sched_yield()
+            if perf_counter() - looked > _CROWDED * (looked - began):
+                self._pace.crowded()
+                return False
 
     def _sleep(self, sleeper: select.poll) -> None:
         began = perf_counter()
         woken = [descriptor for descriptor, _ in sleeper.poll(self._milliseconds())]
-        self._is_quick = perf_counter() - began < self._window
+        self._pace.wake(perf_counter() - began)
         self._statistics.words[count.WAKEUPS] += 1
         if self._channel.fileno() in woken:
             self._spurious += 1
@@ -553,13 +565,14 @@ class Queue:
 
     def _drain(self) -> None:
         """Wait until the workers have done what they were given, and nothing is held."""
+        is_amid, self._moved = self._moved != inf, inf  # what is under way counts by itself
         while self._workers.unfinished or self._held:
             if self._held and (self._stopping or perf_counter() >= self._retry_at):
                 self._retry()
-                if self._moved != inf:
-                    self._moved = perf_counter()
             elif not self._end_finished():
                 self._await_workers()
+        if is_amid:
+            self._moved = perf_counter()
 
     def _refuse_the_rest(self) -> None:
         """Answer what waits on the ring with errors: a guest cut off must not wait for ever.

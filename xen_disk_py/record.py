@@ -53,7 +53,7 @@ def _path(directory: str, address: Address) -> str:
 def _parse(facts: Halves) -> dict[str, Any]:
     try:
         found = json.loads(facts.read() or b"{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     return found if isinstance(found, dict) else {}
 
@@ -160,11 +160,16 @@ class Record(Closing):
         if fd is None:
             raise DeviceTaken(f"a process that lives serves {name}: see xen-disk list")
         record = cls.__new__(cls)
-        size = os.fstat(fd).st_size
-        if size > _HEAD and (size - _HEAD) % JOURNAL_SIZE == 0:
-            record._open(fd, path, size)
-            if record.facts.get("format") == FORMAT:
-                return record
+        try:
+            size = os.fstat(fd).st_size
+            if size > _HEAD and (size - _HEAD) % JOURNAL_SIZE == 0:
+                record._open(fd, path, size)
+                if record.facts.get("format") == FORMAT:
+                    return record
+        except BaseException:
+            os.close(fd)
+            raise
+        fcntl.flock(fd, fcntl.LOCK_UN)  # the mapping has a copy of the descriptor
         os.close(fd)
         raise DeviceError(
             f"{path} is damaged, or another version wrote it: {name} cannot be adopted; take it "
@@ -188,13 +193,19 @@ class Record(Closing):
         """Write who serves what.
 
         Raises:
-            DeviceError: that is too much, some 16,000 bytes as JSON.
+            DeviceError: that is too much, over 16,000 bytes as JSON; what was written stays.
         """
-        self.facts = {**facts, "format": FORMAT}
+        described = {**facts, "format": FORMAT}
         try:
-            self._facts.write(json.dumps(self.facts).encode())
+            self._facts.write(json.dumps(described).encode())
         except ValueError as error:
             raise DeviceError(f"the arguments are too long to be noted: {error}") from error
+        self.facts = described
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it is ours no longer: closed, or left."""
+        return self._fd < 0
 
     def leave(self) -> None:
         """Leave the record to whoever adopts it next."""
@@ -239,6 +250,16 @@ class Found(NamedTuple):
     facts: dict[str, Any]
     counters: dict[str, int]
     alive: bool
+
+    @property
+    def is_orphan(self) -> bool:
+        """Whether its process has died and another, of this version, can go on with the disk."""
+        return (
+            not self.alive
+            and self.facts.get("format") == FORMAT
+            and bool(self.facts.get("survives"))
+            and "arguments" in self.facts
+        )
 
 
 def find(directory: str, address: Address) -> Found | None:

@@ -131,15 +131,16 @@ class Statistics:
         """Return a function that tells whether what is in flight now was answered meanwhile.
 
         Args:
-            in_order: requests do not overtake each other. Where they may, only a disk with
-                nothing at all in flight counts as settled.
+            in_order: requests do not overtake each other, but for those that are held. Where
+                they may, only a disk with nothing at all in flight counts as settled.
         """
         words = [block.words for block in self._blocks]
         due = [each[REQUESTS] + each[IN_FLIGHT] if in_order else _U64 for each in words]
 
         def is_settled() -> bool:
             return all(
-                not each[IN_FLIGHT] or each[REQUESTS] >= wanted for each, wanted in zip(words, due)
+                not each[IN_FLIGHT] or (each[REQUESTS] >= wanted and not each[HELD])
+                for each, wanted in zip(words, due)
             )
 
         return is_settled

@@ -29,6 +29,7 @@ class Workers(Closing, Generic[Token]):
         self._limit = limit
         self._calls: SimpleQueue[tuple[Callable[[], int], Token] | None] = SimpleQueue()
         self._results: deque[tuple[Token, int]] = deque()
+        self._lock = threading.Lock()  # a result and the byte that tells of it come and go at once
         self._threads: list[threading.Thread] = []
         self._read, self._write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
@@ -50,11 +51,12 @@ class Workers(Closing, Generic[Token]):
 
     def collect(self) -> list[tuple[Token, int]]:
         """Return what has come to an end; does not wait."""
-        try:
-            os.read(self._read, 4096)
-        except BlockingIOError:
-            pass
-        results = [self._results.popleft() for _ in range(len(self._results))]
+        with self._lock:
+            try:
+                os.read(self._read, 4096)
+            except BlockingIOError:
+                pass
+            results = [self._results.popleft() for _ in range(len(self._results))]
         self.unfinished -= len(results)
         return results
 
@@ -77,10 +79,12 @@ class Workers(Closing, Generic[Token]):
             if job is None:
                 return
             call, token = job
-            self._results.append((token, call()))
-            # not to be kept while waiting: the buffers that the call was made with
-            del job, call, token
-            try:
-                os.write(self._write, b"x")
-            except BlockingIOError:
-                pass  # it is readable enough
+            status = call()
+            with self._lock:
+                self._results.append((token, status))
+                # not to be kept while waiting: the buffers that the call was made with
+                del job, call, token
+                try:
+                    os.write(self._write, b"x")
+                except BlockingIOError:
+                    pass  # it is readable enough
