@@ -34,7 +34,7 @@ class Pace:
 
     Attributes:
         publish_at: when responses are to be published, though there is no company.
-        look_until: when to give up looking on.
+        look_until: when to give up looking on; 0 if that is at once.
     """
 
     def __init__(self) -> None:
@@ -42,31 +42,29 @@ class Pace:
         self.look_until = 0.0
         self._depth = 1  # requests that the guest keeps in flight
         self._gap = 0.0005  # between two requests
-        self._began = 0.0
+        self._ended = 0.0
         self._batches = 0
         self._grow_at = _GROW
         self._window = 0.0
         self._is_quick = False  # the last sleep was shorter than we would have looked on
 
-    def begin(self, now: float, requests: int, waiting: int) -> None:
-        """Note that requests were taken.
+    def end(self, began: float, now: float, requests: int, waiting: int) -> bool:
+        """Note that requests are done; tell whether to publish.
 
         Args:
+            began: when they were found.
             now: the time.
-            requests: how many.
-            waiting: responses that are not published yet.
+            requests: how many they were.
+            waiting: responses that are not published yet, theirs included.
         """
-        gap = (now - self._began) / requests
+        work = now - began
+        gap = (now - self._ended) / requests
         if gap < _PATIENCE_MOST:  # else it was no pause between two, but the end of a burst
             self._gap += (gap - self._gap) / 4
-        self._began = now
-        self._depth = max(self._depth, requests + waiting)
-
-    def end(self, now: float, waiting: int) -> bool:
-        """Note that they are done; tell whether ``waiting`` responses are to be published now."""
-        work = now - self._began
+        self._ended = now
+        self._depth = max(self._depth, requests, waiting)
         self._window = min(_TIMES * work, _LITTLE + work / 2, _MOST)
-        self.look_until = now + self._window if self._is_quick else now
+        self.look_until = now + self._window if self._is_quick else 0.0
         self._batches += 1
         if self._batches >= self._grow_at:
             self._grow_at = self._batches + _GROW

@@ -69,7 +69,7 @@ MAX_IN_FLIGHT = 64 << 20
 """Bytes of one disk that may be on their way at once where requests are done in threads."""
 
 _PUBLISH = 64 << 10  # bytes moved until responses are published, amid a batch
-_CROWDED = 20  # times as long as looking took, if giving way to others took that there are any
+_CROWDED = 20  # times as long as a look takes: if one took so long, others want the processor
 _STORM = 16  # wake-ups in a row that find nothing, before the next is put off
 _CALM = 10  # milliseconds that it is put off
 _PAUSES = 0.1, 5.0  # seconds before what is held is tried again: at first, and at most
@@ -171,7 +171,11 @@ class Queue:
         self._held: list[_Begun] = []  # of these, those that the storage could not do
         self._pause = _PAUSES[0]  # seconds until they are tried again
         self._retry_at = inf
-        self._moved = inf  # when responses were last published, in the middle of a batch
+        self._now = 0.0  # the time, as we know it
+        self._is_amid = False  # requests are being done here
+        self._moves = 0  # grows with each batch, and each time that responses are published
+        self._seen: int | None = None  # of these, by whoever asks whether we are busy
+        self._seen_at = 0.0
         self._spurious = 0  # wake-ups since there was something to do
         self._pace = Pace()
         self._stopping = False
@@ -191,12 +195,18 @@ class Queue:
 
     @property
     def busy(self) -> float:
-        """For how many seconds the oldest request has been under way; from any thread.
+        """For how many seconds a request has been under way and nothing moved; 0 if none is.
 
-        Nothing that is held counts: it is the storage that takes its time.
+        To be asked now and then, from one other thread: what is done in the queue's own thread
+        counts from the first time that it is seen there. Nothing that is held counts: it is the
+        storage that takes its time.
         """
-        since = [self._moved, *(begun.since for begun in list(self._unanswered.values()))]
-        return max(0.0, perf_counter() - min(since))
+        now = perf_counter()
+        seen = self._moves if self._is_amid else None
+        if seen is None or seen != self._seen:
+            self._seen, self._seen_at = seen, now
+        since = [self._seen_at, *(begun.since for begun in list(self._unanswered.values()))]
+        return max(0.0, now - min(since))
 
     def ask_to_stop(self) -> None:
         """Have the thread come to its end; :meth:`stop` waits for that."""
@@ -283,6 +293,7 @@ class Queue:
             elif finished:
                 pass
             elif room <= 0:
+                self._publish()
                 self._await_workers()
             elif not self._look_on(sleeper) and not ring.arm():
                 self._sleep(sleeper)
@@ -303,14 +314,13 @@ class Queue:
         This is where the time goes. A read or write of known pages costs a look-up of its
         descriptors, the backend's call and the packing of its answer.
         """
-        began = self._moved = perf_counter()
+        self._is_amid = True
+        self._moves += 1
         abi, disk, ring, statistics = self._abi, self._disk, self._ring, self._statistics
         plans, kept = self._pages.plans, self._pages.kept
         size, segments_at = abi.slot_size, abi.segments_at
         in_one_page = min(self._max_indirect_segments, SEGMENTS_PER_PAGE)
         requests = len(slots) // size
-        pace = self._pace
-        pace.begin(began, requests, len(ring.unpublished))
         words = statistics.words
         words[count.IN_FLIGHT] = requests + len(self._unanswered)
         # Looked at after that: whoever makes the disk smaller waits for what is in flight.
@@ -361,8 +371,10 @@ class Queue:
             disk.count_memory()
         words[count.IN_FLIGHT] = len(self._unanswered)
         self._spurious = 0
-        self._moved = inf
-        if pace.end(perf_counter(), len(ring.unpublished)):
+        self._is_amid = False
+        # The clock is a system call on a paravirtualised dom0: it is read once for a batch.
+        began, self._now = self._now, perf_counter()
+        if self._pace.end(began, self._now, requests, len(ring.unpublished)):
             self._publish()
 
     def _publish(self) -> None:
@@ -372,8 +384,7 @@ class Queue:
             self._statistics.words[count.REQUESTS] += len(responses)
             waiting = [begun.slot for begun in self._unanswered.values()]
             self._journal.note(ring.published, responses, waiting)
-            if self._moved != inf:
-                self._moved = perf_counter()
+            self._moves += 1
             if ring.push():
                 self._channel.notify()
 
@@ -526,22 +537,29 @@ class Queue:
 
     def _watch(self, sleeper: select.poll, until: float) -> bool:
         """Look at the ring until then, or until somebody else wants the processor."""
-        while True:
-            began = perf_counter()
-            if began >= until:
+        last, shortest = self._now, inf
+        while not self._ring.has_requests:
+            if not until:
                 return False
-            if self._ring.has_requests or sleeper.poll(0):
-                return True
-            looked = perf_counter()
+            now = perf_counter()
+            took, last = now - last, now
+            shortest = min(shortest, took)
+            if now >= until or took > _CROWDED * shortest:
+                if now < until:
+                    self._pace.crowded()
+                self._now = now
+                return False
+            if sleeper.poll(0):
+                break
             os.sched_yield()
-            if perf_counter() - looked > _CROWDED * (looked - began):
-                self._pace.crowded()
-                return False
+        self._now = last
+        return True
 
     def _sleep(self, sleeper: select.poll) -> None:
-        began = perf_counter()
+        began = self._now
         woken = [descriptor for descriptor, _ in sleeper.poll(self._milliseconds())]
-        self._pace.wake(perf_counter() - began)
+        self._now = perf_counter()
+        self._pace.wake(self._now - began)
         self._statistics.words[count.WAKEUPS] += 1
         if self._channel.fileno() in woken:
             self._spurious += 1
@@ -565,14 +583,13 @@ class Queue:
 
     def _drain(self) -> None:
         """Wait until the workers have done what they were given, and nothing is held."""
-        is_amid, self._moved = self._moved != inf, inf  # what is under way counts by itself
+        is_amid, self._is_amid = self._is_amid, False  # what is under way counts by itself
         while self._workers.unfinished or self._held:
             if self._held and (self._stopping or perf_counter() >= self._retry_at):
                 self._retry()
             elif not self._end_finished():
                 self._await_workers()
-        if is_amid:
-            self._moved = perf_counter()
+        self._is_amid = is_amid
 
     def _refuse_the_rest(self) -> None:
         """Answer what waits on the ring with errors: a guest cut off must not wait for ever.
