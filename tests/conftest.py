@@ -11,6 +11,7 @@ import threading
 import time
 
 import pytest
+from processes import Processes
 
 from xen_disk_py import toolstack
 from xen_disk_py.backends import Backend
@@ -332,6 +333,14 @@ def _descriptors():
         with contextlib.suppress(OSError):  # the one that lists them is closed by now
             found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
     return found
+
+
+@pytest.fixture
+def processes(host, tmp_path):
+    """Start programs of ours as real processes; see there."""
+    processes = Processes(host, tmp_path)
+    yield processes
+    processes.close()
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import itertools
 import random
 import threading
 import time
@@ -21,7 +23,9 @@ from xen_disk_py.blkif import (
     Transfer,
     decode_response,
 )
+from xen_disk_py.errors import StoreLost
 from xen_disk_py.grants import Grants
+from xen_disk_py.journal import Journal
 from xen_disk_py.queue import Options
 from xen_disk_py.ring import FrontRing
 from xen_disk_py.xenbus import State
@@ -749,3 +753,146 @@ def test_what_the_toolstack_wrote_meanwhile_is_obeyed(host, guest):
     guest.switch(S.CLOSED)
     guest.device.update()
     assert guest.device.finished
+
+
+# -- in the place of a process that died ---------------------------------------------------
+
+
+LIVES = [  # the backend's state, the frontend's; how the guest and the toolstack got there
+    (S.INIT_WAIT, S.INITIALISING),
+    (S.CONNECTED, S.INITIALISED),
+    (S.CONNECTED, S.CONNECTED),
+    (S.CLOSING, S.CONNECTED),
+    (S.CLOSING, S.CLOSING),
+    (S.CLOSED, S.CLOSED),
+]
+
+
+def live(guest, ours, theirs):
+    """Bring a device that somebody drives there."""
+    if ours is not S.INIT_WAIT:
+        guest.publish()
+        guest.switch(S.INITIALISED)
+        guest.device.update()
+    if theirs not in (S.INITIALISING, S.INITIALISED):
+        guest.switch(S.CONNECTED)
+        guest.device.update()
+    if ours is S.CLOSING and theirs is S.CONNECTED:
+        guest.serving.store.write(f"{guest.address.backend}/state", "5")
+    elif theirs in (S.CLOSING, S.CLOSED):
+        guest.switch(theirs)
+    guest.device.update()
+    assert ours is guest.device.state
+
+
+def leave(guest, ours, theirs):
+    """Have everything as it is when the process has died that brought it there."""
+    if ours is not S.INIT_WAIT:
+        guest.publish()
+    guest.switch(theirs)
+    guest.serving.store.write(f"{guest.address.backend}/state", str(int(ours)))
+
+
+def change(guest, theirs, detached):
+    """Do what happens while nobody looks."""
+    if theirs is None:
+        guest.host.store.remove(guest.address.frontend)
+    else:
+        guest.switch(theirs)
+    if detached:
+        guest.host.store.write(f"{guest.address.backend}/online", "0")
+        if guest.backend is not S.CLOSED:
+            guest.host.store.write(f"{guest.address.backend}/state", "5")
+
+
+@pytest.mark.parametrize("detached", [False, True])
+@pytest.mark.parametrize("now", [None, *S], ids=str)
+@pytest.mark.parametrize("before", LIVES, ids=lambda pair: "-".join(map(str, map(int, pair))))
+def test_it_ends_up_as_if_nobody_had_died(host, make, before, now, detached):
+    """Whatever the guest and the toolstack do meanwhile, short of a new ring."""
+    living, heir = make(), make(vdev="xvdb", adopts=True)
+    live(living, *before)
+    leave(heir, *before)
+    found = []
+    for guest in (living, heir):
+        change(guest, now, detached)
+        guest.device.update()
+        is_served = bool(guest.device._queues)
+        if is_served and before[0] is not S.INIT_WAIT:
+            assert guest.read_works()
+        found.append((guest.backend, guest.device.state, guest.device.finished, is_served))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("theirs", [S.INITIALISED, S.CONNECTED])
+def test_a_new_ring_that_a_dead_process_never_saw(make, theirs):
+    """What was noted is about another one."""
+    journal = Journal()
+    journal.begin(Ring((8,), 17), X86_64.slot_size)
+    journal.note(3, [b"\1" * 16], [])
+    guest = make(adopts=True, journals=[journal])
+    leave(guest, S.CONNECTED, theirs)
+    guest.device.update()
+    assert guest.backend is S.CONNECTED
+    assert guest.read_works()
+
+
+def test_the_guest_of_a_dead_process_is_gone(host, make):
+    guest = make(adopts=True)
+    leave(guest, S.CONNECTED, S.CONNECTED)
+    host.xenstored.remove_domain(host.DOMID)
+    guest.device.update()
+    assert (True, True) == (guest.device.finished, guest.device.guest_gone)
+
+
+def test_a_size_that_the_guest_has_not_been_told(host, make):
+    """It looks again when the state is written, though that is the same."""
+    guest = make(host.memory((3 << 20) + 512), adopts=True)
+    host.store.write(f"{guest.address.backend}/physical-sector-size", "4096")
+    leave(guest, S.CONNECTED, S.CONNECTED)
+    guest.store.watch(f"{guest.address.backend}/state")
+    guest.store.pending()
+    guest.device.update()
+    assert [f"{guest.address.backend}/state"] == guest.store.pending()
+    assert str((3 << 20) // 512) == guest.store.read(f"{guest.address.backend}/sectors")
+
+
+def test_what_a_dead_process_had_under_way_is_not_counted(make):
+    guest = make(adopts=True)
+    words = guest.serving.disk.statistics.of_queue(0).words
+    words[count.IN_FLIGHT], words[count.HELD], words[count.REQUESTS] = 3, 2, 1
+    leave(guest, S.CONNECTED, S.CONNECTED)
+    guest.device.update()
+    assert guest.read_works()
+    told = guest.serving.disk.statistics.as_dict()
+    assert (0, 2) == (told["held"], told["requests"])
+
+
+@pytest.mark.parametrize("calls", range(1, 12))
+def test_xenstore_is_lost_while_a_disk_is_adopted(host, make, monkeypatch, calls):
+    """At any of its calls; what the dead process has shown is not overwritten."""
+    guest = make(adopts=True)
+    leave(guest, S.CONNECTED, S.CONNECTED)
+    store, left = guest.serving.store, [calls]
+    ask = store._ask
+
+    def breaking(*what):
+        left[0] -= 1
+        if not left[0]:
+            store.close()
+        return ask(*what)
+
+    monkeypatch.setattr(store, "_ask", breaking)
+    guest.store.watch(f"{guest.address.backend}/state")
+    guest.store.pending()
+    update = itertools.repeat(guest.device.update)
+    with pytest.raises(StoreLost):
+        collections.deque(step() for step in update)
+    store.reconnect()
+    guest.device.store_reconnected()
+    assert (S.CONNECTED, [], S.CONNECTED) == (
+        guest.backend,
+        guest.store.pending(),
+        guest.device.state,
+    )
+    assert guest.read_works()

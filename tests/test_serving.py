@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import os
+from types import SimpleNamespace
 
 import pytest
 from libxl import Libxl
 
-from xen_disk_py import toolstack
+from xen_disk_py import record, toolstack
 from xen_disk_py.record import Record
 from xen_disk_py.serving import Supervisor
 from xen_disk_py.xenbus import Address
@@ -181,6 +182,110 @@ def test_a_process_that_died(host, libxl, supervisor, spawner, caplog):
     libxl.create("/x", state="5", xen_disk_pid="124")  # another one, of the same number
     supervisor.look()
     assert [address] * 2 == spawner.started
+
+
+@pytest.fixture
+def orphan(host, libxl):
+    """Have a process leave a disk that another could go on with."""
+
+    def orphan(vdev="xvdb", **changed):
+        keys = {"state": "4", "xen_disk_pid": "123", "hotplug_status": "connected", **changed}
+        address = libxl.create("/x", vdev, **keys)
+        one = Record(host.records, address)
+        one.describe({"survives": True, "arguments": []})
+        one.leave()
+        left.append(address)
+        return address
+
+    left = []
+    yield orphan
+    for address in left:
+        record.forget(host.records, address)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A time that passes when a test says so."""
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr("xen_disk_py.serving.time", SimpleNamespace(monotonic=lambda: clock.now))
+    return clock
+
+
+def die(supervisor, spawner, status=-9):
+    spawner.processes[-1].returncode = status
+    assert supervisor.reap()
+    supervisor.look()
+
+
+@pytest.mark.parametrize("state", ["2", "4"])
+@pytest.mark.parametrize("status", [-9, 70])
+def test_another_process_goes_on(host, supervisor, spawner, orphan, clock, caplog, state, status):
+    """At once, then later and later; when there were too many it is reported as ever."""
+    caplog.set_level("INFO")
+    address = orphan(state=state)
+    waits = []
+    supervisor.look()
+    while not any("the guest waits" in line for line in caplog.messages):
+        waits.append(supervisor.pause)
+        if supervisor.pause is not None:
+            clock.now += supervisor.pause * 0.99
+            supervisor.look()
+            assert waits[-1] * 0.01 == pytest.approx(supervisor.pause)
+            clock.now += supervisor.pause
+            supervisor.look()
+        assert ([address] * len(waits), 1) == (spawner.started, supervisor.served)
+        assert supervisor.pause is None
+        die(supervisor, spawner, status)
+    assert [None, 0.1, 0.2, 0.5, 1, 2, 5, 5, 5, 5] == pytest.approx(waits)
+    assert (None, 0) == (supervisor.pause, supervisor.served)
+    assert "xvdb of domain 5: another process goes on in place of 123" in caplog.messages
+
+
+def test_a_calm_minute_forgives(supervisor, spawner, orphan, clock):
+    orphan()
+    supervisor.look()
+    for life, pause in ((1, 0.1), (1, 0.2), (60, None), (1, 0.1), (59.9, 0.2)):
+        clock.now += life
+        die(supervisor, spawner)
+        assert supervisor.pause == (None if pause is None else pytest.approx(pause))
+        clock.now += pause or 0.0
+        supervisor.look()
+
+
+def test_a_process_that_refuses_is_not_tried_again(supervisor, spawner, orphan, caplog):
+    """Another would refuse, too: the image is another one, say."""
+    address = orphan()
+    supervisor.look()
+    die(supervisor, spawner, 1)
+    assert ([address], None, 0) == (spawner.started, supervisor.pause, supervisor.served)
+    assert "the guest waits for its requests until" in caplog.messages[-1]
+
+
+def test_a_restart_that_is_overtaken(host, libxl, supervisor, spawner, orphan, clock):
+    """libxl takes the disk away while it waits; nothing is due any longer."""
+    address = orphan()
+    supervisor.look()
+    die(supervisor, spawner)
+    assert supervisor.pause > 0
+    libxl.ask_to_detach(address)
+    clock.now += 100
+    supervisor.look()
+    assert ([address] * 2, None) == (spawner.started, supervisor.pause)  # it closes the disk
+    libxl.remove(address)
+    supervisor.look()
+    assert {} == supervisor._restarts
+
+
+def test_what_nobody_can_go_on_with_is_reported(host, libxl, supervisor, spawner, caplog):
+    """Copy-on-write, whose changes have died."""
+    address = libxl.create("/x", state="4", xen_disk_pid="123", hotplug_status="connected")
+    one = Record(host.records, address)
+    one.describe({"survives": False, "arguments": []})
+    one.leave()
+    supervisor.look()
+    assert ([], None) == (spawner.started, supervisor.pause)
+    assert "has died; the guest waits" in caplog.text
+    record.forget(host.records, address)
 
 
 def test_a_process_that_ended_in_order(libxl, supervisor, spawner, caplog):

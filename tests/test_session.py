@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -15,7 +18,7 @@ import pytest
 from xen_disk_py import toolstack
 from xen_disk_py.backends import Backend
 from xen_disk_py.blkif import READ
-from xen_disk_py.errors import DeviceError, DeviceTaken, XenUnavailable
+from xen_disk_py.errors import DeviceError, DeviceTaken, StoreError, XenUnavailable
 from xen_disk_py.session import Forced, Interrupts, Outcome
 from xen_disk_py.xenbus import State
 
@@ -567,3 +570,160 @@ def test_two_signals_end_a_process_whose_backend_hangs(tmp_path, guest):
     assert "Traceback" not in done.stderr
     assert done.stdout.splitlines()[-1] == "[] []"
     assert done.returncode == 130
+
+
+# -- disks that outlive their process ------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError(), StoreError(errno.ENOSPC, "full")])
+def test_an_error_of_our_own_comes_to_light_before_anything_is_cleaned_up(host, error):
+    serving = host.serving(host.memory(), start=False)
+    seen = []
+
+    def crash(error):
+        seen.append((error, backend_state(host, serving)))
+
+    def fail():
+        raise error
+
+    serving.session._on_crash = crash
+    serving.connected.set = fail
+    serving.start()
+    serving.frontend()
+    with pytest.raises(type(error)):
+        serving.wait()
+    assert [(error, State.CONNECTED)] == seen
+    assert serving.address.backend not in host.tree()
+
+
+def test_what_is_no_error_of_our_own_ends_the_disk(host):
+    serving = host.serving(host.memory(), patience=0.01, start=False)
+    seen = []
+    serving.session._on_crash = seen.append
+    serving.start()
+    with pytest.raises(DeviceError, match="did not connect"):
+        serving.wait()
+    assert [] == seen
+
+
+def test_a_disk_that_the_guest_had_before_is_announced_at_once(host):
+    """And it may take its time to come back."""
+    serving = host.serving(host.memory(), patience=0.0, start=False)
+    serving.session._is_known = True
+    serving.start()
+    assert serving.connected.wait(5)
+    serving.frontend().read(0, 4096)
+
+
+def test_serving_is_said_when_xenstore_has_been_looked_at(host):
+    serving = host.serving(host.memory(), start=False)
+    update, said = serving.device.update, []
+
+    def lose():
+        serving.device.update = update
+        serving.store.close()
+        update()
+
+    serving.device.update = lose
+    run = serving.session.run
+    serving.session.run = lambda *what, **more: run(
+        *what, **more, on_serving=lambda: said.append(serving.store.is_lost)
+    )
+    serving.start()
+    serving.frontend()
+    assert serving.connected.wait(5)
+    assert [False] == said
+
+
+def test_another_program_is_to_go_on(host):
+    serving = host.serving(host.memory(), start=False)
+    asked = threading.Event()
+    serving.session._on_upgrade = asked.set
+    serving.start()
+    frontend = serving.frontend()
+    serving.interrupts.upgrade = True
+    serving.interrupts.wake()
+    assert asked.wait(5)
+    frontend.read(0, 4096)  # it did not, and all is as it was
+    serving.unplug()
+    assert serving.unplugging.wait(5)
+    asked.clear()
+    serving.interrupts.upgrade = True
+    serving.interrupts.wake()
+    host.until(lambda: not serving.interrupts.upgrade)
+    assert not asked.is_set()  # too late
+
+
+class Trouble(Backend):
+    """A disk whose storage is gone until it is mended."""
+
+    size = 1 << 20
+
+    def __init__(self):
+        self.tried = threading.Event()
+        self.mended = False
+
+    def read(self, buffers, offset):
+        self.tried.set()
+        if not self.mended:
+            raise OSError("the storage is gone")
+
+    def write(self, buffers, offset):
+        pass
+
+
+PATIENCE = 10.0
+
+
+@pytest.fixture
+def watchdog(host, tmp_path, monkeypatch):
+    """Wait for signs of life; they are due all the time."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(str(tmp_path / "notify"))
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        monkeypatch.setenv("WATCHDOG_USEC", "100000")
+        listener.settimeout(PATIENCE)
+
+        def signs(count):
+            """Wait for so many from now on."""
+            listener.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while listener.recv(100):
+                    pass
+            listener.settimeout(PATIENCE)
+            return {listener.recv(100) for _ in range(count)}
+
+        signs.listener = listener
+        yield signs
+
+
+def test_a_request_that_is_held_is_no_reason_to_be_killed(host, watchdog, caplog):
+    backend = Trouble()
+    serving = host.serving(backend, start=False)
+    serving.disk._holds = True
+    serving.start()
+    frontend = serving.frontend()
+    frontend.submit(READ, 0, length=4096)
+    frontend.kick()
+    assert backend.tried.wait(5)
+    host.until(lambda: serving.disk.statistics.as_dict()["held"] == 1)
+    assert {b"WATCHDOG=1"} == watchdog(6)  # for thrice as long as it takes to be killed
+    backend.mended = True
+    frontend.drain()
+
+
+def test_a_request_that_hangs_is(host, watchdog, caplog):
+    backend = Hanging()
+    serving = host.serving(backend)
+    frontend = serving.frontend()
+    frontend.submit(READ, 0, length=4096)
+    frontend.kick()
+    assert backend.entered.wait(5)
+    host.until(lambda: "the watchdog ends us" in caplog.text)
+    assert set() == watchdog(0)
+    watchdog.listener.settimeout(0.2)
+    with pytest.raises(socket.timeout):
+        watchdog.listener.recv(100)
+    backend.allowed.set()
+    watchdog.listener.settimeout(PATIENCE)
+    assert b"WATCHDOG=1" == watchdog.listener.recv(100)  # it has come back after all

@@ -7,8 +7,20 @@ import threading
 import pytest
 
 from xen_disk_py import toolstack
-from xen_disk_py.blkif import READ, WRITE
+from xen_disk_py.blkif import (
+    ERROR,
+    OKAY,
+    READ,
+    WRITE,
+    X86_64,
+    Ring,
+    Transfer,
+    decode_response,
+    encode_response,
+)
 from xen_disk_py.frontend import RequestFailed
+from xen_disk_py.journal import SIZE, Journal
+from xen_disk_py.ring import FrontRing
 from xen_disk_py.simulated.hypervisor import SimulatedHypervisor
 from xen_disk_py.standin import stand_in
 from xen_disk_py.xenbus import State
@@ -65,3 +77,61 @@ def test_a_guest_without_a_ring_needs_nobody(host, dead):
     with stand_in(host.store, lambda: SimulatedHypervisor(host.machine), dead.address):
         pass
     assert before == host.tree()
+
+
+def test_requests_that_were_overtaken_are_answered_too(host, dead):
+    """Nothing but the journal tells of them; without it this guest would wait for ever."""
+    abi = X86_64
+    pages, data = host.share(), host.share()
+    channel = host.guest.bind_unbound(0)
+    ring = FrontRing(pages.view, abi.slot_size, host.guest.fence)
+    slots = [
+        abi.encode(Transfer(id_, WRITE, 0, 8, tuple(data.refs), (0,), (7,))) for id_ in range(4)
+    ]
+    for slot in slots:
+        ring.put(slot.ljust(abi.slot_size, b"\0"))
+    ring.push()
+    front = dead.address.frontend
+    keys = {"ring-ref": pages.refs[0], "event-channel": channel.port, "protocol": abi.name}
+    for name, value in keys.items():
+        host.store.write(f"{front}/{name}", str(value))
+    # requests 1 and 2 are done, 0 and 3 were begun
+    memory = memoryview(bytearray(SIZE))
+    journals = [Journal(memory), Journal()]
+    journals[0].begin(Ring(tuple(pages.refs), channel.port), abi.slot_size)
+    done = [encode_response(id_, WRITE, OKAY) for id_ in (1, 2)]
+    journals[0].note(0, done, [slots[id_].ljust(abi.slot_size, b"\0") for id_ in (0, 3)])
+    for number, response in enumerate(done):
+        at = 64 + number * abi.slot_size
+        pages.view[at : at + len(response)] = response
+    with pages.view[:16].cast("I") as indices:
+        indices[2] = 2
+    found = []
+
+    def all_answered():
+        found.extend(map(decode_response, ring.take()))
+        return len(found) >= 4
+
+    open_hypervisor = lambda: SimulatedHypervisor(host.machine)  # noqa: E731
+    with stand_in(host.store, open_hypervisor, dead.address, [Journal(memory), Journal()]):
+        host.until(all_answered, 5)
+    assert [(0, ERROR), (1, OKAY), (2, OKAY), (3, ERROR)] == sorted(
+        (answer.id, answer.status) for answer in found
+    )
+    assert Journal(memory).recall(Ring(tuple(pages.refs), channel.port), abi.slot_size) is None
+    ring.close()
+    channel.close()
+
+
+@pytest.mark.parametrize("count", [0, 1, 8])
+def test_there_need_not_be_a_journal_for_each_queue(host, orphan, count):
+    address, frontend = orphan
+    with stand_in(
+        host.store,
+        lambda: SimulatedHypervisor(host.machine),
+        address,
+        [Journal() for _ in range(count)],
+    ):
+        for _ in range(8):  # all queues in turn
+            with pytest.raises(RequestFailed):
+                frontend.read(0, PAGE)

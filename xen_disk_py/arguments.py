@@ -268,6 +268,27 @@ def _add_connect(commands: argparse._SubParsersAction[_Parser], common: _Parser)
     connect.add_argument("--quiet", "-q", action="store_true", help="no status line, no totals")
 
 
+def _add_upgrade(commands: argparse._SubParsersAction[_Parser], common: _Parser) -> None:
+    upgrade = commands.add_parser(
+        "upgrade",
+        parents=[common],
+        help="have the program that is installed by now go on with a disk",
+        description="Have the process that serves a disk become the program that is installed by "
+        "now (after `pip install`, say): the guest sees a pause of some tenths of a second. "
+        "Whether the new program comes up is seen first; if it does not, the old one goes on.",
+    )
+    upgrade.add_argument("vm", metavar="VM", help="domain id, UUID or name")
+    upgrade.add_argument("vdev", metavar="VDEV", help="such as xvdb")
+    upgrade.add_argument(
+        "--timeout",
+        type=_seconds,
+        default=60,
+        metavar="SECONDS",
+        help="how long it may take (default: 60)",
+    )
+    upgrade.add_argument("--json", action="store_true", help="say who serves it now as JSON")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of the whole command line."""
     # what every command takes; SUPPRESS lets it stand before or after the command's name
@@ -335,6 +356,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     resize.add_argument("--json", action="store_true", help="say the new size as JSON")
 
+    _add_upgrade(commands, common)
     _add_overlay_commands(commands, common)
 
     commands.add_parser(

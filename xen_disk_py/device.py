@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Callable
 
 from . import resizing
+from . import statistics as count
 from .blkif import SECTOR, Connection, abi_named
 from .disk import Disk
 from .errors import GuestMisbehaved, HypervisorError, StoreLost, XenDiskError
@@ -212,7 +213,9 @@ class Device:
         If it has forgotten our nodes (a xenstored that kept nothing), serving goes on: that
         is no reason to take a guest's disk away. Only :meth:`unplug` ends it then.
         """
-        if self._store.exists(self.address.backend):
+        if self._adopts:
+            self.update()  # the state that is shown is not ours yet
+        elif self._store.exists(self.address.backend):
             shown = State.parse(self._store.read(f"{self.address.backend}/state"))
             asked = shown is State.CLOSING and self.state in (State.INIT_WAIT, State.CONNECTED)
             if shown is not self.state and not asked:
@@ -228,18 +231,27 @@ class Device:
 
     def _adopt(self) -> None:
         """Take the place of the process that died, in whatever state it has left the device."""
-        shown = State.parse(self._store.read(f"{self.address.backend}/state"))
+        back, disk = self.address.backend, self._disk
+        shown = State.parse(self._store.read(f"{back}/state"))
         frontend = State.parse(self._store.read(f"{self.address.frontend}/state"))
-        if shown is not None:
+        step = self._store.read(f"{back}/physical-sector-size") or ""
+        is_gone = self._guest_is_gone()
+        if step.isdecimal() and int(step):
+            self._step = int(step)
+            disk.sectors -= disk.sectors % max(1, self._step // SECTOR)
+        for number in range(self._max_queues):
+            words = disk.statistics.of_queue(number).words
+            words[count.IN_FLIGHT] = words[count.HELD] = 0  # as the dead process had it
+        if shown in (State.CONNECTED, State.CLOSING, State.CLOSED):
             self.state = shown
         if (
             shown in (State.CONNECTED, State.CLOSING)
-            and frontend in (State.INITIALISED, State.CONNECTED, State.CLOSING)
-            and not self._guest_is_gone()
+            and frontend not in (None, State.INITIALISING, State.CLOSED)
+            and not is_gone
         ):
             self._open_queues(shown)
-        self._publish_size()
         self._adopts = False
+        self._publish_size()
 
     def _guest_is_gone(self) -> bool:
         domid = self.address.frontend_domid
@@ -325,6 +337,7 @@ class Device:
             return
         for queue in self._queues:
             queue.start()
+        self._adopts = False  # if xenstore is lost from here on, it is not done again
         self._publish(state)
 
     def _make_queues(self) -> None:

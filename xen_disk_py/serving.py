@@ -7,11 +7,15 @@ served by the process id in their nodes and the lock on their records, and leave
 from __future__ import annotations
 
 import logging
+import math
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from typing import Callable
 
 from . import adoption, record, toolstack
+from .exit_status import ExitStatus
+from .supervisor import CALM, DELAYS
 from .vdev import from_number
 from .xenbus import Address, State
 from .xenstore import Store
@@ -26,8 +30,11 @@ class Supervisor:
         store: xenstore.
         directory: where the records of served disks are.
         start: starts the process that serves a device. It serves a device that nobody has
-            served yet; of one whose process has died it answers the requests, with errors,
-            until the guest has let go.
+            served yet, or goes on with one whose process has died; where that cannot be it
+            answers the requests, with errors, until the guest has let go.
+        delays: seconds before the first, second, … restart for one disk; how many there are is
+            how many restarts there may be.
+        calm: seconds of a process's life after which ``delays`` begins anew.
     """
 
     def __init__(
@@ -35,13 +42,19 @@ class Supervisor:
         store: Store,
         directory: str,
         start: Callable[[Address], subprocess.Popen[bytes]],
+        *,
+        delays: Sequence[float] = DELAYS,
+        calm: float = CALM,
     ) -> None:
         self._store = store
         self._directory = directory
         self._spawn = start
         self._own = toolstack.own_domid(store)
         self._root = f"/local/domain/{self._own}/backend/{adoption.KIND}"
+        self._delays = delays
+        self._calm = calm
         self._processes: dict[Address, subprocess.Popen[bytes]] = {}
+        self._restarts: dict[Address, _Restarts] = {}
         self._reported: set[Address] = set()
         self._stood_in: set[Address] = set()
         self.served = 0
@@ -55,7 +68,19 @@ class Supervisor:
         found = set(self._devices())
         self._reported &= found
         self._stood_in &= found
-        self.served = sum(map(self._attend, found))
+        for address in self._restarts.keys() - found:
+            del self._restarts[address]
+        now = time.monotonic()
+        self.served = sum([self._attend(address, now) for address in found])
+        for restarts in self._restarts.values():
+            if restarts.due <= now:  # done, or overtaken by something else
+                restarts.due = math.inf
+
+    @property
+    def pause(self) -> float | None:
+        """Seconds until :meth:`look` has something to do of itself; None for ever."""
+        due = min((each.due for each in self._restarts.values()), default=math.inf)
+        return None if due == math.inf else max(0.0, due - time.monotonic())
 
     def reap(self) -> bool:
         """Take note of processes that have ended; tell whether there were any.
@@ -69,6 +94,11 @@ class Supervisor:
                 why = f"process {process.pid} ended with status {process.returncode}"
                 log.error("%s: %s", _name(address), why)
                 adoption.refuse(self._store, address, f"{why}; see the log of xen-disk serve")
+            restarts = self._restarts.setdefault(address, _Restarts())
+            if process.returncode > 0 and process.returncode != ExitStatus.CRASHED:
+                restarts.count = len(self._delays)  # another would come to no other end
+            elif time.monotonic() - restarts.started >= self._calm:
+                restarts.count = 0
         return bool(ended)
 
     def _devices(self) -> Iterator[Address]:
@@ -78,7 +108,7 @@ class Supervisor:
                 if adoption.is_ours(self._store, address):
                     yield address
 
-    def _attend(self, address: Address) -> bool:
+    def _attend(self, address: Address, now: float) -> bool:
         """Do what a device needs; tell whether it is served."""
         if address in self._processes:
             return True
@@ -97,6 +127,13 @@ class Supervisor:
             self._stood_in.add(address)  # once: after that libxl takes the disk away by force
             self._start(address)
         elif state in (State.INIT_WAIT, State.CONNECTED) and address not in self._reported:
+            if found is not None and found.is_orphan:
+                restarts = self._restarts.setdefault(address, _Restarts())
+                if restarts.plan(self._delays, now) <= now:
+                    log.info("%s: another process goes on in place of %s", _name(address), pid)
+                    return self._start(address)
+                if restarts.due < math.inf:
+                    return False
             self._reported.add(address)
             log.error(
                 "%s: its process %s has died; the guest waits for its requests until you take "
@@ -115,7 +152,24 @@ class Supervisor:
             log.error("%s: cannot start a process: %s", _name(address), error)
             adoption.refuse(self._store, address, f"cannot start a process: {error}")
             return False
+        self._restarts.setdefault(address, _Restarts()).started = time.monotonic()
         return True
+
+
+class _Restarts:
+    """How often the process of a disk was started again, and when it is to be again."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.started = math.inf
+        self.due = math.inf
+
+    def plan(self, delays: Sequence[float], now: float) -> float:
+        """Plan one, unless that is done or there were too many; return when it is due."""
+        if self.due == math.inf and self.count < len(delays):
+            self.due = now + delays[self.count]
+            self.count += 1
+        return self.due
 
 
 def _name(address: Address) -> str:

@@ -20,7 +20,7 @@ from typing import Callable
 
 from . import toolstack
 from .device import Device
-from .errors import DeviceError, StoreLost, XenDiskError
+from .errors import DeviceError, StoreError, StoreLost, XenDiskError
 from .systemd import Watchdog
 from .vdev import VirtualDevice
 from .xenbus import State
@@ -144,6 +144,8 @@ class Session:
         on_upgrade: called when another program is to go on; it does not return if one does.
         on_crash: called for an error of our own, before anything is cleaned up. By default the
             disk ends with us; one that does not return leaves it to a successor.
+        is_known: the guest had the disk before, under a process that died: whether it is
+            connected just now makes no difference.
     """
 
     def __init__(
@@ -157,6 +159,7 @@ class Session:
         release: Callable[[], None] | None = None,
         on_upgrade: Callable[[], None] = lambda: None,
         on_crash: Callable[[Exception], None] = lambda error: None,
+        is_known: bool = False,
     ) -> None:
         self._store = store
         self._device = device
@@ -168,6 +171,7 @@ class Session:
         self._is_away_said = False
         self._on_upgrade = on_upgrade
         self._on_crash = on_crash
+        self._is_known = is_known
         self._watchdog = Watchdog()
         self._is_stuck_said = False
 
@@ -178,6 +182,7 @@ class Session:
         on_tick: Callable[[], None] | None = None,
         on_unplug: Callable[[], None] = lambda: None,
         on_attached: Callable[[], None] = lambda: None,
+        on_serving: Callable[[], None] = lambda: None,
     ) -> Outcome:
         """Attach, serve, and leave nothing behind.
 
@@ -187,6 +192,8 @@ class Session:
             on_tick: called every :data:`TICK` seconds while the guest has it.
             on_unplug: called when the guest has been asked to let go.
             on_attached: called when the nodes are there and nothing is served yet.
+            on_serving: called once, when everything that the guest asks for is served; for a
+                disk that was adopted, that is at once.
 
         Raises:
             DeviceError: the guest did not connect in time, or serving failed.
@@ -200,15 +207,14 @@ class Session:
                 on_attached()
                 interrupts.calm = False
                 self._device.watch()
-                self._serve(on_connected, on_tick, on_unplug)
+                self._serve(on_serving, on_connected, on_tick, on_unplug)
             finally:
                 interrupts.calm = True  # and removed as a whole
         except Forced:  # may come as late as in the line above
             forced = True
-        except XenDiskError:
-            raise
         except Exception as error:
-            self._on_crash(error)
+            if isinstance(error, StoreError) or not isinstance(error, XenDiskError):
+                self._on_crash(error)
             raise
         finally:
             self._clean_up(forced)
@@ -220,16 +226,20 @@ class Session:
 
     def _serve(
         self,
+        on_serving: Callable[[], None],
         on_connected: Callable[[], None],
         on_tick: Callable[[], None] | None,
         on_unplug: Callable[[], None],
     ) -> None:
         device, interrupts = self._device, self._interrupts
-        announced = False
+        is_serving = announced = False
         deadline = None if self._patience is None else time.monotonic() + self._patience
         self._attempt(device.update)
         while not device.finished:
-            if device.connected and not announced:
+            if not (is_serving or self._store.is_lost):
+                is_serving = True
+                on_serving()
+            if is_serving and not announced and (device.connected or self._is_known):
                 announced = True
                 on_connected()
             waiting = not (announced or self._unplugging)
@@ -237,7 +247,6 @@ class Session:
                 raise DeviceError(self._why_not_connected())
             self._sleep(deadline if waiting else None, ticking=announced and bool(on_tick))
             if interrupts.failure is not None:
-                self._on_crash(interrupts.failure)
                 raise DeviceError(f"serving failed: {interrupts.failure!r}") from interrupts.failure
             if interrupts.asked and not self._unplugging:
                 self._unplugging = True
@@ -245,7 +254,8 @@ class Session:
                 self._attempt(device.unplug)
             if interrupts.upgrade:
                 interrupts.upgrade = False
-                self._on_upgrade()
+                if not self._unplugging:
+                    self._on_upgrade()
             if interrupts.resize:
                 interrupts.resize = False
                 self._attempt(self._resize)

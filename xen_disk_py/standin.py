@@ -19,6 +19,7 @@ from .device import MAX_RING_PAGE_ORDER
 from .disk import Disk
 from .errors import XenDiskError
 from .hypervisor import Hypervisor
+from .journal import Journal
 from .queue import Options, Queue
 from .xenbus import Address
 from .xenstore import Store
@@ -52,15 +53,25 @@ class _Gone(Backend):
 
 @contextmanager
 def stand_in(
-    store: Store, open_hypervisor: Callable[[], Hypervisor], address: Address
+    store: Store,
+    open_hypervisor: Callable[[], Hypervisor],
+    address: Address,
+    journals: Sequence[Journal] = (),
 ) -> Iterator[None]:
     """Answer the requests of a device that nobody serves, as long as the context lasts.
 
     Does nothing where the guest has no ring, or where it cannot be had.
+
+    Args:
+        store: xenstore.
+        open_hypervisor: opens what maps grants and binds event channels.
+        address: which device.
+        journals: those that the process has left, one for each queue: of the requests that it
+            took and that were overtaken, nothing else tells.
     """
     with ExitStack() as stack:
         try:
-            queues = _queues(store, stack.enter_context(open_hypervisor()), address)
+            queues = _queues(store, stack.enter_context(open_hypervisor()), address, journals)
         except XenDiskError as error:
             log.debug("no requests to answer: %s", error)
         else:
@@ -70,7 +81,9 @@ def stand_in(
         yield
 
 
-def _queues(store: Store, hypervisor: Hypervisor, address: Address) -> list[Queue]:
+def _queues(
+    store: Store, hypervisor: Hypervisor, address: Address, journals: Sequence[Journal]
+) -> list[Queue]:
     keys = {name: store.read(f"{address.backend}/{name}") for name in store.list(address.backend)}
     offered = Features.from_keys({k: v for k, v in keys.items() if v is not None})
     connection = Connection.from_keys(
@@ -86,6 +99,7 @@ def _queues(store: Store, hypervisor: Hypervisor, address: Address) -> list[Queu
             disk,
             options=Options(offered.max_indirect_segments),
             persistent=False,
+            journal=journals[number] if number < len(journals) else None,
             statistics=disk.statistics.of_queue(number),
             on_failure=lambda error: log.debug("%r", error),
         )

@@ -86,6 +86,11 @@ class Supervisor:
         self._ping_every = interval / 2 if interval is not None else math.inf
         self._next_ping = 0.0 if interval is not None else math.inf
 
+    @property
+    def device(self) -> str:
+        """The device that a worker named; empty if none has."""
+        return self._device
+
     def run(self) -> ExitStatus:
         """Supervise until a worker ends by itself; in the main thread only.
 

@@ -5,21 +5,33 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from contextlib import closing
+from contextlib import closing, contextmanager
+from pathlib import Path
 
 import pytest
 from libxl import Libxl, LibxlError
 
+from xen_disk_py import adoption
 from xen_disk_py.adoption import AdoptedDevice
+from xen_disk_py.arguments import parse
 from xen_disk_py.backends.raw import RawBackend
+from xen_disk_py.blkif import READ, Ring
 from xen_disk_py.cli import main
+from xen_disk_py.commands import succession
+from xen_disk_py.commands.backend_arguments import backend_from
+from xen_disk_py.commands.opening import facts_about
+from xen_disk_py.device import Device
+from xen_disk_py.disk import Disk
 from xen_disk_py.errors import XenUnavailable
 from xen_disk_py.exit_status import ExitStatus
 from xen_disk_py.record import Record, find
+from xen_disk_py.toolstack import Domain
+from xen_disk_py.vdev import VirtualDevice
 from xen_disk_py.xenbus import Address, State
 
 ADDRESS = Address(0, 5, 51728, "vbd3")
 NEW = b"new" * 4096
+DEAD = "999999999"  # no process has such a number
 
 
 @pytest.fixture
@@ -353,6 +365,173 @@ def test_a_process_that_died(adopt, host, libxl, image):
     libxl.ask_to_detach(ADDRESS)
     assert adopt(script) is ExitStatus.OK
     assert not os.path.exists(f"{host.records}/5-51728")
+
+
+@pytest.mark.parametrize("readable", [True, False])
+def test_whoever_stands_in_knows_what_the_process_had_noted(
+    adopt, host, libxl, image, monkeypatch, readable
+):
+    seen = []
+
+    @contextmanager
+    def stand_in(store, open_hypervisor, address, journals):
+        seen.append([journal.recall(Ring((8,), 17), 112) for journal in journals])
+        assert find(host.records, ADDRESS).alive
+        yield
+
+    monkeypatch.setattr("xen_disk_py.commands.adopt.stand_in", stand_in)
+    libxl.create(image, state="4", xen_disk_pid="123456789", hotplug_status="connected")
+    left = Record(host.records, ADDRESS, 2)
+    if readable:
+        left.describe({})
+    left.journals[1].begin(Ring((8,), 17), 112)
+    left.journals[1].note(7, [], [b"x" * 112])
+    left.leave()
+    libxl.ask_to_detach(ADDRESS)
+    host.store.write(f"{ADDRESS.frontend}/state", "6")
+
+    def script():
+        libxl.wait(ADDRESS, State.CLOSED)
+        libxl.finish_detach(ADDRESS)
+
+    assert adopt(script) is ExitStatus.OK
+    assert [[None, (7, [], [b"x" * 112])] if readable else [None]] == seen
+    assert not os.path.exists(f"{host.records}/5-51728")
+
+
+def test_each_queue_has_a_journal(adopt, steps, image, host):
+    def script():
+        frontend = steps.connect(queues=2)
+        for _ in range(4):
+            frontend.write(4096, NEW)
+            assert NEW == frontend.read(4096, len(NEW))
+        steps.detach(frontend)
+
+    assert adopt(script, f"{image},queues=2") is ExitStatus.OK
+
+
+@pytest.fixture
+def orphan(host, libxl):
+    """Make what a process leaves that dies before the guest has connected."""
+
+    def orphan(target, **changed):
+        keys = {"xen_disk_pid": DEAD, "hotplug_status": "connected", **changed}
+        libxl.create(target, state="2", **keys)
+        wish = adoption.read_wish(host.store, ADDRESS)
+        options = parse(["connect", "5", *wish.arguments])
+        disk = Disk(backend_from(options))
+        vdev = VirtualDevice(ADDRESS.devid, "xvdb")
+        with Record(host.records, ADDRESS, options.queues) as one:
+            one.describe(facts_about(options, Domain(5, "guest", ""), vdev, disk))
+            one.leave()
+        for name, value in Device(host.store, host.hypervisor, ADDRESS, disk).keys().items():
+            host.store.write(f"{ADDRESS.backend}/{name}", value)
+        disk.close()
+
+    return orphan
+
+
+def test_it_goes_on_in_the_place_of_a_process_that_died(adopt, steps, host, orphan, image, caplog):
+    """Its guest is as it was; what it is to serve the nodes say, as they did then."""
+    orphan(image, discard_enable="0")
+
+    def script():
+        frontend = host.frontend(ADDRESS)
+        frontend.connect()
+        frontend.write(4096, NEW)
+        with pytest.raises(OSError, match="-2"):
+            frontend.discard(0, 4096)
+        found = find(host.records, ADDRESS)
+        assert (True, os.getpid()) == (found.alive, found.facts["pid"])
+        assert str(os.getpid()) == host.tree()[f"{ADDRESS.backend}/xen-disk-pid"]
+        steps.detach(frontend)
+
+    assert adopt(script) is ExitStatus.OK
+    assert NEW == image.read_bytes()[4096 : 4096 + len(NEW)]
+    assert "detached by the toolstack" in caplog.text
+    assert [] == os.listdir(host.records)
+
+
+def test_libxl_detaches_while_nobody_serves(adopt, host, libxl, orphan, image):
+    """The guest can put what it has not written yet into the disk."""
+    orphan(image)
+    libxl.ask_to_detach(ADDRESS)
+
+    def script():
+        libxl.finish_detach(ADDRESS)
+
+    assert adopt(script) is ExitStatus.OK
+    assert [] == os.listdir(host.records)
+
+
+def test_it_goes_on_only_after_the_script(adopt, steps, host, libxl, orphan, image):
+    """The process died before libxl had run it."""
+    orphan(image, hotplug_status="")
+    host.store.remove(f"{ADDRESS.backend}/hotplug-status")
+
+    def script():
+        steps.detach(steps.connect())
+
+    assert adopt(script) is ExitStatus.OK
+
+
+def test_the_guest_is_destroyed_while_nobody_serves(adopt, host, libxl, orphan, image):
+    orphan(image)
+    host.xenstored.remove_domain(host.DOMID)
+    assert adopt(lambda: libxl.wait(ADDRESS, State.CLOSED)) is ExitStatus.OK
+    libxl.remove(ADDRESS)
+    assert [] == os.listdir(host.records)
+
+
+def swap(image):
+    image.with_name("other").write_bytes(image.read_bytes())
+    image.with_name("other").replace(image)
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "said"),
+    [
+        (os.remove, ExitStatus.CRASHED, "is not there: put it back"),
+        (lambda image: os.truncate(image, 4096), ExitStatus.CRASHED, "make it as long again"),
+        (swap, ExitStatus.ERROR, "take the disk away with: xl block-detach 5 xvdb"),
+    ],
+)
+def test_what_it_cannot_go_on_with(adopt, host, libxl, orphan, image, caplog, change, status, said):
+    """What may pass is for another try. It stays as it is; or is given up when libxl detaches."""
+    orphan(image)
+    change(image)
+    before, kept = host.tree(), Path(f"{host.records}/5-51728").read_bytes()
+    assert adopt(lambda: None) is status
+    assert said in caplog.text
+    assert (before, kept) == (host.tree(), Path(f"{host.records}/5-51728").read_bytes())
+    libxl.ask_to_detach(ADDRESS)
+    assert adopt(lambda: libxl.finish_detach(ADDRESS)) is ExitStatus.OK
+    assert [] == os.listdir(host.records)
+    caplog.clear()  # what is logged refers to everything
+
+
+@pytest.mark.parametrize("broken", ["queue", "loop"])
+def test_an_error_of_our_own(adopt, host, libxl, steps, image, monkeypatch, broken):
+    """It is left to another process; here, nobody ends, and the disk ends as it did before."""
+    crashed = []
+    monkeypatch.setattr(succession, "crash", crashed.append)
+
+    def script():
+        frontend = steps.connect()
+        if broken == "queue":
+            monkeypatch.setattr("xen_disk_py.queue.encode_response", lambda *what: 1 / 0)
+            frontend.submit(READ, 0, length=512)
+            frontend.kick()
+            host.until(lambda: crashed)
+            monkeypatch.undo()
+        else:
+            monkeypatch.setattr(AdoptedDevice, "update", lambda device: 1 / 0)
+        libxl.ask_to_detach(ADDRESS)
+        host.store.write(f"{ADDRESS.frontend}/state", "6")
+        libxl.finish_detach(ADDRESS)
+
+    adopt(script, image)
+    assert [ZeroDivisionError] == [type(error) for error in crashed]
 
 
 @pytest.mark.parametrize("state", ["2", "4", "6"])

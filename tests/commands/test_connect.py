@@ -177,7 +177,9 @@ def test_copy_on_write(connect, image):
     status, out, err = connect(session, "5", "--path", str(image))
     assert status is ExitStatus.OK
     assert out == "xvda 51712 /dev/xvda 1 MiB cow rw\n"
-    assert "vanish when the disk is disconnected; to keep them beside the image: --overlay FILE" in err
+    assert (
+        "vanish when the disk is disconnected; to keep them beside the image: --overlay FILE" in err
+    )
     assert before == image.read_bytes()
 
 
@@ -302,6 +304,45 @@ def test_a_status_line_on_a_terminal(connect, image, monkeypatch):
     assert "IOPS, 0 in flight, 12 KiB changed" in shown[1]
     assert shown[-1].startswith("xvda: asked")  # it is taken away before anything else is said
     assert "\r" not in out
+
+
+class Trouble(Backend):
+    """A disk whose storage is gone."""
+
+    size = 1 << 20
+
+    def read(self, buffers, offset):
+        raise OSError("the storage is gone")
+
+    write = read
+
+
+def test_requests_that_are_held(connect, monkeypatch):
+    """A status line tells; and so does who is asked to end. Ctrl-C again gives them up."""
+    monkeypatch.setattr("xen_disk_py.session.TICK", 0.01)
+    monkeypatch.setattr(connect_module, "backend_from", lambda args: Trouble())
+    failed = []
+
+    def script(player):
+        frontend = player.frontend(persistent=False)
+        for _ in range(2):
+            frontend.submit(READ, 0, length=4096)
+        frontend.kick()
+        player.host.until(lambda: "2 held" in player.env.stderr.getvalue())
+        player.interrupt()
+        player.host.until(lambda: "asked the guest" in player.env.stderr.getvalue())
+        player.interrupt()
+        try:
+            frontend.drain()
+        except OSError as error:
+            failed.append(error)
+
+    status, _, err = connect(script, "guest", "--on-error=hold", stderr=Terminal())
+    assert (ExitStatus.INTERRUPTED, 1) == (status, len(failed))
+    assert (
+        "xvda: asked the guest to let go, but the storage is in trouble and 2 of its requests are "
+        "held; Ctrl-C again answers them with errors\n" in err
+    )
 
 
 def test_no_status_line_elsewhere(connect, monkeypatch):

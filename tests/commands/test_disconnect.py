@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from xen_disk_py import toolstack
+from xen_disk_py.blkif import Ring
 from xen_disk_py.cli import main
 from xen_disk_py.commands import disconnect as disconnect_module
 from xen_disk_py.exit_status import ExitStatus
-from xen_disk_py.record import Record, find
+from xen_disk_py.record import Record, find, forget
 from xen_disk_py.session import Forced, Outcome
 from xen_disk_py.xenbus import State
 
@@ -155,6 +157,103 @@ def test_a_dead_process_whose_guest_lets_go(disconnect, orphan, host):
     guest.start()
     assert disconnect("guest", "xvdb")[0] is ExitStatus.OK
     guest.join()
+
+
+@pytest.fixture
+def stood_in(monkeypatch):
+    """Note what is recalled by whoever stands in."""
+    seen = []
+
+    @contextmanager
+    def stand_in(store, open_hypervisor, address, journals):
+        seen.append([journal.recall(RING, 112) for journal in journals])
+        yield
+
+    monkeypatch.setattr(disconnect_module, "stand_in", stand_in)
+    return seen
+
+
+RING = Ring((8,), 17)
+
+
+def left_by(host, orphan, queues=2):
+    """Make the record that a process left with something noted."""
+    forget(host.records, orphan.address)
+    left = Record(host.records, orphan.address, queues)
+    left.describe({"path": "/a"})
+    left.journals[-1].begin(RING, 112)
+    left.journals[-1].note(7, [], [b"x" * 112])
+    left.leave()
+
+
+def test_what_a_dead_process_noted_is_answered(disconnect, orphan, host, stood_in):
+    left_by(host, orphan)
+    host.store.write(f"{orphan.address.frontend}/state", "6")
+    assert disconnect("guest", "xvdb")[0] is ExitStatus.OK
+    assert [[None, (7, [], [b"x" * 112])]] == stood_in
+    assert find(host.records, orphan.address) is None
+
+
+def test_nobody_adopts_what_is_disconnected(disconnect, orphan, host, monkeypatch):
+    left_by(host, orphan)
+    host.store.write(f"{orphan.address.frontend}/state", "6")
+    ask, detach = disconnect_module._ask, toolstack.detach
+    seen = []
+
+    def look(then):
+        def looking(*arguments):
+            seen.append(find(host.records, orphan.address).alive)
+            then(*arguments)
+
+        return looking
+
+    monkeypatch.setattr(disconnect_module, "_ask", look(ask))
+    monkeypatch.setattr(toolstack, "detach", look(detach))
+    assert disconnect("guest", "xvdb")[0] is ExitStatus.OK
+    assert [True, True] == seen
+    assert find(host.records, orphan.address) is None
+
+
+def test_what_was_adopted_just_now_is_left_alone(disconnect, orphan, host, stood_in, monkeypatch):
+    left_by(host, orphan)
+    before = host.tree()
+    adopt = Record.adopt
+    quicker = []
+
+    def late(*arguments):
+        quicker.append(adopt(*arguments))
+        return adopt(*arguments)
+
+    monkeypatch.setattr(Record, "adopt", late)
+    status, said = disconnect("guest", "xvdb", "--force")
+    assert status is ExitStatus.ERROR
+    assert "a process that lives serves xvdb of domain 5" in said
+    assert before == host.tree()
+    assert [] == stood_in
+    assert find(host.records, orphan.address).alive
+    quicker.pop().close()
+    toolstack.detach(host.store, orphan.address)
+
+
+def test_a_record_that_cannot_be_read_is_no_hindrance(disconnect, orphan, host, stood_in):
+    left_by(host, orphan)
+    path = Path(host.records, f"{host.DOMID}-{orphan.address.devid}")
+    path.write_bytes(b"\3" * 100_000)
+    host.store.write(f"{orphan.address.frontend}/state", "6")
+    assert disconnect("guest", "xvdb")[0] is ExitStatus.OK
+    assert [[]] == stood_in
+    assert not path.exists()
+
+
+def test_a_dead_process_whose_guest_holds_on_can_still_be_followed(
+    disconnect, orphan, host, stood_in
+):
+    left_by(host, orphan)
+    host.store.write(f"{orphan.address.frontend}/state", "4")
+    assert disconnect("guest", "xvdb", "--timeout", "0.05")[0] is ExitStatus.ERROR
+    with Record.adopt(host.records, orphan.address) as left:
+        assert "/a" == left.facts["path"]
+    toolstack.detach(host.store, orphan.address)
 
 
 def test_a_dead_process_whose_guest_holds_on(disconnect, orphan, host, monkeypatch):

@@ -12,7 +12,7 @@ from xen_disk_py import record
 from xen_disk_py.cli import main
 from xen_disk_py.exit_status import ExitStatus
 from xen_disk_py.record import Record
-from xen_disk_py.statistics import REQUESTS
+from xen_disk_py.statistics import HELD, REQUESTS
 from xen_disk_py.xenbus import Address
 
 
@@ -84,6 +84,8 @@ def test_json(listing, served, host):
         "frontend_state": "connected",
         "pid": os.getpid(),
         "alive": True,
+        "adoptable": False,
+        "held": 0,
     }
     assert (1, 8192, 0) == (counters["reads"], counters["bytes_read"], counters["errors"])
 
@@ -119,6 +121,47 @@ def test_a_dead_process(listing, host):
     assert row["counters"]["requests"] == 77
     assert ("cow", "/some/disk.raw") == (row["backend"], row["path"])
     record.forget(host.records, serving.address)
+
+
+@pytest.mark.parametrize(
+    ("changed", "word"),
+    [({}, "orphan"), ({"survives": False}, "dead"), ({"arguments": None}, "dead")],
+)
+def test_an_orphan(listing, host, changed, word):
+    """Another process can go on with the disk of one that has died."""
+    serving = host.serving(host.memory(), "xvdb")
+    facts = {"backend": "raw", "survives": True, "arguments": [], **changed}
+    with Record(host.records, serving.address) as one:
+        one.describe({name: value for name, value in facts.items() if value is not None})
+        (row,) = json.loads(listing("--json")[1])
+        assert (True, False) == (row["alive"], row["adoptable"])
+        one.leave()
+    (row,) = json.loads(listing("--json")[1])
+    assert (False, word == "orphan") == (row["alive"], row["adoptable"])
+    assert word == listing()[1].splitlines()[1].split()[4]
+    record.forget(host.records, serving.address)
+
+
+def test_an_orphan_of_another_version(listing, host, monkeypatch):
+    serving = host.serving(host.memory(), "xvdb")
+    one = Record(host.records, serving.address)
+    one.describe({"backend": "raw", "survives": True, "arguments": []})
+    one.leave()
+    monkeypatch.setattr(record, "FORMAT", -1)
+    assert not json.loads(listing("--json")[1])[0]["adoptable"]
+    record.forget(host.records, serving.address)
+
+
+def test_a_disk_that_holds_requests(listing, served):
+    serving = served("xvdb")
+    serving.frontend()
+    words = serving.disk.statistics.of_queue(0).words
+    words[HELD] = 3
+    (row,) = json.loads(listing("--json")[1])
+    assert (3, "connected") == (row["held"], row["state"])
+    assert "holding" == listing()[1].splitlines()[1].split()[4]
+    words[HELD] = 0
+    assert "connected" == listing()[1].splitlines()[1].split()[4]
 
 
 def test_a_record_of_nonsense(listing, host):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -138,13 +139,11 @@ def serve(host, tmp_path, monkeypatch, caplog):
 
 
 def kill(process, host):
-    """Kill a process; and give back what was its, as a kernel would."""
-    machine = host.machine
+    """Kill a process that is idle; and give back what was its, as a kernel would."""
+    host.machine.bury_backend()  # first: another may be there very soon
     process.kill()
-    host.until(lambda: process.returncode is not None)
-    for table in (machine.mapped, machine.backend_ports):
-        for index in range(len(table)):
-            table[index] = 0
+    with contextlib.suppress(ChildProcessError):  # it was waited for already
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
 
 
 def detach(libxl, address, frontend):
@@ -241,11 +240,44 @@ def test_a_process_that_dies_at_once(serve, libxl, image):
     assert serve(script, dies="51728") is ExitStatus.OK
 
 
-def test_a_process_that_is_killed(serve, host, libxl, image, caplog):
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_process_that_is_killed(serve, host, libxl, image, caplog, when):
+    """Another goes on: also under a supervisor that was started after that."""
+    kept = []
+
+    def first():
+        kept.append(libxl.attach(image))
+        kept.append(host.frontend(kept[0]))
+        kept[1].connect()
+        kept[1].write(0, NEW)
+        if when == "before":
+            second()
+
+    def second():
+        address, frontend = kept
+        if when == "before":
+            frontend.submit(READ, 0, length=4096)
+            kill(serve.processes[0], host)
+            frontend.kick()
+        host.until(lambda: len(serve.processes) == 2)
+        frontend.drain()
+        assert NEW == frontend.read(0, len(NEW))
+        assert frontend.backend_state is State.CONNECTED
+        detach(libxl, address, frontend)
+
+    assert serve(first) is ExitStatus.OK
+    if when == "after":
+        kill(serve.processes[0], host)
+        assert serve(second) is ExitStatus.OK
+    assert "another process goes on in place of" in caplog.text
+    assert [-9, 0] == [process.wait(10) for process in serve.processes]
+
+
+def test_a_process_that_is_killed_with_what_the_guest_wrote(serve, host, libxl, image, caplog):
     """The guest learns that what it waits for has failed; libxl can detach the disk."""
 
     def script():
-        address = libxl.attach(image)
+        address = libxl.attach(f"{image},backend=cow")
         frontend = host.frontend(address)
         frontend.connect()
         kill(serve.processes[0], host)
@@ -263,6 +295,23 @@ def test_a_process_that_is_killed(serve, host, libxl, image, caplog):
     assert serve(script) is ExitStatus.OK
     assert "ended with status -9" in caplog.text
     assert [-9, 0] == [process.wait(10) for process in serve.processes]
+
+
+def test_an_image_that_is_away_for_a_while(serve, host, libxl, image, caplog):
+    """It is looked for again and again, with nothing else happening."""
+
+    def script():
+        address = libxl.attach(image)
+        frontend = host.frontend(address)
+        frontend.connect()
+        image.rename(image.with_name("away"))
+        kill(serve.processes[0], host)
+        host.until(lambda: caplog.text.count("ended with status 70") == 2)
+        image.with_name("away").rename(image)
+        assert 4096 == len(frontend.read(0, 4096))
+        detach(libxl, address, frontend)
+
+    assert serve(script) is ExitStatus.OK
 
 
 def test_xenstored_restarts(serve, host, libxl, image, caplog):

@@ -9,21 +9,23 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-from .. import adoption, toolstack
-from ..adoption import AdoptedDevice
+from .. import adoption, record, toolstack
+from ..adoption import AdoptedDevice, Wish
 from ..arguments import parse
 from ..disk import Disk
 from ..environment import Environment
-from ..errors import DeviceTaken, XenDiskError
+from ..errors import DeviceError, DeviceTaken, XenDiskError
 from ..exit_status import ExitStatus
+from ..hypervisor import Hypervisor
 from ..record import Record
 from ..session import Interrupts, Session
 from ..standin import stand_in
-from ..toolstack import PID_KEY
+from ..toolstack import PID_KEY, Domain
 from ..units import format_size
 from ..vdev import VirtualDevice, from_number
 from ..xenbus import Address, State
 from ..xenstore import Store
+from . import succession
 from .backend_arguments import backend_from
 from .opening import facts_about, opened_hypervisor, queue_options
 from .served_disk import until
@@ -34,12 +36,21 @@ _PATIENCE = 8.0  # seconds; libxl has 10
 
 
 def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
-    """Serve the disk until libxl takes it away; or stand in for the process that did."""
+    """Serve the disk until libxl takes it away, in the place of one that died if need be.
+
+    Where nobody can go on with it, stand in until the guest has let go.
+    """
     with env.open_store() as store, _named(args.devid, args.domid):
         address = Address(toolstack.own_domid(store), args.domid, args.devid, adoption.KIND)
+        found = record.find(env.record_directory, address)
         if not store.exists(f"{address.backend}/{PID_KEY}"):
             _serve(env, store, address)
-        elif State.parse(store.read(f"{address.backend}/state")) is State.CLOSING:
+        elif found is not None and found.is_orphan:
+            status = _go_on(env, store, address)
+            if status is ExitStatus.OK or not _is_closing(store, address):
+                return status
+            _stand_in(env, store, address)
+        elif _is_closing(store, address):
             _stand_in(env, store, address)
     return ExitStatus.OK
 
@@ -63,24 +74,84 @@ def _serve(env: Environment, store: Store, address: Address) -> None:
     with ExitStack() as stack:
         try:
             # all that can go wrong, before the guest and libxl hear of the disk
-            own_record = stack.enter_context(_claimed(env, store, address))
             domain = toolstack.find_domain(store, str(address.frontend_domid))
             wish = adoption.read_wish(store, address)
             options = parse(["connect", str(domain.domid), *wish.arguments])
-            disk = Disk(backend_from(options), own_record.statistics)
-            stack.callback(disk.close)
+            own_record = stack.enter_context(_claimed(env, store, address, options.queues))
+            disk = _open(options, wish, stack)
             hypervisor = stack.enter_context(opened_hypervisor(env))
         except XenDiskError as error:
             reason = str(error)
             log.error("%s", reason)
             adoption.refuse(store, address, reason)
             return
-        if not wish.discard:
-            disk.can_discard = disk.can_discard_securely = False
-        name = store.read(f"{address.backend}/dev") or from_number(address.devid).name
-        vdev = VirtualDevice(address.devid, name)
-        own_record.describe(facts_about(options, domain, vdev, disk))
-        interrupts = stack.enter_context(Interrupts(hangup_resizes=True).installed())
+        _run(store, hypervisor, address, disk, options, domain, own_record, adopts=False)
+
+
+def _go_on(env: Environment, store: Store, address: Address) -> ExitStatus:
+    """Serve on what a process that was killed has left; that stays as it is if we cannot."""
+    domid, vdev = address.frontend_domid, from_number(address.devid)
+    with ExitStack() as stack:
+        try:
+            own_record = Record.adopt(env.record_directory, address)
+            stack.callback(own_record.leave)  # unless the disk comes to its end here
+            facts = own_record.facts
+            succession.check_files(facts, str(vdev), f"xl block-detach {domid} {vdev}")
+            wish = adoption.read_wish(store, address)
+            options = parse(["connect", str(domid), *wish.arguments])
+            disk = _open(options, wish, stack)
+            succession.check_size(facts, str(vdev), disk.backend)
+            hypervisor = stack.enter_context(opened_hypervisor(env))
+            toolstack.pass_on(store, address, os.getpid())
+        except XenDiskError as error:
+            log.error("%s", error)
+            may_pass = isinstance(error, succession.PASSING)
+            return ExitStatus.CRASHED if may_pass else ExitStatus.ERROR
+        domain = Domain(domid, facts.get("domain", ""), "")
+        _run(store, hypervisor, address, disk, options, domain, own_record, adopts=True)
+    return ExitStatus.OK
+
+
+def _open(options: argparse.Namespace, wish: Wish, stack: ExitStack) -> Disk:
+    disk = Disk(backend_from(options))
+    stack.callback(disk.close)
+    if not wish.discard:
+        disk.can_discard = disk.can_discard_securely = False
+    return disk
+
+
+def _run(
+    store: Store,
+    hypervisor: Hypervisor,
+    address: Address,
+    disk: Disk,
+    options: argparse.Namespace,
+    domain: Domain,
+    own_record: Record,
+    *,
+    adopts: bool,
+) -> None:
+    """Serve until the end; if that comes by an error of ours, a successor may go on."""
+    name = store.read(f"{address.backend}/dev") or from_number(address.devid).name
+    vdev = VirtualDevice(address.devid, name)
+    is_known = adopts and bool(own_record.facts.get("connected"))
+    disk.statistics = own_record.statistics
+    own_record.describe({**facts_about(options, domain, vdev, disk), "connected": is_known})
+    survives = disk.backend.survives
+
+    def attach() -> None:
+        if not adopts:
+            adoption.publish(store, address, device.keys(), os.getpid())
+
+    def announce() -> None:
+        own_record.describe({**own_record.facts, "connected": True})
+        log.info(
+            "connected: {length} {backend} {mode} {path}".format(
+                length=format_size(disk.backend.size), **own_record.facts
+            )
+        )
+
+    with Interrupts(hangup_resizes=True).installed() as interrupts:
         device = AdoptedDevice(
             store,
             hypervisor,
@@ -88,9 +159,10 @@ def _serve(env: Environment, store: Store, address: Address) -> None:
             disk,
             options=queue_options(options),
             max_queues=options.queues,
-            on_failure=interrupts.fail,
+            on_failure=succession.crash if survives else interrupts.fail,
             on_resize=lambda size: own_record.describe({**own_record.facts, "size": size}),
             journals=own_record.journals,
+            adopts=adopts,
         )
         session = Session(
             store,
@@ -99,19 +171,21 @@ def _serve(env: Environment, store: Store, address: Address) -> None:
             interrupts,
             patience=None,
             release=lambda: adoption.close(store, address, os.getpid()),
+            on_crash=succession.crash if survives else lambda error: None,
+            is_known=is_known,
         )
-        outcome = session.run(
-            lambda: adoption.publish(store, address, device.keys(), os.getpid()),
-            on_connected=lambda: log.info(
-                "connected: {length} {backend} {mode} {path}".format(
-                    length=format_size(disk.backend.size), **own_record.facts
-                )
-            ),
-        )
-        log.info("%s", outcome.value)
+        try:
+            outcome = session.run(attach, on_connected=announce)
+        finally:
+            own_record.close()
+    log.info("%s", outcome.value)
 
 
-def _claimed(env: Environment, store: Store, address: Address) -> Record:
+def _is_closing(store: Store, address: Address) -> bool:
+    return State.parse(store.read(f"{address.backend}/state")) is State.CLOSING
+
+
+def _claimed(env: Environment, store: Store, address: Address, queues: int) -> Record:
     """Claim the record; a process that served the device until now may take a moment to end.
 
     Raises:
@@ -120,7 +194,7 @@ def _claimed(env: Environment, store: Store, address: Address) -> Record:
     deadline = time.monotonic() + _PATIENCE
     while True:
         try:
-            return Record(env.record_directory, address)
+            return Record(env.record_directory, address, queues)
         except DeviceTaken:
             if store.exists(f"{address.backend}/{PID_KEY}") or time.monotonic() >= deadline:
                 raise
@@ -133,11 +207,23 @@ def _stand_in(env: Environment, store: Store, address: Address) -> None:
     def closed() -> bool:
         return State.parse(store.read(path)) in (None, State.CLOSED, State.INITIALISING)
 
-    with Record(env.record_directory, address):  # which nobody has who lives
+    with _left(env, address) as left:
         died = int(store.read(f"{address.backend}/{PID_KEY}") or 0)
         log.info("answering the requests that process %d has left, with errors", died)
-        with stand_in(store, env.open_hypervisor, address):
+        with stand_in(store, env.open_hypervisor, address, left.journals):
             if not until(store, path, closed, _PATIENCE):
                 log.warning("the guest does not let go")
                 return
         adoption.close(store, address, died)
+
+
+def _left(env: Environment, address: Address) -> Record:
+    """Claim what the process has left, or its place if that cannot be read.
+
+    Raises:
+        DeviceTaken: it lives.
+    """
+    try:
+        return Record.adopt(env.record_directory, address)
+    except DeviceError:
+        return Record(env.record_directory, address)

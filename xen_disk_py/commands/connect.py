@@ -7,21 +7,16 @@ import json
 import logging
 import os
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
+from types import MappingProxyType
 from typing import Any
 
 from .. import privileges, toolstack
 from ..device import Device
 from ..disk import Disk
 from ..environment import Environment
-from ..errors import (
-    DeviceTaken,
-    HypervisorError,
-    ImageError,
-    StoreError,
-    UsageError,
-    XenUnavailable,
-)
+from ..errors import DeviceTaken, UsageError
 from ..exit_status import ExitStatus
 from ..hypervisor import Hypervisor
 from ..privileges import User
@@ -36,7 +31,7 @@ from ..xenbus import Address
 from ..xenstore import Store
 from . import succession, supervision
 from .backend_arguments import backend_from, backend_name
-from .opening import TOLD, facts_about, opened_hypervisor, queue_options
+from .opening import TOLD, facts_about, facts_of_start, opened_hypervisor, queue_options
 from .succession import Left
 from .upgrading import Upgrade, rehearse
 
@@ -49,23 +44,28 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
     """Open the image, find the guest, attach, serve, clean up; or go on in another's place."""
     if args.adopt != (args.device is not None):
         raise UsageError("VM VDEV goes with --adopt; the name of a new disk goes with --vdev")
-    if args.supervise:
-        return supervision.supervise(args)
+    for name in ("path", "backend", "overlay", "vdev", "user"):
+        if args.adopt and getattr(args, name) is not None:
+            raise UsageError(f"--adopt goes on with the arguments that there were: no --{name}")
     if args.rehearse:
-        return rehearse(args, env)
-    args.leave |= args.recover
+        return rehearse(env)
     name = args.device if args.device is not None else args.vdev
     wanted = parse(name) if name is not None else None
+    if args.supervise:
+        return supervision.supervise(args, env)
+    args.leave |= args.recover
     if args.recover and not args.adopt:
         args.adopt = _is_to_recover(args, env, wanted)
     if args.adopt and wanted is not None:
         return _go_on(args, env, wanted)
     with ExitStack() as stack:
+        stack.callback(_remove_scratch, args)
         connection = _open(args, env, stack)
         if args.leave and not connection.disk.backend.survives:
             raise UsageError(
                 f"a {backend_name(args)} disk ends with its process, so that no other can go on "
-                "with it: leave out --supervise and --recover, or use another backend"
+                "with it: leave out --supervise and --recover, or use another backend (one of your "
+                "own whose data is kept elsewhere says so: survives = True)"
             )
         return connection.serve(wanted)
 
@@ -86,21 +86,36 @@ def _go_on(args: argparse.Namespace, env: Environment, vdev: VirtualDevice) -> E
     with ExitStack() as stack:
         try:
             with env.open_store() as store:
-                left = succession.take(env, store, toolstack.find_domain(store, args.vm), vdev)
+                left = succession.take(env, store, args.vm, vdev)
+            if left is None:
+                return ExitStatus.OK
             stack.callback(left.record.leave)  # unless it comes to its end here
-            for name in ("vm", "leave", "again", "json", "quiet", "adopt", "timeout"):
+            for name in ("vm", "leave", "again", "json", "quiet", "adopt"):
                 setattr(left.arguments, name, getattr(args, name))
-            connection = _open(left.arguments, env, stack)
-            succession.check_size(left, connection.disk.backend)
-        except (ImageError, StoreError, XenUnavailable, HypervisorError) as error:
+            connection = _open(left.arguments, env, stack, left.domain)
+            succession.check_size(left.record.facts, str(vdev), connection.disk.backend)
+            connection.take_over(left)
+        except succession.PASSING as error:
             if not args.leave:
                 raise
-            log.error("%s", error)  # it may pass, and whoever started us tries again
+            log.error("%s", error)  # whoever started us tries again
             return ExitStatus.CRASHED
-        return connection.serve_on(left)
+        try:
+            return connection.serve_on(left)
+        finally:
+            if left.record.is_closed:
+                _remove_scratch(left.arguments)
 
 
-def _open(args: argparse.Namespace, env: Environment, stack: ExitStack) -> _Connection:
+def _remove_scratch(args: argparse.Namespace) -> None:
+    if args.scratch:
+        with suppress(OSError):  # it was not made, or we have become somebody else
+            os.unlink(args.overlay)
+
+
+def _open(
+    args: argparse.Namespace, env: Environment, stack: ExitStack, domain: Domain | None = None
+) -> _Connection:
     """Open all that a disk needs; what is wrong with the command line comes to light first."""
     user = privileges.find_user(args.user) if args.user is not None else None
     if user is not None:
@@ -111,7 +126,7 @@ def _open(args: argparse.Namespace, env: Environment, stack: ExitStack) -> _Conn
     stack.callback(disk.close)
     store = stack.enter_context(env.open_store())
     hypervisor = stack.enter_context(opened_hypervisor(env))
-    domain = toolstack.find_domain(store, args.vm)
+    domain = domain or toolstack.find_domain(store, args.vm)
     interrupts = stack.enter_context(Interrupts(hangup_resizes=not env.in_terminal).installed())
     return _Connection(args, env, store, hypervisor, domain, disk, user, interrupts)
 
@@ -159,18 +174,37 @@ class _Connection:
                 time.sleep(0.01 * attempt)
         raise DeviceTaken("every free device was taken by somebody else at once; try again")
 
+    def take_over(self, left: Left) -> None:
+        """Say in xenstore, and to whoever started us, who serves what another process has left."""
+        notify(f"X_DEVICE={self._domain.domid} {left.disk.device}")
+        toolstack.pass_on(self._store, left.disk.address, os.getpid())
+
     def serve_on(self, left: Left) -> ExitStatus:
         """Serve what another process has left."""
-        with left.record:
-            return self._serve(left.disk.device, left.disk.address, left.record)
+        return self._serve(left.disk.device, left.disk.address, left.record, left.record.facts)
 
-    def _serve(self, vdev: VirtualDevice, address: Address, record: Record) -> ExitStatus:
+    def _serve(
+        self,
+        vdev: VirtualDevice,
+        address: Address,
+        record: Record,
+        before: Mapping[str, Any] = MappingProxyType({}),
+    ) -> ExitStatus:
+        """Serve until the end.
+
+        Args:
+            vdev: the device.
+            address: where its nodes are.
+            record: its record; closed at the end.
+            before: the facts about the process that we follow.
+        """
         args, env, disk = self._args, self._env, self.disk
         if self._user is not None:
             self._store.reserve(_SPARE_CONNECTIONS)
             self._hypervisor.reserve(self._domain.domid, args.queues)
         disk.statistics = record.statistics
-        record.describe(facts_about(args, self._domain, vdev, disk))
+        is_known = bool(before.get("connected"))
+        record.describe({**facts_about(args, self._domain, vdev, disk), "connected": is_known})
         device = Device(
             self._store,
             self._hypervisor,
@@ -179,7 +213,7 @@ class _Connection:
             options=queue_options(args),
             max_queues=args.queues,
             cdrom=args.cdrom,
-            on_failure=self._interrupts.fail,
+            on_failure=succession.crash if args.leave else self._interrupts.fail,
             on_resize=lambda size: record.describe({**record.facts, "size": size}),
             journals=record.journals,
             adopts=args.adopt,
@@ -195,14 +229,14 @@ class _Connection:
             patience=args.timeout,
             on_upgrade=successor.take_over,
             on_crash=succession.crash if args.leave else lambda error: None,
+            is_known=is_known,
         )
 
         def attach() -> None:
+            if args.adopt:
+                return
             # whoever starts another process if this one dies must know what to go on with
             notify(f"X_DEVICE={self._domain.domid} {vdev}")
-            if args.adopt:
-                toolstack.pass_on(self._store, address, os.getpid())
-                return
             toolstack.attach(
                 self._store,
                 address,
@@ -218,15 +252,16 @@ class _Connection:
             outcome = session.run(
                 attach,
                 on_attached=self._give_up_privileges,
-                on_connected=lambda: self._announce(record.facts),
+                on_serving=lambda: record.describe(
+                    {**record.facts, **facts_of_start(before.get("let_go"))}
+                ),
+                on_connected=lambda: self._announce(record),
                 on_tick=status_line.show if live else None,
                 on_unplug=lambda: self._say_unplugging(vdev, status_line),
             )
         finally:
             status_line.clear()
-            if args.scratch:
-                with suppress(OSError):  # another user's, if we have become one
-                    os.unlink(args.overlay)
+            record.close()
         env.tell(f"{vdev}: {outcome.value}")
         if not args.quiet:
             for line in summary(disk.statistics):
@@ -245,7 +280,9 @@ class _Connection:
                 "if it does not connect, use --read-only in place of --cdrom"
             )
 
-    def _announce(self, facts: dict[str, Any]) -> None:
+    def _announce(self, record: Record) -> None:
+        record.describe({**record.facts, "connected": True})
+        facts = record.facts
         notify("READY=1", "STATUS={vdev} of {domain}".format(**facts))
         if self._args.again:
             self._env.tell("{vdev}: process {pid} goes on".format(**facts))
@@ -267,9 +304,13 @@ class _Connection:
     def _say_unplugging(self, vdev: VirtualDevice, status_line: _StatusLine) -> None:
         notify("STOPPING=1")
         status_line.clear()
+        held = self.disk.statistics.as_dict()["held"]
         self._env.tell(
-            f"{vdev}: asked the guest to let go (an older Linux waits until nothing there uses "
-            "the disk); Ctrl-C again to force"
+            f"{vdev}: asked the guest to let go, but the storage is in trouble and {held} of its "
+            "requests are held; Ctrl-C again answers them with errors"
+            if held
+            else f"{vdev}: asked the guest to let go (an older Linux waits until nothing there "
+            "uses the disk); Ctrl-C again to force"
         )
 
 
@@ -298,6 +339,8 @@ class _StatusLine:
             f"{self._vdev}: {requests} requests, {(moved - bytes_then) / elapsed / 1e6:.1f} MB/s, "
             f"{(requests - requests_then) / elapsed:.0f} IOPS, {counters['in_flight']} in flight"
         )
+        if counters["held"]:
+            text += f", {counters['held']} held"
         if counters["memory"]:
             text += f", {format_size(counters['memory'])} changed"
         self._env.stderr.write(f"\r\x1b[K{text}")

@@ -6,12 +6,16 @@ import argparse
 import contextlib
 import os
 import signal
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from typing import Callable
 
 from .. import record, toolstack
 from ..environment import Environment
-from ..errors import DeviceError
+from ..errors import DeviceError, DeviceTaken, XenDiskError
 from ..exit_status import ExitStatus
+from ..journal import Journal
+from ..record import Record
 from ..standin import stand_in
 from ..toolstack import Attached
 from ..vdev import parse
@@ -26,13 +30,14 @@ _FORCE_POLITENESS = 2.0  # seconds that a guest gets to let go by itself
 def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
     """Detach as xl does: tell the backend, wait for it, remove the nodes."""
     vdev = parse(args.vdev)
-    with env.open_store() as store:
+    with env.open_store() as store, ExitStack() as stack:
         domain = toolstack.find_domain(store, args.vm)
         disk = find(store, domain.domid, vdev)
         found = record.find(env.record_directory, disk.address)
         alive = found is not None and found.alive
         if not alive:
-            with stand_in(store, env.open_hypervisor, disk.address):
+            journals = stack.enter_context(_left(env, disk))
+            with stand_in(store, env.open_hypervisor, disk.address, journals):
                 _ask(store, disk)
                 if args.force:
                     until(store, *_closed(store, disk, alive=False), _FORCE_PATIENCE)
@@ -44,10 +49,30 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
             _ask(store, disk)
             _wait(store, disk, args.timeout, alive=True)
         toolstack.detach(store, disk.address)
-        if not alive:
-            record.forget(env.record_directory, disk.address)
+    if not alive:
+        record.forget(env.record_directory, disk.address)
     env.tell(f"{vdev}: {'forced off' if args.force else 'gone from'} {domain}")
     return ExitStatus.OK
+
+
+@contextlib.contextmanager
+def _left(env: Environment, disk: Attached) -> Iterator[Sequence[Journal]]:
+    """Give the journals of a dead process, if they can be read; nobody else adopts it meanwhile.
+
+    Raises:
+        DeviceTaken: somebody has, just now.
+    """
+    try:
+        left = Record.adopt(env.record_directory, disk.address)
+    except DeviceTaken:
+        raise
+    except XenDiskError:
+        yield ()
+        return
+    try:
+        yield left.journals
+    finally:
+        left.leave()
 
 
 def _ask(store: Store, disk: Attached) -> None:

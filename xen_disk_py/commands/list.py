@@ -44,6 +44,8 @@ def _row(disk: Attached, directory: str) -> dict[str, Any]:
         ),
         "pid": disk.pid,
         "alive": alive,
+        "adoptable": found is not None and found.is_orphan,
+        "held": found.counters["held"] if found is not None else 0,
         "counters": found.counters if found is not None else {},
     }
 
@@ -58,7 +60,7 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
                 row["vdev"],
                 row["backend"],
                 row["mode"],
-                (row["state"] or "gone") if row["alive"] else "dead",
+                _state(row),
                 str(row["pid"]),
                 format_size(counters.get("bytes_read", 0)),
                 format_size(counters.get("bytes_written", 0)),
@@ -67,3 +69,10 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
         )
     widths = [max(map(len, column)) for column in zip(*lines)]
     return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
+
+
+def _state(row: dict[str, Any]) -> str:
+    """Say in a word how a disk is."""
+    if not row["alive"]:
+        return "orphan" if row["adoptable"] else "dead"
+    return "holding" if row["held"] else row["state"] or "gone"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,12 +24,8 @@ from .backend_arguments import backend_name
 
 log = logging.getLogger("xen_disk_py")
 
-TOLD = "domid domain vdev number device size backend path mode pid".split()
+TOLD = ["domid", "domain", "vdev", "number", "device", "size", "backend", "path", "mode", "pid"]
 """Those of the facts about a disk that are for scripts; the others are for a successor."""
-
-LET_GO = "XEN_DISK_LET_GO"
-"""When another program stopped serving the disk that we go on with, in the environment:
-monotonic seconds."""
 
 
 @contextmanager
@@ -65,27 +62,46 @@ def facts_about(
         "path": path,
         "mode": "ro" if disk.read_only else "rw",
         "pid": os.getpid(),
-        "file": file_identity(path),
+        "files": {name: file_identity(name) for name in _files(args)},
         "survives": disk.backend.survives,
-        "folder": os.getcwd(),
+        "folder": _folder(),
         "arguments": args.words,
-        **facts_of_start(),
+        "version": __version__,
+        "connected": False,  # has the guest had it?
+        "started": None,
+        "pause": None,
     }
 
 
-def facts_of_start() -> dict[str, object]:
-    """Say which program this is, and for how long nobody served if it follows another."""
-    let_go = os.environ.pop(LET_GO, None)
-    pause = round(time.monotonic() - float(let_go), 3) if let_go is not None else None
-    return {"version": __version__, "started": time.time(), "pause": pause}
+def _folder() -> str:
+    try:
+        return os.getcwd()
+    except FileNotFoundError:  # it was removed, so nothing is meant to be in it
+        return "/"
 
 
-def file_identity(path: str | None) -> list[int] | None:
-    """Tell a file from another one that has taken its name."""
-    if path is None:
-        return None
+def facts_of_start(let_go: float | None) -> dict[str, object]:
+    """Say since when we serve, and for how long nobody did if another program has let go for us.
+
+    Args:
+        let_go: when that was, in monotonic seconds, which all processes share.
+    """
+    pause = round(time.monotonic() - let_go, 3) if let_go is not None else None
+    return {"started": time.time(), "pause": pause}
+
+
+def _files(args: argparse.Namespace) -> list[str]:
+    """Name what must be the same for whoever goes on: data, not the code of a backend."""
+    path = None if backend_name(args) == args.path else args.path
+    return [os.path.abspath(name) for name in (path, args.overlay) if name is not None]
+
+
+def file_identity(path: str) -> list[int] | None:
+    """Tell a file, or a block device, from another one that has taken its name; None: no file."""
     try:
         status = os.stat(path)
     except OSError:
         return None
+    if stat.S_ISBLK(status.st_mode):  # its node may be made anew
+        return [status.st_rdev]
     return [status.st_dev, status.st_ino]

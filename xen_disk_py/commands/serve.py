@@ -69,31 +69,32 @@ def _supervise(store: Store, supervisor: Supervisor, interrupts: Interrupts) -> 
         interrupts.drain()
         if interrupts.asked:
             break
-        told, pause = supervisor.served, None
+        told, failed = supervisor.served, False
         try:
             if store.is_lost:
                 store.reconnect()
                 log.info("connected to xenstore again")
             changed |= bool(store.pending())
-            changed |= supervisor.reap()
+            changed |= supervisor.reap() or supervisor.pause == 0
             if changed:
                 supervisor.look()
                 changed = False
+            pause = supervisor.pause
         except XenDiskError as error:
             log.debug("%s", error)
-            pause = _RETRY
+            pause, failed = _RETRY, True
         if supervisor.served != told:
             notify(f"STATUS={_disks(supervisor.served)}")
-        _sleep(store, interrupts, pause)
+        _sleep(store, interrupts, pause, failed=failed)
     notify("STOPPING=1")
     log.info("stopped; %s by a process of its own, as before", _disks(supervisor.served))
 
 
-def _sleep(store: Store, interrupts: Interrupts, pause: float | None) -> None:
-    """Wait for a signal or xenstore; after an error, for the next try."""
+def _sleep(store: Store, interrupts: Interrupts, pause: float | None, *, failed: bool) -> None:
+    """Wait for a signal, for xenstore unless that has failed, and so many seconds at most."""
     poller = select.poll()
     poller.register(interrupts.fileno(), select.POLLIN)
-    if pause is None:
+    if not failed:
         if store.has_pending:
             return
         poller.register(store.fileno(), select.POLLIN)

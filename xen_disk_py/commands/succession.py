@@ -5,27 +5,44 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-from typing import NamedTuple
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any, NamedTuple
 
-from .. import record, toolstack
+from .. import adoption, record, toolstack
 from ..arguments import parse
 from ..backends import Backend
 from ..environment import Environment
-from ..errors import DeviceError, ImageError, UsageError
+from ..errors import (
+    BackendError,
+    DeviceError,
+    DeviceTaken,
+    GuestNotFound,
+    HypervisorError,
+    ImageError,
+    StoreError,
+    UsageError,
+    XenUnavailable,
+)
 from ..exit_status import ExitStatus
 from ..record import Record
 from ..toolstack import Attached, Domain
 from ..units import format_size
 from ..vdev import VirtualDevice
+from ..xenbus import Address
 from ..xenstore import Store
 from .opening import file_identity
 
 log = logging.getLogger("xen_disk_py")
 
+PASSING = (BackendError, HypervisorError, ImageError, StoreError, XenUnavailable)
+"""What may be otherwise the next time that somebody tries to go on."""
+
 
 class Left(NamedTuple):
     """A disk that nobody serves, ours by now."""
 
+    domain: Domain
     disk: Attached
     record: Record
     arguments: argparse.Namespace
@@ -33,25 +50,53 @@ class Left(NamedTuple):
 
 
 def is_left(env: Environment, store: Store, domain: Domain, devid: int) -> bool:
-    """Tell whether a process that served this device has died, and can be followed."""
+    """Tell whether a process that served this device has died, and left what it was."""
     disk = _find(store, domain, devid)
     found = record.find(env.record_directory, disk.address) if disk is not None else None
     return found is not None and not found.alive and "arguments" in found.facts
 
 
-def take(env: Environment, store: Store, domain: Domain, vdev: VirtualDevice) -> Left:
+def take(env: Environment, store: Store, vm: str, vdev: VirtualDevice) -> Left | None:
     """Claim what a process has left.
 
+    Returns:
+        None if the guest, or its disk, has gone meanwhile: then all the rest is removed.
+
     Raises:
-        DeviceTaken: it lives, or somebody else has.
+        GuestNotFound: there is no such guest, nor anything of it.
+        DeviceTaken: the process lives, or somebody else has adopted the disk.
         DeviceError: there is nothing, or nothing that one could go on with.
     """
-    disk = _find(store, domain, vdev.number)
-    if disk is None:
-        raise DeviceError(f"no {vdev} of ours in {domain}: nothing to adopt")
-    left = Record.adopt(env.record_directory, disk.address)
+    absent = None
     try:
-        return Left(disk, left, _arguments(left, disk, domain))
+        domain = toolstack.find_domain(store, vm)
+    except GuestNotFound as error:
+        if not (vm.isascii() and vm.isdecimal()):
+            raise
+        absent, domain = error, Domain(int(vm), "", "")
+    disk = _find(store, domain, vdev.number)
+    address = disk.address if disk is not None else _address(store, domain, vdev)
+    found = record.find(env.record_directory, address)
+    if disk is None and (found is None or not found.facts):
+        raise absent or DeviceError(f"no {vdev} of ours in {domain}: nothing to adopt")
+    if found is not None and found.alive:
+        pid = disk.pid if disk is not None else found.facts.get("pid")
+        raise DeviceTaken(f"process {pid} lives and serves {vdev} of {domain}: nothing to adopt")
+    if adoption.is_ours(store, address):
+        raise DeviceError(
+            f"xl has attached {vdev}: xen-disk serve goes on with it, or takes it away with: "
+            f"xl block-detach {domain.domid} {vdev}"
+        )
+    is_guest_gone = absent is not None or not (
+        domain.domid == 0 or store.is_introduced(domain.domid)
+    )
+    if disk is None or is_guest_gone:
+        _remove(env, store, address)
+        env.tell(f"{vdev}: " + ("the guest has gone" if is_guest_gone else "detached meanwhile"))
+        return None
+    left = Record.adopt(env.record_directory, address)
+    try:
+        return Left(domain, disk, left, _arguments(left.facts, disk, domain))
     except BaseException:
         left.leave()
         raise
@@ -62,47 +107,105 @@ def _find(store: Store, domain: Domain, devid: int) -> Attached | None:
     return next((disk for disk in disks if disk.address.devid == devid), None)
 
 
-def _arguments(left: Record, disk: Attached, domain: Domain) -> argparse.Namespace:
-    facts = left.facts
+def _address(store: Store, domain: Domain, vdev: VirtualDevice) -> Address:
+    return Address(toolstack.own_domid(store), domain.domid, vdev.number, toolstack.KINDS[0])
+
+
+def _remove(env: Environment, store: Store, address: Address) -> None:
+    """Remove all that a process has left of a disk that nobody has any longer.
+
+    Raises:
+        DeviceTaken: somebody else is at it.
+    """
+    try:
+        left = Record.adopt(env.record_directory, address)
+    except DeviceTaken:
+        raise
+    except DeviceError:  # none, or one of another version
+        toolstack.detach(store, address)
+        record.forget(env.record_directory, address)
+        return
+    with left:
+        toolstack.detach(store, address)
+        scratch = scratch_of(left.facts)
+        if scratch is not None:
+            with suppress(OSError):
+                os.unlink(scratch)
+
+
+def scratch_of(facts: Mapping[str, Any]) -> str | None:
+    """Name the overlay that is to vanish with the disk; None if there is none."""
+    try:
+        arguments = parse(facts["arguments"])
+    except (KeyError, TypeError, UsageError):
+        return None
+    return arguments.overlay if arguments.scratch else None
+
+
+def _arguments(facts: dict[str, Any], disk: Attached, domain: Domain) -> argparse.Namespace:
     forced = f"xen-disk disconnect {domain.domid} {disk.device} --force"
-    if not facts.get("survives"):
-        raise DeviceError(
-            f"what the guest wrote to {disk.device} has died with process {disk.pid}, as is the "
-            f"way of a {facts.get('backend')} disk: take it away with: {forced}"
-        )
-    if file_identity(facts.get("path")) != facts.get("file"):
-        raise DeviceError(
-            f"{facts.get('path')} is not the file any more that {disk.device} was made of: put "
-            f"that back, or take the disk away with: {forced}"
-        )
+    check_files(facts, str(disk.device), forced)
     try:
         os.chdir(facts["folder"])  # paths may be relative
-        arguments = parse(facts["arguments"])
+        return parse(facts["arguments"])
     except (KeyError, TypeError, OSError, UsageError) as error:
         raise DeviceError(
             f"{disk.device} cannot be opened as process {disk.pid} did ({error!r}): take it away "
             f"with: {forced}"
         ) from error
-    return arguments
 
 
-def check_size(left: Left, backend: Backend) -> None:
+def check_files(facts: Mapping[str, Any], device: str, forced: str) -> None:
+    """See that what a disk was made of is there.
+
+    Args:
+        facts: about the process that died.
+        device: what to call the disk.
+        forced: the command that takes it away.
+
+    Raises:
+        ImageError: a file is missing; it may come back.
+        DeviceError: a file is another one, or the disk never was in a file.
+    """
+    if not facts.get("survives"):
+        raise DeviceError(
+            f"what the guest wrote to {device} has died with process {facts.get('pid')}, as is "
+            f"the way of a {facts.get('backend')} disk: take it away with: {forced}"
+        )
+    for path, identity in facts.get("files", {}).items():
+        now = file_identity(path)
+        if now is None:
+            raise ImageError(
+                f"{path}, of which {device} was made, is not there: put it back, or take the disk "
+                f"away with: {forced}"
+            )
+        if now != identity:
+            raise DeviceError(
+                f"{path} is not the file any more that {device} was made of: put that back, or "
+                f"take the disk away with: {forced}"
+            )
+
+
+def check_size(facts: Mapping[str, Any], device: str, backend: Backend) -> None:
     """See that a backend has room for what the guest knows.
 
     Raises:
         ImageError: it has become smaller.
     """
-    size = left.record.facts.get("size", 0)
+    size = facts.get("size", 0)
     if backend.size < size:
         raise ImageError(
-            f"{left.record.facts.get('path')} is {format_size(backend.size)} long now, "
-            f"{left.disk.device} {format_size(size)}: make it as long again "
-            f"(truncate -s {size}), or take the disk away by force"
+            f"{facts.get('path') or backend} is {format_size(backend.size)} long now, {device} "
+            f"{format_size(size)}: make it as long again ({size} bytes), or take the disk away "
+            "by force"
         )
 
 
 def crash(error: Exception) -> None:
-    """End this process at once, for an error of its own; the disk waits for a successor."""
+    """End this process at once, for an error of its own; the disk waits for a successor.
+
+    From any thread: nothing that the guest asked for is answered any more by this process.
+    """
     log.error("serving failed, and the disk is left to another process", exc_info=error)
     logging.shutdown()
     os._exit(ExitStatus.CRASHED)

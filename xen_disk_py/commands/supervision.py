@@ -7,23 +7,34 @@ import os
 import secrets
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
+from .. import record, toolstack
 from ..backends.loader import choose
+from ..environment import Environment
+from ..errors import XenDiskError
 from ..exit_status import ExitStatus
+from ..record import Found
 from ..supervisor import Supervisor
+from ..vdev import parse
+from ..xenbus import Address
+from .succession import scratch_of
 
 _MEMORY = "/dev/shm"
 
 
-def supervise(args: argparse.Namespace) -> ExitStatus:
+def supervise(args: argparse.Namespace, env: Environment) -> ExitStatus:
     """Have a process serve the disk, and another if that one dies."""
     words = [word for word in args.words if word != "--supervise"]
     at = words.index("connect") + 1
-    options = ["--leave"]
-    if args.overlay is None and choose(args.backend, args.path) == "cow":
+    options, scratch = ["--leave"], None
+    if args.adopt:
+        scratch = _adopted_scratch(args, env)
+    elif args.overlay is None and choose(args.backend, args.path) == "cow":
         # Private memory would die with a process, a file in memory does not.
         name = f"xen_disk_py-{os.getpid()}-{secrets.token_hex(4)}.overlay"
-        options += ["--overlay", os.path.join(_MEMORY, name), "--scratch"]
+        scratch = os.path.join(_MEMORY, name)
+        options += ["--overlay", scratch, "--scratch"]
         if args.cow_limit is None:
             from ..backends.cow import available_memory
 
@@ -34,8 +45,37 @@ def supervise(args: argparse.Namespace) -> ExitStatus:
     def again(device: str) -> Sequence[str]:
         return _command("connect", *shown, "--leave", "--again", "--adopt", *device.split())
 
-    return Supervisor(_command(*first), again, watchdog=args.watchdog).run()
+    supervisor = Supervisor(_command(*first), again, watchdog=args.watchdog)
+    try:
+        return supervisor.run()
+    finally:
+        # A worker that became another user, or was killed early, could not remove it.
+        if scratch is not None and not _is_left(supervisor.device, env):
+            with suppress(OSError):
+                os.unlink(scratch)
 
 
 def _command(*words: str) -> list[str]:
     return [sys.executable, "-m", "xen_disk_py", *words]
+
+
+def _adopted_scratch(args: argparse.Namespace, env: Environment) -> str | None:
+    """Name the scratch overlay of a disk that is to be adopted; what is wrong a worker tells."""
+    with suppress(XenDiskError), env.open_store() as store:
+        domain = toolstack.find_domain(store, args.vm)
+        found = _find(domain.domid, args.device, env)
+        return scratch_of(found.facts) if found is not None else None
+    return None
+
+
+def _is_left(device: str, env: Environment) -> bool:
+    """Tell whether a disk is still there, for somebody to go on with."""
+    if not device:
+        return False
+    domid, name = device.split()
+    found = _find(int(domid), name, env)
+    return found is not None and bool(found.facts)
+
+
+def _find(domid: int, name: str, env: Environment) -> Found | None:
+    return record.find(env.record_directory, Address(0, domid, parse(name).number, ""))

@@ -8,6 +8,7 @@ new program would work is seen first: if it does not come as far as to the disk,
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import signal
@@ -16,23 +17,22 @@ import sys
 import time
 from typing import Callable
 
-from .. import record
 from ..arguments import parse
 from ..backends.loader import find_class
 from ..environment import Environment
 from ..errors import DeviceError
 from ..exit_status import ExitStatus
 from ..record import FORMAT, Record
-from ..toolstack import Domain, find_domain
+from ..systemd import notify
+from ..toolstack import Domain
 from ..vdev import VirtualDevice
-from ..vdev import parse as parse_vdev
 from .backend_arguments import backend_name
-from .opening import LET_GO
-from .served_disk import find
 
 log = logging.getLogger("xen_disk_py")
 
-_REHEARSAL = 30.0  # seconds
+_REHEARSAL = 30.0  # seconds that the new program gets to come up
+_SIGN = 1.0  # seconds between two signs of life meanwhile
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
 
 
 class Upgrade:
@@ -69,19 +69,29 @@ class Upgrade:
         try:
             self._rehearse()
         except DeviceError as error:
-            log.error("not upgraded: %s", error)
-            self._record.describe({**self._record.facts, "not_upgraded": str(error)})
+            self._refuse(error)
             return
         self._before()
         log.info("another program goes on")
-        logging.shutdown()
+        self._note(let_go=time.monotonic())
         if self._args.user is not None:
+            logging.shutdown()
             os._exit(ExitStatus.CRASHED)  # whoever started us has the privileges to go on
         options = ["--again", *(["--leave"] if self._args.leave else [])]
         # A signal meant for the old program is not to kill the new one before it listens.
-        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
-        os.environ[LET_GO] = repr(time.monotonic())
-        os.execv(sys.executable, [*self._command[:4], *options, *self._command[4:]])
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        try:
+            os.execv(sys.executable, [*self._command[:4], *options, *self._command[4:]])
+        except OSError as error:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            self._refuse(DeviceError(f"the new program does not start: {error}"))
+
+    def _refuse(self, error: DeviceError) -> None:
+        log.error("not upgraded: %s", error)
+        self._note(let_go=None, not_upgraded=[time.time(), str(error)])
+
+    def _note(self, **facts: object) -> None:
+        self._record.describe({**self._record.facts, **facts})
 
     def _rehearse(self) -> None:
         if not self._record.facts.get("survives"):
@@ -92,37 +102,56 @@ class Upgrade:
                 "with --user, upgrading needs --supervise or --recover"
             )
         try:
-            done = subprocess.run(
+            process = subprocess.Popen(
                 [*self._command, "--rehearse"],
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 text=True,
-                timeout=_REHEARSAL,
-                check=False,
             )
-        except (OSError, subprocess.TimeoutExpired) as error:
+        except OSError as error:
             raise DeviceError(f"the new program does not start: {error}") from error
-        if done.returncode:
-            lines = done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"]
+        with process:
+            try:
+                said = self._await(process)
+            except BaseException:
+                process.kill()
+                raise
+        if process.returncode:
+            lines = said.strip().splitlines() or [f"it ended with {process.returncode}"]
             raise DeviceError(f"the new program would not go on: {lines[-1]}")
 
+    def _await(self, process: subprocess.Popen[str]) -> str:
+        """Tell the new program what it has to know, and wait for its end; what it said."""
+        facts: str | None = json.dumps(self._record.facts)
+        deadline = time.monotonic() + _REHEARSAL
+        while True:
+            notify("WATCHDOG=1")  # requests are served by other threads
+            try:
+                return process.communicate(facts, timeout=_SIGN)[1]
+            except subprocess.TimeoutExpired as error:
+                facts = None  # has been told
+                if time.monotonic() >= deadline:
+                    raise DeviceError(
+                        f"the new program has not come up within {_REHEARSAL:g} s"
+                    ) from error
 
-def rehearse(args: argparse.Namespace, env: Environment) -> ExitStatus:
+
+def rehearse(env: Environment) -> ExitStatus:
     """See whether we could go on with a disk that another process still serves.
+
+    That one's facts come on stdin: it may have no privileges, and neither have we then.
 
     Raises:
         XenDiskError: why not.
     """
-    with env.open_store() as store:
-        domain = find_domain(store, args.vm)
-        disk = find(store, domain.domid, parse_vdev(args.device))
-        found = record.find(env.record_directory, disk.address)
-        if found is None or found.facts.get("format") != FORMAT:
-            raise DeviceError("its record is another version's: the journal cannot be read")
-        os.chdir(found.facts["folder"])
-        arguments = parse(found.facts["arguments"])
+    facts = json.load(env.stdin) if env.stdin is not None else {}
+    if facts.get("format") != FORMAT:
+        raise DeviceError("its record is another version's: the journal cannot be read")
+    arguments = parse(facts["arguments"])
+    if arguments.user is None:
+        os.chdir(facts["folder"])
         find_class(backend_name(arguments))
-        if arguments.user is None:
-            env.open_hypervisor().close()
+        env.open_store().close()
+        env.open_hypervisor().close()
     return ExitStatus.OK

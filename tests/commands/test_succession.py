@@ -1,0 +1,543 @@
+"""``connect --adopt`` and ``--recover``: on with a disk whose process has died, or not."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+from libxl import Libxl
+
+from xen_disk_py import record, toolstack
+from xen_disk_py.arguments import parse
+from xen_disk_py.blkif import READ, WRITE
+from xen_disk_py.cli import main
+from xen_disk_py.commands.backend_arguments import backend_from
+from xen_disk_py.commands.opening import facts_about, queue_options
+from xen_disk_py.device import Device
+from xen_disk_py.disk import Disk
+from xen_disk_py.exit_status import ExitStatus
+from xen_disk_py.record import Record, find
+from xen_disk_py.toolstack import Domain
+from xen_disk_py.vdev import parse as parse_vdev
+from xen_disk_py.xenbus import Address, State
+
+ADDRESS = Address(0, 5, 51728, "vbd3")
+NEW = b"new" * 4096
+DEAD = 999_999_999  # no process has such a number
+
+SLOW = """
+import os
+from xen_disk_py.backends import Backend
+
+class Disk(Backend):
+    size = 1 << 20
+    survives = True
+
+    def __init__(self, *, folder):
+        self.folder = folder
+
+    def read(self, buffers, offset):
+        if os.path.exists(self.folder + "/hang"):
+            open(self.folder + "/entered", "w").close()
+            os.read(os.pipe()[0], 1)
+        for buffer in buffers:
+            buffer[:] = b"r" * len(buffer)
+
+    def write(self, buffers, offset):
+        with open(self.folder + "/written", "a") as file:
+            file.write(f"{offset} ")
+"""
+FORGETFUL = SLOW.replace("survives = True", "")
+
+
+@pytest.fixture
+def image(tmp_path):
+    path = tmp_path / "disk.raw"
+    path.write_bytes(bytes(range(256)) * 4096)
+    return path
+
+
+@pytest.fixture
+def orphan(host):
+    """Make what a process leaves that dies before the guest has connected."""
+
+    def orphan(*argv, **changed):
+        args = parse(["connect", "guest", "--vdev", "xvdb", *map(str, argv)])
+        vdev = parse_vdev("xvdb")
+        disk = Disk(backend_from(args))
+        one = Record(host.records, ADDRESS, args.queues)
+        facts = facts_about(args, Domain(5, "guest", ""), vdev, disk)
+        one.describe({**facts, "pid": DEAD, **changed})
+        toolstack.attach(
+            host.store,
+            ADDRESS,
+            vdev,
+            backend_keys=Device(
+                host.store,
+                host.hypervisor,
+                ADDRESS,
+                disk,
+                options=queue_options(args),
+                max_queues=args.queues,
+            ).keys(),
+            params="raw:",
+            read_only=disk.read_only,
+            pid=DEAD,
+        )
+        one.leave()
+        disk.close()
+
+    folder = os.getcwd()
+    yield orphan
+    os.chdir(folder)
+    toolstack.detach(host.store, ADDRESS)
+    record.forget(host.records, ADDRESS)
+
+
+@pytest.fixture
+def run(host):
+    """Run a command here while a script plays the guest; its status and what it said."""
+
+    def run(*argv, script=lambda env: None):
+        env, errors, folder = host.environment(), [], os.getcwd()
+
+        def play():
+            try:
+                script(env)
+            except BaseException as error:
+                errors.append(error)
+                host.xenstored.remove_domain(host.DOMID)  # let the command end
+
+        thread = threading.Thread(target=play)
+        thread.start()
+        try:
+            status = main(list(map(str, argv)), env)
+        finally:
+            os.chdir(folder)
+            thread.join(30)
+        assert not thread.is_alive()
+        if errors:
+            raise AssertionError(env.stderr.getvalue()) from errors[0]
+        return status, env.stdout.getvalue(), env.stderr.getvalue()
+
+    return run
+
+
+@pytest.fixture
+def adopt(run):
+    return lambda *argv, **options: run("connect", "--adopt", *argv, "guest", "xvdb", **options)
+
+
+def unplug(host, env, frontend):
+    """Once the command has said that it goes on, interrupt it; let go as a guest does."""
+    host.until(env.stdout.getvalue)
+    os.kill(os.getpid(), signal.SIGINT)
+    host.until(lambda: frontend.backend_state is State.CLOSING)
+    frontend.disconnect()
+
+
+def trace(host):
+    """Return all that somebody who goes on would find."""
+    path = Path(record._path(host.records, ADDRESS))
+    nodes = {path: value for path, value in host.tree().items() if "51728" in path}
+    return nodes, path.read_bytes() if path.exists() else None
+
+
+def test_a_guest_goes_on(host, processes, adopt, image):
+    """With what it had written and what it asked for when nobody was there."""
+    process = processes.start("connect", "5", "--path", str(image), "--backend=raw", "--vdev=xvdb")
+    host.until(lambda: ADDRESS.backend in host.tree())
+    frontend = host.frontend(ADDRESS)
+    frontend.connect()
+    frontend.write(4096, NEW)
+    process.until("raw rw")
+    process.kill()
+    frontend.submit(WRITE, 65536, NEW)
+    frontend.kick()
+
+    def script(env):
+        frontend.drain()
+        assert NEW * 2 == frontend.read(4096, len(NEW)) + frontend.read(65536, len(NEW))
+        found = find(host.records, ADDRESS)
+        assert (True, os.getpid(), True) == (
+            found.alive,
+            found.facts["pid"],
+            found.facts["connected"],
+        )
+        assert 2 == found.counters["writes"]  # of both processes
+        assert str(os.getpid()) == host.tree()[f"{ADDRESS.backend}/xen-disk-pid"]
+        assert frontend.backend_state is State.CONNECTED
+        unplug(host, env, frontend)
+
+    status, out, err = adopt(script=script)
+    assert (ExitStatus.OK, "xvdb 51728 /dev/xvdb 1 MiB raw rw\n") == (status, out)
+    assert "xvdb: unplugged\n" in err
+    assert NEW == image.read_bytes()[65536 : 65536 + len(NEW)]
+
+
+def test_a_request_that_was_under_way(host, processes, adopt, tmp_path):
+    """It is done again; so are those behind it, once each."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    (tmp_path / "hang").touch()
+    disk = ["--path", str(tmp_path / "slow.py"), "--option", f"folder={tmp_path}"]
+    process = processes.start("connect", "guest", "--vdev=xvdb", *disk)
+    host.until(lambda: ADDRESS.backend in host.tree())
+    frontend = host.frontend(ADDRESS)
+    frontend.connect()
+    read = []
+    frontend.submit(READ, 0, length=4096, done=lambda data: read.append(bytes(data)))
+    frontend.submit(WRITE, 8192, NEW)
+    frontend.kick()
+    host.until((tmp_path / "entered").exists)
+    process.kill()
+    (tmp_path / "hang").unlink()
+
+    def script(env):
+        frontend.drain()
+        unplug(host, env, frontend)
+
+    assert ExitStatus.OK is adopt("--json", script=script)[0]
+    assert ([b"r" * 4096], "8192 ") == (read, (tmp_path / "written").read_text())
+
+
+def test_the_arguments_are_those_that_there_were(host, adopt, orphan, image):
+    orphan("--path", image, "--backend=raw", "--read-only", "--indirect-segments=32", "--queues=2")
+
+    def script(env):
+        frontend = host.frontend(ADDRESS, queues=2, max_segments=32)
+        features = frontend.connect()
+        assert (True, 32, 2) == (
+            features.read_only,
+            features.max_indirect_segments,
+            features.max_queues,
+        )
+        assert image.read_bytes()[:4096] * 2 == frontend.read(0, 4096) * 2
+        unplug(host, env, frontend)
+
+    status, out, _ = adopt("--json", script=script)
+    assert (ExitStatus.OK, "ro", os.getpid()) == (
+        status,
+        json.loads(out)["mode"],
+        json.loads(out)["pid"],
+    )
+
+
+@pytest.mark.parametrize("adopts", [False, True])
+def test_whoever_started_it_is_told(host, run, orphan, image, monkeypatch, adopts):
+    """Which disk it is before there is anything to leave behind, then that it is served."""
+    if adopts:
+        orphan("--path", image, "--backend=raw")
+    told = []
+
+    def notify(*assignments):
+        tree = host.tree()
+        pid = tree.get(f"{ADDRESS.backend}/xen-disk-pid")
+        told.append((assignments[0], pid, tree.get(f"{ADDRESS.backend}/state")))
+
+    monkeypatch.setattr("xen_disk_py.commands.connect.notify", notify)
+
+    def script(env):
+        host.until(lambda: f"{ADDRESS.frontend}/state" in host.tree())
+        frontend = host.frontend(ADDRESS)
+        frontend.connect()
+        unplug(host, env, frontend)
+
+    new = ["guest", "--vdev=xvdb", "--path", image, "--backend=raw"]
+    status, _, _ = run("connect", *(["--adopt", "guest", "xvdb"] if adopts else new), script=script)
+    assert status is ExitStatus.OK
+    ours = str(os.getpid())
+    assert [
+        ("X_DEVICE=5 xvdb", str(DEAD), "2") if adopts else ("X_DEVICE=5 xvdb", None, None),
+        ("READY=1", ours, "4"),
+        ("STOPPING=1", ours, "4"),
+    ] == told
+
+
+def change_file(image):
+    image.with_name("other").write_bytes(image.read_bytes())
+    image.with_name("other").replace(image)
+
+
+@pytest.mark.parametrize(
+    ("argv", "change", "said"),
+    [
+        (["--backend=raw"], change_file, "is not the file any more that xvdb was made of"),
+        (["--backend=raw"], os.remove, "of which xvdb was made, is not there: put it back"),
+        (["--backend=raw"], lambda path: os.truncate(path, 4096), "is 4 KiB long now, xvdb 1 MiB"),
+        (["--backend=cow"], lambda path: None, "has died with process 999999999"),
+    ],
+)
+def test_what_nobody_can_go_on_with(host, adopt, orphan, image, caplog, argv, change, said):
+    """It stays as it is, for whoever mends it."""
+    orphan("--path", image, *argv)
+    change(image)
+    before = trace(host)
+    status, out, err = adopt()
+    assert (ExitStatus.ERROR, "", 1) == (status, out, len(err.splitlines()))
+    assert said in err
+    assert before == trace(host)
+    assert not find(host.records, ADDRESS).alive
+    passes = "KiB" in said or "put it back" in said
+    assert (ExitStatus.CRASHED if passes else ExitStatus.ERROR) is adopt("--leave")[0]
+    assert before == trace(host)
+    caplog.clear()  # what is logged refers to everything
+
+
+def test_an_overlay_that_has_vanished_is_not_made_anew(host, adopt, orphan, image, tmp_path):
+    orphan("--path", image, "--overlay", tmp_path / "changes")
+    (tmp_path / "changes").unlink()
+    assert "changes, of which xvdb was made, is not there" in adopt()[2]
+    assert not (tmp_path / "changes").exists()
+
+
+def test_a_disk_of_your_own(host, adopt, orphan, tmp_path):
+    """Its code may change, its data is its own business; unless it says so, it does not survive."""
+    code = tmp_path / "disk.py"
+    code.write_text(FORGETFUL)
+    orphan("--path", code, "--option", f"folder={tmp_path}")
+    assert "has died with process" in adopt()[2]
+
+
+def test_the_code_of_a_disk_of_your_own_may_change(host, adopt, orphan, tmp_path):
+    code = tmp_path / "disk.py"
+    code.write_text(SLOW)
+    orphan("--path", code, "--option", f"folder={tmp_path}")
+    code.unlink()
+    code.write_text(SLOW.replace('b"r"', 'b"R"'))
+
+    def script(env):
+        frontend = host.frontend(ADDRESS)
+        frontend.connect()
+        assert b"R" * 512 == frontend.read(0, 512)
+        unplug(host, env, frontend)
+
+    assert ExitStatus.OK is adopt(script=script)[0]
+
+
+@pytest.mark.parametrize(
+    ("argv", "status", "said"),
+    [
+        (["guest", "xvdb"], 1, "no xvdb of ours in guest (domain 5): nothing to adopt"),
+        (["guest", "xvd"], 2, "xvd"),
+        (["nobody", "xvdb"], 1, "no domain 'nobody' is running"),
+        (["77", "xvdb"], 1, "no domain '77' is running"),
+        (["guest"], 2, "VM VDEV goes with --adopt"),
+        (["guest", "xvdb", "--backend=raw"], 2, "goes on with the arguments that there were"),
+    ],
+)
+def test_nothing_there(run, argv, status, said):
+    result, out, err = run("connect", "--adopt", *argv)
+    assert (status, "", 1) == (result, out, len(err.splitlines()))
+    assert said in err
+
+
+def test_nodes_without_a_record(host, adopt, orphan, image):
+    orphan("--path", image, "--backend=raw")
+    record.forget(host.records, ADDRESS)
+    before = trace(host)
+    status, _, err = adopt()
+    assert (ExitStatus.ERROR, before) == (status, trace(host))
+    assert "no process has left xvdb of domain 5 behind" in err
+
+
+def test_a_process_that_lives(host, adopt, orphan, image):
+    orphan("--path", image, "--backend=raw")
+    with Record.adopt(host.records, ADDRESS) as lives:
+        before = trace(host)
+        status, _, err = adopt()
+        assert (ExitStatus.ERROR, before) == (status, trace(host))
+        assert f"process {DEAD} lives and serves xvdb of guest (domain 5)" in err
+        lives.leave()
+
+
+def test_a_record_of_another_version(host, adopt, orphan, image, monkeypatch):
+    monkeypatch.setattr("xen_disk_py.record.FORMAT", -1)
+    orphan("--path", image, "--backend=raw")
+    monkeypatch.undo()
+    before = trace(host)
+    status, _, err = adopt()
+    assert (ExitStatus.ERROR, before) == (status, trace(host))
+    assert "another version wrote it" in err
+
+
+def test_a_disk_of_libxl_s(host, adopt, orphan, image):
+    """Its nodes are not ours to remove."""
+    orphan("--path", image, "--backend=raw")
+    host.store.write(f"{ADDRESS.backend}/script", "/etc/xen/scripts/block-xen-disk")
+    before = trace(host)
+    status, _, err = adopt()
+    assert (ExitStatus.ERROR, before) == (status, trace(host))
+    assert "xl has attached xvdb: xen-disk serve goes on with it" in err
+
+
+def test_an_image_that_has_become_longer(host, adopt, orphan, image):
+    """The guest is told of whole physical sectors, as it was told that they are so long."""
+    orphan("--path", image, "--backend=raw", connected=True)
+    os.truncate(image, (2 << 20) + 512)
+
+    def script(env):
+        frontend = host.frontend(ADDRESS)
+        assert 4096 == frontend.connect().sectors
+        unplug(host, env, frontend)
+
+    assert ExitStatus.OK is adopt(script=script)[0]
+
+
+@pytest.mark.parametrize("vm", ["5", "guest"])
+@pytest.mark.parametrize("gone", ["domain", "introduced"])
+def test_the_guest_was_destroyed(host, run, orphan, image, tmp_path, vm, gone):
+    """Its id, which a supervisor knows, is enough to clean up by; its name is gone with it."""
+    orphan("--path", image, "--overlay", tmp_path / "scratch", "--scratch")
+    if gone == "domain":
+        host.xenstored.remove_domain(5)
+    else:
+        del host.xenstored.domains[5]  # it was, and a toolstack cleans up now
+    status, out, err = run("connect", "--adopt", vm, "xvdb")
+    if (vm, gone) == ("guest", "domain"):
+        assert (ExitStatus.ERROR, True) == (status, "no domain 'guest'" in err)
+        return
+    assert (ExitStatus.OK, "", "xvdb: the guest has gone\n") == (status, out, err)
+    assert ADDRESS.backend not in host.tree()
+    assert [] == os.listdir(host.records)
+    assert not (tmp_path / "scratch").exists()
+
+
+def test_a_toolstack_took_the_disk_away(host, adopt, orphan, image):
+    orphan("--path", image, "--backend=raw")
+    toolstack.detach(host.store, ADDRESS)
+    assert (ExitStatus.OK, "", "xvdb: detached meanwhile\n") == adopt()
+    assert [] == os.listdir(host.records)
+
+
+@pytest.mark.parametrize("record_format", [None, -1])
+def test_the_guest_of_a_record_that_cannot_be_read_was_destroyed(
+    host, run, orphan, image, monkeypatch, record_format
+):
+    if record_format is not None:
+        monkeypatch.setattr("xen_disk_py.record.FORMAT", record_format)
+    orphan("--path", image, "--backend=raw")
+    monkeypatch.undo()
+    if record_format is None:
+        record.forget(host.records, ADDRESS)
+    del host.xenstored.domains[5]
+    assert ExitStatus.OK is run("connect", "--adopt", "5", "xvdb")[0]
+    assert (ADDRESS.backend in host.tree(), []) == (False, os.listdir(host.records))
+
+
+def test_a_toolstack_detaches_meanwhile(host, adopt, orphan, image):
+    """The process that goes on shows it Closed, and it removes the nodes."""
+    orphan("--path", image, "--backend=raw")
+    libxl = Libxl(host, None)
+    libxl.ask_to_detach(ADDRESS)
+
+    def script(env):
+        libxl.wait(ADDRESS, State.CLOSED)
+        libxl.remove(ADDRESS)
+
+    status, out, err = adopt(script=script)
+    assert (ExitStatus.OK, "") == (status, out)
+    assert "xvdb: detached by the toolstack" in err
+    assert [] == os.listdir(host.records)
+
+
+def test_what_fails_before_anything_is_served_leaves_the_disk(host, adopt, orphan, image):
+    orphan("--path", image, "--backend=raw")
+    before = trace(host)[0]
+
+    def fail(*what, **more):
+        raise OSError("no")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("xen_disk_py.commands.connect.Device", fail)
+        status, _, err = adopt()
+    assert (ExitStatus.ERROR, True) == (status, "OSError: no" in err)
+    assert before.keys() == trace(host)[0].keys()
+    assert find(host.records, ADDRESS).is_orphan
+
+
+def test_a_guest_that_had_the_disk_may_take_its_time(host, adopt, orphan, image):
+    """Its driver is unloaded just now, say; that is announced all the same, for who waits."""
+    orphan("--path", image, "--backend=raw", "--timeout=0", connected=True)
+
+    def script(env):
+        host.until(env.stdout.getvalue)
+        frontend = host.frontend(ADDRESS)
+        frontend.connect()
+        unplug(host, env, frontend)
+
+    assert ExitStatus.OK is adopt(script=script)[0]
+
+
+def test_a_guest_that_never_had_the_disk_may_not(host, adopt, orphan, image):
+    orphan("--path", image, "--backend=raw", "--timeout=0")
+    status, _, err = adopt()
+    assert (ExitStatus.ERROR, True) == (status, "did not connect within 0 s" in err)
+    assert ADDRESS.backend not in host.tree()
+
+
+def test_recover(host, run, orphan, image):
+    """The disk of a process that died, with that one's arguments; else a new one."""
+    orphan("--path", image, "--backend=raw", "--read-only")
+    for mode in ("ro", "rw"):
+
+        def script(env, mode=mode):
+            host.until(lambda: f"{ADDRESS.frontend}/state" in host.tree())
+            frontend = host.frontend(ADDRESS)
+            assert (mode == "ro") is frontend.connect().read_only
+            unplug(host, env, frontend)
+
+        argv = ["--vdev=xvdb", "--path", image, "--backend=raw"]
+        status, out, _ = run("connect", "--recover", "guest", *argv, script=script)
+        assert (ExitStatus.OK, f"xvdb 51728 /dev/xvdb 1 MiB raw {mode}\n") == (status, out)
+
+
+def test_recover_without_a_name(host, run, image):
+    def script(env):
+        address = Address(0, 5, 51712, "vbd3")
+        host.until(lambda: f"{address.frontend}/state" in host.tree())
+        frontend = host.frontend(address)
+        frontend.connect()
+        unplug(host, env, frontend)
+
+    status, _, err = run("connect", "--recover", "guest", script=script)
+    assert status is ExitStatus.OK
+    assert err.startswith("without --vdev there is nothing to --recover by")
+
+
+@pytest.mark.parametrize("broken", ["queue", "loop"])
+def test_an_error_of_our_own_leaves_the_disk(host, processes, adopt, image, broken):
+    """Nothing is answered by the process that has it: the next one does what it was asked."""
+    processes.install(
+        "import xen_disk_py.queue\nxen_disk_py.queue.encode_response = lambda *what: 1 / 0\n"
+        if broken == "queue"
+        else "import signal, xen_disk_py.device\n"
+        "xen_disk_py.device.Device.unplug = lambda self: 1 / 0\n"
+    )
+    disk = ["--path", str(image), "--backend=raw", "--vdev=xvdb"]
+    process = processes.start("connect", "guest", "--recover", *disk)
+    host.until(lambda: ADDRESS.backend in host.tree())
+    frontend = host.frontend(ADDRESS)
+    frontend.connect()
+    process.until("raw rw")
+    if broken == "queue":
+        frontend.submit(WRITE, 0, NEW)
+        frontend.kick()
+    else:
+        process.signal()
+    assert ExitStatus.CRASHED == process.wait()
+    assert "serving failed, and the disk is left to another process" in process.err
+    assert "ZeroDivisionError" in process.err
+    assert find(host.records, ADDRESS).is_orphan
+    assert frontend.backend_state is State.CONNECTED
+    process.kill()
+
+    def script(env):
+        frontend.drain()
+        unplug(host, env, frontend)
+
+    assert ExitStatus.OK is adopt(script=script)[0]
+    assert (broken == "queue") is (NEW == image.read_bytes()[: len(NEW)])

@@ -1,0 +1,327 @@
+"""``upgrade``: a process becomes another program while a guest uses its disk, or it does not."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+from types import SimpleNamespace
+
+import pytest
+
+import xen_disk_py
+from xen_disk_py import record, toolstack
+from xen_disk_py.blkif import READ
+from xen_disk_py.cli import main
+from xen_disk_py.commands import upgrade as upgrade_module
+from xen_disk_py.commands import upgrading
+from xen_disk_py.exit_status import ExitStatus
+from xen_disk_py.record import FORMAT, Record, find
+from xen_disk_py.toolstack import Domain
+from xen_disk_py.vdev import parse
+from xen_disk_py.xenbus import Address, State
+
+ADDRESS = Address(0, 5, 51728, "vbd3")
+NEW = b"new" * 4096
+VERSION = "import xen_disk_py.commands.opening as opening\nopening.__version__ = 'next'\n"
+
+
+@pytest.fixture
+def image(tmp_path):
+    path = tmp_path / "disk.raw"
+    path.write_bytes(bytes(range(256)) * 4096)
+    return path
+
+
+@pytest.fixture
+def connect(host, processes, image):
+    """Have a real process serve a disk to a guest."""
+
+    def connect(*argv):
+        argv = argv or ["--path", str(image), "--backend=raw"]
+        process = processes.start("connect", *argv, "--vdev=xvdb", "guest")
+        host.until(lambda: ADDRESS.backend in host.tree())
+        frontend = host.frontend(ADDRESS)
+        frontend.connect()
+        process.until(" rw")
+        return process, frontend
+
+    return connect
+
+
+@pytest.fixture
+def upgrade(host):
+    def upgrade(*argv):
+        env = host.environment()
+        status = main(["upgrade", *(argv or ("guest", "xvdb"))], env)
+        return status, env.stdout.getvalue(), env.stderr.getvalue()
+
+    return upgrade
+
+
+def end(host, process, frontend):
+    process.signal()
+    host.until(lambda: frontend.backend_state is State.CLOSING)
+    frontend.disconnect()
+    assert ExitStatus.OK == process.wait()
+    assert "xvdb: unplugged\n" in process.err
+    assert "xvdb 51728 /dev/xvdb 1 MiB raw rw\n" == process.out  # and no second line
+
+
+def test_another_program_goes_on(host, processes, connect, upgrade, image):
+    """The same process, with the same disk, again and again."""
+    process, frontend = connect()
+    frontend.write(0, NEW)
+    assert xen_disk_py.__version__ == find(host.records, ADDRESS).facts["version"]
+    processes.install(VERSION)
+    for _ in range(2):
+        status, out, err = upgrade("guest", "xvdb", "--json")
+        told = json.loads(out)
+        pause = told.pop("pause")
+        assert status is ExitStatus.OK
+        assert f"xvdb: version next goes on, nobody served for {pause:.2f} s\n" == err
+        assert 0.01 < pause < 20  # as long as it takes to start a program
+        assert {
+            "domid": 5,
+            "domain": "guest",
+            "vdev": "xvdb",
+            "number": 51728,
+            "device": "/dev/xvdb",
+            "pid": process.pid,
+            "version": "next",
+        } == told
+        assert NEW == frontend.read(0, len(NEW))
+        assert frontend.backend_state is State.CONNECTED
+    status, out, err = upgrade()
+    assert (ExitStatus.OK, "") == (status, out)
+    frontend.write(8192, NEW)
+    end(host, process, frontend)
+    assert NEW == image.read_bytes()[8192 : 8192 + len(NEW)]
+    assert 3 == process.err.count(f"xvdb: process {process.pid} goes on\n")
+
+
+def test_requests_meanwhile(host, connect, upgrade):
+    process, frontend = connect()
+    for number in range(20):
+        frontend.submit(READ, 4096 * number, length=4096)
+    frontend.kick()
+    assert ExitStatus.OK is upgrade()[0]
+    frontend.drain()
+    end(host, process, frontend)
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        ("raise RuntimeError('half installed')", "would not go on: RuntimeError: half installed"),
+        (None, "does not start: "),
+        ("import xen_disk_py.commands.upgrading as u\nu.FORMAT = -1", "another version's"),
+        (
+            "def no():\n    raise xen_disk_py.errors.XenUnavailable('no gntdev')\n"
+            "import xen_disk_py.errors\nenv.open_hypervisor = no",
+            "error: no gntdev",
+        ),
+    ],
+)
+def test_a_program_that_cannot_start(host, processes, connect, upgrade, broken, said):
+    """Nobody has let go of anything; the reason is told, each time."""
+    process, frontend = connect()
+    before = find(host.records, ADDRESS).facts["started"]
+    if broken is None:
+        processes.program.unlink()
+    else:
+        processes.install(broken)
+    for _ in range(2):
+        status, out, err = upgrade("guest", "xvdb", "--json")
+        assert (ExitStatus.ERROR, "", 1) == (status, out, len(err.splitlines()))
+        assert f"process {process.pid} goes on as it was: " in err
+        assert said in err
+    assert before == find(host.records, ADDRESS).facts["started"]
+    frontend.write(0, NEW)
+    processes.install()
+    assert ExitStatus.OK is upgrade()[0]  # it has been mended
+    assert "not_upgraded" not in find(host.records, ADDRESS).facts
+    end(host, process, frontend)
+
+
+def test_a_program_that_vanishes_at_the_last_moment(host, processes, connect, upgrade):
+    """Signals, which were held back for it, are heard again."""
+    processes.install("def no(*what):\n    raise OSError('gone')\nos.execv = no\n")
+    process, frontend = connect()
+    assert "the new program does not start: gone" in upgrade()[2]
+    frontend.write(0, NEW)
+    end(host, process, frontend)
+
+
+def test_a_worker_of_a_supervisor(host, processes, upgrade, image):
+    """It keeps its number, and the supervisor keeps it."""
+    process = processes.start(
+        *("connect", "--supervise", "--path", str(image), "--backend=raw", "--vdev=xvdb", "5")
+    )
+    host.until(lambda: ADDRESS.backend in host.tree())
+    frontend = host.frontend(ADDRESS)
+    frontend.connect()
+    process.until(" rw")
+    pid = find(host.records, ADDRESS).facts["pid"]
+    assert ExitStatus.OK is upgrade()[0]
+    assert pid == find(host.records, ADDRESS).facts["pid"]
+    end(host, process, frontend)
+
+
+def test_copy_on_write_dies_with_its_process(host, connect, upgrade, image):
+    process, frontend = connect("--path", str(image))
+    status, _, err = upgrade()
+    assert (ExitStatus.ERROR, True) == (status, "what the guest wrote would end with" in err)
+    process.signal(signal.SIGTERM)
+    host.until(lambda: frontend.backend_state is State.CLOSING)
+    status, _, err = upgrade()
+    assert (ExitStatus.ERROR, True) == (status, "xvdb is about to go" in err)
+    frontend.disconnect()
+    assert ExitStatus.OK == process.wait()
+
+
+@pytest.fixture
+def served(host, monkeypatch):
+    """Nodes and a record as a process has them; what it is sent, a script answers."""
+
+    def serve(answer=lambda one: None, **facts):
+        serving = host.serving(host.memory(), "xvdb", start=False)
+        serving.attach()
+        one = Record(host.records, ADDRESS)
+        one.describe({"pid": os.getpid(), "started": 1.0, "version": "9", "pause": None, **facts})
+        signals = []
+
+        def kill(pid, signum):
+            signals.append((pid, signum))
+            answer(one)
+
+        monkeypatch.setattr(upgrade_module.os, "kill", kill)
+        records.append(one)
+        return signals
+
+    records = []
+    yield serve
+    toolstack.detach(host.store, ADDRESS)
+    while records:
+        records.pop().close()
+    record.forget(host.records, ADDRESS)
+
+
+def fail(error):
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (lambda one: one.close(), "xvdb was disconnected meanwhile"),
+        (lambda one: one.leave(), "the new program has died; to go on with the disk: xen-disk"),
+        (lambda one: None, "has not answered within 0 s: it is stopped or hangs"),
+        (lambda one: fail(ProcessLookupError()), "has died; to go on with its disk: xen-disk"),
+        (lambda one: fail(PermissionError()), "run as root"),
+    ],
+)
+def test_a_process_that_does_not_answer(served, upgrade, answer, said):
+    signals = served(answer)
+    status, out, err = upgrade("guest", "xvdb", "--timeout=0")
+    assert (ExitStatus.ERROR, "", 1) == (status, out, len(err.splitlines()))
+    assert said in err
+    assert [(os.getpid(), signal.SIGUSR2)] == signals
+
+
+@pytest.mark.parametrize("facts", [{"started": None}, {"pid": 1}])
+def test_a_process_that_would_not_understand_is_sent_nothing(served, upgrade, facts):
+    """The signal kills whoever does not know it."""
+    signals = served(**facts)
+    assert "cannot be followed" in upgrade()[2]
+    assert [] == signals
+
+
+def test_a_record_of_another_version(served, upgrade, monkeypatch):
+    signals = served()
+    monkeypatch.setattr(upgrade_module, "FORMAT", FORMAT + 1)
+    assert "cannot be followed" in upgrade()[2]
+    assert [] == signals
+
+
+def test_a_dead_process(served, upgrade, host):
+    signals = served()
+    record.forget(host.records, ADDRESS)  # it is locked
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(upgrade_module.record, "find", lambda *what: None)
+        assert "has died; to go on with its disk: xen-disk connect --adopt 5 xvdb" in upgrade()[2]
+    assert [] == signals
+
+
+def test_a_disk_of_libxl_s(served, upgrade, host):
+    signals = served()
+    host.store.write(f"{ADDRESS.backend}/script", "/etc/xen/scripts/block-xen-disk")
+    assert "xl has attached xvdb" in upgrade()[2]
+    assert [] == signals
+
+
+@pytest.mark.parametrize("argv", [("guest", "xvd"), ("guest",)])
+def test_wrong_input(upgrade, argv):
+    assert ExitStatus.USAGE is upgrade(*argv)[0]
+
+
+class Ended(BaseException):
+    """What ends a process, here."""
+
+
+@pytest.fixture
+def taking_over(host, monkeypatch):
+    """Have the process of a disk that another user serves take over; how it has ended."""
+
+    def take_over(**changed):
+        args = argparse.Namespace(quiet=False, user="nobody", leave=True, **changed)
+        with Record(host.records, ADDRESS) as one:
+            one.describe({"survives": True})
+            successor = upgrading.Upgrade(
+                args, Domain(5, "guest", ""), parse("xvdb"), one, lambda: None
+            )
+            monkeypatch.setattr(upgrading.os, "_exit", lambda status: fail(Ended(status)))
+            try:
+                successor.take_over()
+            except Ended as end:
+                return end.args[0], one.facts
+            return None, one.facts
+
+    return take_over
+
+
+def test_who_has_no_privileges_leaves_it_to_who_started_it(
+    taking_over, processes, monkeypatch, tmp_path
+):
+    """What the rehearsal has to know it is told: it may look nowhere."""
+    heard = tmp_path / "heard"
+    processes.install(f"open({str(heard)!r}, 'w').write(sys.stdin.read()); sys.exit()")
+    monkeypatch.setattr("sys.executable", str(processes.program))
+    monkeypatch.setattr("logging.shutdown", lambda: None)  # the handlers are pytest's
+    popen = upgrading.subprocess.Popen
+    descriptors = processes._host.machine.descriptors
+    monkeypatch.setattr(
+        upgrading,
+        "subprocess",
+        SimpleNamespace(
+            **{
+                **vars(upgrading.subprocess),
+                "Popen": lambda *what, **more: popen(*what, **more, pass_fds=descriptors),
+            }
+        ),
+    )
+    status, facts = taking_over()
+    assert ExitStatus.CRASHED == status
+    assert facts["let_go"] > 0
+    assert {"survives": True, "format": FORMAT} == json.loads(heard.read_text())
+
+
+def test_who_has_no_privileges_and_nobody_who_started_it(host, caplog):
+    with Record(host.records, ADDRESS) as one:
+        one.describe({"survives": True})
+        args = argparse.Namespace(quiet=False, user="nobody", leave=False)
+        domain = Domain(5, "guest", "")
+        upgrading.Upgrade(args, domain, parse("xvdb"), one, lambda: None).take_over()
+        assert "needs --supervise or --recover" in one.facts["not_upgraded"][1]
+    caplog.clear()  # what is logged refers to everything

@@ -1,0 +1,128 @@
+"""Programs of ours as real processes on a simulated host: to be killed, and to follow each other.
+
+Each is ``PROGRAM -m xen_disk_py …``, as Python is started, and so is each that it starts itself.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import xen_disk_py
+
+PROGRAM = """#!{python}
+import os
+import subprocess
+import sys
+from functools import partial
+
+sys.path.insert(0, {package!r})
+from xen_disk_py.cli import main
+from xen_disk_py.environment import Environment
+from xen_disk_py.simulated.hypervisor import SimulatedHypervisor, SimulatedMachine
+from xen_disk_py.xenstore import Store
+
+assert sys.argv[1:3] == ["-m", "xen_disk_py"]
+sys.executable = __file__
+machine = SimulatedMachine.attach({machine!r})
+if "--adopt" in sys.argv and "--rehearse" not in sys.argv:
+    machine.bury_backend()  # what a kernel has done when a process has died, or become this one
+for descriptor in machine.descriptors:
+    os.set_inheritable(descriptor, True)
+subprocess.Popen = partial(subprocess.Popen, pass_fds=machine.descriptors)
+env = Environment(
+    open_store=lambda: Store.open({socket!r}),
+    open_hypervisor=lambda: SimulatedHypervisor(machine),
+    xen_version=lambda: (4, 20),
+    record_directory={records!r},
+)
+{hook}
+sys.exit(main(sys.argv[3:], env))
+"""
+
+
+class Process:
+    """One of them."""
+
+    def __init__(self, host, command, folder):
+        self._host = host
+        self._out, self._err = folder / "stdout", folder / "stderr"
+        with self._out.open("w") as out, self._err.open("w") as err:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                pass_fds=host.machine.descriptors,
+                cwd=folder,
+            )
+        self.pid = self._process.pid
+
+    @property
+    def out(self):
+        return self._out.read_text()
+
+    @property
+    def err(self):
+        return self._err.read_text()
+
+    def signal(self, signum=signal.SIGINT):
+        self._process.send_signal(signum)
+
+    def until(self, text):
+        """Wait until it has said that, on either stream."""
+        self._host.until(
+            lambda: text in self.out + self.err or self._process.poll() is not None,
+            what=f"{text!r}",
+        )
+        assert text in self.out + self.err, self.out + self.err
+
+    def wait(self):
+        """Wait for its end; the result is its exit status."""
+        return self._process.wait(30)
+
+    def kill(self):
+        """Kill it, and do what a kernel does then."""
+        self._process.kill()
+        self._process.wait(30)
+        self._host.machine.bury_backend()
+
+
+class Processes:
+    """Starts them; none is left at the end."""
+
+    def __init__(self, host, folder):
+        self._host = host
+        self._folder = folder
+        self._all = []
+        self.program = folder / "python"
+        self.install()
+
+    def install(self, hook=""):
+        """Write the program anew; ``hook`` is Python that runs in each before ``main``."""
+        text = PROGRAM.format(
+            python=sys.executable,
+            package=str(Path(xen_disk_py.__file__).parents[1]),
+            machine=self._host.machine.address,
+            socket=self._host.xenstored.socket_path(0),
+            records=self._host.records,
+            hook=hook,
+        )
+        new = self.program.with_name("new")
+        new.write_text(text)
+        new.chmod(0o755)
+        os.replace(new, self.program)
+
+    def start(self, *argv):
+        folder = self._folder / f"process{len(self._all)}"
+        folder.mkdir()
+        command = [str(self.program), "-m", "xen_disk_py", *argv]
+        self._all.append(Process(self._host, command, folder))
+        return self._all[-1]
+
+    def close(self):
+        for process in self._all:
+            process.kill()

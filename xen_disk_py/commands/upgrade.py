@@ -1,0 +1,91 @@
+"""``upgrade``: have the program that is installed by now go on with a disk."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import time
+from typing import Any
+
+from .. import adoption, record, toolstack
+from ..environment import Environment
+from ..errors import DeviceError
+from ..exit_status import ExitStatus
+from ..record import FORMAT
+from ..toolstack import Attached
+from ..vdev import parse
+from ..xenbus import State
+from .served_disk import find
+
+_LOOK = 0.02  # seconds between two looks at the record, which tells nobody when it changes
+
+
+def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
+    """Ask the process that serves the disk, and say how that went."""
+    vdev = parse(args.vdev)
+    with env.open_store() as store:
+        domain = toolstack.find_domain(store, args.vm)
+        disk = find(store, domain.domid, vdev)
+        if adoption.is_ours(store, disk.address):
+            raise DeviceError(
+                f"xl has attached {vdev}: end its process (kill -9 {disk.pid}), and xen-disk serve "
+                "has the new program go on"
+            )
+    facts = _upgrade(env, disk, args.timeout)
+    pause = facts["pause"]
+    for_so_long = f", nobody served for {pause:.2f} s" if pause is not None else ""
+    env.tell(f"{vdev}: version {facts['version']} goes on{for_so_long}")
+    if args.json:
+        told = ("domid", "domain", "vdev", "number", "device", "pid", "version", "pause")
+        env.say(json.dumps({name: facts[name] for name in told}))
+    return ExitStatus.OK
+
+
+def _upgrade(env: Environment, disk: Attached, timeout: float) -> dict[str, Any]:
+    """Have another program serve the disk; the facts about it.
+
+    Raises:
+        DeviceError: that is not so, and why.
+    """
+    before = record.find(env.record_directory, disk.address)
+    adopt = f"xen-disk connect --adopt {disk.address.frontend_domid} {disk.device}"
+    died = DeviceError(f"process {disk.pid} has died; to go on with its disk: {adopt}")
+    if before is None or not before.alive:
+        raise died
+    if (
+        before.facts.get("format") != FORMAT
+        or before.facts.get("pid") != disk.pid
+        or before.facts.get("started") is None
+    ):
+        raise DeviceError(
+            f"process {disk.pid} does not serve {disk.device} yet, or is of a version that cannot "
+            "be followed: try again, or disconnect the disk"
+        )
+    if disk.backend_state is State.CLOSING:
+        raise DeviceError(f"{disk.device} is about to go: the guest has been asked to let go of it")
+    try:
+        os.kill(disk.pid, signal.SIGUSR2)
+    except ProcessLookupError:
+        raise died from None
+    except PermissionError as error:
+        raise DeviceError(f"no signal can be sent to process {disk.pid}: run as root") from error
+    deadline = time.monotonic() + timeout
+    while True:
+        found = record.find(env.record_directory, disk.address)
+        if found is None or not (found.alive or found.facts):
+            raise DeviceError(f"{disk.device} was disconnected meanwhile")
+        if found.alive:
+            refusal = found.facts.get("not_upgraded")
+            if refusal not in (None, before.facts.get("not_upgraded")):
+                raise DeviceError(f"process {disk.pid} goes on as it was: {refusal[1]}")
+            if found.facts.get("started") not in (None, before.facts["started"]):
+                return found.facts
+        if time.monotonic() >= deadline:
+            raise DeviceError(
+                f"process {disk.pid} has not answered within {timeout:g} s: it is stopped or hangs"
+                if found.alive
+                else f"the new program has died; to go on with the disk: {adopt}"
+            )
+        time.sleep(_LOOK)
