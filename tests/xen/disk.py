@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -96,6 +97,7 @@ class Disk:
         *arguments: str | Path,
         wait: bool = True,
         cwd: Path | None = None,
+        program: Sequence[str] = PROGRAM,
     ) -> None:
         self.guest = guest
         self.info: dict[str, Any] = {}
@@ -103,7 +105,7 @@ class Disk:
         self.stdout = ""
         self._lines = threading.Condition()
         self._before = set(block_nodes(guest.domid))
-        self.command = [*PROGRAM, "connect", guest.name, "--json", *map(str, arguments)]
+        self.command = [*program, "connect", guest.name, *map(str, arguments), "--json"]
         self.process = subprocess.Popen(
             self.command,
             stdin=subprocess.DEVNULL,
