@@ -1653,8 +1653,9 @@ def test_an_idle_queue_sleeps(host):
     assert wakeups == line.disk.statistics.as_dict()["wakeups"]
 
 
-def test_answers_are_published_amid_a_batch(host):
+def test_answers_are_published_amid_a_batch(host, monkeypatch):
     """A guest that asks for much can go on with the first of it."""
+    monkeypatch.setattr(queue_module, "_PUBLISH", 64 << 10)
     seen = []
 
     def looking(buffers, offset):
@@ -1674,7 +1675,7 @@ def test_answers_are_published_amid_a_batch(host):
 
 def test_where_the_guest_is_quick_the_thread_looks_on(host, monkeypatch):
     """It is awake when the next request comes, and no event is needed."""
-    for name, value in (("_TIMES", 1e6), ("_LITTLE", 0.1), ("_MOST", 0.1)):
+    for name, value in (("_TIMES", 1e6), ("_LITTLE", 0.1), ("_MOST", 0.1), ("_TIMED", 2)):
         monkeypatch.setattr(pacing, name, value)
     monkeypatch.setattr(queue_module, "_CROWDED", 1e9)
     line = host.line(host.memory(SIZE))

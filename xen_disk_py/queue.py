@@ -3,7 +3,7 @@
 The loop is the whole data path::
 
     take all requests ─ for each: decode, check, borrow its pages, do it, give them back
-    publish the responses when the pace says so ─ notify if the frontend asked for it
+    publish the responses, some at a time ─ notify if the frontend asked for it
     nothing more to take? look on for a moment, ask for a notification, look once more, sleep
 
 Two ways lead through it. :meth:`Queue._begin` does any request, whatever it asks for and
@@ -68,7 +68,7 @@ log = logging.getLogger("xen_disk_py")
 MAX_IN_FLIGHT = 64 << 20
 """Bytes of one disk that may be on their way at once where requests are done in threads."""
 
-_PUBLISH = 64 << 10  # bytes moved until responses are published, amid a batch
+_PUBLISH = 256 << 10  # bytes moved until responses are published, amid a batch
 _CROWDED = 20  # times as long as a look takes: if one took so long, others want the processor
 _STORM = 16  # wake-ups in a row that find nothing, before the next is put off
 _CALM = 10  # milliseconds that it is put off
@@ -171,7 +171,8 @@ class Queue:
         self._held: list[_Begun] = []  # of these, those that the storage could not do
         self._pause = _PAUSES[0]  # seconds until they are tried again
         self._retry_at = inf
-        self._now = 0.0  # the time, as we know it
+        self._is_timed = False  # what is done until the next sleep
+        self._now = 0.0  # the time then, as we know it
         self._is_amid = False  # requests are being done here
         self._moves = 0  # grows with each batch, and each time that responses are published
         self._seen: int | None = None  # of these, by whoever asks whether we are busy
@@ -293,9 +294,8 @@ class Queue:
             elif finished:
                 pass
             elif room <= 0:
-                self._publish()
                 self._await_workers()
-            elif not self._look_on(sleeper) and not ring.arm():
+            elif not self._look_on() and not ring.arm():
                 self._sleep(sleeper)
 
     def _go_on(self, requests: Sequence[bytes]) -> None:
@@ -362,6 +362,7 @@ class Queue:
                             self._publish()
                         continue
             self._begin(slots[at : at + size], descriptors, waits=plan is not None)
+        self._publish()
         statistics.count_batch(requests)
         words[count.READS] += reads
         words[count.BYTES_READ] += bytes_read
@@ -372,17 +373,17 @@ class Queue:
         words[count.IN_FLIGHT] = len(self._unanswered)
         self._spurious = 0
         self._is_amid = False
-        # The clock is a system call on a paravirtualised dom0: it is read once for a batch.
-        began, self._now = self._now, perf_counter()
-        if self._pace.end(began, self._now, requests, len(ring.unpublished)):
-            self._publish()
+        if self._is_timed:
+            began, self._now = self._now, perf_counter()
+            self._pace.worked(self._now - began)
 
     def _publish(self) -> None:
         ring = self._ring
         responses = ring.unpublished
         if responses:
             self._statistics.words[count.REQUESTS] += len(responses)
-            waiting = [begun.slot for begun in self._unanswered.values()]
+            begun = self._unanswered
+            waiting = [each.slot for each in begun.values()] if begun else ()
             self._journal.note(ring.published, responses, waiting)
             self._moves += 1
             if ring.push():
@@ -525,41 +526,33 @@ class Queue:
 
     # -- waiting -----------------------------------------------------------------------
 
-    def _look_on(self, sleeper: select.poll) -> bool:
+    def _look_on(self) -> bool:
         """Look for more to do before we sleep, as long as the pace says; tell if there is."""
         pace, ring = self._pace, self._ring
-        if ring.unpublished:
-            if self._watch(sleeper, pace.publish_at):
-                return True
-            pace.stall(len(ring.unpublished))
-            self._publish()
-        return self._watch(sleeper, pace.look_until)
-
-    def _watch(self, sleeper: select.poll, until: float) -> bool:
-        """Look at the ring until then, or until somebody else wants the processor."""
-        last, shortest = self._now, inf
-        while not self._ring.has_requests:
-            if not until:
-                return False
+        if not pace.is_quick:
+            return ring.has_requests
+        last, shortest, until = self._now, inf, self._now + pace.window
+        while not ring.has_requests:
+            os.sched_yield()  # whoever else wants the processor has it now
             now = perf_counter()
             took, last = now - last, now
             shortest = min(shortest, took)
             if now >= until or took > _CROWDED * shortest:
                 if now < until:
-                    self._pace.crowded()
+                    pace.crowded()
                 self._now = now
                 return False
-            if sleeper.poll(0):
-                break
-            os.sched_yield()
         self._now = last
         return True
 
     def _sleep(self, sleeper: select.poll) -> None:
-        began = self._now
+        was_timed, self._is_timed = self._is_timed, self._pace.is_to_be_timed()
+        if self._is_timed and not was_timed:
+            self._now = perf_counter()
         woken = [descriptor for descriptor, _ in sleeper.poll(self._milliseconds())]
-        self._now = perf_counter()
-        self._pace.wake(self._now - began)
+        if self._is_timed:
+            began, self._now = self._now, perf_counter()
+            self._pace.slept(self._now - began)
         self._statistics.words[count.WAKEUPS] += 1
         if self._channel.fileno() in woken:
             self._spurious += 1

@@ -161,7 +161,6 @@ class Target:
             ring.put(slot)
         ring.push()
         queue._serve(queue._ring.take())
-        queue._publish()
         assert expected == [tuple(decode_response(each)) for each in ring.take()]
         if defined:
             assert oracle.disk == backend.data
