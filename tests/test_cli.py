@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+import itertools
 import subprocess
 import sys
 
 import pytest
 
 from xen_disk_py import __version__, cli
-from xen_disk_py.arguments import build_parser
+from xen_disk_py.arguments import build_parser, parse
 from xen_disk_py.cli import main
 from xen_disk_py.environment import Environment
 from xen_disk_py.errors import DeviceError, GuestNotFound, UsageError
@@ -66,6 +67,9 @@ def env():
         (["connect", "vm", "--option", "sector_size=4096"], "use --sector-size for that"),
         (["connect", "vm", "--user", "no such user"], "there is no user 'no such user'"),
         (["connect", "vm", "extra"], "the name of a new disk goes with --vdev"),
+        (["connect", "vm", "extra", "--adopt", "more"], "unrecognized arguments: more"),
+        (["list", "--json", "vm", "extra"], "unrecognized arguments: extra"),
+        (["resize", "vm", "xvda", "--force", "huge"], "'huge' is not a size"),
         (["disconnect", "vm"], "required: VDEV"),
         (["disconnect", "vm", "nonsense"], "'nonsense' is no device name"),
         (["resize", "vm"], "required: VDEV"),
@@ -214,3 +218,14 @@ def test_run_exits_with_the_status(monkeypatch):
     with pytest.raises(SystemExit) as caught:
         cli.run()
     assert caught.value.code == 2
+
+
+@pytest.mark.parametrize("words", list(itertools.permutations(["vm", "xvda", "--adopt"])))
+def test_an_option_may_stand_before_what_can_be_left_out(words):
+    args = parse(["connect", *words])
+    expected = [word for word in words if word != "--adopt"]
+    assert (*expected, True) == (args.vm, args.device, args.adopt)
+
+
+def test_a_size_may_stand_behind_an_option():
+    assert 1 << 30 == parse(["resize", "vm", "xvda", "--force", "1G"]).size

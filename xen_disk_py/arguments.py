@@ -160,9 +160,32 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     Raises:
         UsageError: it asks for something that is not there.
     """
-    args = build_parser().parse_args(words)
+    parser = build_parser()
+    args, rest = parser.parse_known_args(words)
+    if len(rest) == 1 and not rest[0].startswith("-"):
+        rest = _place(parser, args, rest[0])
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     args.words = list(words)
     return args
+
+
+def _place(parser: _Parser, args: argparse.Namespace, word: str) -> list[str]:
+    """Put a word behind an option where it belongs; return it if it belongs nowhere.
+
+    argparse takes a positional argument that may be left out for left out if an option stands
+    before it (``connect VM --adopt VDEV``, ``resize VM VDEV --force SIZE``).
+    """
+    if args.command == "connect" and args.device is None:
+        args.device = word
+    elif args.command == "resize" and args.size is None:
+        try:
+            args.size = _size(word)
+        except argparse.ArgumentTypeError as error:
+            parser.error(str(error))
+    else:
+        return [word]
+    return []
 
 
 def _add_connect(commands: argparse._SubParsersAction[_Parser], common: _Parser) -> None:
@@ -289,7 +312,7 @@ def _add_upgrade(commands: argparse._SubParsersAction[_Parser], common: _Parser)
     upgrade.add_argument("--json", action="store_true", help="say who serves it now as JSON")
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> _Parser:
     """Build the parser of the whole command line."""
     # what every command takes; SUPPRESS lets it stand before or after the command's name
     common = _Parser(add_help=False, argument_default=argparse.SUPPRESS)
