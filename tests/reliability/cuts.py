@@ -77,7 +77,8 @@ class Frontend:
         self.abi = {"x86_64": X86_64, "x86_32": X86_32}[setting["abi"]]
         self.machine = stack.enter_context(SimulatedMachine(domid=DOMID, pages=256))
         self.guest = stack.enter_context(SimulatedGuest(self.machine))
-        self.pages = stack.enter_context(self.guest.share_pages(0, 1, writable=True))
+        order = setting["order"]
+        self.pages = stack.enter_context(self.guest.share_pages(0, 1 << order, writable=True))
         self.data = stack.enter_context(self.guest.share_pages(0, 64, writable=True))
         self.tables = stack.enter_context(self.guest.share_pages(0, 8, writable=True))
         self.channel = stack.enter_context(self.guest.bind_unbound(0))

@@ -18,6 +18,7 @@ LONG = bool(os.environ.get("XEN_DISK_LONG"))
 
 PLAIN = {
     "abi": "x86_64",
+    "order": 0,
     "start": 0,
     "threads": 1,
     "grants": "auto",
@@ -56,6 +57,7 @@ def test_at_every_line(threads):
     "setting",
     [
         {"abi": "x86_32", "start": 2**32 - 20, "threads": 4},
+        {"order": 4, "start": 2**32 - 500, "threads": 4},
         {"grants": "copy", "persistent": False, "start": 2**32 - 3},
         {"grants": "map", "threads": 4, "start": 2**31 - 30},
     ],
