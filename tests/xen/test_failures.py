@@ -140,7 +140,7 @@ def test_process_killed_under_load(
     assert guest.run("echo sound", 20) == (0, "sound\n")
     listed = xen_disk("list")
     (line,) = (line for line in listed.stdout.splitlines() if str(disk.pid) in line)
-    assert " dead " in line, listed
+    assert " orphan " in line, listed
     polite = xen_disk("disconnect", guest.name, disk.vdev, "--timeout", "10")
     if polite.returncode:
         assert "--force" in polite.stderr, polite

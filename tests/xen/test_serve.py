@@ -230,6 +230,29 @@ def test_boot_from_a_gold_image(serve: Daemon) -> None:
     assert digest == sh("sha256sum", str(GOLD)), "the gold image has changed"
 
 
+def test_a_process_that_is_killed_is_followed(serve: Daemon, pv_guest: Guest, image: Path) -> None:
+    """Where the disk outlives it: the guest waits a moment, and knows of nothing."""
+    domid = str(pv_guest.domid)
+    line = LINE.format("xvdb", "rw", f"{image},backend=raw")
+    assert xl("block-attach", domid, line)[:2] == (0, "")
+    pv_guest.wait_for_device("xvdb")
+    writing = pv_guest.spawn(
+        "dd if=/dev/zero of=/dev/xvdb bs=64k oflag=direct count=256 2>&1; "
+        "dd if=/dev/xvdb of=/dev/null bs=64k iflag=direct 2>&1"
+    )
+    first = int(str(served()[0]["pid"]))
+    os.kill(first, signal.SIGKILL)
+    assert writing.wait(120)[0] == 0
+    (disk,) = served()
+    assert disk["alive"]
+    assert disk["pid"] != first
+    assert "I/O error" not in pv_guest.dmesg()
+    status, output, seconds = xl("block-detach", domid, "xvdb")
+    assert (status, output) == (0, "")
+    assert seconds < LIBXL_PATIENCE
+    assert block_nodes(pv_guest.domid) == {}
+
+
 def test_a_process_that_is_killed(serve: Daemon, pv_guest: Guest, image: Path) -> None:
     """It is reported; ``xl block-detach`` takes the disk away, and the guest is fine."""
     domid = str(pv_guest.domid)
