@@ -377,7 +377,7 @@ class TestEvents:
             guest = host.guest.bind_unbound(host.backend_domid)
             with guest, host.backend.bind_interdomain(host.guest_domid, guest.port):
                 pass
-        assert before == len(os.listdir("/proc/self/fd"))
+        assert before >= len(os.listdir("/proc/self/fd"))
 
 
 def test_the_fence_can_be_called(host):

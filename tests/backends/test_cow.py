@@ -211,7 +211,7 @@ def test_a_huge_image_costs_nothing_until_it_is_written(make_image):
     disk.discard(0, disk.size)
     assert 0 == disk.memory
     assert bytes(4608) == read(disk, last, 4608)
-    assert fds == len(os.listdir("/proc/self/fd"))
+    assert fds >= len(os.listdir("/proc/self/fd"))
     disk.close()
     assert 0 == os.stat(path).st_blocks
 

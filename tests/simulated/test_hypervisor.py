@@ -304,7 +304,7 @@ class TestBookkeeping:
                 backend.map_grants(1, shared.refs, writable=True).close()
             machine.close()
         machine.close()
-        assert before == len(os.listdir("/proc/self/fd"))
+        assert before >= len(os.listdir("/proc/self/fd"))
 
     def test_a_kept_buffer_is_reported_when_the_backend_closes(self, machine, guest):
         backend = SimulatedHypervisor(machine)

@@ -582,8 +582,8 @@ class TestServer:
         client.close()
 
         assert not os.path.exists(os.path.dirname(path))
-        assert threads == threading.active_count()
-        assert descriptors == len(os.listdir("/proc/self/fd"))
+        assert threads >= threading.active_count()
+        assert descriptors >= len(os.listdir("/proc/self/fd"))
 
     def test_closing_twice_is_fine_and_using_it_then_is_not(self):
         server = SimulatedXenstored()
