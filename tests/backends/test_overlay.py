@@ -4,7 +4,6 @@ import errno
 import hashlib
 import os
 import random
-import signal
 import stat
 import struct
 import subprocess
@@ -13,6 +12,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import killing
 import pytest
 from blocks import buffers, read, write
 
@@ -180,39 +180,8 @@ def test_closing_twice_does_no_harm(opened):
 
 
 def everywhere(act, *, lines):
-    """Run ``act`` in children, each killed at another line of the backend's code; yield each time.
-
-    The last one is not killed; there must be ``lines`` at least.
-    """
-    ours = {overlay_module.__file__, file_module.__file__}
-    for target in range(1, 10_000):
-        child = os.fork()
-        if not child:
-            seen = 0
-
-            def trace_line(frame, event, argument, target=target):
-                nonlocal seen
-                seen += event == "line"
-                if seen == target:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return trace_line
-
-            def trace(frame, event, argument):
-                return trace_line if frame.f_code.co_filename in ours else None
-
-            try:
-                act(lambda: sys.settrace(trace))
-                sys.settrace(None)
-            except BaseException:  # pytest must not go on in the child
-                os._exit(1)
-            os._exit(0)
-        status = os.waitpid(child, 0)[1]
-        killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-        assert killed or status == 0
-        yield
-        if not killed:
-            break
-    assert target > lines
+    """Run ``act`` in children, each killed at another line of the backend's code."""
+    return killing.everywhere(act, (overlay_module, file_module), lines=lines)
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,12 @@ import errno
 import io
 import json
 import os
-import signal
 import stat
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from killing import everywhere
 
 from xen_disk_py import overlays
 from xen_disk_py.backends.image import Image
@@ -306,29 +305,12 @@ def test_killed_at_any_line_it_has_changed_the_image_or_not(image, overlay, merg
     """What is left of it is a file that nobody looks at."""
     before = image.read_bytes()
     outcomes = []
-    for target in range(1, 1000):
-        child = os.fork()
-        if not child:
-            seen = 0
 
-            def trace_line(frame, event, argument, target=target):
-                nonlocal seen
-                seen += event == "line"
-                if seen == target:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return trace_line
+    def act(count):
+        count()
+        overlays.commit(str(overlay), keep=False, progress=lambda done, total: None)
 
-            def trace(frame, event, argument):
-                return trace_line if frame.f_code.co_filename == overlays.__file__ else None
-
-            try:
-                sys.settrace(trace)
-                overlays.commit(str(overlay), keep=False, progress=lambda done, total: None)
-            except BaseException:  # pytest must not go on in the child
-                os._exit(1)
-            os._exit(0)
-        status = os.waitpid(child, 0)[1]
-        assert status in (0, signal.SIGKILL)
+    for _ in everywhere(act, (overlays,), lines=60):
         content = image.read_bytes()
         assert content in (before, merged)
         outcomes.append(content == merged)
