@@ -72,13 +72,6 @@ def adopt(host, libxl, caplog):
     return adopt
 
 
-@pytest.fixture
-def image(tmp_path):
-    path = tmp_path / "disk.raw"
-    path.write_bytes(bytes(range(256)) * 4096)
-    return path
-
-
 class Steps:
     """What libxl and the guest do, one after the other."""
 

@@ -96,13 +96,6 @@ def connect(host):
     return connect
 
 
-@pytest.fixture
-def image(tmp_path):
-    path = tmp_path / "disk.raw"
-    path.write_bytes(bytes(range(256)) * 4096)
-    return path
-
-
 def session(player, vdev="xvda"):
     """A short life: connect, write, read, and let go when asked."""
     frontend = player.frontend(vdev)

@@ -52,13 +52,6 @@ def libxl(host, tmp_path):
 
 
 @pytest.fixture
-def image(tmp_path):
-    path = tmp_path / "disk.raw"
-    path.write_bytes(bytes(range(256)) * 4096)
-    return path
-
-
-@pytest.fixture
 def systemd(tmp_path, monkeypatch):
     """What systemd hears."""
     path = str(tmp_path / "notify")

@@ -55,13 +55,6 @@ FORGETFUL = SLOW.replace("survives = True", "")
 
 
 @pytest.fixture
-def image(tmp_path):
-    path = tmp_path / "disk.raw"
-    path.write_bytes(bytes(range(256)) * 4096)
-    return path
-
-
-@pytest.fixture
 def orphan(host):
     """Make what a process leaves that dies before the guest has connected."""
 

@@ -44,13 +44,6 @@ def install(processes, memory):
 
 
 @pytest.fixture
-def image(tmp_path):
-    path = tmp_path / "disk.raw"
-    path.write_bytes(bytes(range(256)) * 4096)
-    return path
-
-
-@pytest.fixture
 def supervise(host, processes, install):
     """Start a supervisor, and connect a guest to its worker."""
 

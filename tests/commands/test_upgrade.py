@@ -28,13 +28,6 @@ VERSION = "import xen_disk_py.commands.opening as opening\nopening.__version__ =
 
 
 @pytest.fixture
-def image(tmp_path):
-    path = tmp_path / "disk.raw"
-    path.write_bytes(bytes(range(256)) * 4096)
-    return path
-
-
-@pytest.fixture
 def connect(host, processes, image):
     """Have a real process serve a disk to a guest."""
 
