@@ -8,7 +8,6 @@ import os
 import select
 import signal
 import subprocess
-import sys
 
 from ..adoption import SCRIPT
 from ..environment import Environment
@@ -19,6 +18,7 @@ from ..session import Interrupts
 from ..systemd import NOTIFY_SOCKET, notify
 from ..xenbus import Address
 from ..xenstore import Store
+from .opening import own_command
 
 log = logging.getLogger("xen_disk_py")
 
@@ -40,9 +40,8 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
 
     def start(address: Address) -> subprocess.Popen[bytes]:
         """Start what serves a disk; no signal to us or our terminal reaches it."""
-        command = [sys.executable, "-m", "xen_disk_py", *debug, "adopt"]
         return subprocess.Popen(
-            [*command, str(address.frontend_domid), str(address.devid)],
+            own_command(*debug, "adopt", str(address.frontend_domid), str(address.devid)),
             stdin=subprocess.DEVNULL,
             start_new_session=True,
             env={name: value for name, value in os.environ.items() if name != NOTIFY_SOCKET},

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import secrets
-import sys
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -18,6 +17,7 @@ from ..record import Found
 from ..supervisor import Supervisor
 from ..vdev import parse
 from ..xenbus import Address
+from .opening import own_command
 from .succession import scratch_of
 
 _MEMORY = "/dev/shm"
@@ -43,9 +43,9 @@ def supervise(args: argparse.Namespace, env: Environment) -> ExitStatus:
     shown = [word for word in ("--debug", "--quiet", "-q") if word in words]
 
     def again(device: str) -> Sequence[str]:
-        return _command("connect", *shown, "--leave", "--again", "--adopt", *device.split())
+        return own_command("connect", *shown, "--leave", "--again", "--adopt", *device.split())
 
-    supervisor = Supervisor(_command(*first), again, watchdog=args.watchdog)
+    supervisor = Supervisor(own_command(*first), again, watchdog=args.watchdog)
     try:
         return supervisor.run()
     finally:
@@ -53,10 +53,6 @@ def supervise(args: argparse.Namespace, env: Environment) -> ExitStatus:
         if scratch is not None and not _is_left(supervisor.device, env):
             with suppress(OSError):
                 os.unlink(scratch)
-
-
-def _command(*words: str) -> list[str]:
-    return [sys.executable, "-m", "xen_disk_py", *words]
 
 
 def _adopted_scratch(args: argparse.Namespace, env: Environment) -> str | None:

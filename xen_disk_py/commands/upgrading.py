@@ -27,6 +27,7 @@ from ..systemd import notify
 from ..toolstack import Domain
 from ..vdev import VirtualDevice
 from .backend_arguments import backend_name
+from .opening import own_command
 
 log = logging.getLogger("xen_disk_py")
 
@@ -59,10 +60,7 @@ class Upgrade:
         self._before = before
         debug = ["--debug"] if getattr(args, "debug", False) else []
         quiet = ["--quiet"] if args.quiet else []
-        self._command = [
-            *(sys.executable, "-m", "xen_disk_py", "connect", *debug, *quiet),
-            *("--adopt", str(domain.domid), str(vdev)),
-        ]
+        self._words = [*debug, *quiet, "--adopt", str(domain.domid), str(vdev)]
 
     def take_over(self) -> None:
         """Become the new program; return if that would not work, or cannot be."""
@@ -81,7 +79,7 @@ class Upgrade:
         # A signal meant for the old program is not to kill the new one before it listens.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         try:
-            os.execv(sys.executable, [*self._command[:4], *options, *self._command[4:]])
+            os.execv(sys.executable, own_command("connect", *options, *self._words))
         except OSError as error:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             self._refuse(DeviceError(f"the new program does not start: {error}"))
@@ -103,7 +101,7 @@ class Upgrade:
             )
         try:
             process = subprocess.Popen(
-                [*self._command, "--rehearse"],
+                own_command("connect", *self._words, "--rehearse"),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
