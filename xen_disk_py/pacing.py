@@ -2,8 +2,8 @@
 
 A guest that answers quickly finds us awake: no event is sent, received and unmasked, which costs
 more than most requests do. The time to look on is some times the work that was done if that was
-little, half of it if it was much, and none if somebody else wants the processor: at worst a disk
-takes half as much processor time again as its requests need, and nothing from other disks.
+little, half of it if it was much, and none if somebody else wants the processor: what is lost in
+vain is bounded by the work, and taken from no other disk.
 
 Pure, and sparing with the clock, of which reading is a system call on a paravirtualised dom0, as
 dear as any (23 µs in an emulated one, where a read of a page takes 39): times, in seconds, are
