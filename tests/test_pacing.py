@@ -10,16 +10,27 @@ US = 1e-6
 
 
 @pytest.mark.parametrize(
-    ("work", "window"), [(5 * US, 40 * US), (200 * US, 200 * US), (0.001, 0.0006), (1.0, 0.002)]
+    ("work", "window"),
+    [(5 * US, 82.5 * US), (10 * US, 85 * US), (20 * US, 10 * US), (0.001, 0.0005), (1.0, 0.002)],
 )
-def test_it_looks_on_longer_after_more_work_but_in_no_proportion_to_much(work, window):
+def test_it_looks_on_long_after_little_work_and_for_half_of_it_after_much(work, window):
     pace = Pace()
+    pace.worked(5 * US)
     pace.worked(work)
     assert pytest.approx(window, abs=1e-9) == pace.window
     pace.slept(0.99 * window)
     assert pace.is_quick
     pace.slept(1.01 * window)
     assert not pace.is_quick
+
+
+def test_what_is_little_depends_on_the_machine():
+    slow = Pace()
+    slow.worked(100 * US)
+    assert pytest.approx(1650 * US) == slow.window
+    slow.worked(5 * US)
+    slow.worked(100 * US)
+    assert pytest.approx(50 * US) == slow.window
 
 
 def test_where_others_want_the_processor_it_does_not_look_on():

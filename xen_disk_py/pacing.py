@@ -1,9 +1,10 @@
 """How long a queue looks on before it sleeps.
 
 A guest that answers quickly finds us awake: no event is sent, received and unmasked, which costs
-more than most requests do. The time to look on is some times the work that was done if that was
-little, half of it if it was much, and none if somebody else wants the processor: what is lost in
-vain is bounded by the work, and taken from no other disk.
+more than most requests do. What is lost in vain is bounded by the work: half of it, or, if that
+was hardly more than the least there ever was, some times as much. For then the guest waits for
+each little answer before it asks again, and how long that takes depends, as our own work does,
+on how fast the machine is. Nothing is taken from anybody else who wants the processor.
 
 Pure, and sparing with the clock, of which reading is a system call on a paravirtualised dom0, as
 dear as any (23 µs in an emulated one, where a read of a page takes 39): times, in seconds, are
@@ -12,8 +13,10 @@ wanted only now and then, as long as they do not matter.
 
 from __future__ import annotations
 
-_LITTLE = 0.0001
-_TIMES = 8  # as long as the work was, if that was little
+from math import inf
+
+_LITTLE = 3  # times the least work: less than this is little
+_TIMES = 16  # as long as the least work, to look on after little
 _MOST = 0.002
 _TIMED = 8  # one in so many sleeps is timed, if the last that was timed was long
 
@@ -30,6 +33,7 @@ class Pace:
         self.window = 0.0
         self.is_quick = False
         self._sleeps = 0
+        self._least = inf  # work of one batch
 
     def is_to_be_timed(self) -> bool:
         """Tell, before a sleep, whether it and the work after it are to be timed."""
@@ -42,7 +46,9 @@ class Pace:
 
     def worked(self, seconds: float) -> None:
         """Note how long a batch took."""
-        self.window = min(_TIMES * seconds, _LITTLE + seconds / 2, _MOST)
+        self._least = least = min(self._least, seconds)
+        more = _TIMES * least if seconds < _LITTLE * least else 0.0
+        self.window = min(seconds / 2 + more, _MOST)
 
     def crowded(self) -> None:
         """Note that somebody else wants the processor."""
