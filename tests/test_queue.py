@@ -131,7 +131,7 @@ class Model:
         self.overtaking = overtaking
         self.free = list(range(len(pages.refs)))
         self.runs = []  # pages and segments that were used before
-        self.next = 0  # the first sector that nobody has asked for
+        self.next = 0  # the sector behind the last that was asked for
         self.transfers = 0
         self.expected = []  # (response, pages used, what they must hold then)
 
@@ -176,7 +176,11 @@ class Model:
     def place(self, sectors):
         """Choose where on the disk; None if there is no room left."""
         if not self.overtaking:
-            return self.dice.randint(0, self.sectors - sectors)
+            first = self.next  # behind the last one, or anywhere
+            if first + sectors > self.sectors or self.dice.random() < 0.5:
+                first = self.dice.randint(0, self.sectors - sectors)
+            self.next = first + sectors
+            return first
         first = self.next + self.dice.randint(0, 3)
         self.next = first + sectors
         return first if self.next <= self.sectors else None
@@ -1653,6 +1657,84 @@ def test_an_idle_queue_sleeps(host):
     assert wakeups == line.disk.statistics.as_dict()["wakeups"]
 
 
+def large(host, line, count, pages=8):
+    """Return a function that lays out large requests of pages that are known."""
+    refs = [host.share(pages).refs for _ in range(count)]
+    line.ask(*[whole(id_, READ, 0, refs[id_]) for id_ in range(count)])
+    line.disk.backend.calls.clear()
+    return lambda id_, operation, sector: whole(id_, operation, sector, refs[id_])
+
+
+def test_large_neighbours_are_done_in_one_call(host, monkeypatch):
+    monkeypatch.setattr(queue_module, "_RUN", 3 * 32768)
+    backend = host.memory(SIZE)
+    line = host.line(backend, persistent=True)
+    request = large(host, line, 8)
+    small = host.share().refs[0]
+    line.ask(
+        request(0, READ, 64),
+        request(1, READ, 128),
+        request(2, READ, 192),
+        request(3, READ, 256),  # too much for one call
+        one(9, READ, 320, small),
+        request(4, READ, 321),  # not behind a large one
+        request(5, WRITE, 385),  # another operation
+        request(6, WRITE, 457),  # not behind it
+        request(7, WRITE, 521),
+    )
+    calls = [(name, offset // 512, length // 512) for name, offset, length in backend.calls]
+    assert [
+        ("read", 64, 192),
+        ("read", 256, 64),
+        ("read", 320, 1),
+        ("read", 321, 64),
+        ("write", 385, 64),
+        ("write", 457, 128),
+    ] == calls
+    host.until(lambda: counted(line, "in_flight") == (0,))
+    assert (8 + 6, 3) == counted(line, "reads", "writes")
+    assert (3 * 32768,) == counted(line, "bytes_written")
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("operation", [READ, WRITE])
+@pytest.mark.parametrize("holds", [False, True])
+@pytest.mark.usefixtures("hurry")
+def test_of_large_neighbours_that_fail_together_each_is_done_by_itself(
+    host, holds, operation, threads
+):
+    """An error is that of one; what is held is that one alone."""
+    backend = host.memory(SIZE, threads=threads)
+    broken = [False]
+
+    def failing(do):
+        def done(buffers, offset):
+            if broken[0] and offset < 200 * 512 < offset + sum(map(len, buffers)):
+                raise OSError(errno.EIO, "broken")
+            return do(buffers, offset)
+
+        return done
+
+    for name in ("read", "write", "read_nowait", "write_nowait"):
+        setattr(backend, name, failing(getattr(backend, name)))
+    line = host.line(Disk(backend, holds=holds), persistent=True)
+    request = large(host, line, 4)
+    broken[0] = True
+    for id_ in range(4):
+        line.put(request(id_, operation, 64 * id_))
+    line.kick()
+    if holds:
+        assert [0, 1, 2] == sorted(answer.id for answer in line.responses(3))
+        assert (1, 0) == counted(line, "held", "errors")
+        broken[0] = False
+        assert [Response(3, operation, OKAY)] == line.responses(1)
+    else:
+        answers = sorted(line.responses(4))
+        assert [OKAY, OKAY, OKAY, ERROR] == [answer.status for answer in answers]
+        assert (1,) == counted(line, "errors")
+    host.until(lambda: counted(line, "in_flight", "held") == (0, 0))
+
+
 def test_answers_are_published_amid_a_batch(host, monkeypatch):
     """A guest that asks for much can go on with the first of it."""
     monkeypatch.setattr(queue_module, "_PUBLISH", 64 << 10)
@@ -1675,7 +1757,7 @@ def test_answers_are_published_amid_a_batch(host, monkeypatch):
 
 def test_where_the_guest_is_quick_the_thread_looks_on(host, monkeypatch):
     """It is awake when the next request comes, and no event is needed."""
-    for name, value in (("_TIMES", 1e6), ("_LITTLE", 0.1), ("_MOST", 0.1), ("_TIMED", 2)):
+    for name, value in (("_TIMES", 1e6), ("_LITTLE", 1e9), ("_MOST", 0.1), ("_TIMED", 2)):
         monkeypatch.setattr(pacing, name, value)
     monkeypatch.setattr(queue_module, "_CROWDED", 1e9)
     line = host.line(host.memory(SIZE))

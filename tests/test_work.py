@@ -99,6 +99,19 @@ def test_a_large_request_takes_one_call(host, work):
     assert done["poll"] + done["read"] <= 3 * SLEEP
 
 
+def test_a_mebibyte_in_several_requests_takes_one_call(host, work):
+    """Linux's driver cuts what a program reads into requests of 128 KiB or less."""
+    refs = [host.share(8).refs for _ in range(DEPTH)]
+    requests = [
+        Transfer(number, READ, 64 * number, 64, tuple(pages), (0,) * 8, (7,) * 8)
+        for number, pages in enumerate(refs)
+    ]
+    done = work(persistent=True).of(*requests)
+    assert 0 == done["maps"] == done["copies"]
+    assert 1 == done["preadv"]
+    assert done["notifications"] <= 1
+
+
 def test_without_a_promise_pages_are_copied_once_for_a_request(host, work):
     done = work(persistent=False).of(*small(host, READ, DEPTH))
     assert (0, DEPTH, DEPTH) == (done["maps"], done["copies"], done["preadv"])

@@ -55,7 +55,7 @@ from .blkif import (
 )
 from .disk import TROUBLE, Disk
 from .errors import GuestMisbehaved, HypervisorError, XenDiskError
-from .grants import PERSISTENT_LIMIT, Grants, GuestPages, Loan
+from .grants import PERSISTENT_LIMIT, Grants, GuestPages, Loan, Plan
 from .hypervisor import PAGE_SIZE, EventChannel, Hypervisor, Mapping
 from .journal import Journal
 from .pacing import Pace
@@ -68,6 +68,8 @@ log = logging.getLogger("xen_disk_py")
 MAX_IN_FLIGHT = 64 << 20
 """Bytes of one disk that may be on their way at once where requests are done in threads."""
 
+_JOINED = 32 << 10  # bytes of requests that are worth joining to one call
+_RUN = 1 << 20  # bytes that one call moves at most
 _PUBLISH = 256 << 10  # bytes moved until responses are published, amid a batch
 _CROWDED = 20  # times as long as a look takes: if one took so long, others want the processor
 _STORM = 16  # wake-ups in a row that find nothing, before the next is put off
@@ -97,6 +99,46 @@ class _Begun:
         self.loan = loan
         self.since = inf  # when the storage was given it
         self.was_held = False
+
+
+class _Run:
+    """Large reads or large writes of sectors one behind the other, to be done in one call.
+
+    A guest's kernel cuts what a program asks for into such requests. The call costs more than
+    all else that is done for them, where every system call is dear (a paravirtualised dom0).
+    """
+
+    __slots__ = ("buffers", "end", "operation", "requests", "start")
+
+    def __init__(self) -> None:
+        self.operation = READ
+        self.start = self.end = 0  # bytes from the disk's beginning
+        self.buffers: list[memoryview] = []
+        self.requests: list[tuple[int, int, bytes, bytes | None]] = []
+        """Each one's identity, counter, slot, and descriptors if it is indirect."""
+
+    def add(
+        self,
+        operation: int,
+        offset: int,
+        plan: Plan,
+        request: tuple[int, int, bytes, bytes | None],
+    ) -> None:
+        """Add a request, which is the first one or :meth:`goes_on` with."""
+        if not self.requests:
+            self.operation = operation
+            self.start = self.end = offset
+        self.end += plan.sectors * SECTOR
+        self.buffers += plan.buffers
+        self.requests.append(request)
+
+    def goes_on(self, operation: int, offset: int, length: int) -> bool:
+        """Tell whether the request is one to be done in the same call."""
+        return (
+            offset == self.end
+            and operation == self.operation
+            and offset + length - self.start <= _RUN
+        )
 
 
 class Queue:
@@ -167,6 +209,7 @@ class Queue:
             self._workers: Workers[_Begun] = undo.enter_context(Workers(workers))
             self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
             undo.pop_all()
+        self._joined = _Run()
         self._unanswered: dict[int, _Begun] = {}  # in the order in which they were begun, by id()
         self._held: list[_Begun] = []  # of these, those that the storage could not do
         self._pause = _PAUSES[0]  # seconds until they are tried again
@@ -320,6 +363,8 @@ class Queue:
         plans, kept = self._pages.plans, self._pages.kept
         size, segments_at = abi.slot_size, abi.segments_at
         in_one_page = min(self._max_indirect_segments, SEGMENTS_PER_PAGE)
+        run = self._joined
+        joined = run.requests
         requests = len(slots) // size
         words = statistics.words
         words[count.IN_FLIGHT] = requests + len(self._unanswered)
@@ -329,6 +374,9 @@ class Queue:
         at = -size
         for operation, segments, wide, id_, sector, page in abi.heads(slots):
             at += size
+            if unpublished >= _PUBLISH:
+                unpublished = 0
+                self._publish()
             descriptors = plan = None
             if operation <= WRITE:
                 if segments <= MAX_SEGMENTS:
@@ -342,6 +390,17 @@ class Queue:
                 sectors, buffers, word = plan
                 if sector + sectors <= capacity and not sector & misaligned:
                     length = sectors * SECTOR
+                    if length >= _JOINED and (
+                        operation == READ or (operation == WRITE and not read_only)
+                    ):
+                        offset = sector * SECTOR
+                        if joined and not run.goes_on(operation, offset, length):
+                            unpublished += self._do_run()
+                        request = (id_, word, slots[at : at + size], descriptors)
+                        run.add(operation, offset, plan, request)
+                        continue
+                    if joined:
+                        unpublished += self._do_run()
                     status = None
                     if operation == READ:
                         status = disk.read(buffers, sector * SECTOR, length)
@@ -357,11 +416,12 @@ class Queue:
                         words[word] += 1
                         ring.respond(encode_response(id_, operation, status))
                         unpublished += length
-                        if unpublished >= _PUBLISH:
-                            unpublished = 0
-                            self._publish()
                         continue
+            if joined:
+                unpublished += self._do_run()
             self._begin(slots[at : at + size], descriptors, waits=plan is not None)
+        if joined:
+            self._do_run()
         self._publish()
         statistics.count_batch(requests)
         words[count.READS] += reads
@@ -376,6 +436,30 @@ class Queue:
         if self._is_timed:
             began, self._now = self._now, perf_counter()
             self._pace.worked(self._now - began)
+
+    def _do_run(self) -> int:
+        """Do the requests that were joined; how many bytes were moved at once."""
+        run, disk, words = self._joined, self._disk, self._statistics.words
+        requests, length = run.requests, run.end - run.start
+        is_read = run.operation == READ
+        status = (disk.read if is_read else disk.write)(run.buffers, run.start, length)
+        if status == OKAY or (status is not None and len(requests) == 1):
+            for id_, word, _, _ in requests:
+                words[word] += 1
+                self._ring.respond(encode_response(id_, run.operation, status))
+            words[count.READS if is_read else count.WRITES] += len(requests)
+            words[count.BYTES_READ if is_read else count.BYTES_WRITTEN] += length
+            if not is_read:
+                disk.count_memory()
+        else:
+            length = 0
+            if status is not None:
+                disk.statistics.add(count.ERRORS, -1)  # those of its requests count
+            for _, _, slot, descriptors in requests:
+                self._begin(slot, descriptors, waits=status is None)
+        run.buffers.clear()
+        requests.clear()
+        return length
 
     def _publish(self) -> None:
         ring = self._ring

@@ -38,8 +38,8 @@ class Disk(Backend):
         for buffer in buffers:
             buffer[:] = self.data[offset : offset + len(buffer)]
             offset += len(buffer)
-        if self.fault in ("corrupts", "forgets"):
-            buffer[-7] ^= 1
+            if self.fault in ("corrupts", "forgets") and offset % 131072 == 0:
+                buffer[-7] ^= 1
 
     def write(self, buffers, offset):
         for buffer in buffers:

@@ -29,7 +29,8 @@ What holds for every call:
 * ``offset`` is in bytes, a multiple of ``sector_size``. ``buffers`` is a sequence of
   ``memoryview`` of unsigned bytes, each a multiple of ``sector_size`` long: mostly the guest's
   own pages. Together they are one run of the disk, inside ``[0, size)``: the caller has checked
-  that. Those of a write may be read-only.
+  that. Those of a write may be read-only. Large requests of the guest that lie one behind the
+  other may come as one, of up to a mebibyte.
 * Fill (or take) the buffers. Return the number of bytes, as ``os.preadv`` does, or ``None`` for
   all of them; after fewer, in whole sectors, you are called again for the rest, none at all is
   an error. Any exception is an I/O error in the guest and a line in our log; the disk lives on.
