@@ -165,6 +165,12 @@ GOALS = (
         _local("memory", "4 KiB.*depth 32", RATE, "raw", "nbdkit Python"),
     ),
     Goal(
+        "the same, with the disk in Python that nbdkit has",
+        5.0,
+        True,
+        _local("memory", "4 KiB.*depth 32", RATE, "Python disk", "nbdkit Python"),
+    ),
+    Goal(
         "idle: wake-ups per second",
         0,
         False,
