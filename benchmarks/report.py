@@ -1,8 +1,8 @@
 """``python -m benchmarks.report FILE...``: from measurements to ``docs/benchmarks.md``.
 
-Each file is what ``benchmarks.local --json`` or ``benchmarks.lab`` wrote. Their tables, and
-the goals next to what was measured, go between the marks in the document (``<!-- local -->`` to
-``<!-- /local -->`` and so on), and a plot of each table beside it.
+Each file is what ``benchmarks.local``, ``benchmarks.lab`` or ``benchmarks.calls`` wrote.
+Their tables, and the goals next to what was measured, go between the marks in the document
+(``<!-- local -->`` to ``<!-- /local -->`` and so on), and a plot of each table beside it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from math import ceil, floor, log2
 from pathlib import Path
 from typing import Callable
 
+from . import calls
 from .local import LIMIT
 from .results import BYTES, CPU, CPU_GIB, RATE, Results, Spread, number, spread
 
@@ -64,6 +65,8 @@ LAB = (
     View("dom0's processor time, seconds per GiB, next to blkback", CPU_GIB, 1, "blkback"),
 )
 
+CALLS = View("µs", calls.SECONDS, 1e6, "")
+
 Measured = tuple[str, Spread]
 Look = Callable[[Results], Iterator[Measured]]
 
@@ -90,7 +93,7 @@ class Goal:
 
 
 def _lab_tables(results: Results) -> list[str]:
-    return [table for table in results.tables if table not in LOCAL]
+    return [table for table in results.tables if table not in (*LOCAL, calls.TABLE)]
 
 
 def _lab(contender: str, base: str, pattern: str, metric: str = RATE) -> Look:
@@ -331,14 +334,16 @@ def main(arguments: Sequence[str]) -> int:
     args = parser.parse_args(arguments)
     runs = [Results.load(file) for file in args.files]
     folder: Path = args.document.parent
-    local, lab = [], []
+    local, lab, single = [], [], []
     for run in runs:
         own = [section(run, name, LOCAL[name], folder) for name in LOCAL if name in run.tables]
         others = [section(run, name, LAB, folder) for name in _lab_tables(run)]
         local += [facts(run), *own] if own else []
         lab += [facts(run), *others] if others else []
+        if calls.TABLE in run.tables:
+            single += [facts(run), table(run, calls.TABLE, CALLS)]
     text = fill(args.document.read_text(), "goals", goals(runs))
-    for mark, parts in (("local", local), ("lab", lab)):
+    for mark, parts in (("local", local), ("lab", lab), ("calls", single)):
         if parts:  # what was not measured again stays
             text = fill(text, mark, "\n\n".join(parts))
     args.document.write_text(text)
