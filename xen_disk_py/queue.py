@@ -132,6 +132,11 @@ class _Run:
         self.buffers += plan.buffers
         self.requests.append(request)
 
+    def clear(self) -> None:
+        """Forget all, so that no page is in use for it."""
+        self.buffers.clear()
+        self.requests.clear()
+
     def goes_on(self, operation: int, offset: int, length: int) -> bool:
         """Tell whether the request is one to be done in the same call."""
         return (
@@ -314,6 +319,7 @@ class Queue:
     def _release(self) -> None:
         """Unmap and unbind everything: in the queue's thread, where no signal cuts it short."""
         self._workers.close()
+        self._joined.clear()
         self._pages.close()
         self._ring.close()
         self._channel.close()
@@ -455,10 +461,10 @@ class Queue:
             length = 0
             if status is not None:
                 disk.statistics.add(count.ERRORS, -1)  # those of its requests count
+            run.buffers.clear()
             for _, _, slot, descriptors in requests:
                 self._begin(slot, descriptors, waits=status is None)
-        run.buffers.clear()
-        requests.clear()
+        run.clear()
         return length
 
     def _publish(self) -> None:
