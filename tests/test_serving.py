@@ -95,6 +95,19 @@ def test_a_disk_that_a_former_supervisor_started(host, libxl, supervisor, spawne
         assert "5" == state(host, address)  # its process sees to it
 
 
+def test_a_process_that_ends_well_while_we_look(host, libxl, supervisor, spawner, monkeypatch):
+    """It has closed the disk; nobody needs to stand in for it."""
+    address = libxl.create("/x", state="4", xen_disk_pid=str(os.getpid()))
+    libxl.ask_to_detach(address)
+
+    def find(directory, address):
+        host.store.write(f"{address.backend}/state", "6")
+
+    monkeypatch.setattr(record, "find", find)
+    supervisor.look()
+    assert ([], 0) == (spawner.started, supervisor.served)
+
+
 def test_disks_of_connect_are_no_business_of_ours(host, supervisor, spawner):
     host.serving(host.memory())
     supervisor.look()

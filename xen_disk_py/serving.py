@@ -112,17 +112,18 @@ class Supervisor:
         """Do what a device needs; tell whether it is served."""
         if address in self._processes:
             return True
-        state = State.parse(self._store.read(f"{address.backend}/state"))
         pid = self._store.read(f"{address.backend}/{toolstack.PID_KEY}")
+        found = record.find(self._directory, address)
+        if pid is not None and found is not None and found.alive:
+            return True
+        # read last: a process that ends well has published Closed before it is not alive
+        state = State.parse(self._store.read(f"{address.backend}/state"))
         if pid is None:
             if state is State.INITIALISING:
                 return self._start(address)
             if state is State.CLOSING:  # it was refused, or we came too late
                 adoption.close(self._store, address, None)
             return False
-        found = record.find(self._directory, address)
-        if found is not None and found.alive:
-            return True
         if state is State.CLOSING and address not in self._stood_in:
             self._stood_in.add(address)  # once: after that libxl takes the disk away by force
             self._start(address)
