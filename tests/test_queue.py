@@ -46,7 +46,7 @@ from xen_disk_py.grants import Grants
 from xen_disk_py.journal import SIZE as JOURNAL_SIZE
 from xen_disk_py.journal import Journal
 from xen_disk_py.queue import Options, Queue
-from xen_disk_py.ring import FrontRing
+from xen_disk_py.ring import BackRing, FrontRing
 
 ABIS = (X86_64, X86_32, ARM)
 KEPT = {"persistent": True}
@@ -1772,6 +1772,34 @@ def test_answers_are_published_amid_a_batch(host, monkeypatch):
     host.until(lambda: line.disk.statistics.as_dict()["in_flight"] == 0)
     counters = line.disk.statistics.as_dict()
     assert (7, 7) == (counters["requests"], counters["reads"])
+
+
+def test_a_few_answers_wait_while_there_is_more_to_do(host):
+    """The guest is notified once for them; no answer waits for a request that never comes."""
+    seen = []
+
+    def busy(buffers, offset):
+        """For each request another one comes while it is done, until there were six."""
+        with line.pages.view[:16].cast("I") as indices:
+            seen.append(indices[2])
+        if len(seen) < 6:
+            line.put(one(len(seen), READ, 0, ref))
+            line.kick()
+
+    line = host.line(host.memory(SIZE, read=busy))
+    ref = host.share().refs[0]
+    line.put(one(0, READ, 0, ref))
+    line.kick()
+    answers = line.responses(6)
+    assert [0, 0, 0, 0, 4, 4] == seen
+    assert list(range(6)) == [answer.id for answer in answers]
+
+
+def test_no_answer_waits_for_what_a_guest_takes_back(host, monkeypatch):
+    """The index shows a request, and when it is to be taken there is none."""
+    monkeypatch.setattr(BackRing, "has_requests", property(lambda ring: True))
+    line = host.line(host.memory(SIZE))
+    assert 1 == line.ask(one(1, READ, 0, host.share().refs[0])).id
 
 
 def test_where_the_guest_is_quick_the_thread_looks_on(host, monkeypatch):

@@ -71,6 +71,7 @@ MAX_IN_FLIGHT = 64 << 20
 _JOINED = 32 << 10  # bytes of requests that are worth joining to one call
 _RUN = 1 << 20  # bytes that one call moves at most
 _PUBLISH = 256 << 10  # bytes moved until responses are published, amid a batch
+_FEW = 4  # responses: fewer wait while there is more to do, since each notification costs much
 _CROWDED = 20  # times as long as a look takes: if one took so long, others want the processor
 _STORM = 16  # wake-ups in a row that find nothing, before the next is put off
 _CALM = 10  # milliseconds that it is put off
@@ -340,12 +341,15 @@ class Queue:
             slots = ring.take(room) if room > 0 else b""
             if slots:
                 self._serve(slots)
+            elif ring.unpublished:
+                self._publish()  # no more can be taken, whatever the ring has shown
             elif finished:
                 pass
             elif room <= 0:
                 self._await_workers()
             elif not self._look_on() and not ring.arm():
                 self._sleep(sleeper)
+        self._publish()
 
     def _go_on(self, requests: Sequence[bytes]) -> None:
         """Do again what another has not answered; reads, writes and flushes can be repeated."""
@@ -428,7 +432,8 @@ class Queue:
             self._begin(slots[at : at + size], descriptors, waits=plan is not None)
         if joined:
             self._do_run()
-        self._publish()
+        if len(ring.unpublished) >= _FEW or not ring.has_requests:
+            self._publish()
         statistics.count_batch(requests)
         words[count.READS] += reads
         words[count.BYTES_READ] += bytes_read
