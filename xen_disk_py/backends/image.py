@@ -112,20 +112,24 @@ class Image(Closing):
         Returns:
             How many bytes: perhaps fewer, and none at an end that came too early.
         """
-        return os.preadv(self.fd, _vector(buffers), offset)
+        return os.preadv(self.fd, buffers[:IOV_MAX], offset)
 
     def read_nowait(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Read as much as is in memory: what needs no waiting for the storage."""
         if self._nowait is None:
             return 0
         try:
-            return os.preadv(self.fd, _vector(buffers), offset, self._nowait)
+            if len(buffers) <= IOV_MAX:
+                return os.preadv(self.fd, buffers, offset, self._nowait)
+            return os.preadv(self.fd, buffers[:IOV_MAX], offset, self._nowait)
         except BlockingIOError:
             return 0
 
     def write(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Store ``buffers`` at ``offset`` bytes into the image; return how many bytes were."""
-        return os.pwritev(self.fd, _vector(buffers), offset)
+        if len(buffers) <= IOV_MAX:
+            return os.pwritev(self.fd, buffers, offset)
+        return os.pwritev(self.fd, buffers[:IOV_MAX], offset)
 
     def measure(self) -> int:
         """Return how many bytes long the image is by now; somebody may have changed that."""
@@ -298,11 +302,6 @@ def transfer_all(
         if done:
             rest[0] = rest[0][done:]
     return offset - start
-
-
-def _vector(buffers: Sequence[memoryview]) -> Sequence[memoryview]:
-    """Return as many buffers as one system call takes."""
-    return buffers if len(buffers) <= IOV_MAX else buffers[:IOV_MAX]
 
 
 def _nowait_flags(fd: int) -> int | None:
