@@ -156,6 +156,12 @@ GOALS = (
         _local("requests", "1 MiB.*depth 32", BYTES, "raw", LIMIT),
     ),
     Goal(
+        "the same, where the bare call has the buffers of 32 requests, too",
+        0.9,
+        True,
+        _local("scattered", "1 MiB.*depth 32", BYTES, "raw", LIMIT),
+    ),
+    Goal(
         "no Xen: 4 KiB, depth 32, processor time in bare calls",
         4.0,
         False,
