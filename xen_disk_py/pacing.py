@@ -7,7 +7,7 @@ each little answer before it asks again, and how long that takes depends, as our
 on how fast the machine is. Nothing is taken from anybody else who wants the processor.
 
 Pure, and sparing with the clock, of which reading is a system call on a paravirtualised dom0, as
-dear as any (23 µs in an emulated one, where a read of a page takes 39): times, in seconds, are
+dear as any (23 µs in an emulated one, where a read of a page takes 42): times, in seconds, are
 wanted only now and then, as long as they do not matter.
 """
 

@@ -362,7 +362,7 @@ class Queue:
         self._channel.notify()  # it may have been killed before it did
 
     def _serve(self, slots: bytes) -> None:  # noqa: PLR0915 - one loop, every call in it counts
-        """Do the requests in ``slots`` in their order, and publish the answers.
+        """Do the requests in ``slots`` in their order, and publish all answers but perhaps a few.
 
         This is where the time goes. A read or write of known pages costs a look-up of its
         descriptors, the backend's call and the packing of its answer.
