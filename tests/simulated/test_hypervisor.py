@@ -224,7 +224,7 @@ class TestRevoking:
         thread = threading.Thread(target=keep_mapping)
         thread.start()
         try:
-            for _ in range(300):
+            for _ in range(60):
                 shared = guest.share_pages(BACKEND, 1, writable=True)
                 while True:
                     try:
