@@ -11,8 +11,8 @@ killed process left, and :meth:`Record.adopt` takes it over. The lock goes when 
 of the process has ended and all its memory is unmapped, so that nothing that it began can come
 after what its successor does.
 
-A process that has become another user cannot remove its file; it clears the facts, and whoever
-makes a record next removes what is empty.
+A process that has become another user cannot remove its file; it clears the facts, and its
+supervisor, or whoever makes a record next, removes what is empty.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class Record(Closing):
         path = _path(directory, address)
         try:
             os.makedirs(directory, mode=0o755, exist_ok=True)
-            _sweep(directory)
+            sweep(directory)
             fd = _claim(path, os.O_RDWR | os.O_CREAT)
         except OSError as error:
             raise XenUnavailable(f"cannot write {path}: {error.strerror}; run as root") from error
@@ -228,8 +228,12 @@ class Record(Closing):
             os.close(fd)
 
 
-def _sweep(directory: str) -> None:
-    """Remove the records that their processes emptied."""
+def sweep(directory: str) -> None:
+    """Remove the records that their processes emptied.
+
+    Raises:
+        OSError: there is no such directory, or it cannot be listed.
+    """
     for name in os.listdir(directory):
         path = os.path.join(directory, name)
         with contextlib.suppress(OSError):  # somebody else's business

@@ -152,13 +152,23 @@ def test_given_up(host, supervise, install, processes, memory, image):
     assert ([], []) == (os.listdir(memory), os.listdir(host.records))
 
 
+MAY_NOT_REMOVE = """
+from xen_disk_py import record
+from xen_disk_py.commands import connect
+def deny(*args):
+    raise PermissionError
+if "--supervise" not in sys.argv:
+    connect._remove_scratch = lambda args: None
+    record._unlink = deny
+"""
+
+
 @pytest.mark.parametrize("adopts", [False, True])
-def test_a_worker_that_may_not_remove_what_is_in_memory(
+def test_a_worker_that_may_not_remove_its_files(
     host, supervise, install, processes, memory, image, adopts
 ):
     """It has become another user; we have not."""
-    may_not = "from xen_disk_py.commands import connect\nconnect._remove_scratch = lambda args: 0\n"
-    install(may_not, delays=())
+    install(MAY_NOT_REMOVE, delays=())
     process, frontend = supervise("--path", image)
     if adopts:
         os.kill(worker(host), signal.SIGKILL)
@@ -166,7 +176,7 @@ def test_a_worker_that_may_not_remove_what_is_in_memory(
         process = processes.start("connect", "--supervise", "--adopt", "5", "xvdb")
         process.until("overlay rw")
     assert ExitStatus.OK == unplug(host, process, frontend)
-    assert [] == os.listdir(memory)
+    assert ([], []) == (os.listdir(memory), os.listdir(host.records))
 
 
 def test_a_disk_that_does_not_survive(processes, install, host, tmp_path):

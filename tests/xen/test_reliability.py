@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 import random
 import re
 import signal
@@ -189,6 +190,21 @@ def test_killed_under_load_pvh(
     kill(disk, 5)
     print(load.end())
     leave(guest, disk)
+
+
+def test_served_by_somebody_who_may_do_nothing(
+    quiet_guest: Guest, connect: Connect, image: Path
+) -> None:
+    """Each successor gets at the image, the changes and Xen before it, too, is nobody."""
+    image.chmod(0o600)
+    disk = connect(quiet_guest, "--supervise", "--user", "nobody", "--path", image)
+    load = Load(quiet_guest, disk, size="1M")
+    kill(disk, 2)
+    nobody = pwd.getpwnam("nobody").pw_uid
+    (ids,) = re.findall(r"Uid:\t(.*)", Path(f"/proc/{worker(disk)}/status").read_text())
+    assert ids.split() == [str(nobody)] * 4
+    print(load.end())
+    leave(quiet_guest, disk)
 
 
 def ext4_load(guest: Guest) -> Job:

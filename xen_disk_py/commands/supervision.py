@@ -49,7 +49,9 @@ def supervise(args: argparse.Namespace, env: Environment) -> ExitStatus:
     try:
         return supervisor.run()
     finally:
-        # A worker that became another user, or was killed early, could not remove it.
+        # A worker that became another user, or was killed early, could not remove these.
+        with suppress(OSError):
+            record.sweep(env.record_directory)
         if scratch is not None and not _is_left(supervisor.device, env):
             with suppress(OSError):
                 os.unlink(scratch)
