@@ -223,6 +223,7 @@ class Host:
     """A xenstored, a machine with a guest, and both sides' view of it."""
 
     DOMID = DOMID
+    PATIENCE = PATIENCE
 
     def __init__(self, stack, records):
         self._stack = stack
@@ -241,7 +242,7 @@ class Host:
         for path in (f"/libxl/{DOMID}/type", f"/local/domain/{DOMID}/device/suspend"):
             self.store.write(path, "")
 
-    def open_store(self, domid=0, timeout=5.0):
+    def open_store(self, domid=0, timeout=PATIENCE):
         """Open a store, closed at the end; each thread needs its own."""
         path = self.xenstored.socket_path(domid)
         return self._stack.enter_context(Store.open(path, timeout))
@@ -278,7 +279,16 @@ class Host:
         self._shared.append(pages)
         return pages
 
-    def serving(self, backend, vdev="xvda", *, patience=5.0, timeout=5.0, start=True, **options):
+    def serving(
+        self,
+        backend,
+        vdev="xvda",
+        *,
+        patience=PATIENCE,
+        timeout=PATIENCE,
+        start=True,
+        **options,
+    ):
         """Attach a backend and serve it until the end of the test."""
         serving = Serving(self, backend, vdev, patience, timeout, options)
         self._stack.callback(serving.close)
@@ -333,6 +343,25 @@ def _descriptors():
         with contextlib.suppress(OSError):  # the one that lists them is closed by now
             found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
     return found
+
+
+@pytest.fixture(autouse=True, scope="session")
+def patience():
+    """A busy machine may stop any thread for seconds: what a test waits for is waited for."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in (
+            "commands.adopt._PATIENCE",
+            "commands.disconnect._FORCE_PATIENCE",
+            "disk.SETTLING",
+            "session._TOOLSTACK_PATIENCE",
+            "simulated.xenstored._PATIENCE",
+            "standin._PATIENCE",
+            "systemd._PATIENCE",
+        ):
+            patch.setattr(f"xen_disk_py.{name}", PATIENCE)
+        patch.setattr(Store.open.__func__, "__defaults__", (None, PATIENCE))
+        patch.setattr(Device.force, "__defaults__", (PATIENCE,))
+        yield
 
 
 @pytest.fixture

@@ -56,7 +56,7 @@ def run_script(folder, action, keys, name="backend/vbd3/5/51728"):
         },
         stdin=subprocess.DEVNULL,
         capture_output=True,
-        timeout=10,
+        timeout=60,
         check=False,
     )
     return done.returncode, {file.name: file.read_text() for file in backend.iterdir()}

@@ -13,6 +13,23 @@ from pathlib import Path
 
 import xen_disk_py
 
+# What a busy machine may take longer for than the product would wait.
+PATIENT = """
+import xen_disk_py.device
+import xen_disk_py.disk
+import xen_disk_py.record
+import xen_disk_py.session
+import xen_disk_py.systemd
+import xen_disk_py.xenstore
+
+xen_disk_py.device.Device.force.__defaults__ = (30.0,)
+xen_disk_py.disk.SETTLING = 30.0
+xen_disk_py.record._TRIES = 3000  # whoever looks into a record may be stopped just then
+xen_disk_py.session._TOOLSTACK_PATIENCE = 30.0
+xen_disk_py.systemd._PATIENCE = 30.0
+xen_disk_py.xenstore.Store.open.__func__.__defaults__ = (None, 30.0)
+"""
+
 PROGRAM = """#!{python}
 import os
 import subprocess
@@ -39,6 +56,7 @@ env = Environment(
     xen_version=lambda: (4, 20),
     record_directory={records!r},
 )
+{patient}
 {hook}
 sys.exit(main(sys.argv[3:], env))
 """
@@ -109,6 +127,7 @@ class Processes:
             machine=self._host.machine.address,
             socket=self._host.xenstored.socket_path(0),
             records=self._host.records,
+            patient=PATIENT,
             hook=hook,
         )
         new = self.program.with_name("new")

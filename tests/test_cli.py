@@ -206,7 +206,7 @@ def test_as_a_program():
         [sys.executable, "-W", "error", "-m", "xen_disk_py", "connect"],
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=60,
         check=False,
     )
     assert (2, "") == (done.returncode, done.stdout)

@@ -550,7 +550,10 @@ BROKEN = OSError(28, "No space left on device")
 
 @pytest.mark.parametrize("threads", [1, 4])
 @pytest.mark.parametrize("operation", [READ, WRITE])
-def test_what_the_storage_cannot_do_is_not_done_rather_than_an_error(operation, threads, caplog):
+def test_what_the_storage_cannot_do_is_not_done_rather_than_an_error(
+    operation, threads, caplog, monkeypatch
+):
+    monkeypatch.setattr(disk_module.time, "monotonic", lambda: 100.0)
     disk = Disk(Storage(BROKEN, BROKEN, threads=threads), holds=True)
     do_first = {READ: disk.read, WRITE: disk.write}[operation]
     given = buffers(bytes(1024))

@@ -43,7 +43,7 @@ class Host:
         return backend, guest
 
 
-def is_readable(channel, seconds=2.0):
+def is_readable(channel, seconds=30.0):
     poll = select.poll()
     poll.register(channel.fileno(), select.POLLIN)
     return bool(poll.poll(seconds * 1000))

@@ -261,7 +261,7 @@ def run_python(script, *arguments, **environment):
         | {name: str(value) for name, value in environment.items()},
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=60,
         check=False,
     )
     assert (0, "") == (done.returncode, done.stderr)

@@ -58,7 +58,7 @@ def in_another_process(code, *arguments):
         env={**os.environ, "PYTHONPATH": str(Path(record.__file__).parents[1])},
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=60,
         check=False,
     )
     assert "" == done.stderr
@@ -626,10 +626,9 @@ class TestRaces:
 
     def test_whatever_the_order_no_two_serve_a_device(self, directory):
         serving, most, served = [], [], []
-        end = time.monotonic() + 0.2
 
         def serve():
-            while time.monotonic() < end:
+            while len(most) < 100:
                 try:
                     with Record(directory, ADDRESS):
                         serving.append(1)
@@ -641,7 +640,7 @@ class TestRaces:
                     pass
 
         def look():
-            while time.monotonic() < end:
+            while len(most) < 100:
                 find(directory, ADDRESS)
                 forget(directory, ADDRESS)
 

@@ -47,7 +47,7 @@ def orphan(host, dead, request):
     connecting.start()
     host.until(lambda: host.tree().get(state) == str(int(State.INITIALISED)))
     host.store.write(f"{dead.address.backend}/state", str(int(State.CONNECTED)))
-    connecting.join(5)
+    connecting.join()
     return dead.address, frontend
 
 
@@ -114,7 +114,7 @@ def test_requests_that_were_overtaken_are_answered_too(host, dead):
 
     open_hypervisor = lambda: SimulatedHypervisor(host.machine)  # noqa: E731
     with stand_in(host.store, open_hypervisor, dead.address, [Journal(memory), Journal()]):
-        host.until(all_answered, 5)
+        host.until(all_answered)
     assert [(0, ERROR), (1, OKAY), (2, OKAY), (3, ERROR)] == sorted(
         (answer.id, answer.status) for answer in found
     )

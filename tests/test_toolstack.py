@@ -399,7 +399,7 @@ class TestAttach:
         plug(store)
         poller = select.poll()
         poller.register(guest.fileno(), select.POLLIN)
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 30
         while not guest.pending():
             assert poller.poll((deadline - time.monotonic()) * 1000)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import random
+import select
 import struct
 import threading
 
@@ -42,15 +43,26 @@ class Work:
         if event == "c_call" and what.__name__ in SYSTEM_CALLS:
             self.calls[what.__name__] += 1
 
+    def _settle(self):
+        """Wait until all is counted and told that belongs to the answers there are."""
+        self.host.until(lambda: self.line.disk.statistics.as_dict()["in_flight"] == 0)
+
+    def wait_for_quiet(self):
+        """Wait until no event is left to be looked at."""
+        channel = self.line.queue._channel.fileno()
+        self.host.until(lambda: not select.select([channel], [], [], 0)[0])
+
     def of(self, *requests):
         """Have requests done, once to warm up, then again; the work of the second time."""
         self.line.ask(*requests)
         self.line.ask(*requests)
+        self._settle()
         counters = self.host.hypervisor.counters
         self.calls.clear()
         before = counters.maps, counters.unmaps, counters.copies, counters.notifications
         answers = self.line.ask(*requests)
         assert {0} == {answer.status for answer in (answers if len(requests) > 1 else [answers])}
+        self._settle()
         after = counters.maps, counters.unmaps, counters.copies, counters.notifications
         maps, unmaps, copies, notifications = (b - a for a, b in zip(before, after))
         calls = {name: self.calls[name] for name in SYSTEM_CALLS}
@@ -125,7 +137,7 @@ def test_where_nothing_can_be_copied_pages_are_mapped_once_for_a_request(host, w
 def test_a_disk_that_nobody_uses_makes_no_call(host, work):
     watched = work(persistent=True)
     watched.of(*small(host, READ, 4))
-    host.until(lambda: watched.line.disk.statistics.as_dict()["wakeups"] >= 1)
+    watched.wait_for_quiet()
     watched.calls.clear()
     threading.Event().wait(0.3)
     assert watched.calls["poll"] <= 1  # the one that waits

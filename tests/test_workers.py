@@ -13,7 +13,8 @@ import pytest
 
 from xen_disk_py.workers import Workers
 
-PATIENCE = 30.0
+PATIENCE = 30.0  # seconds for what must happen to happen
+LONG = 2 * PATIENCE  # seconds for what is not to happen before something else
 
 
 @pytest.fixture
@@ -70,7 +71,7 @@ def test_results_come_in_the_order_in_which_calls_end(make):
     workers = make(3)
     gates = [threading.Event() for _ in range(3)]
     for number, gate in enumerate(gates):
-        workers.submit(lambda number=number, gate=gate: gate.wait(PATIENCE) and number, number)
+        workers.submit(lambda number=number, gate=gate: gate.wait(LONG) and number, number)
     for number in (2, 0, 1):
         assert [] == workers.collect()
         gates[number].set()
@@ -87,7 +88,7 @@ def test_no_more_threads_than_allowed_and_none_without_need(make):
     assert 1 == len(workers._threads)  # one after the other: one can do them all
     gate, running = threading.Event(), threading.Semaphore(0)
     for number in range(10):
-        workers.submit(lambda: running.release() or (gate.wait(PATIENCE) and 0), number)
+        workers.submit(lambda: running.release() or (gate.wait(LONG) and 0), number)
     for _ in range(3):
         assert running.acquire(timeout=PATIENCE)
     assert not running.acquire(timeout=0.01)
@@ -157,10 +158,8 @@ def test_closing_does_not_wait_for_what_hangs(make):
     """Its thread ends when it can; a result may still be collected."""
     workers = make(2)
     gate = threading.Event()
-    workers.submit(lambda: gate.wait(PATIENCE) and 5, "hanging")
-    start = time.monotonic()
+    workers.submit(lambda: gate.wait(LONG) and 5, "hanging")
     workers.close()
-    assert time.monotonic() - start < 1
     gate.set()
     assert [("hanging", 5)] == drain(workers)
 
@@ -177,7 +176,7 @@ def test_nothing_is_readable_once_all_is_collected(monkeypatch):
     with Workers(1) as workers:
         monkeypatch.setattr(os, "write", slowly)
         workers.submit(lambda: 7, "token")
-        assert writing.wait(5)
+        assert writing.wait(PATIENCE)
         assert [("token", 7)] == workers.collect()
         time.sleep(0.05)
         poll = select.poll()

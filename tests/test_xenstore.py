@@ -66,7 +66,14 @@ def other(store, connect):
 
 @pytest.fixture
 def simulated(server):
-    """Give a store of the simulated server, with little patience."""
+    """Give a store of the simulated server."""
+    with Store.open(server.socket_path()) as result:
+        yield result
+
+
+@pytest.fixture
+def hasty(server):
+    """Give one that waits for a moment only."""
     with Store.open(server.socket_path(), timeout=0.3) as result:
         yield result
 
@@ -87,7 +94,7 @@ def locked_out(monkeypatch):
     return locked
 
 
-def events(store, seconds=5.0):
+def events(store, seconds=30.0):
     """Wait for events as a main loop does: not on the descriptor if there are some."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -500,7 +507,7 @@ class TestResources:
         for _ in range(50):
             with connect() as store:
                 store.watch(ROOT)
-        deadline = time.monotonic() + 5  # the simulated server's ends close a bit later
+        deadline = time.monotonic() + 30  # the simulated server's ends close a bit later
         while len(os.listdir("/proc/self/fd")) > before and time.monotonic() < deadline:
             time.sleep(0.01)
 
@@ -530,15 +537,15 @@ class TestResources:
 
 
 class TestLoss:
-    def test_no_answer_in_time_is_a_loss(self, server, simulated):
+    def test_no_answer_in_time_is_a_loss(self, server, hasty):
         server.pause()
         start = time.monotonic()
         with pytest.raises(StoreLost, match=r"does not answer within 0\.3 s") as caught:
-            simulated.read("/")
+            hasty.read("/")
 
         assert errno.ETIMEDOUT == caught.value.errno
-        assert 0.25 < time.monotonic() - start < 2
-        assert simulated.is_lost
+        assert time.monotonic() - start > 0.25
+        assert hasty.is_lost
 
     def test_every_call_after_a_loss_says_so(self, server, simulated):
         server.restart(keep=True)
@@ -580,10 +587,12 @@ class TestLoss:
     def test_reconnecting_can_fail_and_be_tried_again(self, server, simulated):
         simulated.watch("/a")
         server.pause()
+        patience, simulated._timeout = simulated._timeout, 0.1
         with pytest.raises(StoreLost):
             simulated.reconnect()
         assert simulated.is_lost
         server.resume()
+        simulated._timeout = patience
         simulated.reconnect()
 
         assert ["/a"] == events(simulated)
@@ -633,15 +642,16 @@ class TestLoss:
         simulated.write("/a", "2")
         assert "2" == simulated.transact(lambda inside: inside.read("/a"))
 
-    def test_a_watch_that_was_lost_is_not_kept(self, server, simulated):
+    def test_a_watch_that_was_lost_is_not_kept(self, server, hasty):
         server.pause()
         with pytest.raises(StoreLost):
-            simulated.watch("/a")
+            hasty.watch("/a")
         server.resume()
-        simulated.reconnect()
-        simulated.read("/")
+        hasty._timeout = 30.0
+        hasty.reconnect()
+        hasty.read("/")
 
-        assert [] == simulated.pending()
+        assert [] == hasty.pending()
 
     def test_an_unwatch_that_was_lost_counts(self, server, simulated):
         simulated.watch("/a")
@@ -653,14 +663,19 @@ class TestLoss:
 
         assert [] == simulated.pending()
 
-    def test_an_interrupt_while_waiting_is_a_loss(self, server, simulated):
+    def test_an_interrupt_while_waiting_is_a_loss(self, server, simulated, monkeypatch):
         def interrupt(*_):
             raise KeyboardInterrupt("by the test")
 
+        def wait_and_be_interrupted(*arguments):
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
+            return wait(*arguments)
+
+        wait = xenstore._Transport._wait
+        monkeypatch.setattr(xenstore._Transport, "_wait", wait_and_be_interrupted)
         server.pause()
         before = signal.signal(signal.SIGALRM, interrupt)
         try:
-            signal.setitimer(signal.ITIMER_REAL, 0.05)
             with pytest.raises(KeyboardInterrupt, match="by the test"):
                 simulated.read("/")
         finally:
@@ -691,12 +706,16 @@ class TestHostileServer:
     """A peer that does what no xenstored should: the answers are there before we ask."""
 
     @pytest.fixture
-    def peer(self, tmp_path):
+    def timeout(self):
+        return 0.1
+
+    @pytest.fixture
+    def peer(self, tmp_path, timeout):
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(str(tmp_path / "socket"))
             listener.listen()
-            listener.settimeout(5)
-            self.store = Store.open(str(tmp_path / "socket"), timeout=0.4)
+            listener.settimeout(30)
+            self.store = Store.open(str(tmp_path / "socket"), timeout)
             with self.store, listener.accept()[0] as peer:
                 yield peer
 
@@ -748,18 +767,19 @@ class TestHostileServer:
             self.store.read("/a")
         assert not self.store.is_lost
 
-    def test_drops_within_the_deadline_are_read(self, peer):
+    @pytest.mark.parametrize("timeout", [30.0])
+    def test_drops_within_the_deadline_are_read(self, peer, monkeypatch):
         data = packet(WATCH_EVENT, 0, b"/a\0none\0") + packet(READ, 1, b"value")
-        timers = [
-            threading.Timer(0.02 * n, peer.sendall, [data[n * 9 : n * 9 + 9]]) for n in range(5)
-        ]
-        for timer in timers:
-            timer.start()
-        try:
-            assert "value" == self.store.read("/a")
-        finally:
-            for timer in timers:
-                timer.join()
+        drops = [data[at : at + 9] for at in range(0, len(data), 9)]
+        wait = xenstore._Transport._wait
+
+        def wait_for_a_drop(*arguments):
+            peer.sendall(drops.pop(0))
+            return wait(*arguments)
+
+        monkeypatch.setattr(xenstore._Transport, "_wait", wait_for_a_drop)
+        assert "value" == self.store.read("/a")
+        assert [] == drops
 
     def test_bytes_that_are_no_text_come_out_readable(self, peer):
         peer.sendall(packet(READ, 1, b"a\xffb"))
@@ -773,7 +793,6 @@ class TestHostileServer:
         assert not self.store.has_pending
 
     def test_a_peer_that_reads_nothing_is_a_loss(self, peer):
-        start = time.monotonic()
         with pytest.raises(StoreLost) as caught:  # noqa: PT012 - which write blocks is open
             for number in range(1, 100000):
                 peer.sendall(packet(11, number, b"OK\0"))
@@ -781,7 +800,6 @@ class TestHostileServer:
 
         assert errno.ETIMEDOUT == caught.value.errno
         assert self.store.is_lost
-        assert time.monotonic() - start < 5
 
 
 class TestOpening:
@@ -858,12 +876,12 @@ class TestOpening:
         try:
             tty.setraw(slave)
             (nowhere / "device").symlink_to(os.ttyname(slave))
-            with Store.open(timeout=0.2) as store:
+            with Store.open() as store:
                 os.write(master, packet(WATCH_EVENT, 0, b"/a\0none\0") + packet(READ, 1, b"1"))
                 assert "1" == store.read("/a")
                 assert packet(READ, 1, b"/a\0") == os.read(master, 100)
-                with pytest.raises(StoreLost, match="does not answer"):
-                    store.read("/a")
+            with Store.open(timeout=0.1) as hasty, pytest.raises(StoreLost, match="not answer"):
+                hasty.read("/a")
         finally:
             os.close(master)
             os.close(slave)
@@ -880,7 +898,7 @@ class TestOpening:
             "import xen_disk_py.xenstore\n"
         )
         command = [sys.executable, "-W", "error", "-c", script]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
         assert (0, "") == (done.returncode, done.stderr)
 

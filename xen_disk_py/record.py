@@ -42,7 +42,7 @@ FORMAT = 1
 _FACTS = 32 << 10  # bytes
 _COUNTERS = 4096
 _HEAD = _FACTS + _COUNTERS
-_TRIES = 10  # one who looks has the lock for a moment, one who ends has it until the very end
+_TRIES = 50  # one who looks has the lock for a moment, one who ends has it until the very end
 _PAUSE = 0.01
 
 

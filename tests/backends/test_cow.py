@@ -319,7 +319,7 @@ def test_threads_share_the_limit(open_cow):
     start = threading.Barrier(16)
 
     def run(number):
-        start.wait(5)
+        start.wait()
         refused = 0
         for page in range(number, 256, 16):
             try:
@@ -347,7 +347,7 @@ def test_a_discard_amid_a_write_leaves_no_page_that_is_not_counted(open_cow, mon
 
     monkeypatch.setattr(disk._mapped, "store", discarded_meanwhile)
     write(disk, 0, b"x" * 4096)
-    discard.join(5)
+    discard.join()
     monkeypatch.undo()
     written = disk.memory // 4096
     assert (b"x" * 4096 if written else before) == read(disk, 0, 4096)

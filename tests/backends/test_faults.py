@@ -19,7 +19,7 @@ PERSISTENT = ("raw", "mmap")
 
 WORKER = """
 import random, signal, sys
-signal.alarm(25)
+signal.alarm(100)
 sys.path.insert(0, sys.argv[3])
 from xen_disk_py.backends.loader import open_backend
 

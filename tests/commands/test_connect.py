@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -85,8 +86,7 @@ def connect(host):
         try:
             status = main(["connect", *argv], env)
         finally:
-            player.thread.join(10)
-        assert not player.thread.is_alive()
+            player.thread.join()
         if player.error is not None:
             raise player.error
         assert handlers == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
@@ -288,14 +288,16 @@ def test_a_status_line_on_a_terminal(connect, image, monkeypatch):
     def script(player):
         frontend = player.frontend()
         frontend.write(4096, b"new" * 4096)
-        player.host.until(lambda: player.env.stderr.getvalue().count("\r") >= 2)
+        last = "0 in flight, 12 KiB changed"
+        player.host.until(lambda: last in player.env.stderr.getvalue())
         player.unplug(frontend)
 
     _, out, err = connect(script, "guest", "--path", str(image), stderr=Terminal())
-    shown = err.split("\r\x1b[K")
-    assert "MB/s" in shown[1]
-    assert "IOPS, 0 in flight, 12 KiB changed" in shown[1]
-    assert shown[-1].startswith("xvda: asked")  # it is taken away before anything else is said
+    status = r"xvda: \d+ requests, [\d.]+ MB/s, \d+ IOPS, \d+ in flight(, \d+ KiB changed)?"
+    said = [text for text in err.split("\r\x1b[K")[1:] if not re.fullmatch(status, text)]
+    assert any(text.startswith("xvda: asked") for text in said)
+    # It is taken away before anything else is said.
+    assert not any("in flight" in text for text in said)
     assert "\r" not in out
 
 
@@ -343,10 +345,17 @@ def test_no_status_line_elsewhere(connect, monkeypatch):
 
     def script(player):
         frontend = player.frontend()
-        time.sleep(0.1)
+        player.host.until(player.env.stdout.getvalue)
+        time.sleep(0.05)
         player.unplug(frontend)
 
+    def show(line):
+        shown.append(line)
+
+    shown = []
+    monkeypatch.setattr(connect_module._StatusLine, "show", show)
     assert "\r" not in connect(script, "guest")[2]
+    assert [] == shown
 
 
 def test_read_only(connect, image):
@@ -422,12 +431,10 @@ def test_wrong_input(connect, argv, status, said):
 
 
 def test_a_timeout(connect, host):
-    start = time.monotonic()
     status, out, err = connect(lambda player: None, "guest", "--timeout", "0.1")
     assert (ExitStatus.ERROR, "") == (status, out)
     assert "did not connect within 0.1 s: its state is 1 (Initialising)" in err
     assert "modprobe xen-blkfront" in err
-    assert time.monotonic() - start < 2
 
 
 def test_an_interrupt_before_the_guest_connects(connect):
@@ -471,7 +478,7 @@ class Hanging(Backend):
 
     def read(self, buffers, offset):
         self.entered.set()
-        self.allowed.wait(20)
+        self.allowed.wait(60)
 
     def write(self, buffers, offset):
         pass
@@ -497,7 +504,7 @@ def test_force_with_a_backend_that_hangs(connect, monkeypatch, caplog, closing):
         frontend = player.frontend(persistent=False)
         frontend.submit(READ, 0, length=4096)
         frontend.kick()
-        assert Hanging.entered.wait(5)
+        assert Hanging.entered.wait(player.host.PATIENCE)
         player.interrupt()
         player.host.until(lambda: frontend.backend_state is State.CLOSING)
         if closing:
@@ -509,7 +516,7 @@ def test_force_with_a_backend_that_hangs(connect, monkeypatch, caplog, closing):
         time.sleep(0.05)
         Hanging.allowed.set()
         player.host.until(lambda: "queue" not in [t.name for t in threading.enumerate()])
-        assert queues[0].stop(5)
+        assert queues[0].stop(player.host.PATIENCE)
 
     status, _, err = connect(script, "guest")
     assert status is ExitStatus.INTERRUPTED
@@ -534,7 +541,7 @@ def test_a_backend_that_keeps_buffers(connect, host, monkeypatch, caplog):
         player.interrupt()
         player.host.until(lambda: frontend.backend_state is State.CLOSING)
         frontend._switch(State.CLOSED)
-        player.thread_of_main.wait(5)
+        player.thread_of_main.wait(player.host.PATIENCE)
 
     ended = threading.Event()
     Player.thread_of_main = ended
@@ -578,7 +585,7 @@ def test_serving_fails(connect, monkeypatch):
         monkeypatch.setattr("xen_disk_py.queue.encode_response", lambda *args: 1 / 0)
         frontend.submit(READ, 0, length=512)
         frontend.kick()
-        queue.join(5)
+        queue.join()
 
     status, _, err = connect(script, "guest")
     assert status is ExitStatus.ERROR
@@ -594,7 +601,7 @@ def test_two_race_for_the_first_free_number(host, monkeypatch, tmp_path):
     def free_together(store, domid):
         found = free_device(store, domid)
         if next(calls) < 2:
-            barrier.wait(5)
+            barrier.wait(host.PATIENCE)
         return found
 
     all_interrupts = []
@@ -627,7 +634,7 @@ def test_two_race_for_the_first_free_number(host, monkeypatch, tmp_path):
         interrupts.asked = True
         interrupts.wake()
     for thread in threads:
-        thread.join(5)
+        thread.join()
     assert statuses == [ExitStatus.OK, ExitStatus.OK]
     assert not os.listdir(tmp_path / "elsewhere")
 

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -19,7 +20,7 @@ from xen_disk_py.session import Interrupts
 from xen_disk_py.simulated.guest import Phase, Plan, VerificationFailed, pattern, work
 
 MEMORY_DISK = """\
-import time
+import os
 from xen_disk_py.backends import Backend
 
 class Disk(Backend):
@@ -33,8 +34,8 @@ class Disk(Backend):
     def read(self, buffers, offset):
         if self.fault == "raises":
             raise ValueError("on purpose")
-        if self.fault == "slow":
-            time.sleep(0.02)
+        while self.fault == "held" and len(buffers) == 1 and os.path.exists(__file__ + ".held"):
+            pass
         for buffer in buffers:
             buffer[:] = self.data[offset : offset + len(buffer)]
             offset += len(buffer)
@@ -69,12 +70,16 @@ class Demo:
         out, err = self.env.stdout.getvalue(), self.env.stderr.getvalue()
         return status, out[before[0] :], err[before[1] :]
 
-    def while_busy(self, act):
-        """Act while the guest has its disk and reads single blocks."""
+    def while_busy(self, act, held):
+        """Act while the guest waits for a single block; it gets it afterwards."""
+        held.touch()
 
         def wait_and_act():
-            self.host.until(lambda: "sequential read" in self.env.stdout.getvalue())
-            act()
+            try:
+                self.host.until(lambda: "sequential read" in self.env.stdout.getvalue())
+                act()
+            finally:
+                held.unlink()
 
         self.thread = threading.Thread(target=wait_and_act)
         self.thread.start()
@@ -91,6 +96,12 @@ def disk_file(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(MEMORY_DISK)
     return str(path)
+
+
+@pytest.fixture
+def held(disk_file):
+    """While that is there, the disk holds reads of single blocks, with ``fault=held``."""
+    return Path(disk_file + ".held")
 
 
 @pytest.fixture
@@ -231,20 +242,20 @@ def test_wrong_input(demo, argv, status):
     assert len(err.splitlines()) == 1
 
 
-def test_a_guest_that_dies(demo, disk_file, monkeypatch):
+def test_a_guest_that_dies(demo, disk_file, held, monkeypatch):
     """Of a signal, with its disk connected."""
     guests = []
     start = demo_module._start_guest
     monkeypatch.setattr(
         demo_module, "_start_guest", lambda *args: guests.append(start(*args)) or guests[0]
     )
-    demo.while_busy(lambda: os.kill(guests[0].pid, signal.SIGKILL))
-    status, _, err = demo("--path", disk_file, "--option", "fault=slow")
+    demo.while_busy(lambda: os.kill(guests[0].pid, signal.SIGKILL), held)
+    status, _, err = demo("--path", disk_file, "--option", "fault=held")
     assert status is ExitStatus.ERROR
     assert "interrupted: the guest has gone" in err
 
 
-def test_interrupts(demo, disk_file, monkeypatch):
+def test_interrupts(demo, disk_file, held, monkeypatch):
     """The first asks the guest, which has no ear for it; the second ends everything."""
 
     made = []
@@ -254,9 +265,10 @@ def test_interrupts(demo, disk_file, monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
         demo.host.until(lambda: made[0].asked)  # two at once are one
         os.kill(os.getpid(), signal.SIGINT)
+        demo.host.until(lambda: made[0].calm)  # it was heard
 
-    demo.while_busy(interrupt)
-    status, _, err = demo("--path", disk_file, "--option", "fault=slow")
+    demo.while_busy(interrupt, held)
+    status, _, err = demo("--path", disk_file, "--option", "fault=held")
     assert status is ExitStatus.ERROR
     assert "interrupted: unplugged by force" in err
 

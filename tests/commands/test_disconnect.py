@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -73,7 +72,7 @@ def test_politely(disconnect, served, host):
     driver = Driver(host, frontend)
     status, said = disconnect("guest", "xvdb")
     assert (ExitStatus.OK, "xvdb: gone from guest (domain 5)\n") == (status, said)
-    driver.join(5)
+    driver.join()
     assert served.wait() is Outcome.DETACHED
     assert served.address.backend not in host.tree()
     assert host.hypervisor.mapped_pages == 0
@@ -86,12 +85,10 @@ def test_a_guest_that_never_connected(disconnect, served):
 
 def test_a_guest_that_holds_on(disconnect, served, host):
     frontend = served.frontend()
-    start = time.monotonic()
     status, said = disconnect("guest", "xvdb", "--timeout", "0.2")
     assert status is ExitStatus.ERROR
     assert "the guest has not let go of xvdb within 0.2 s" in said
     assert "--force" in said
-    assert time.monotonic() - start < 2
     frontend.read(0, 4096)  # the disk is as it was
     assert served.address.backend in host.tree()
 

@@ -15,7 +15,16 @@ import struct
 import threading
 
 import pytest
-from attacker import BAD_REFERENCES, Memory, descriptors, direct, discard, indirect, until
+from attacker import (
+    BAD_REFERENCES,
+    PATIENCE,
+    Memory,
+    descriptors,
+    direct,
+    discard,
+    indirect,
+    until,
+)
 
 from xen_disk_py import toolstack
 from xen_disk_py.backends.cow import CowBackend
@@ -237,12 +246,12 @@ def test_a_slow_write_that_others_overtake_is_waited_for_before_a_shrink(host, w
     def slow(what):
         if what == "write":
             entered.set()
-            go.wait(4)
+            go.wait(2 * PATIENCE)
 
     backend.before = slow
     line.put(direct(X86_64, WRITE, 1, SECTORS - 8, [(ref, 0, 7)]))
     line.kick()
-    assert entered.wait(5)
+    assert entered.wait(PATIENCE)
     thread = shrinking(line, MEBIBYTE // 2)
     until(lambda: line.disk.sectors < SECTORS)
     for _ in range(5):

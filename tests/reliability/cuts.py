@@ -40,7 +40,7 @@ DOMID = 5
 PAGE = 4096
 READ, WRITE, BARRIER, FLUSH, DISCARD, INDIRECT = 0, 1, 2, 3, 5, 6
 TRACED = {module.__file__ for module in (queue, ring, journal, halves, grants)} | {__file__}
-PATIENCE = 20.0  # seconds
+PATIENCE = 60.0  # seconds; a busy machine may stop a backend for many
 
 
 class FileDisk(Backend):

@@ -47,7 +47,7 @@ def refused(map_or_bind, *arguments, **options):
     return caught.value.errno
 
 
-def is_readable(channel, seconds=5.0):
+def is_readable(channel, seconds=30.0):
     return bool(select.select([channel], [], [], seconds)[0])
 
 
@@ -403,7 +403,7 @@ def child(machine):
         try:
             yield call
             process.stdin.close()
-            assert process.wait(10) in {0, -signal.SIGKILL}
+            assert process.wait(30) in {0, -signal.SIGKILL}
         finally:
             process.kill()
 
@@ -468,14 +468,14 @@ class TestAcrossProcesses:
         child("poll = select.poll()")
         child("poll.register(channel, select.POLLIN)")
         child.send(
-            f"[poll.poll(5000) and channel.acknowledge() and channel.notify()"
+            f"[poll.poll(30_000) and channel.acknowledge() and channel.notify()"
             f" for _ in range({rounds})].count(None)"
         )
         poll = select.poll()
         poll.register(end, select.POLLIN)
         for _ in range(rounds):
             end.notify()
-            assert poll.poll(5000)
+            assert poll.poll(30_000)
             assert end.acknowledge()
         assert rounds == child.receive()
 

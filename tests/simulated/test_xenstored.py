@@ -25,7 +25,7 @@ class Client:
 
     def __init__(self, path):
         self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(5)
+        self.sock.settimeout(30)
         self.sock.connect(path)
         self.events = []
 
@@ -539,7 +539,7 @@ class TestServer:
         dom0.sock.settimeout(0.1)
         with pytest.raises(socket.timeout):
             dom0.receive()
-        dom0.sock.settimeout(5)
+        dom0.sock.settimeout(30)
         server.resume()
 
         assert (READ, 7, 0, b"") == dom0.receive()
@@ -568,7 +568,7 @@ class TestServer:
             "with Store.open(sys.argv[1]) as store: print(store.read('domid'))\n"
         )
         command = [sys.executable, "-W", "error", "-c", script, server.socket_path()]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
 
         assert "0\n" == done.stdout
 

@@ -19,7 +19,8 @@ from pathlib import Path
 from xen_disk_py.cli import main
 from xen_disk_py.environment import Environment
 
-from .disk import mapped_grants, open_files, resident
+from .disk import mapped_grants, open_files, patient, resident
+from .guest import PATIENCE
 
 
 class Announced(io.StringIO):
@@ -35,7 +36,7 @@ class Announced(io.StringIO):
 def use(device: str) -> None:
     """Read from the disk, then end the session."""
     size = Path(f"/sys/block/{Path(device).name}/size")
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         if size.exists() and size.read_text() != "0\n" and Path(device).exists():
             with open(device, "rb", buffering=0) as file:
@@ -50,7 +51,8 @@ def churn(times: int) -> None:
     pid = os.getpid()
     for _ in range(times):
         env = Environment(stdout=Announced())
-        status = main(["connect", "0", "--json", "--quiet", "--size", "16M"], env)
+        words = patient(["connect", "0", "--json", "--quiet", "--size", "16M"])
+        status = main(list(words), env)
         if status:
             sys.exit(status)
         gc.collect()

@@ -14,10 +14,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from .guest import RESULTS, Shell, sh
+from .guest import PATIENCE, RESULTS, Shell, sh
 
-CONNECT_SECONDS = 60
 PROGRAM = (sys.executable, "-m", "xen_disk_py")
+WAITING = ("connect", "disconnect", "resize", "upgrade")
+"""Commands that wait, for as long as they are told."""
 
 
 class DiskError(RuntimeError):
@@ -42,6 +43,20 @@ def gained(before: dict[str, str], after: dict[str, str]) -> dict[str, str]:
 def lost(before: dict[str, str], after: dict[str, str]) -> dict[str, str]:
     """Return the nodes that are missing from the second snapshot."""
     return {path: value for path, value in before.items() if path not in after}
+
+
+def left_over(before: dict[str, str], timeout: float = PATIENCE) -> dict[str, str]:
+    """Return the nodes that are new since a snapshot and stay.
+
+    Behind a guest libxl removes nodes after it has let the guest go, kernels theirs when they come
+    to it.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        new = gained(before, xenstore_snapshot())
+        if not new or time.monotonic() > deadline:
+            return new
+        time.sleep(0.2)
 
 
 def mapped_grants(pid: int) -> int:
@@ -73,9 +88,17 @@ def resident(pid: int) -> int:
     return 0
 
 
-def xen_disk(*arguments: str | Path, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+def patient(arguments: Sequence[str]) -> Sequence[str]:
+    """Have the product wait as long as the tests do, unless it is told how long."""
+    return arguments if "--timeout" in arguments else (*arguments, "--timeout", str(PATIENCE))
+
+
+def xen_disk(
+    *arguments: str | Path, timeout: float = 2 * PATIENCE
+) -> subprocess.CompletedProcess[str]:
     """Run a command of the product to its end."""
-    command = [*PROGRAM, *map(str, arguments)]
+    words: Sequence[str] = [*map(str, arguments)]
+    command = [*PROGRAM, *(patient(words) if words[0] in WAITING else words)]
     return subprocess.run(
         command,
         capture_output=True,
@@ -105,7 +128,8 @@ class Disk:
         self.stdout = ""
         self._lines = threading.Condition()
         self._before = set(block_nodes(guest.domid))
-        self.command = [*program, "connect", guest.name, *map(str, arguments), "--json"]
+        words = patient([*map(str, arguments)])
+        self.command = [*program, "connect", guest.name, *words, "--json"]
         self.process = subprocess.Popen(
             self.command,
             stdin=subprocess.DEVNULL,
@@ -154,7 +178,7 @@ class Disk:
         said = f"stdout: {self.stdout}\nstderr: {self.stderr}"
         return f"{' '.join(self.command[2:])}\n{said}\n{nodes}"
 
-    def wait_connected(self, timeout: float = CONNECT_SECONDS) -> dict[str, Any]:
+    def wait_connected(self, timeout: float = PATIENCE) -> dict[str, Any]:
         """Wait for the one line on stdout and return it."""
         deadline = time.monotonic() + timeout
         with self._lines:
@@ -169,12 +193,12 @@ class Disk:
         self.info = json.loads(self.stdout.splitlines()[0])
         return self.info
 
-    def wait_stderr(self, text: str, timeout: float = 30) -> None:
+    def wait_stderr(self, text: str, timeout: float = PATIENCE) -> None:
         """Wait until the product has said something."""
         deadline = time.monotonic() + timeout
         with self._lines:
             while text not in self.stderr:
-                if time.monotonic() > deadline:
+                if time.monotonic() > deadline or not self._threads[1].is_alive():
                     raise DiskError(f"never said {text!r}: {self.describe()}")
                 self._lines.wait(0.5)
 
@@ -225,17 +249,17 @@ class Disk:
         """Send SIGKILL."""
         self.process.kill()
 
-    def wait(self, timeout: float = 60) -> int:
+    def wait(self, timeout: float = PATIENCE) -> int:
         """Wait for the end and return the status (negative: killed by that signal)."""
         try:
             status = self.process.wait(timeout)
         except subprocess.TimeoutExpired:
             raise DiskError(f"still running after {timeout} s: {self.describe()}") from None
         for thread in self._threads:
-            thread.join(10)
+            thread.join(PATIENCE)
         return status
 
-    def disconnect(self, timeout: float = 60) -> int:
+    def disconnect(self, timeout: float = PATIENCE) -> int:
         """Ask politely, as Ctrl-C does, and wait for the end."""
         self.interrupt()
         return self.wait(timeout)
@@ -245,7 +269,7 @@ class Disk:
         if self.process.poll() is None:
             self.interrupt()
             try:
-                self.process.wait(20)
+                self.process.wait(60)
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()

@@ -13,16 +13,14 @@ from xen_disk_py.xenbus import State
 from xen_disk_py.xenstore import Store
 
 from .disk import Disk, DiskError, block_nodes
-from .guest import Dom0
-
-SECONDS = 20
+from .guest import PATIENCE, Dom0
 
 Driver = Callable[..., Frontend]
 
 
 def directory(disk: Disk) -> str:
     """Return dom0's half of a disk, of which there is one, as soon as it is there."""
-    deadline = time.monotonic() + SECONDS
+    deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline and disk.process.poll() is None:
         for path in block_nodes(0):
             front, _, name = path.rpartition("/")
@@ -40,17 +38,17 @@ def drivers(dom0: Dom0) -> Iterator[Driver]:
     """
     dom0.unload_blkfront()
     with ExitStack() as stack:
-        store, xen = stack.enter_context(Store.open()), stack.enter_context(Xen())
+        stack.callback(dom0.load_blkfront)  # after a test that has failed, too
+        store, xen = stack.enter_context(Store.open(timeout=PATIENCE)), stack.enter_context(Xen())
 
         def start(disk: Disk, kind: type[Frontend] = Frontend, **options: Any) -> Frontend:
             front = directory(disk)
             store.write(f"{front}/state", str(int(State.INITIALISING)))
             # few buffers: the kernel grants 1024 pages on behalf of programs, no more
-            driver = kind(store, xen, front, depth=8, timeout=SECONDS, **options)
+            driver = kind(store, xen, front, depth=8, timeout=PATIENCE, **options)
             stack.enter_context(driver)
             driver.connect()
             disk.wait_connected()
             return driver
 
         yield start
-    dom0.load_blkfront()

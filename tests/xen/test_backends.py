@@ -16,8 +16,8 @@ from typing import Any, Callable
 
 import pytest
 
-from .disk import PROGRAM, Disk, DiskError, xen_disk, xenstore_snapshot
-from .guest import Dom0, sh
+from .disk import PROGRAM, Disk, DiskError, patient, xen_disk, xenstore_snapshot
+from .guest import PATIENCE, Dom0, sh
 
 MIB = 1 << 20
 SIZE = 16 * MIB
@@ -60,7 +60,7 @@ def read(guest: Dom0, disk: Disk, offset: int, length: int) -> bytes:
     )
     assert guest.domid == 0
     result = subprocess.run(
-        [sys.executable, "-Sc", code], capture_output=True, timeout=60, check=False
+        [sys.executable, "-Sc", code], capture_output=True, timeout=PATIENCE, check=False
     )
     assert result.returncode == 0, result.stderr.decode() + disk.describe()
     return result.stdout
@@ -342,9 +342,14 @@ def test_what_is_said(dom0: Dom0, connect: Connect, image: Path, xenstore_unchan
         "connected",
         True,
     )
-    read(dom0, disk, 0, 4 * MIB)
-    (after,) = listing()
-    grown = {key: after["counters"][key] - before["counters"][key] for key in after["counters"]}
+    for _ in range(3):
+        read(dom0, disk, 0, 4 * MIB)
+        (after,) = listing()
+        grown = {key: after["counters"][key] - before["counters"][key] for key in after["counters"]}
+        if (grown["bytes_read"], after["counters"]["in_flight"]) == (4 * MIB, 0):
+            break
+        # Linux was still looking for partitions, or a batch is counted after its answers
+        (before,) = listing()
     assert (grown["bytes_read"], grown["writes"], grown["errors"]) == (4 * MIB, 0, 0), grown
     assert grown["requests"] == grown["reads"] >= 32
     assert after["counters"]["in_flight"] == 0
@@ -354,16 +359,16 @@ def test_what_is_said(dom0: Dom0, connect: Connect, image: Path, xenstore_unchan
 
     ended = xen_disk("disconnect", "0", "xvda")
     assert ended.returncode == 0, ended.stderr + disk.describe()
-    assert disk.wait(20) == 0, disk.describe()
+    assert disk.wait() == 0, disk.describe()
     assert disk.stdout.count("\n") == 1
     assert listing() == []
-    dom0.wait_gone("xvda", 5)
+    dom0.wait_gone("xvda")
 
 
 def test_line_for_a_person(dom0: Dom0, xenstore_unchanged: None) -> None:
     """Without ``--json``: one line on stdout; SIGTERM is as good as Ctrl-C."""
     before = xenstore_snapshot()
-    command = [*PROGRAM, "connect", "0", "--size", "16M", "--quiet"]
+    command = [*PROGRAM, *patient(["connect", "0", "--size", "16M", "--quiet"])]
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -371,7 +376,7 @@ def test_line_for_a_person(dom0: Dom0, xenstore_unchanged: None) -> None:
             assert process.stdout is not None
             assert process.stdout.readline() == "xvda 51712 /dev/xvda 16 MiB discard rw\n"
             process.terminate()
-            stdout, stderr = process.communicate(timeout=60)
+            stdout, stderr = process.communicate(timeout=PATIENCE)
         except subprocess.TimeoutExpired:
             raise DiskError(f"SIGTERM did not end it: {xenstore_snapshot()}") from None
         finally:
@@ -379,19 +384,25 @@ def test_line_for_a_person(dom0: Dom0, xenstore_unchanged: None) -> None:
     assert (process.returncode, stdout) == (0, "")
     assert stderr.splitlines()[-1] == "xvda: unplugged"
     assert before == xenstore_snapshot()
+    dom0.wait_gone("xvda")
 
 
-def test_guest_still_uses_it(dom0: Dom0, connect: Connect, xenstore_unchanged: None) -> None:
+def test_guest_still_uses_it(
+    dom0: Dom0, connect: Connect, tmp_path: Path, xenstore_unchanged: None
+) -> None:
     """Today's Linux lets a disk go even while something has it open: that ends as well as any
     other, and who has it open gets errors or an end of file instead of hanging.
     """
     disk = connect(dom0, "--size", "16M")
     dom0.wait_for_device(disk.device)
-    user = dom0.spawn(f"exec < /dev/{disk.device}; sleep 8; dd bs=1M 2>/dev/null | wc -c")
-    dom0.wait_until(
-        f"ls -l /proc/[0-9]*/fd | grep -q /dev/{disk.device}", 10, "nothing has it open"
+    opened, gone = tmp_path / "opened", tmp_path / "gone"
+    user = dom0.spawn(
+        f"exec < /dev/{disk.device}; touch {opened}; until [ -e {gone} ]; do sleep 0.1; done; "
+        "dd bs=1M 2>/dev/null | wc -c"
     )
-    assert disk.disconnect(30) == 0, disk.describe()
+    dom0.wait_until(f"[ -e {opened} ]", PATIENCE, "nothing has it open")
+    assert disk.disconnect() == 0, disk.describe()
     dom0.wait_gone(disk.device)
     assert user.status() is None, user.output()
-    assert user.wait(30)[1] == "0\n"
+    gone.touch()
+    assert user.wait()[1] == "0\n"

@@ -5,14 +5,13 @@ from __future__ import annotations
 import time
 from typing import Callable
 
-from .disk import Disk, DiskError, block_nodes, gained, xenstore_snapshot
-from .guest import LAB, Guest, sh
+from .disk import Disk, DiskError, block_nodes, left_over, xenstore_snapshot
+from .guest import LAB, PATIENCE, START_SECONDS, Guest, sh
 
 GOLD = LAB / "guest-root.ext4"
-BOOT_SECONDS = 120
 
 
-def wait_offered(disk: Disk, timeout: float = 30) -> None:
+def wait_offered(disk: Disk, timeout: float = PATIENCE) -> None:
     """Wait until the guest, which cannot answer yet, would find the disk."""
     deadline = time.monotonic() + timeout
     while not any("/device/vbd/" in path for path in block_nodes(disk.guest.domid)):
@@ -28,12 +27,11 @@ def test_guest_boots_from_a_gold_image(
     digest = sh("sha256sum", str(GOLD))
     before = xenstore_snapshot()
     guest = new_guest("pv", paused=True, cmdline="lab.root=xvda")
-    disk = connect(
-        guest, "--path", GOLD, "--vdev", "xvda", "--timeout", str(BOOT_SECONDS), wait=False
-    )
+    boot = ("--timeout", str(START_SECONDS))
+    disk = connect(guest, "--path", GOLD, "--vdev", "xvda", *boot, wait=False)
     wait_offered(disk)
     guest.unpause()
-    disk.wait_connected(BOOT_SECONDS)
+    disk.wait_connected(START_SECONDS)
     guest.wait_ready()
     assert "/dev/xvda / ext4 rw" in guest.check("cat /proc/mounts"), disk.describe()
 
@@ -47,5 +45,5 @@ def test_guest_boots_from_a_gold_image(
     guest.wait_dead()
     assert disk.wait() == 0, disk.describe()
     assert block_nodes(guest.domid) == {}
-    assert gained(before, xenstore_snapshot()) == {}
+    assert left_over(before) == {}
     assert digest == sh("sha256sum", str(GOLD)), "the gold image has changed"

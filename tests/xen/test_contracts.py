@@ -17,7 +17,7 @@ def test_hypervisor() -> None:
         cwd=CHECKOUT,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=800,
         check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr

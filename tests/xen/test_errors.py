@@ -16,7 +16,7 @@ from typing import Any, Callable
 import pytest
 
 from .disk import PROGRAM, Disk, gained, lost, xenstore_snapshot
-from .guest import Dom0, Guest, Shell, sh
+from .guest import PATIENCE, Dom0, Guest, Shell, sh
 
 ERROR = "xen_disk_py: error: "
 RUNTIME, USAGE = 1, 2
@@ -38,7 +38,7 @@ def run(
     *,
     prefix: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
-    timeout: float = 60,
+    timeout: float = PATIENCE,
 ) -> subprocess.CompletedProcess[str]:
     """Run a command of the product, perhaps under another program that prepares the ground."""
     return subprocess.run(
@@ -231,6 +231,7 @@ def test_broken_backend(refused: Refused, folder: Path, source: str, says: list[
 def test_vdev_taken(dom0: Dom0, connect: Callable[..., Disk]) -> None:
     """The disk that has the name stays as it is."""
     disk = connect(dom0, "--size", "1M", "--vdev", "xvdc")
+    dom0.wait_for_device(disk.device)
     before = traces()
     result = run(["connect", "0", "--vdev", "xvdc"])
     after = traces()

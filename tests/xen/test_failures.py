@@ -20,9 +20,17 @@ from xen_disk_py.libxen import Xen
 from xen_disk_py.xenbus import State
 from xen_disk_py.xenstore import Store
 
-from .disk import Disk, block_nodes, gained, mapped_grants, open_files, resident, xen_disk
+from .disk import (
+    Disk,
+    block_nodes,
+    left_over,
+    mapped_grants,
+    open_files,
+    resident,
+    xen_disk,
+)
 from .disk import xenstore_snapshot as snapshot
-from .guest import Dom0, Guest, GuestError, Job, Shell, sh
+from .guest import PATIENCE, Dom0, Guest, GuestError, Job, Shell, sh
 
 MEBIBYTE = 1 << 20
 RECORDS = Path("/run/xen_disk_py")
@@ -53,15 +61,18 @@ def nothing_left(guest: Shell) -> None:
     assert [name for name in records() if name.startswith(f"{guest.domid}-")] == []
 
 
-def load(guest: Shell, disk: Disk, seconds: int = 120) -> Job:
-    """Start reads and writes in the guest, 32 at a time, and wait until they flow."""
+def load(guest: Shell, disk: Disk) -> Job:
+    """Start reads and writes in the guest, 32 at a time, and wait until they flow.
+
+    They end with the disk only.
+    """
     guest.wait_for_device(disk.device)
     job = guest.spawn(
         f"fio --name=load --filename=/dev/{disk.device} --rw=randrw --bs=4k-64k --iodepth=32 "
-        f"--direct=1 --ioengine=libaio --time_based --runtime={seconds}"
+        f"--direct=1 --ioengine=libaio --time_based --runtime=86400"
     )
     field = f"$(cut -c1-400 /sys/block/{disk.device}/stat | awk '{{print $1 + $5}}')"
-    guest.wait_until(f'[ "{field}" -gt 100 ]', 60, "the load does not flow")
+    guest.wait_until(f'[ "{field}" -gt 100 ]', PATIENCE, "the load does not flow")
     return job
 
 
@@ -83,7 +94,7 @@ def alive(disk: Disk) -> None:
 
 def unload_driver() -> None:
     """Take the block driver out of dom0, as soon as nothing there uses it."""
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + PATIENCE
     while True:
         try:
             sh("modprobe", "-r", "xen-blkfront")
@@ -107,15 +118,14 @@ def test_guest_destroyed_under_load(
     disk = connect(guest, "--path", image, "--backend", "raw")
     load(guest, disk)
     guest.destroy()
-    assert disk.wait(30) == 0, disk.describe()
+    assert disk.wait() == 0, disk.describe()
     # xl detaches a guest's devices before it lets the guest go: we may see either first.
     assert disk.stderr.startswith(
         (f"{disk.vdev}: the guest has gone", f"{disk.vdev}: detached by the toolstack")
     ), disk.describe()
     nothing_left(guest)
-    left = gained(before, snapshot())
-    assert set(left) <= {"/vm", "/libxl"}, left  # libxl's own, empty
-    deadline = time.monotonic() + 20
+    assert left_over(before) == {}
+    deadline = time.monotonic() + PATIENCE
     while "(null)" in sh("xl", "list") and time.monotonic() < deadline:
         time.sleep(0.2)
     listed = sh("xl", "list")
@@ -134,21 +144,21 @@ def test_process_killed_under_load(
     disk = connect(guest, "--path", image, "--backend", "raw")
     job = load(guest, disk)
     disk.kill()
-    assert disk.wait(30) == -signal.SIGKILL, disk.describe()
+    assert disk.wait() == -signal.SIGKILL, disk.describe()
 
     assert sh("xl", "list").count(guest.name) == 1
-    assert guest.run("echo sound", 20) == (0, "sound\n")
+    assert guest.run("echo sound") == (0, "sound\n")
     listed = xen_disk("list")
     (line,) = (line for line in listed.stdout.splitlines() if str(disk.pid) in line)
     assert " orphan " in line, listed
-    polite = xen_disk("disconnect", guest.name, disk.vdev, "--timeout", "10")
+    polite = xen_disk("disconnect", guest.name, disk.vdev)
     if polite.returncode:
         assert "--force" in polite.stderr, polite
         forced = xen_disk("disconnect", guest.name, disk.vdev, "--force")
         assert forced.returncode == 0, forced
     nothing_left(guest)
 
-    status, output = job.wait(30)
+    status, output = job.wait()
     assert status != 0, output
     assert "error" in output.lower(), output
     guest.wait_gone(disk.device)
@@ -185,7 +195,7 @@ def test_interrupt_while_mounted(pv_guest: Guest, connect: Connect, image: Path)
     disk = connect(pv_guest, "--path", image, "--backend", "raw")
     with mounted(pv_guest, disk):
         disk.interrupt()
-        assert disk.wait(30) == 0, disk.describe()
+        assert disk.wait() == 0, disk.describe()
         assert "asked the guest to let go" in disk.stderr, disk.describe()
         nothing_left(pv_guest)
         failing(pv_guest)
@@ -201,20 +211,27 @@ def test_interrupt_under_load(pv_guest: Guest, connect: Connect, image: Path) ->
     """Every request in flight is answered, or the guest would never take another disk."""
     disk = connect(pv_guest, "--path", image, "--backend", "raw")
     job = load(pv_guest, disk)
-    assert disk.disconnect(30) == 0, disk.describe()
+    assert disk.disconnect() == 0, disk.describe()
     nothing_left(pv_guest)
-    assert job.wait(30)[0] != 0
+    assert job.wait()[0] != 0
     pv_guest.wait_gone(disk.device)
 
 
 def test_interrupted_twice_while_mounted(pv_guest: Guest, connect: Connect, image: Path) -> None:
-    """Whether or not the guest is quicker than the second Ctrl-C, it can go on with a new disk."""
+    """A guest that is letting go when the second Ctrl-C comes can go on with a new disk.
+
+    (One that has not noticed the first is forced, see below: in Linux, what is mounted may hang.)
+    """
     disk = connect(pv_guest, "--path", image, "--backend", "raw")
     with mounted(pv_guest, disk):
         disk.interrupt()
-        time.sleep(0.05)
+        front = f"/local/domain/{pv_guest.domid}/device/vbd/{disk.number}/state"
+        deadline = time.monotonic() + PATIENCE
+        while sh("xenstore-read", front, check=False).strip() == str(int(State.CONNECTED)):
+            assert time.monotonic() < deadline, disk.describe()
         disk.interrupt()
-        assert disk.wait(30) in {0, 130}, disk.describe()
+        # by the signal itself: it came when all was done but to end
+        assert disk.wait() in {0, 130, -signal.SIGINT}, disk.describe()
         nothing_left(pv_guest)
         failing(pv_guest)
     pv_guest.wait_gone(disk.device)
@@ -241,10 +258,10 @@ def test_forced_while_mounted(
     time.sleep(2)
     alive(disk)
     disk.interrupt()
-    assert disk.wait(30) == 130, disk.describe()
+    assert disk.wait() == 130, disk.describe()
     nothing_left(guest)
     guest.unpause()
-    assert guest.run("echo sound", 20) == (0, "sound\n")
+    assert guest.run("echo sound") == (0, "sound\n")
     checked = sh("e2fsck", "-fy", str(image), check=False)
     assert "kept" in sh("debugfs", "-R", "cat /file", str(image)), checked
 
@@ -253,11 +270,11 @@ def test_forced_while_mounted(
 def frontend() -> Iterator[Callable[[Disk], Frontend]]:
     """Return a function that plays dom0's block driver: one that lets go only when told."""
     unload_driver()
-    with Store.open() as store, Xen() as xen:
+    with Store.open(timeout=PATIENCE) as store, Xen() as xen:
         made: list[Frontend] = []
 
         def start(disk: Disk) -> Frontend:
-            deadline = time.monotonic() + 30
+            deadline = time.monotonic() + PATIENCE
             directories: list[str] = []
             while not directories:
                 assert time.monotonic() < deadline, disk.describe()
@@ -271,7 +288,7 @@ def frontend() -> Iterator[Callable[[Disk], Frontend]]:
             if made:
                 store.write(f"{directory}/state", str(int(State.INITIALISING)))
             # few buffers: the kernel grants 1024 pages on behalf of programs, no more
-            made.append(Frontend(store, xen, directory, depth=8, timeout=20))
+            made.append(Frontend(store, xen, directory, depth=8, timeout=PATIENCE))
             made[-1].connect()
             disk.wait_connected()
             return made[-1]
@@ -290,14 +307,18 @@ def test_interrupt_waits_for_the_guest(
     driver = frontend(disk)
     disk.interrupt()
     disk.wait_stderr("asked the guest to let go")
-    deadline = time.monotonic() + 3
+    deadline = time.monotonic() + PATIENCE
+    while driver.backend_state is not State.CLOSING:  # it is asked after that is said
+        assert time.monotonic() < deadline, disk.describe()
+        time.sleep(0.05)
     expected = image.read_bytes()[:MEBIBYTE]
-    while time.monotonic() < deadline:
+    for _ in range(10):
         assert driver.backend_state is State.CLOSING
         assert driver.read(0, MEBIBYTE) == expected
+        time.sleep(0.3)
     alive(disk)
     driver.disconnect()
-    assert disk.wait(30) == 0, disk.describe()
+    assert disk.wait() == 0, disk.describe()
     nothing_left(dom0)
 
 
@@ -313,7 +334,7 @@ def test_forced_with_requests_in_flight(
         driver.submit(READ, number * 4096, length=4096)
     driver.kick()
     disk.interrupt()
-    assert disk.wait(30) == 130, disk.describe()
+    assert disk.wait() == 130, disk.describe()
     try:
         driver.drain()  # raises DeviceError if an answer does not come
     except RequestFailed:
@@ -342,7 +363,7 @@ def test_connected_50_times(dom0: Dom0) -> None:
         cwd=CHECKOUT,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=800,
         check=False,
     )
     said = f"{churned.stdout}\n{churned.stderr}"
@@ -353,9 +374,11 @@ def test_connected_50_times(dom0: Dom0) -> None:
     assert len(set(descriptors[2:])) == 1, said
     assert set(mappings) == {0}, said
     assert memory[49] - memory[9] < MEBIBYTE, said
-    after = snapshot(), records(), grants()
-    assert gained(before[0], after[0]) == {}, said
-    assert before[1:] == after[1:], said
+    assert left_over(before[0]) == {}, said
+    assert records() == before[1], said
+    deadline = time.monotonic() + PATIENCE
+    while grants() > before[2]:  # the kernel unmaps for a process when it comes to it
+        assert time.monotonic() < deadline, said
 
 
 def test_driver_comes_10_times(
@@ -373,7 +396,7 @@ def test_driver_comes_10_times(
         assert driver.read(0, len(expected)) == expected
         costs.append((len(open_files(disk.pid)), mapped_grants(disk.pid), resident(disk.pid)))
         driver.disconnect()
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + PATIENCE
         while mapped_grants(disk.pid) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert mapped_grants(disk.pid) == 0, disk.describe()
@@ -414,19 +437,19 @@ def test_xenstored_stalled_during_io(dom0: Dom0, connect: Connect, image: Path) 
     os.kill(xenstored, signal.SIGSTOP)
     try:
         rounds, deadline = 0, time.monotonic() + NO_MORE
-        while time.monotonic() < deadline:
-            dom0.check(read, 10)
+        while time.monotonic() < deadline or rounds < 4:
+            dom0.check(read)
             rounds += 1
         alive(disk)
     finally:
         os.kill(xenstored, signal.SIGCONT)
-    assert rounds > 3
     usable(dom0, disk, image)
     assert disk.disconnect() == 0, disk.describe()
     nothing_left(dom0)
 
 
 HANGING = """\
+import sys
 import time
 from xen_disk_py.backends import Backend
 
@@ -436,6 +459,7 @@ class Hanging(Backend):
     read_only = True
 
     def read(self, buffers, offset):
+        print("it hangs", file=sys.stderr, flush=True)
         while True:
             time.sleep(1000)
 """
@@ -451,11 +475,12 @@ def test_backend_that_hangs(
     driver = frontend(disk)
     driver.submit(READ, 0, length=4096)
     driver.kick()
+    disk.wait_stderr("it hangs")
     disk.interrupt()
     disk.wait_stderr("Ctrl-C again to force")
     time.sleep(1)
     alive(disk)
     disk.interrupt()
-    assert disk.wait(20) == 130, disk.describe()
+    assert disk.wait() == 130, disk.describe()
     assert "the backend does not return" in disk.stderr, disk.describe()
     nothing_left(dom0)

@@ -42,12 +42,11 @@ from xen_disk_py.xenstore import Store
 
 from .disk import Disk, block_nodes, mapped_grants, open_files, resident
 from .driver import directory
-from .guest import RESULTS, Dom0, Guest
+from .guest import PATIENCE, RESULTS, Dom0, Guest
 
 MIB = 1 << 20
 SIZE = 8 * MIB
 SECTORS = SIZE // 512
-SECONDS = 30  # for what must happen to happen, under emulation
 STORM = 5  # seconds
 PAGES = 16  # few: the kernel grants 1024 pages on behalf of programs, no more
 BAD_REFERENCES = (0, 0x00FF_FFFF, 0xFFFF_FFFF)
@@ -56,7 +55,7 @@ TICKS = os.sysconf("SC_CLK_TCK")
 Connect = Callable[..., Disk]
 
 
-def until(condition: Callable[[], object], what: str, seconds: float = SECONDS) -> None:
+def until(condition: Callable[[], object], what: str, seconds: float = PATIENCE) -> None:
     """Wait until it holds."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -90,7 +89,7 @@ class Attacker:
         self.persistent = persistent
         self.front = directory(disk)
         self._undo = ExitStack()
-        self.store = self._undo.enter_context(Store.open())
+        self.store = self._undo.enter_context(Store.open(timeout=PATIENCE))
         self.xen = self._undo.enter_context(Xen())
         self.back = str(self.store.read(f"{self.front}/backend"))
         self.data = self.xen.share_pages(0, PAGES, writable=True)
@@ -150,7 +149,7 @@ class Attacker:
         if self.ring.push():
             self.channel.notify()
         found: list[Response] = []
-        deadline = time.monotonic() + SECONDS
+        deadline = time.monotonic() + PATIENCE
         poll = select.poll()
         poll.register(self.channel.fileno(), select.POLLIN)
         while len(found) < len(slots):
@@ -252,11 +251,16 @@ def test_producer_overflow(connected: Attacker, ahead: int) -> None:
         answered = indices[2]
         connected.channel.notify()
         until(lambda: disk.stderr.count("not served any longer") > said, "the ring is dead")
-        spent = processor_time(disk.pid)
-        for _ in range(20):
-            connected.channel.notify()
-            time.sleep(0.02)
-        assert processor_time(disk.pid) - spent < 0.2
+
+        def costs() -> float:
+            spent = processor_time(disk.pid)
+            for _ in range(20):
+                connected.channel.notify()
+                time.sleep(0.02)
+            return processor_time(disk.pid) - spent
+
+        # more than once: a machine that stands still is counted to whoever was running
+        assert any(costs() < 0.2 for _ in range(5))
         assert answered == indices[2]
     connected.leave()
     connected.connect()
@@ -303,13 +307,12 @@ def test_double_fetch(connected: Attacker) -> None:
     scribbler.start()
     try:
         asked, end = 0, time.monotonic() + 2
-        while time.monotonic() < end:
+        while time.monotonic() < end or asked <= 32:
             connected.ask(*slots[:2] * 8)  # what the answers say is overwritten, perhaps
             asked += 16
     finally:
         stop.set()
         scribbler.join()
-    assert asked > 32
     view[:96] = good
     assert [(2, READ, OKAY)] == connected.ask(slots[1])
     assert connected.works()
@@ -339,18 +342,17 @@ def test_wrong_requests(connected: Attacker) -> None:
     for _ in range(20):
         batch()
     before = len(open_files(disk.pid)), mapped_grants(disk.pid), resident(disk.pid)
-    start = time.monotonic()
+    said, start = disk.stderr.count("refused a request"), time.monotonic()
     done = 0
-    while done < 10_000 and time.monotonic() - start < 6:
+    while done <= 300 or (done < 10_000 and time.monotonic() - start < 6):
         batch()
         done += 32
     seconds = time.monotonic() - start
     after = len(open_files(disk.pid)), mapped_grants(disk.pid), resident(disk.pid)
     assert before[:2] == after[:2]
     assert after[2] - before[2] < MIB
-    assert disk.stderr.count("refused a request") < 100
+    assert disk.stderr.count("refused a request") - said < 10 + seconds  # one a second
     report(f"{done} wrong requests: {done / seconds:.0f}/s, {after[2] - before[2]} bytes more")
-    assert done > 300
     assert connected.works()
 
 
@@ -383,7 +385,9 @@ def test_keys(attacker: Attacker, changes: dict[str, str]) -> None:
 
 
 def test_states_back_and_forth(connected: Attacker) -> None:
-    """Two hundred times or 6 s, with requests on the ring: all is in order after."""
+    """Two hundred times or 6 s, and until it was connected, with requests on the ring: all is in
+    order after.
+    """
     disk, dice = connected.disk, random.Random(1)
     slot = transfer(1, READ, 0, connected.refs[:8])
     view = connected.pages.view
@@ -391,7 +395,7 @@ def test_states_back_and_forth(connected: Attacker) -> None:
     seen = set()
     end = time.monotonic() + 6
     toggles = 0
-    while toggles < 200 and time.monotonic() < end:
+    while State.CONNECTED not in seen or (toggles < 200 and time.monotonic() < end):
         toggles += 1
         connected.store.write(f"{connected.front}/state", dice.choice("33446615"))
         with view[:16].cast("I") as indices:
@@ -403,7 +407,6 @@ def test_states_back_and_forth(connected: Attacker) -> None:
         time.sleep(dice.choice([0, 0, 0.01, 0.1]))
         seen.add(connected.state())
     report(f"{toggles} states of the frontend; of the backend {sorted(map(str, seen))}")
-    assert State.CONNECTED in seen
     connected.switch(State.CLOSED, State.CLOSED)  # perhaps of an earlier toggle, while it connects
     connected.switch(State.INITIALISING, State.INIT_WAIT)  # after that, and after all of them
     assert mapped_grants(disk.pid) == 0
@@ -439,21 +442,29 @@ def test_event_storm(
             sent[0] += 1
 
     pid = connected.disk.pid
-    attack = threading.Thread(target=storm)
-    spent, start = processor_time(pid), time.monotonic()
-    attack.start()
-    try:
-        during = took()
-        time.sleep(max(0.0, STORM - (time.monotonic() - start)))
-    finally:
-        stop.set()
-        attack.join()
-    seconds = time.monotonic() - start
-    spent = processor_time(pid) - spent
-    report(
-        f"{sent[0] / seconds:.0f} events/s: {spent:.2f} s of the processor in {seconds:.1f} s; "
-        f"another disk takes {before:.2f} s before, {during:.2f} s during ({during / before:.2f})"
-    )
-    assert spent < 0.5 * seconds
+
+    def share() -> float:
+        stop.clear()
+        sent[0] = 0
+        attack = threading.Thread(target=storm)
+        spent, start = processor_time(pid), time.monotonic()
+        attack.start()
+        try:
+            during = took()
+            time.sleep(max(0.0, STORM - (time.monotonic() - start)))
+        finally:
+            stop.set()
+            attack.join()
+        seconds = time.monotonic() - start
+        spent = processor_time(pid) - spent
+        report(
+            f"{sent[0] / seconds:.0f} events/s: {spent:.2f} s of the processor in {seconds:.1f} s; "
+            f"another disk takes {before:.2f} s before, {during:.2f} s during "
+            f"({during / before:.2f})"
+        )
+        return spent / seconds
+
+    # more than once: a machine that stands still is counted to whoever was running
+    assert any(share() < 0.5 for _ in range(3))
     assert connected.works()
     assert other.disconnect() == 0, other.describe()

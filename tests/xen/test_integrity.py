@@ -14,7 +14,7 @@ from typing import Callable
 import pytest
 
 from .disk import Disk
-from .guest import Guest, GuestError, sh
+from .guest import PATIENCE, Guest, GuestError, sh
 
 MIB = 1 << 20
 
@@ -31,7 +31,7 @@ def digest(path: Path) -> str:
 
 def guest_digest(guest: Guest, device: str) -> str:
     """Hash what the guest reads from the disk, past its page cache."""
-    return guest.check(f"dd if=/dev/{device} bs=1M iflag=direct 2>/dev/null | sha256sum", 120)[:64]
+    return guest.check(f"dd if=/dev/{device} bs=1M iflag=direct 2>/dev/null | sha256sum")[:64]
 
 
 def leave(guest: Guest, disk: Disk) -> None:
@@ -59,7 +59,7 @@ def mounted_in(guest: Guest, device: str) -> Iterator[None]:
     try:
         yield
     finally:
-        guest.check("umount /mnt", 120)
+        guest.check("umount /mnt")
 
 
 def test_fio_verifies(
@@ -80,14 +80,14 @@ def test_fio_verifies(
         pv_guest.check(
             f"fio {job} --filename=/dev/{disk.device} --ioengine=libaio --direct=1 --iodepth=16 "
             "--do_verify=1",
-            180,
+            2 * PATIENCE,
         )
     except GuestError as error:
         raise AssertionError(f"{error}\n{disk.describe()}\n{pv_guest.dmesg()[-2000:]}") from None
     seen = guest_digest(pv_guest, disk.device)
     leave(pv_guest, disk)
     assert seen == digest(image)
-    sh("fio", *job.split(), f"--filename={image}", "--verify_only", timeout=120)
+    sh("fio", *job.split(), f"--filename={image}", "--verify_only")
     # Would it have noticed? One changed byte in a block's data must not pass.
     with image.open("r+b") as file:
         file.seek(5 * MIB + 2048)
@@ -95,7 +95,7 @@ def test_fio_verifies(
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte[0] ^ 1]))
     with pytest.raises(GuestError, match="verify failed"):
-        sh("fio", *job.split(), f"--filename={image}", "--verify_only", timeout=120)
+        sh("fio", *job.split(), f"--filename={image}", "--verify_only")
 
 
 def test_ext4_stays_clean(
@@ -113,14 +113,14 @@ def test_ext4_stays_clean(
     listing = "find . -type f | sort | xargs sha256sum"
     with mounted_in(pv_guest, device):
         many = "for n in $(seq 100); do seq $n 2000 > part-$n; done"
-        pv_guest.check(f"mkdir /mnt/d && cd /mnt/d && {many}", 120)
-        full = pv_guest.run("dd if=/dev/urandom of=/mnt/big bs=64k", 180)[1]
+        pv_guest.check(f"mkdir /mnt/d && cd /mnt/d && {many}")
+        full = pv_guest.run("dd if=/dev/urandom of=/mnt/big bs=64k", 2 * PATIENCE)[1]
         assert "No space left" in full, full
-        pv_guest.check("cd /mnt && rm d/part-1 d/part-2 && echo more > more && sync", 120)
+        pv_guest.check("cd /mnt && rm d/part-1 d/part-2 && echo more > more && sync")
         pv_guest.check("echo 3 > /proc/sys/vm/drop_caches")
-        files = pv_guest.check(f"cd /mnt && {listing}", 180)
+        files = pv_guest.check(f"cd /mnt && {listing}")
         assert files.count("\n") == 100, files
-    pv_guest.check(f"/opt/bin/e2fsck -fn {device}", 120)
+    pv_guest.check(f"/opt/bin/e2fsck -fn {device}")
     leave(pv_guest, disk)
 
     sh("e2fsck", "-fn", str(image))
@@ -190,7 +190,7 @@ def traced(disk: Disk, call: str, output: Path) -> Iterator[None]:
     strace = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     try:
         tasks = list(Path(f"/proc/{disk.pid}/task").iterdir())
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + PATIENCE
         while any("TracerPid:\t0\n" in (task / "status").read_text() for task in tasks):
             assert strace.poll() is None, "strace ended"
             assert time.monotonic() < deadline, "strace did not attach"
@@ -198,7 +198,7 @@ def traced(disk: Disk, call: str, output: Path) -> Iterator[None]:
         yield
     finally:
         strace.terminate()
-        strace.wait(20)
+        strace.wait(PATIENCE)
 
 
 @pytest.mark.parametrize(("backend", "call"), [("raw", "fdatasync"), ("mmap", "msync")])

@@ -19,7 +19,7 @@ from xen_disk_py.xenbus import State
 
 from .disk import Disk, block_nodes, mapped_grants, xenstore_snapshot
 from .driver import Driver, drivers
-from .guest import KERNEL_OPTIONS, LAB, Dom0, Guest, Job, Shell, sh
+from .guest import KERNEL_OPTIONS, LAB, PATIENCE, START_SECONDS, Dom0, Guest, Job, Shell, sh
 from .test_boot import wait_offered
 
 GRUB = Path("/usr/lib/grub-xen")
@@ -54,7 +54,7 @@ def front(disk: Disk) -> str:
     return f"/local/domain/{disk.guest.domid}/device/vbd/{disk.number}"
 
 
-def wait_backend(disk: Disk, state: State, timeout: float = 20) -> None:
+def wait_backend(disk: Disk, state: State, timeout: float = PATIENCE) -> None:
     """Wait until our half of a disk is in a state."""
     path = f"{backend(disk)}/state"
     deadline = time.monotonic() + timeout
@@ -70,7 +70,7 @@ def alive(disk: Disk) -> None:
 
 def unchanged(guest: Shell, disk: Disk, image: Path) -> None:
     """See that the guest reads what the image holds, past its page cache."""
-    read = guest.check(f"dd if=/dev/{disk.device} bs=1M iflag=direct 2>/dev/null | sha256sum", 120)
+    read = guest.check(f"dd if=/dev/{disk.device} bs=1M iflag=direct 2>/dev/null | sha256sum")
     assert read.split()[0] == hashlib.sha256(image.read_bytes()).hexdigest(), disk.describe()
 
 
@@ -84,13 +84,13 @@ def copying(guest: Shell, disk: Disk, rounds: int) -> Job:
     loop = f"n=0; while [ $n -lt {rounds} ]; do {once} || exit 1; n=$((n+1)); done"
     job = guest.spawn(loop)
     field = f"$(awk '{{print $5}}' /sys/block/{disk.device}/stat)"
-    guest.wait_until(f'[ "{field}" -gt 20 ]', 30, "nothing is written")
+    guest.wait_until(f'[ "{field}" -gt 20 ]', PATIENCE, "nothing is written")
     return job
 
 
 def copied(guest: Shell, disk: Disk, job: Job, image: Path) -> None:
     """See that the copying ends well and that the image says so."""
-    status, output = job.wait(180)
+    status, output = job.wait(2 * PATIENCE)
     assert status == 0, output + disk.describe() + guest.dmesg()[-2000:]
     content = image.read_bytes()
     assert content[: SIZE // 2] == content[SIZE // 2 :]
@@ -154,17 +154,17 @@ def test_grub(
     image = tmp_path / "disk.raw"
     sh("mke2fs", "-q", "-t", "ext2", "-d", str(boot.parent), str(image), "64M")
     guest = new_guest(kind, memory=384, kernel=GRUB / program, paused=True)
-    disk = connect(
-        guest, "--path", image, "--backend", "raw", "--vdev", "xvda", "--timeout", "60", wait=False
-    )
+    how = ("--vdev", "xvda", "--timeout", str(START_SECONDS))
+    disk = connect(guest, "--path", image, "--backend", "raw", *how, wait=False)
     wait_offered(disk)
     guest.unpause()
     # GRUB never says that it is connected; that it reads must do, for its 20 s are too few
     key = f"/local/domain/{guest.domid}/device/vbd/51712/protocol"
-    dom0.wait_until(f"xenstore-exists {key}", 20, "no driver has come")
+    dom0.wait_until(f"xenstore-exists {key}", PATIENCE, "no driver has come")
     assert sh("xenstore-read", key).strip() == protocol
-    disk.wait_connected()
+    disk.wait_connected(START_SECONDS)
     guest.wait_ready()
+    guest.wait_for_device(disk.device)
     assert sh("xenstore-read", key).strip() == "x86_64-abi"
     unchanged(guest, disk, image)
     guest.check(f"dd if=/dev/urandom of=/dev/{disk.device} bs=1M count=4 oflag=direct")
@@ -218,7 +218,7 @@ def test_offline(dom0: Dom0, connect: Connect, driver: Driver, image: Path) -> N
     assert frontend.read(0, SIZE) == image.read_bytes()
     alive(disk)
     frontend.disconnect()
-    assert disk.wait(20) == 0, disk.describe()
+    assert disk.wait() == 0, disk.describe()
     assert block_nodes(0) == {}
 
 
@@ -231,7 +231,7 @@ def test_directory_removed(
     pv_guest.wait_for_device(disk.device)
     unchanged(pv_guest, disk, image)
     sh("xenstore-rm", front(disk) if part == "frontend" else backend(disk))
-    assert disk.wait(20) == 0, disk.describe()
+    assert disk.wait() == 0, disk.describe()
     assert block_nodes(pv_guest.domid) == {}
     pv_guest.wait_gone(disk.device)
     again = connect(pv_guest, "--path", image, "--backend", "raw")
@@ -298,7 +298,7 @@ def test_save_and_restore(
     sums = guest.check("cd /mnt && sha256sum stored late")
     saved, domid = tmp_path / "saved", guest.domid
     guest.save(saved)
-    assert disk.wait(30) == 0, disk.describe()
+    assert disk.wait() == 0, disk.describe()
     assert block_nodes(domid) == {}
 
     guest.restore(saved)
@@ -311,8 +311,6 @@ def test_save_and_restore(
         "raw",
         "--vdev",
         disk.vdev,
-        "--timeout",
-        "60",
         wait=False,
     )
     wait_offered(again)
@@ -343,9 +341,9 @@ def test_xenstored_replaced_under_io(dom0: Dom0, connect: Connect, image: Path) 
     program = os.readlink(f"/proc/{pid}/exe")
     arguments = Path(f"/proc/{pid}/cmdline")
     before = arguments.read_bytes()
-    status, output = dom0.run(f"xenstore-control live-update -t 20 {program}", 60)
+    status, output = dom0.run(f"xenstore-control live-update -t 120 {program}")
     if status != 0:
-        job.wait(120)
+        job.wait(2 * PATIENCE)
         pytest.skip(f"this xenstored cannot be replaced: {output.strip()}")
     assert before != arguments.read_bytes(), output  # it is told whose heir it is
     copied(dom0, disk, job, image)

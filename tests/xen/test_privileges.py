@@ -12,7 +12,7 @@ import pytest
 
 from .disk import Disk, block_nodes, xen_disk
 from .driver import drivers
-from .guest import Dom0, Guest
+from .guest import PATIENCE, Dom0, Guest
 
 MIB = 1 << 20
 NOBODY = pwd.getpwnam("nobody")
@@ -104,7 +104,8 @@ def test_nobodys_disk_is_listed_resized_and_taken_away(
     resized = xen_disk("resize", pv_guest.name, disk.vdev, "32M")
     assert resized.returncode == 0, resized.stderr + disk.describe()
     sectors = 32 * MIB // 512
-    pv_guest.wait_until(f'[ "$(cat /sys/block/{disk.device}/size)" = {sectors} ]', 20, "not larger")
+    size = f"$(cat /sys/block/{disk.device}/size)"
+    pv_guest.wait_until(f'[ "{size}" = {sectors} ]', PATIENCE, "not larger")
     gone = xen_disk("disconnect", pv_guest.name, disk.vdev)
     assert gone.returncode == 0, gone.stderr + disk.describe()
     assert disk.wait() == 0, disk.describe()

@@ -21,7 +21,7 @@ from xen_disk_py.blkif import READ, WRITE, WRITE_BARRIER, X86_32, X86_64, Abi
 
 from .disk import Disk, mapped_grants, xen_disk, xenstore_snapshot
 from .driver import Driver, drivers
-from .guest import Dom0, Guest
+from .guest import PATIENCE, Dom0, Guest
 from .test_integrity import traced
 
 MIB = 1 << 20
@@ -109,7 +109,7 @@ def copy(disk: Disk, image: Path) -> None:
     output = guest.check(
         f"{piece(1, MIB, 0, 4)} {piece(2, 64 << 10, 64, 32)} {piece(2, 3584, 1755, 293)} wait; "
         f"dd if={device} of={device} bs=64k count=112 seek=224 conv=notrunc,fsync || echo failed",
-        180,
+        2 * PATIENCE,
     )
     assert "failed" not in output, output + disk.describe()
     assert image.read_bytes() == first * 3, disk.describe()
@@ -225,7 +225,7 @@ def test_queues(
         copy(disk, image)
         counts = interrupts(guest)
         assert len(counts) == queues
-        assert min(counts) > 10, counts
+        assert min(counts) >= 8, counts  # what the first processor alone has asked for in `copy`
 
 
 # -- segments --------------------------------------------------------------------------------------
@@ -308,7 +308,8 @@ def test_flushed_data_outlives_the_process(
     guest.wait_for_device(disk.device)
     device = f"/dev/{disk.device}"
     guest.check(f"dd if={device} of={device} bs=64k count=112 seek=112 conv=notrunc,fsync")
-    job = guest.spawn(f"dd if=/dev/urandom of={device} bs=64k count=112 seek=224 oflag=direct")
+    once = f"dd if=/dev/urandom of={device} bs=64k count=112 seek=224 oflag=direct conv=notrunc"
+    job = guest.spawn(f"while {once}; do :; done; exit 1")  # until the first error
     disk.kill()
     assert disk.wait() == -signal.SIGKILL
     assert image.read_bytes()[: 2 * PART] == first * 2

@@ -24,14 +24,13 @@ import pytest
 from xen_disk_py.xenbus import State
 
 from .disk import Disk, block_nodes, xen_disk
-from .guest import Guest, Job, sh
+from .guest import PATIENCE, Guest, Job, sh
 from .test_failures import records
 from .test_integrity import digest, leave, mounted_in
 from .test_life import alive, wait_backend
 
 MIB = 1 << 20
 SIZE = 16 * MIB
-PATIENCE = 60  # seconds, for one process to follow another: emulated, Python takes 3 to start
 
 Connect = Callable[..., Disk]
 
@@ -61,7 +60,10 @@ def nothing_left(pv_guest: Guest, xenstore_unchanged: None) -> Iterator[None]:
     for line in processes.splitlines():
         os.kill(int(line.split()[0]), signal.SIGKILL)
     assert processes == ""
-    assert (grants(), records(), private_files()) == before
+    assert (records(), private_files()) == before[1:]
+    deadline = time.monotonic() + PATIENCE
+    while grants() > before[0]:  # the kernel unmaps for a process when it comes to it
+        assert time.monotonic() < deadline, f"{grants()} pages are mapped, {before[0]} were before"
 
 
 def private_files() -> list[Path]:
@@ -120,9 +122,9 @@ class Load:
         loop = f"n=1; until [ -e /tmp/enough ]; do {once} || exit 1; n=$((n+1)); done"
         self._job: Job = guest.spawn(loop)
         field = f"$(awk '{{print $1 + $5}}' /sys/block/{disk.device}/stat)"
-        guest.wait_until(f'[ "{field}" -gt 100 ]', 60, "the load does not flow")
+        guest.wait_until(f'[ "{field}" -gt 100 ]', PATIENCE, "the load does not flow")
 
-    def end(self, timeout: float = 120) -> str:
+    def end(self, timeout: float = 2 * PATIENCE) -> str:
         """Let it end, see that all was well; tell how long the slowest request took."""
         self._guest.check("touch /tmp/enough")
         status, output = self._job.wait(timeout)
@@ -213,7 +215,7 @@ def ext4_load(guest: Guest) -> Job:
     once = "dd if=/dev/urandom of=$f bs=64k count=3 && sync && sha256sum $f > $f.sum || exit 1"
     loop = f"n=0; until [ -e /tmp/enough ]; do f=$((n%30)); {once}; n=$((n+1)); done"
     job = guest.spawn(f"mkdir /mnt/d && cd /mnt/d && {loop}")
-    guest.wait_until("[ -e /mnt/d/3.sum ]", 30, "no files")
+    guest.wait_until("[ -e /mnt/d/3.sum ]", PATIENCE, "no files")
     return job
 
 
@@ -231,10 +233,10 @@ def test_ext4_survives(backend: str, quiet_guest: Guest, connect: Connect, image
         job = ext4_load(guest)
         kill(disk, 2)
         guest.check("touch /tmp/enough")
-        status, output = job.wait(60)
+        status, output = job.wait()
         assert status == 0, output + disk.describe() + guest.dmesg()[-2000:]
     finally:
-        guest.check("umount /mnt", 60)
+        guest.check("umount /mnt")
     guest.check(f"/opt/bin/e2fsck -fn {device}")
     with mounted_in(guest, device):
         sums = guest.check("cd /mnt/d && cat *.sum | sha256sum -c")
@@ -255,11 +257,11 @@ def test_hung(quiet_guest: Guest, connect: Connect, image: Path) -> None:
     """A worker that stands still is killed, and another goes on."""
     disk = connect(
         quiet_guest,
-        *("--supervise", "--path", image, "--backend", "raw", "--watchdog", "12"),
+        *("--supervise", "--path", image, "--backend", "raw", "--watchdog", "30"),
     )
     load = Load(quiet_guest, disk)
     os.kill(worker(disk), signal.SIGSTOP)
-    disk.wait_stderr("gave no sign of life for 12 s; killing it", 40)
+    disk.wait_stderr("gave no sign of life for 30 s; killing it")
     goes_on(disk, 1)
     print(load.end())
     leave(quiet_guest, disk)
@@ -300,7 +302,8 @@ def test_adopted_by_one_of_two(quiet_guest: Guest, connect: Connect, image: Path
         time.sleep(0.02)
     loser, winner = sorted(rivals, key=lambda rival: rival.process.poll() is None)
     assert loser.wait() == 1, loser.describe()
-    assert "lives and serves" in loser.stderr, loser.describe()
+    # it has looked before the other's claim, or after it
+    assert re.search("lives and serves|that lives serves", loser.stderr), loser.describe()
     winner.wait_connected()
     assert winner.info["vdev"] == disk.vdev
     print(load.end())

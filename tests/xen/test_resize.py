@@ -12,7 +12,7 @@ from typing import Callable
 import pytest
 
 from .disk import Disk, xen_disk
-from .guest import Dom0, Guest, Shell, sh
+from .guest import PATIENCE, Dom0, Guest, Shell, sh
 
 MIB = 1 << 20
 SIZE = 16 * MIB
@@ -48,7 +48,7 @@ def wait_for_size(guest: Shell, disk: Disk, size: int) -> None:
     """Wait until the guest's kernel knows the size."""
     attribute = f"/sys/block/{disk.device}/size"
     guest.wait_until(
-        f'[ "$(cat {attribute})" = {size // 512} ]', 20, f"{attribute} is not {size // 512}"
+        f'[ "$(cat {attribute})" = {size // 512} ]', PATIENCE, f"{attribute} is not {size // 512}"
     )
 
 

@@ -42,7 +42,7 @@ def show(command: str, output: str = "", where: str = "dom0") -> None:
 
 def in_dom0(command: str) -> str:
     """Run and show a command in dom0."""
-    output = sh("sh", "-c", command, timeout=120)
+    output = sh("sh", "-c", command)
     show(command, output)
     return output
 
@@ -50,7 +50,7 @@ def in_dom0(command: str) -> str:
 def in_guest(guest: Guest, command: str) -> str:
     """Run and show a command in the guest."""
     say(f"{guest.name}# {command}")
-    output = guest.check(command, timeout=120)
+    output = guest.check(command)
     for line in output.splitlines():
         print(f"          {line}", flush=True)
     return output

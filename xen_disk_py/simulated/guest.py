@@ -22,6 +22,7 @@ from ..xenstore import Store
 from .hypervisor import SimulatedGuest, SimulatedMachine
 
 BLOCK = 4096
+_PATIENCE = 30.0  # seconds: a busy machine may stop the other side for some
 
 
 @dataclass
@@ -128,8 +129,10 @@ def main(text: str) -> int:
         with ExitStack() as stack:
             machine = stack.enter_context(SimulatedMachine.attach(plan.machine))
             guest = stack.enter_context(SimulatedGuest(machine))
-            store = stack.enter_context(Store.open(plan.socket))
-            frontend = stack.enter_context(Frontend(store, guest, plan.directory))
+            store = stack.enter_context(Store.open(plan.socket, _PATIENCE))
+            frontend = stack.enter_context(
+                Frontend(store, guest, plan.directory, timeout=_PATIENCE)
+            )
             frontend.connect()
             try:
                 for phase in work(frontend, plan):

@@ -30,8 +30,9 @@ from .recipe import CPUS, DOM0_OPTIONS, MACHINE_MEMORY, QEMU_CPU, XEN_OPTIONS
 
 QEMU = "qemu-system-x86_64"
 END_MARK = b"\x1elab-done "
-BOOT_SECONDS = 240
-RESUME_SECONDS = 60
+START_SECONDS = 120
+BOOT_SECONDS = 600
+RESUME_SECONDS = 300
 PORTS = ("control", "output", "console")
 
 Readable = Union[int, socket.socket]
@@ -155,7 +156,7 @@ class Machine:
                 stderr=handle,
                 preexec_fn=_die_with_parent,  # noqa: PLW1509 - the lab has no threads
             )
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + START_SECONDS
         for name, listener in listeners.items():
             listener.settimeout(0.2)
             while True:
@@ -165,7 +166,7 @@ class Machine:
                 except socket.timeout:
                     self._check_alive()
                     if time.monotonic() > deadline:
-                        raise BootError("QEMU did not start within 30 s") from None
+                        raise BootError(f"QEMU did not start within {START_SECONDS} s") from None
             listener.close()
         self._qmp_read()
         self._qmp("qmp_capabilities")
@@ -196,7 +197,7 @@ class Machine:
     def _qmp_read(self) -> dict[str, object]:
         data = b""
         sock = self._sockets["qmp"]
-        sock.settimeout(120)
+        sock.settimeout(RESUME_SECONDS)
         while not data.endswith(b"\n"):
             try:
                 piece = sock.recv(1)
@@ -232,10 +233,10 @@ class Machine:
         self._await_migration()
         self._qmp("quit")
         if self._process is not None:
-            self._process.wait(timeout=30)
+            self._process.wait(timeout=RESUME_SECONDS)
 
     def _await_migration(self) -> None:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + RESUME_SECONDS
         while time.monotonic() < deadline:
             answer = self._qmp("query-migrate")
             status = answer.get("status") if isinstance(answer, dict) else None

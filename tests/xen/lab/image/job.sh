@@ -30,7 +30,7 @@ else
     cat /run/lab/output >&4 3>&- 4>&- & reader=$!
     bash /mnt/job/command > /run/lab/output 2>&1 < /dev/null 3>&- 4>&-
     status=$?
-    for _ in 1 2 3 4 5 6 7 8 9 10; do
+    for _ in $(seq 300); do
         kill -0 $reader 2> /dev/null || break
         sleep 0.1
     done
