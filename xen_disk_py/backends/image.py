@@ -119,7 +119,7 @@ class Image(Closing):
         if self._nowait is None:
             return 0
         try:
-            if len(buffers) <= IOV_MAX:
+            if len(buffers) <= IOV_MAX:  # nearly always: then no slice, and no call to make one
                 return os.preadv(self.fd, buffers, offset, self._nowait)
             return os.preadv(self.fd, buffers[:IOV_MAX], offset, self._nowait)
         except BlockingIOError:
