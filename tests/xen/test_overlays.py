@@ -31,15 +31,15 @@ def test_a_guests_files(
     sh("mkfs.ext4", "-q", str(gold))
     before = digest(gold)
     seen = ""
-    for time in ("first", "second"):
+    for folder in ("first", "second"):
         disk = connect(pv_guest, "--path", gold, "--overlay", overlay)
         pv_guest.wait_for_device(disk.device)
         if seen:
             assert guest_digest(pv_guest, disk.device) == seen
         with mounted_in(pv_guest, f"/dev/{disk.device}"):
-            if time == "second":
+            if folder == "second":
                 pv_guest.check("cd /mnt && rm -r first/1 && sed -i '/first.1$/d' sums")
-            pv_guest.check(WRITE_FILES.format(time))
+            pv_guest.check(WRITE_FILES.format(folder))
         seen = guest_digest(pv_guest, disk.device)
         leave(pv_guest, disk)
     assert digest(gold) == before
@@ -47,7 +47,7 @@ def test_a_guests_files(
     said = xen_disk("diff", overlay, "--json")
     assert said.returncode == 0, said.stderr
     held = json.loads(said.stdout)["held"]
-    assert 5 * 20 * 64 << 10 < held < SIZE
+    assert (5 * 20 * 64) << 10 < held < SIZE  # the files that are left
 
     said = xen_disk("export", overlay, copy)
     assert said.returncode == 0, said.stderr
@@ -59,8 +59,8 @@ def test_a_guests_files(
     assert not overlay.exists()
 
     sh("e2fsck", "-fn", str(gold))
-    with mounted(gold, tmp_path / "there") as folder:
-        sums = sh("sh", "-c", f"cd {folder} && sha256sum -c sums").splitlines()
+    with mounted(gold, tmp_path / "there") as place:
+        sums = sh("sh", "-c", f"cd {place} && sha256sum -c sums").splitlines()
     assert len(sums) == 5
     assert all(line.endswith(": OK") for line in sums)
 
