@@ -9,9 +9,9 @@ from __future__ import annotations
 import sys
 
 from xen_disk_py.cli import main
-from xen_disk_py.environment import Environment
+from xen_disk_py.commands.environment import Environment
 from xen_disk_py.simulated.hypervisor import SimulatedHypervisor, SimulatedMachine
-from xen_disk_py.xenstore import Store
+from xen_disk_py.xenbus.xenstore import Store
 
 if __name__ == "__main__":
     address, socket, records, *arguments = sys.argv[1:]

@@ -29,12 +29,12 @@ from xen_disk_py.blkif import (
     encode_segments,
 )
 from xen_disk_py.errors import DeviceError
-from xen_disk_py.frontend import Frontend
 from xen_disk_py.hypervisor import PAGE_SIZE, GuestHypervisor
 from xen_disk_py.ring import HEADER
+from xen_disk_py.simulated.frontend import Frontend
 from xen_disk_py.simulated.hypervisor import SimulatedGuest, SimulatedMachine
 from xen_disk_py.simulated.xenstored import SimulatedXenstored
-from xen_disk_py.xenstore import Store
+from xen_disk_py.xenbus.xenstore import Store
 
 GUEST = 1
 VDEV = 51712

@@ -13,27 +13,23 @@ import time
 import pytest
 from processes import Processes
 
-from xen_disk_py import toolstack
 from xen_disk_py.backends import Backend
 from xen_disk_py.blkif import X86_64, Ring, decode_response
-from xen_disk_py.device import Device
-from xen_disk_py.disk import Disk
-from xen_disk_py.environment import Environment
+from xen_disk_py.commands.environment import Environment
+from xen_disk_py.datapath.disk import Disk
+from xen_disk_py.datapath.grants import PERSISTENT_LIMIT, Grants
+from xen_disk_py.datapath.queue import Options, Queue
 from xen_disk_py.errors import XenDiskError
-from xen_disk_py.frontend import Frontend
-from xen_disk_py.grants import PERSISTENT_LIMIT, Grants
-from xen_disk_py.queue import Options, Queue
 from xen_disk_py.ring import FrontRing
 from xen_disk_py.session import Interrupts, Session
-from xen_disk_py.simulated.hypervisor import (
-    SimulatedGuest,
-    SimulatedHypervisor,
-    SimulatedMachine,
-)
+from xen_disk_py.simulated.frontend import Frontend
+from xen_disk_py.simulated.hypervisor import SimulatedGuest, SimulatedHypervisor, SimulatedMachine
 from xen_disk_py.simulated.xenstored import SimulatedXenstored
-from xen_disk_py.vdev import parse
-from xen_disk_py.xenbus import Address
-from xen_disk_py.xenstore import Store
+from xen_disk_py.xenbus import toolstack
+from xen_disk_py.xenbus.device import Device
+from xen_disk_py.xenbus.states import Address
+from xen_disk_py.xenbus.vdev import parse
+from xen_disk_py.xenbus.xenstore import Store
 
 DOMID = 5
 PATIENCE = 30.0  # seconds for what must happen to happen
@@ -352,11 +348,11 @@ def patience():
         for name in (
             "commands.adopt._PATIENCE",
             "commands.disconnect._FORCE_PATIENCE",
-            "disk.SETTLING",
+            "datapath.disk.SETTLING",
             "session._TOOLSTACK_PATIENCE",
             "simulated.xenstored._PATIENCE",
-            "standin._PATIENCE",
-            "systemd._PATIENCE",
+            "recovery.orphan._PATIENCE",
+            "host.systemd._PATIENCE",
         ):
             patch.setattr(f"xen_disk_py.{name}", PATIENCE)
         patch.setattr(Store.open.__func__, "__defaults__", (None, PATIENCE))

@@ -15,19 +15,19 @@ import xen_disk_py
 
 # What a busy machine may take longer for than the product would wait.
 PATIENT = """
-import xen_disk_py.device
-import xen_disk_py.disk
-import xen_disk_py.record
+import xen_disk_py.xenbus.device
+import xen_disk_py.datapath.disk
+import xen_disk_py.recovery.record
 import xen_disk_py.session
-import xen_disk_py.systemd
-import xen_disk_py.xenstore
+import xen_disk_py.host.systemd
+import xen_disk_py.xenbus.xenstore
 
-xen_disk_py.device.Device.force.__defaults__ = (30.0,)
-xen_disk_py.disk.SETTLING = 30.0
-xen_disk_py.record._TRIES = 3000  # whoever looks into a record may be stopped just then
+xen_disk_py.xenbus.device.Device.force.__defaults__ = (30.0,)
+xen_disk_py.datapath.disk.SETTLING = 30.0
+xen_disk_py.recovery.record._TRIES = 3000  # whoever looks into a record may be stopped just then
 xen_disk_py.session._TOOLSTACK_PATIENCE = 30.0
-xen_disk_py.systemd._PATIENCE = 30.0
-xen_disk_py.xenstore.Store.open.__func__.__defaults__ = (None, 30.0)
+xen_disk_py.host.systemd._PATIENCE = 30.0
+xen_disk_py.xenbus.xenstore.Store.open.__func__.__defaults__ = (None, 30.0)
 """
 
 PROGRAM = """#!{python}
@@ -38,9 +38,9 @@ from functools import partial
 
 sys.path.insert(0, {package!r})
 from xen_disk_py.cli import main
-from xen_disk_py.environment import Environment
+from xen_disk_py.commands.environment import Environment
 from xen_disk_py.simulated.hypervisor import SimulatedHypervisor, SimulatedMachine
-from xen_disk_py.xenstore import Store
+from xen_disk_py.xenbus.xenstore import Store
 
 assert sys.argv[1:3] == ["-m", "xen_disk_py"]
 sys.executable = __file__

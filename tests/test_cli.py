@@ -10,9 +10,9 @@ import sys
 import pytest
 
 from xen_disk_py import __version__, cli
-from xen_disk_py.arguments import build_parser, parse
 from xen_disk_py.cli import main
-from xen_disk_py.environment import Environment
+from xen_disk_py.commands.arguments import build_parser, parse
+from xen_disk_py.commands.environment import Environment
 from xen_disk_py.errors import DeviceError, GuestNotFound, UsageError
 from xen_disk_py.exit_status import ExitStatus
 
@@ -193,7 +193,7 @@ def test_the_default_environment(monkeypatch):
     assert env.stderr is sys.stderr
     assert env.record_directory == "/run/xen_disk_py"
     monkeypatch.setattr("xen_disk_py.libxen.Xen", lambda: "xen")
-    monkeypatch.setattr("xen_disk_py.toolstack.xen_version", lambda: (4, 17))
+    monkeypatch.setattr("xen_disk_py.xenbus.toolstack.xen_version", lambda: (4, 17))
     assert env.open_hypervisor() == "xen"
     assert env.xen_version() == (4, 17)
     assert main(["connect"]) is ExitStatus.USAGE

@@ -10,11 +10,7 @@ import xen_stub
 from xen_disk_py.errors import BackendError, HypervisorError
 from xen_disk_py.hypervisor import PAGE_SIZE, Piece
 from xen_disk_py.libxen import GNTALLOC, GNTDEV, Xen
-from xen_disk_py.simulated.hypervisor import (
-    SimulatedGuest,
-    SimulatedHypervisor,
-    SimulatedMachine,
-)
+from xen_disk_py.simulated.hypervisor import SimulatedGuest, SimulatedHypervisor, SimulatedMachine
 
 
 class Host:

@@ -11,12 +11,13 @@ from dataclasses import replace
 import pytest
 import xen_stub
 
-from xen_disk_py import atomic, libxen
-from xen_disk_py.clibrary import Library, Signature, not_negative, not_null
+from xen_disk_py import libxen
 from xen_disk_py.errors import BackendError, HypervisorError, XenUnavailable
+from xen_disk_py.host import atomic
+from xen_disk_py.host.clibrary import Library, Signature, not_negative, not_null
+from xen_disk_py.host.mapping import MappedPages, close_all
 from xen_disk_py.hypervisor import PAGE_SIZE, Piece
 from xen_disk_py.libxen import CopyEnd, CopySegment, Device, Xen
-from xen_disk_py.mapping import MappedPages, close_all
 
 ABSENT = Library("libabsent-xyz.so.9", "libabsent9 (Debian)", {"f": Signature(ctypes.c_int, ())})
 

@@ -15,12 +15,12 @@ import time
 
 import pytest
 
-from xen_disk_py import toolstack
 from xen_disk_py.backends import Backend
 from xen_disk_py.blkif import READ
 from xen_disk_py.errors import DeviceError, DeviceTaken, StoreError, XenUnavailable
 from xen_disk_py.session import Forced, Interrupts, Outcome
-from xen_disk_py.xenbus import State
+from xen_disk_py.xenbus import toolstack
+from xen_disk_py.xenbus.states import State
 
 PATIENCE = 30.0  # seconds for what must happen to happen
 LONG = 2 * PATIENCE  # seconds for what is not to happen before something else
@@ -335,7 +335,7 @@ def test_a_xenstore_that_stays_away_is_told_of_once(host, monkeypatch, caplog):
             caplog.clear()
             refused.clear()
             with monkeypatch.context() as patch:
-                patch.setattr("xen_disk_py.xenstore._connect", refuse)
+                patch.setattr("xen_disk_py.xenbus.xenstore._connect", refuse)
                 host.xenstored.restart(keep=True)
                 host.until(lambda: len(refused) > 3)
                 assert bytes(4096) == frontend.read(0, 4096)
@@ -555,16 +555,16 @@ def test_wake_ups_that_nobody_takes():
 
 STUBBORN = """
 import os, signal, sys, threading, time
-from xen_disk_py import toolstack
+from xen_disk_py.xenbus import toolstack
 from xen_disk_py.backends import Backend
 from xen_disk_py.cli import main
-from xen_disk_py.environment import Environment
+from xen_disk_py.commands.environment import Environment
 from xen_disk_py.blkif import READ
-from xen_disk_py.frontend import Frontend
+from xen_disk_py.simulated.frontend import Frontend
 from xen_disk_py.simulated.hypervisor import SimulatedGuest, SimulatedHypervisor, SimulatedMachine
 from xen_disk_py.simulated.xenstored import SimulatedXenstored
-from xen_disk_py.xenbus import State
-from xen_disk_py.xenstore import Store
+from xen_disk_py.xenbus.states import State
+from xen_disk_py.xenbus.xenstore import Store
 
 closing = sys.argv[2] == "closing"
 xenstored = SimulatedXenstored()
@@ -622,7 +622,7 @@ def test_two_signals_end_a_process_whose_backend_hangs(tmp_path, guest):
     code = STUBBORN
     # five seconds for a request to come back are too long for a test
     patch = """
-from xen_disk_py.device import Device
+from xen_disk_py.xenbus.device import Device
 import xen_disk_py.simulated.xenstored
 
 Device.force.__defaults__ = (0.3,)

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from .arguments import PROGRAM, parse
-from .environment import Environment
+from .commands.arguments import PROGRAM, parse
+from .commands.environment import Environment
 from .errors import UsageError, XenDiskError
 from .exit_status import ExitStatus
 

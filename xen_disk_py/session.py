@@ -18,13 +18,13 @@ from enum import Enum
 from types import FrameType
 from typing import Callable
 
-from . import toolstack
-from .device import Device
 from .errors import DeviceError, StoreError, StoreLost, XenDiskError
-from .systemd import Watchdog
-from .vdev import VirtualDevice
-from .xenbus import State
-from .xenstore import Store
+from .host.systemd import Watchdog
+from .xenbus import toolstack
+from .xenbus.device import Device
+from .xenbus.states import State
+from .xenbus.vdev import VirtualDevice
+from .xenbus.xenstore import Store
 
 log = logging.getLogger("xen_disk_py")
 

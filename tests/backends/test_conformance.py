@@ -14,7 +14,7 @@ from xen_disk_py.backends.cow import CowBackend
 from xen_disk_py.backends.discard import DiscardBackend
 from xen_disk_py.backends.loader import open_backend
 from xen_disk_py.backends.mmap import MmapBackend
-from xen_disk_py.backends.overlay import OverlayBackend
+from xen_disk_py.backends.overlay.backend import OverlayBackend
 from xen_disk_py.backends.raw import RawBackend
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -7,8 +7,8 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from blocks import buffers, make_cold, read, write
 
+from backends.blocks import buffers, make_cold, read, write
 from xen_disk_py.backends import cow as cow_module
 from xen_disk_py.backends.cow import CowBackend
 from xen_disk_py.backends.image import PAGE, Image

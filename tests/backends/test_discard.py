@@ -1,6 +1,6 @@
 import pytest
-from blocks import read, write
 
+from backends.blocks import read, write
 from xen_disk_py.backends.discard import DiscardBackend
 from xen_disk_py.errors import UsageError
 

@@ -10,8 +10,8 @@ import sys
 import uuid
 
 import pytest
-from blocks import read, write
 
+from backends.blocks import read, write
 from xen_disk_py.backends.loader import open_backend
 
 BACKENDS = ("raw", "mmap", "cow")

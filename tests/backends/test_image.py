@@ -7,8 +7,8 @@ import sys
 import tempfile
 
 import pytest
-from blocks import buffers, drop_from_cache, make_cold
 
+from backends.blocks import buffers, drop_from_cache, make_cold
 from xen_disk_py.backends import image as image_module
 from xen_disk_py.backends.image import Image, MappedImage, transfer_all
 from xen_disk_py.errors import ImageError

@@ -4,20 +4,14 @@ import sys
 import textwrap
 
 import pytest
-from blocks import read
 
+from backends.blocks import read
 from xen_disk_py.backends import Backend, loader
 from xen_disk_py.backends.cow import CowBackend
 from xen_disk_py.backends.discard import DiscardBackend
-from xen_disk_py.backends.loader import (
-    check,
-    choose,
-    open_backend,
-    parse_options,
-    user_line,
-)
+from xen_disk_py.backends.loader import check, choose, open_backend, parse_options, user_line
 from xen_disk_py.backends.mmap import MmapBackend
-from xen_disk_py.backends.overlay import OverlayBackend
+from xen_disk_py.backends.overlay.backend import OverlayBackend
 from xen_disk_py.backends.raw import RawBackend
 from xen_disk_py.errors import BackendError, ImageError, UsageError
 

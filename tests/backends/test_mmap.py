@@ -3,8 +3,8 @@ import random
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from blocks import buffers, make_cold, read, write
 
+from backends.blocks import buffers, make_cold, read, write
 from xen_disk_py.backends import mmap as mmap_module
 from xen_disk_py.backends.image import Image
 from xen_disk_py.backends.mmap import MmapBackend

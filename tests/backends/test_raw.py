@@ -5,8 +5,8 @@ import signal
 import subprocess
 
 import pytest
-from blocks import buffers, make_cold, read, write
 
+from backends.blocks import buffers, make_cold, read, write
 from xen_disk_py.backends import raw as raw_module
 from xen_disk_py.backends.raw import RawBackend
 from xen_disk_py.errors import ImageError

@@ -9,25 +9,25 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
-from libxl import Libxl, LibxlError
+from libxl_stub import Libxl, LibxlError
 
-from xen_disk_py import adoption
-from xen_disk_py.adoption import AdoptedDevice
-from xen_disk_py.arguments import parse
 from xen_disk_py.backends.raw import RawBackend
 from xen_disk_py.blkif import READ, Ring
 from xen_disk_py.cli import main
 from xen_disk_py.commands import succession
+from xen_disk_py.commands.arguments import parse
 from xen_disk_py.commands.backend_arguments import backend_from
 from xen_disk_py.commands.opening import facts_about
-from xen_disk_py.device import Device
-from xen_disk_py.disk import Disk
+from xen_disk_py.datapath.disk import Disk
 from xen_disk_py.errors import XenUnavailable
 from xen_disk_py.exit_status import ExitStatus
-from xen_disk_py.record import Record, find
-from xen_disk_py.toolstack import Domain
-from xen_disk_py.vdev import VirtualDevice
-from xen_disk_py.xenbus import Address, State
+from xen_disk_py.libxl import attachment
+from xen_disk_py.libxl.attachment import AdoptedDevice
+from xen_disk_py.recovery.record import Record, find
+from xen_disk_py.xenbus.device import Device
+from xen_disk_py.xenbus.states import Address, State
+from xen_disk_py.xenbus.toolstack import Domain
+from xen_disk_py.xenbus.vdev import VirtualDevice
 
 ADDRESS = Address(0, 5, 51728, "vbd3")
 NEW = b"new" * 4096
@@ -409,7 +409,7 @@ def orphan(host, libxl):
     def orphan(target, **changed):
         keys = {"xen_disk_pid": DEAD, "hotplug_status": "connected", **changed}
         libxl.create(target, state="2", **keys)
-        wish = adoption.read_wish(host.store, ADDRESS)
+        wish = attachment.read_wish(host.store, ADDRESS)
         options = parse(["connect", "5", *wish.arguments])
         disk = Disk(backend_from(options))
         vdev = VirtualDevice(ADDRESS.devid, "xvdb")
@@ -511,14 +511,14 @@ def test_an_error_of_our_own(adopt, host, libxl, steps, image, monkeypatch, brok
     def script():
         frontend = steps.connect()
         if broken == "queue":
-            monkeypatch.setattr("xen_disk_py.queue.encode_response", lambda *what: 1 / 0)
+            monkeypatch.setattr("xen_disk_py.datapath.queue.encode_response", lambda *what: 1 / 0)
             frontend.submit(READ, 0, length=512)
             frontend.kick()
             host.until(lambda: crashed)
             monkeypatch.undo()
         libxl.ask_to_detach(ADDRESS)
         if broken == "loop":  # asked once more, at the latest when the frontend has closed
-            monkeypatch.setattr("xen_disk_py.device.react", lambda *what: 1 / 0)
+            monkeypatch.setattr("xen_disk_py.xenbus.device.react", lambda *what: 1 / 0)
         host.store.write(f"{ADDRESS.frontend}/state", "6")
         libxl.finish_detach(ADDRESS)
 

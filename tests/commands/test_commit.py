@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from killing import everywhere
 
-from xen_disk_py import overlays
 from xen_disk_py.backends.image import Image
-from xen_disk_py.backends.overlay import OverlayBackend
+from xen_disk_py.backends.overlay import maintenance
+from xen_disk_py.backends.overlay.backend import OverlayBackend
 from xen_disk_py.cli import main
-from xen_disk_py.environment import Environment
+from xen_disk_py.commands.environment import Environment
 from xen_disk_py.exit_status import ExitStatus
 
 SIZE = (4 << 20) + 512
@@ -221,7 +221,7 @@ def test_no_space(refused, monkeypatch):
     def fail(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(overlays, "_copy", fail)
+    monkeypatch.setattr(maintenance, "_copy", fail)
     said = refused()
     assert "No space left on device (up to 4 MiB are needed there); nothing was changed" in said
 
@@ -231,7 +231,7 @@ def test_ctrl_c(refused, monkeypatch, at):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(overlays, at, interrupt)
+    monkeypatch.setattr(maintenance, at, interrupt)
     assert "" == refused(status=ExitStatus.INTERRUPTED)
 
 
@@ -239,7 +239,7 @@ def test_storage_that_fails_at_the_end(refused, monkeypatch):
     def fail(fd):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(overlays.os, "fsync", fail)
+    monkeypatch.setattr(maintenance.os, "fsync", fail)
     assert "cannot be made: Input/output error; nothing was changed" in refused()
 
 
@@ -247,20 +247,20 @@ def test_an_owner_that_cannot_be_kept(refused, monkeypatch):
     def fail(*_):
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
-    monkeypatch.setattr(overlays.os, "fchown", fail)
+    monkeypatch.setattr(maintenance.os, "fchown", fail)
     assert "its owner cannot be kept: do this as root" in refused()
 
 
 @pytest.mark.parametrize("which", ["disk.img", "changes"])
 def test_files_that_are_cut_short_meanwhile(image, commit, merged, monkeypatch, which):
-    real = overlays._copy
+    real = maintenance._copy
     path = image.parent / which
 
     def copy(*arguments):
         real(*arguments)
         os.truncate(path, 2 << 20)
 
-    monkeypatch.setattr(overlays, "_copy", copy)
+    monkeypatch.setattr(maintenance, "_copy", copy)
     inode = os.stat(image).st_ino
     status, _, err = commit()
     assert ExitStatus.ERROR is status
@@ -275,7 +275,7 @@ def test_a_copy_that_finds_an_end_fails(tmp_path, monkeypatch):
         source.write(b"x" * 1000)
         source.flush()
         with pytest.raises(OSError, match="ends at 1000: somebody made it shorter"):
-            overlays._copy(source.fileno(), 0, target.fileno(), 0, 2000)
+            maintenance._copy(source.fileno(), 0, target.fileno(), 0, 2000)
 
 
 def test_a_block_device(tmp_path):
@@ -308,9 +308,9 @@ def test_killed_at_any_line_it_has_changed_the_image_or_not(image, overlay, merg
 
     def act(count):
         count()
-        overlays.commit(str(overlay), keep=False, progress=lambda done, total: None)
+        maintenance.commit(str(overlay), keep=False, progress=lambda done, total: None)
 
-    for _ in everywhere(act, (overlays,), lines=60):
+    for _ in everywhere(act, (maintenance,), lines=60):
         content = image.read_bytes()
         assert content in (before, merged)
         outcomes.append(content == merged)

@@ -16,18 +16,19 @@ from typing import ClassVar
 
 import pytest
 
-from xen_disk_py import privileges, toolstack
 from xen_disk_py.backends import Backend
 from xen_disk_py.blkif import READ
 from xen_disk_py.cli import main
 from xen_disk_py.commands import connect as connect_module
+from xen_disk_py.datapath.queue import Queue
 from xen_disk_py.errors import PrivilegeError
 from xen_disk_py.exit_status import ExitStatus
-from xen_disk_py.queue import Queue
-from xen_disk_py.record import find
+from xen_disk_py.host import privileges
+from xen_disk_py.recovery.record import find
 from xen_disk_py.session import Interrupts
-from xen_disk_py.vdev import parse
-from xen_disk_py.xenbus import Address, State
+from xen_disk_py.xenbus import toolstack
+from xen_disk_py.xenbus.states import Address, State
+from xen_disk_py.xenbus.vdev import parse
 
 
 class Terminal(io.StringIO):
@@ -487,7 +488,7 @@ class Hanging(Backend):
 @pytest.mark.parametrize("closing", [False, True])
 def test_force_with_a_backend_that_hangs(connect, monkeypatch, caplog, closing):
     """Also when the guest has let go and it is the backend alone that we wait for."""
-    monkeypatch.setattr("xen_disk_py.device.Device.force.__defaults__", (0.2,))
+    monkeypatch.setattr("xen_disk_py.xenbus.device.Device.force.__defaults__", (0.2,))
     monkeypatch.setattr(connect_module, "backend_from", lambda args: Hanging())
     queues = []
 
@@ -496,7 +497,7 @@ def test_force_with_a_backend_that_hangs(connect, monkeypatch, caplog, closing):
             queues.append(self)
             super().start()
 
-    monkeypatch.setattr("xen_disk_py.device.Queue", Noted)
+    monkeypatch.setattr("xen_disk_py.xenbus.device.Queue", Noted)
     Hanging.entered.clear()
     Hanging.allowed.clear()
 
@@ -582,7 +583,7 @@ def test_serving_fails(connect, monkeypatch):
     def script(player):
         frontend = player.frontend()
         (queue,) = [t for t in threading.enumerate() if t.name == "queue"]
-        monkeypatch.setattr("xen_disk_py.queue.encode_response", lambda *args: 1 / 0)
+        monkeypatch.setattr("xen_disk_py.datapath.queue.encode_response", lambda *args: 1 / 0)
         frontend.submit(READ, 0, length=512)
         frontend.kick()
         queue.join()

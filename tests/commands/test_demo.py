@@ -14,7 +14,7 @@ import pytest
 
 from xen_disk_py.cli import main
 from xen_disk_py.commands import demo as demo_module
-from xen_disk_py.environment import Environment
+from xen_disk_py.commands.environment import Environment
 from xen_disk_py.exit_status import ExitStatus
 from xen_disk_py.session import Interrupts
 from xen_disk_py.simulated.guest import Phase, Plan, VerificationFailed, pattern, work

@@ -8,9 +8,9 @@ import os
 
 import pytest
 
-from xen_disk_py.backends.overlay import OverlayBackend
+from xen_disk_py.backends.overlay.backend import OverlayBackend
 from xen_disk_py.cli import main
-from xen_disk_py.environment import Environment
+from xen_disk_py.commands.environment import Environment
 from xen_disk_py.exit_status import ExitStatus
 
 

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from xen_disk_py import toolstack
 from xen_disk_py.blkif import Ring
 from xen_disk_py.cli import main
 from xen_disk_py.commands import disconnect as disconnect_module
 from xen_disk_py.exit_status import ExitStatus
-from xen_disk_py.record import Record, find, forget
+from xen_disk_py.recovery.record import Record, find, forget
 from xen_disk_py.session import Forced, Outcome
-from xen_disk_py.xenbus import State
+from xen_disk_py.xenbus import toolstack
+from xen_disk_py.xenbus.states import State
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ import stat
 
 import pytest
 
-from xen_disk_py import overlays
 from xen_disk_py.backends.image import Image
-from xen_disk_py.backends.overlay import OverlayBackend
+from xen_disk_py.backends.overlay import maintenance
+from xen_disk_py.backends.overlay.backend import OverlayBackend
 from xen_disk_py.cli import main
-from xen_disk_py.environment import Environment
+from xen_disk_py.commands.environment import Environment
 from xen_disk_py.exit_status import ExitStatus
 
 SIZE = (4 << 20) + 512
@@ -105,13 +105,13 @@ def test_force_without_such_a_file(export, files, new):
 
 
 def test_a_file_that_appears_meanwhile_is_not_replaced(export, new, monkeypatch):
-    real = overlays._merge
+    real = maintenance._merge
 
     def merge(*arguments):
         real(*arguments)
         new.write_bytes(b"theirs")
 
-    monkeypatch.setattr(overlays, "_merge", merge)
+    monkeypatch.setattr(maintenance, "_merge", merge)
     status, _, err = export()
     assert ExitStatus.ERROR is status
     assert "File exists; nothing was changed" in err
@@ -156,7 +156,7 @@ def test_no_space(export, new, monkeypatch):
     def fail(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(overlays, "_copy", fail)
+    monkeypatch.setattr(maintenance, "_copy", fail)
     status, _, err = export()
     assert ExitStatus.ERROR is status
     assert "up to 4 MiB are needed there" in err

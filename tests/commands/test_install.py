@@ -10,7 +10,7 @@ import subprocess
 import pytest
 
 from xen_disk_py.cli import main
-from xen_disk_py.environment import Environment
+from xen_disk_py.commands.environment import Environment
 from xen_disk_py.exit_status import ExitStatus
 
 PATHS = [

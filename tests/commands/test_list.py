@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from xen_disk_py import record
 from xen_disk_py.cli import main
+from xen_disk_py.datapath.statistics import HELD, REQUESTS
 from xen_disk_py.exit_status import ExitStatus
-from xen_disk_py.record import Record
-from xen_disk_py.statistics import HELD, REQUESTS
-from xen_disk_py.xenbus import Address
+from xen_disk_py.recovery import record
+from xen_disk_py.recovery.record import Record
+from xen_disk_py.xenbus.states import Address
 
 
 @pytest.fixture

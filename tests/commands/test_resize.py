@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from xen_disk_py import toolstack
 from xen_disk_py.backends.discard import DiscardBackend
 from xen_disk_py.backends.raw import RawBackend
 from xen_disk_py.cli import main
 from xen_disk_py.commands import resize as resize_module
 from xen_disk_py.exit_status import ExitStatus
-from xen_disk_py.record import Record
+from xen_disk_py.recovery.record import Record
+from xen_disk_py.xenbus import toolstack
 
 MIB = 1 << 20
 
@@ -104,14 +104,14 @@ def test_a_disk_that_keeps_its_size(host, serve, resize):
 def test_the_guest_cannot_read_what_is_asked_and_answered(host, serve, resize, monkeypatch):
     serving = serve(DiscardBackend(size=MIB))
     seen = []
-    parse = resize_module.resizing.parse_answer
+    parse = resize_module.resize.parse_answer
 
     def look(text):
         root = f"{serving.address.backend}/resize"
         seen.extend(host.store.get_permissions(path) for path in (root, f"{root}/{os.getpid()}"))
         return parse(text)
 
-    monkeypatch.setattr(resize_module.resizing, "parse_answer", look)
+    monkeypatch.setattr(resize_module.resize, "parse_answer", look)
     monkeypatch.setattr(resize_module.Store, "remove", lambda store, path: None)
     assert ExitStatus.OK is resize("guest", "xvdb", "2M")[0]
     assert [["n0"], ["n0"]] == seen

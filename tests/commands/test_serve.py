@@ -13,16 +13,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from libxl import Libxl, LibxlError
+from libxl_stub import Libxl, LibxlError
 from processes import PATIENT
 
 import xen_disk_py
 from xen_disk_py.blkif import READ
 from xen_disk_py.cli import main
 from xen_disk_py.exit_status import ExitStatus
-from xen_disk_py.frontend import RequestFailed
-from xen_disk_py.record import find
-from xen_disk_py.xenbus import Address, State
+from xen_disk_py.recovery.record import find
+from xen_disk_py.simulated.frontend import RequestFailed
+from xen_disk_py.xenbus.states import Address, State
 
 ADDRESS = Address(0, 5, 51728, "vbd3")
 NEW = b"new" * 4096
@@ -34,7 +34,7 @@ import sys
 sys.path.insert(0, {package!r})
 import xen_disk_py.commands.adopt
 from xen_disk_py.cli import main
-from xen_disk_py.environment import Environment
+from xen_disk_py.commands.environment import Environment
 from xen_disk_py.simulated.hypervisor import SimulatedHypervisor, SimulatedMachine
 
 assert sys.argv[1:3] == ["-m", "xen_disk_py"]

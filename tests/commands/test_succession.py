@@ -9,21 +9,22 @@ import threading
 from pathlib import Path
 
 import pytest
-from libxl import Libxl
+from libxl_stub import Libxl
 
-from xen_disk_py import record, toolstack
-from xen_disk_py.arguments import parse
 from xen_disk_py.blkif import READ, WRITE
 from xen_disk_py.cli import main
+from xen_disk_py.commands.arguments import parse
 from xen_disk_py.commands.backend_arguments import backend_from
 from xen_disk_py.commands.opening import facts_about, queue_options
-from xen_disk_py.device import Device
-from xen_disk_py.disk import Disk
+from xen_disk_py.datapath.disk import Disk
 from xen_disk_py.exit_status import ExitStatus
-from xen_disk_py.record import Record, find
-from xen_disk_py.toolstack import Domain
-from xen_disk_py.vdev import parse as parse_vdev
-from xen_disk_py.xenbus import Address, State
+from xen_disk_py.recovery import record
+from xen_disk_py.recovery.record import Record, find
+from xen_disk_py.xenbus import toolstack
+from xen_disk_py.xenbus.device import Device
+from xen_disk_py.xenbus.states import Address, State
+from xen_disk_py.xenbus.toolstack import Domain
+from xen_disk_py.xenbus.vdev import parse as parse_vdev
 
 ADDRESS = Address(0, 5, 51728, "vbd3")
 NEW = b"new" * 4096
@@ -347,7 +348,7 @@ def test_a_process_that_lives(host, adopt, orphan, image):
 
 
 def test_a_record_of_another_version(host, adopt, orphan, image, monkeypatch):
-    monkeypatch.setattr("xen_disk_py.record.FORMAT", -1)
+    monkeypatch.setattr("xen_disk_py.recovery.record.FORMAT", -1)
     orphan("--path", image, "--backend=raw")
     monkeypatch.undo()
     before = trace(host)
@@ -410,7 +411,7 @@ def test_the_guest_of_a_record_that_cannot_be_read_was_destroyed(
     host, run, orphan, image, monkeypatch, record_format
 ):
     if record_format is not None:
-        monkeypatch.setattr("xen_disk_py.record.FORMAT", record_format)
+        monkeypatch.setattr("xen_disk_py.recovery.record.FORMAT", record_format)
     orphan("--path", image, "--backend=raw")
     monkeypatch.undo()
     if record_format is None:
@@ -504,10 +505,10 @@ def test_recover_without_a_name(host, run, image):
 def test_an_error_of_our_own_leaves_the_disk(host, processes, adopt, image, broken):
     """Nothing is answered by the process that has it: the next one does what it was asked."""
     processes.install(
-        "import xen_disk_py.queue\nxen_disk_py.queue.encode_response = lambda *what: 1 / 0\n"
+        "from xen_disk_py.datapath import queue\nqueue.encode_response = lambda *what: 1 / 0\n"
         if broken == "queue"
-        else "import signal, xen_disk_py.device\n"
-        "xen_disk_py.device.Device.unplug = lambda self: 1 / 0\n"
+        else "import signal, xen_disk_py.xenbus.device\n"
+        "xen_disk_py.xenbus.device.Device.unplug = lambda self: 1 / 0\n"
     )
     disk = ["--path", str(image), "--backend=raw", "--vdev=xvdb"]
     process = processes.start("connect", "guest", "--recover", *disk)

@@ -8,19 +8,20 @@ import signal
 
 import pytest
 
-from xen_disk_py import record, toolstack
 from xen_disk_py.exit_status import ExitStatus
-from xen_disk_py.record import find
-from xen_disk_py.xenbus import Address, State
+from xen_disk_py.recovery import record
+from xen_disk_py.recovery.record import find
+from xen_disk_py.xenbus import toolstack
+from xen_disk_py.xenbus.states import Address, State
 
 ADDRESS = Address(0, 5, 51728, "vbd3")
 NEW = b"new" * 4096
 
 QUICK = """
-import xen_disk_py.supervisor
+import xen_disk_py.recovery.supervisor
 from xen_disk_py.commands import supervision
 supervision._MEMORY = {memory!r}
-xen_disk_py.supervisor.Supervisor.__init__.__kwdefaults__["delays"] = {delays!r}
+xen_disk_py.recovery.supervisor.Supervisor.__init__.__kwdefaults__["delays"] = {delays!r}
 """
 
 
@@ -153,7 +154,7 @@ def test_given_up(host, supervise, install, processes, memory, image):
 
 
 MAY_NOT_REMOVE = """
-from xen_disk_py import record
+from xen_disk_py.recovery import record
 from xen_disk_py.commands import connect
 def deny(*args):
     raise PermissionError

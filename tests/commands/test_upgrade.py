@@ -12,16 +12,17 @@ from types import SimpleNamespace
 import pytest
 
 import xen_disk_py
-from xen_disk_py import record, toolstack
 from xen_disk_py.blkif import READ
 from xen_disk_py.cli import main
 from xen_disk_py.commands import upgrade as upgrade_module
 from xen_disk_py.commands import upgrading
 from xen_disk_py.exit_status import ExitStatus
-from xen_disk_py.record import FORMAT, Record, find
-from xen_disk_py.toolstack import Domain
-from xen_disk_py.vdev import parse
-from xen_disk_py.xenbus import Address, State
+from xen_disk_py.recovery import record
+from xen_disk_py.recovery.record import FORMAT, Record, find
+from xen_disk_py.xenbus import toolstack
+from xen_disk_py.xenbus.states import Address, State
+from xen_disk_py.xenbus.toolstack import Domain
+from xen_disk_py.xenbus.vdev import parse
 
 ADDRESS = Address(0, 5, 51728, "vbd3")
 NEW = b"new" * 4096

@@ -11,8 +11,8 @@ import time
 
 from xen_disk_py.backends import Backend
 from xen_disk_py.blkif import X86_64, Ring, decode_response
-from xen_disk_py.disk import Disk
-from xen_disk_py.queue import Options, Queue
+from xen_disk_py.datapath.disk import Disk
+from xen_disk_py.datapath.queue import Options, Queue
 from xen_disk_py.ring import FrontRing
 
 LONG = bool(os.environ.get("XEN_DISK_LONG"))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from attacker import LONG, Memory, Wire
+
+from hostile.attacker import LONG, Memory, Wire
 
 
 def pytest_configure(config):

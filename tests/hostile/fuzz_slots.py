@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parents[1])]
+sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
 
 try:
     import atheris
@@ -31,28 +31,20 @@ except ImportError:
 
 # atheris counts what is executed in modules that are imported here.
 with atheris.instrument_imports() if atheris else contextlib.nullcontext():
-    from attacker import Memory
-    from oracle import READ, Oracle
-
-    from xen_disk_py.blkif import (
-        X86_32,
-        X86_64,
-        Connection,
-        Ring,
-        abi_named,
-        decode_response,
-    )
-    from xen_disk_py.disk import Disk
+    from hostile.attacker import Memory
+    from hostile.oracle import READ, Oracle
+    from xen_disk_py.blkif import X86_32, X86_64, Connection, Ring, abi_named, decode_response
+    from xen_disk_py.datapath.disk import Disk
+    from xen_disk_py.datapath.grants import Grants
+    from xen_disk_py.datapath.queue import Options, Queue
     from xen_disk_py.errors import GuestMisbehaved
-    from xen_disk_py.grants import Grants
-    from xen_disk_py.queue import Options, Queue
     from xen_disk_py.ring import FrontRing
     from xen_disk_py.simulated.hypervisor import (
         SimulatedGuest,
         SimulatedHypervisor,
         SimulatedMachine,
     )
-    from xen_disk_py.xenbus import State
+    from xen_disk_py.xenbus.states import State
 
 ABIS = (X86_64, X86_32)
 WAYS = (Grants.AUTO, Grants.COPY, Grants.MAP)

@@ -15,7 +15,8 @@ import struct
 import threading
 
 import pytest
-from attacker import (
+
+from hostile.attacker import (
     BAD_REFERENCES,
     PATIENCE,
     Memory,
@@ -25,18 +26,17 @@ from attacker import (
     indirect,
     until,
 )
-
-from xen_disk_py import toolstack
 from xen_disk_py.backends.cow import CowBackend
 from xen_disk_py.backends.loader import open_backend
 from xen_disk_py.backends.raw import RawBackend
 from xen_disk_py.blkif import ARM, MAX_QUEUES, X86_32, X86_64, Connection, Ring
-from xen_disk_py.disk import Disk
+from xen_disk_py.datapath.disk import Disk
+from xen_disk_py.datapath.grants import Grants
+from xen_disk_py.datapath.queue import Options
 from xen_disk_py.errors import HypervisorError
-from xen_disk_py.frontend import RequestFailed
-from xen_disk_py.grants import Grants
-from xen_disk_py.queue import Options
-from xen_disk_py.xenbus import State
+from xen_disk_py.simulated.frontend import RequestFailed
+from xen_disk_py.xenbus import toolstack
+from xen_disk_py.xenbus.states import State
 
 READ, WRITE, BARRIER, FLUSH, DISCARD = 0, 1, 2, 3, 5
 OKAY, ERROR, NOT_SUPPORTED = 0, -1, -2

@@ -16,11 +16,11 @@ import time
 from pathlib import Path
 
 import pytest
-from attacker import LONG, Memory, descriptors, direct, indirect
 
+from hostile.attacker import LONG, Memory, descriptors, direct, indirect
 from xen_disk_py.blkif import ARM, X86_32, X86_64
-from xen_disk_py.grants import Grants
-from xen_disk_py.queue import Options
+from xen_disk_py.datapath.grants import Grants
+from xen_disk_py.datapath.queue import Options
 from xen_disk_py.ring import BackRing
 
 READ, WRITE = 0, 1

@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import random
 
-import fuzz_slots
 import pytest
-from attacker import LONG
+
+from hostile import fuzz_slots
+from hostile.attacker import LONG
 
 
 @pytest.fixture(scope="module")

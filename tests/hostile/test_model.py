@@ -17,9 +17,6 @@ import pytest
 
 pytest.importorskip("hypothesis", reason="needs hypothesis, of the extra 'test'")
 
-from attacker import BAD_REFERENCES, DOMID, LONG, Memory, Wire, descriptors, direct
-from attacker import discard as discard_slot
-from attacker import indirect as indirect_slot
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -29,17 +26,16 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from oracle import BARRIER, FLUSH, INDIRECT, READ, WRITE, Oracle
 
+from hostile.attacker import BAD_REFERENCES, DOMID, LONG, Memory, Wire, descriptors, direct
+from hostile.attacker import discard as discard_slot
+from hostile.attacker import indirect as indirect_slot
+from hostile.oracle import BARRIER, FLUSH, INDIRECT, READ, WRITE, Oracle
 from xen_disk_py.blkif import ARM, X86_32, X86_64
-from xen_disk_py.disk import Disk
-from xen_disk_py.grants import PERSISTENT_LIMIT, Grants
-from xen_disk_py.queue import Options
-from xen_disk_py.simulated.hypervisor import (
-    SimulatedGuest,
-    SimulatedHypervisor,
-    SimulatedMachine,
-)
+from xen_disk_py.datapath.disk import Disk
+from xen_disk_py.datapath.grants import PERSISTENT_LIMIT, Grants
+from xen_disk_py.datapath.queue import Options
+from xen_disk_py.simulated.hypervisor import SimulatedGuest, SimulatedHypervisor, SimulatedMachine
 
 SECTORS = 8192
 PAGES = 320  # granted for reading and writing; two more for reading only

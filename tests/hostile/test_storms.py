@@ -17,7 +17,8 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
-from attacker import (
+
+from hostile.attacker import (
     BAD_REFERENCES,
     LONG,
     PATIENCE,
@@ -30,13 +31,12 @@ from attacker import (
     resident,
     until,
 )
-
-from xen_disk_py import statistics as count
 from xen_disk_py.blkif import X86_64, Connection, Ring
-from xen_disk_py.grants import Grants
-from xen_disk_py.queue import MAX_IN_FLIGHT, Options
+from xen_disk_py.datapath import statistics as count
+from xen_disk_py.datapath.grants import Grants
+from xen_disk_py.datapath.queue import MAX_IN_FLIGHT, Options
 from xen_disk_py.ring import FrontRing
-from xen_disk_py.xenbus import State
+from xen_disk_py.xenbus.states import State
 
 READ, WRITE = 0, 1
 SECONDS = 10 if LONG else 0.3
@@ -356,7 +356,7 @@ def storm(kind, seconds):
         SimulatedHypervisor(machine) as hypervisor,
         SimulatedGuest(machine) as guest,
     ):
-        from attacker import Wire
+        from hostile.attacker import Wire
 
         line = Wire(guest, hypervisor, Memory(), order=4)
         pages = guest.share_pages(0, 3, writable=True)
@@ -394,7 +394,7 @@ def test_another_disk_keeps_its_latency(host, wire, kind):
     latencies(0.5)
     before = latencies(3)
     command = [sys.executable, str(Path(__file__)), kind, "5"]
-    environment = {"PYTHONPATH": f"{Path(__file__).parents[2]}:{Path(__file__).parent}"}
+    environment = {"PYTHONPATH": f"{Path(__file__).parents[2]}:{Path(__file__).parents[1]}"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as attacker:
         assert "begun\n" == attacker.stdout.readline()
         during = latencies(4)

@@ -22,24 +22,21 @@ import signal
 import struct
 import sys
 
-from xen_disk_py import grants, halves, journal, queue, ring
+from xen_disk_py import ring
 from xen_disk_py.backends import Backend
 from xen_disk_py.blkif import X86_32, X86_64, Ring, decode_response
-from xen_disk_py.disk import Disk
-from xen_disk_py.grants import Grants
-from xen_disk_py.journal import SIZE, Journal
-from xen_disk_py.queue import Options, Queue
+from xen_disk_py.datapath import double_buffer, grants, journal, queue
+from xen_disk_py.datapath.disk import Disk
+from xen_disk_py.datapath.grants import Grants
+from xen_disk_py.datapath.journal import SIZE, Journal
+from xen_disk_py.datapath.queue import Options, Queue
 from xen_disk_py.ring import FrontRing
-from xen_disk_py.simulated.hypervisor import (
-    SimulatedGuest,
-    SimulatedHypervisor,
-    SimulatedMachine,
-)
+from xen_disk_py.simulated.hypervisor import SimulatedGuest, SimulatedHypervisor, SimulatedMachine
 
 DOMID = 5
 PAGE = 4096
 READ, WRITE, BARRIER, FLUSH, DISCARD, INDIRECT = 0, 1, 2, 3, 5, 6
-TRACED = {module.__file__ for module in (queue, ring, journal, halves, grants)} | {__file__}
+TRACED = {module.__file__ for module in (queue, ring, journal, double_buffer, grants)} | {__file__}
 PATIENCE = 60.0  # seconds; a busy machine may stop a backend for many
 
 

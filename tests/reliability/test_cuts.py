@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from xen_disk_py import queue
+from xen_disk_py.datapath import queue
 
 PROGRAM = Path(__file__).with_name("cuts.py")
 LONG = bool(os.environ.get("XEN_DISK_LONG"))
@@ -32,7 +32,7 @@ def cut(**setting):
     """Run a setting; its figures."""
     done = subprocess.run(
         [sys.executable, str(PROGRAM), json.dumps({**PLAIN, **setting})],
-        env={**os.environ, "PYTHONPATH": str(Path(queue.__file__).parents[1])},
+        env={**os.environ, "PYTHONPATH": str(Path(queue.__file__).parents[2])},
         capture_output=True,
         text=True,
         check=False,

@@ -564,7 +564,7 @@ class TestServer:
 
     def test_serves_other_processes(self, server):
         script = (
-            "import sys; from xen_disk_py.xenstore import Store\n"
+            "import sys; from xen_disk_py.xenbus.xenstore import Store\n"
             "with Store.open(sys.argv[1]) as store: print(store.read('domid'))\n"
         )
         command = [sys.executable, "-W", "error", "-c", script, server.socket_path()]

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from xen_disk_py.cli import main
-from xen_disk_py.environment import Environment
+from xen_disk_py.commands.environment import Environment
 
 from .disk import mapped_grants, open_files, patient, resident
 from .guest import PATIENCE

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Callable
 
-from xen_disk_py.frontend import Frontend
 from xen_disk_py.libxen import Xen
-from xen_disk_py.xenbus import State
-from xen_disk_py.xenstore import Store
+from xen_disk_py.simulated.frontend import Frontend
+from xen_disk_py.xenbus.states import State
+from xen_disk_py.xenbus.xenstore import Store
 
 from .disk import Disk, DiskError, block_nodes
 from .guest import PATIENCE, Dom0

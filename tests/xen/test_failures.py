@@ -15,10 +15,10 @@ from typing import Callable
 import pytest
 
 from xen_disk_py.blkif import READ
-from xen_disk_py.frontend import Frontend, RequestFailed
 from xen_disk_py.libxen import Xen
-from xen_disk_py.xenbus import State
-from xen_disk_py.xenstore import Store
+from xen_disk_py.simulated.frontend import Frontend, RequestFailed
+from xen_disk_py.xenbus.states import State
+from xen_disk_py.xenbus.xenstore import Store
 
 from .disk import (
     Disk,

@@ -37,8 +37,8 @@ from xen_disk_py.blkif import (
 )
 from xen_disk_py.libxen import Xen
 from xen_disk_py.ring import FrontRing
-from xen_disk_py.xenbus import State
-from xen_disk_py.xenstore import Store
+from xen_disk_py.xenbus.states import State
+from xen_disk_py.xenbus.xenstore import Store
 
 from .disk import Disk, block_nodes, mapped_grants, open_files, resident
 from .driver import directory

@@ -14,8 +14,8 @@ from typing import Callable
 
 import pytest
 
-from xen_disk_py.frontend import Frontend
-from xen_disk_py.xenbus import State
+from xen_disk_py.simulated.frontend import Frontend
+from xen_disk_py.xenbus.states import State
 
 from .disk import Disk, block_nodes, mapped_grants, xenstore_snapshot
 from .driver import Driver, drivers

@@ -21,7 +21,7 @@ from typing import Any, Callable
 
 import pytest
 
-from xen_disk_py.xenbus import State
+from xen_disk_py.xenbus.states import State
 
 from .disk import Disk, block_nodes, xen_disk
 from .guest import PATIENCE, Guest, Job, sh
@@ -37,7 +37,8 @@ Connect = Callable[..., Disk]
 ENDLESS = (
     sys.executable,
     "-c",
-    "import sys; from xen_disk_py.supervisor import Supervisor as S; from xen_disk_py import cli; "
+    "import sys; from xen_disk_py.recovery.supervisor import Supervisor as S; "
+    "from xen_disk_py import cli; "
     "S.__init__.__kwdefaults__['delays'] = (0.0,) * 1000; sys.exit(cli.main(sys.argv[1:]))",
 )
 """The program with a supervisor that never gives up."""

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from xen_disk_py import toolstack
+from xen_disk_py.xenbus import toolstack
 
 from .disk import PROGRAM, block_nodes, left_over, xen_disk, xenstore_snapshot
 from .guest import LAB, PATIENCE, RESULTS, Guest, GuestError, sh

@@ -9,24 +9,26 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-from .. import adoption, record, toolstack
-from ..adoption import AdoptedDevice, Wish
-from ..arguments import parse
-from ..disk import Disk
-from ..environment import Environment
+from ..datapath.disk import Disk
 from ..errors import DeviceError, DeviceTaken, XenDiskError
 from ..exit_status import ExitStatus
 from ..hypervisor import Hypervisor
-from ..record import Record
+from ..libxl import attachment
+from ..libxl.attachment import AdoptedDevice, Wish
+from ..recovery import record
+from ..recovery.orphan import stand_in
+from ..recovery.record import Record
 from ..session import Interrupts, Session
-from ..standin import stand_in
-from ..toolstack import PID_KEY, Domain
 from ..units import format_size
-from ..vdev import VirtualDevice, from_number
-from ..xenbus import Address, State
-from ..xenstore import Store
+from ..xenbus import toolstack
+from ..xenbus.states import Address, State
+from ..xenbus.toolstack import PID_KEY, Domain
+from ..xenbus.vdev import VirtualDevice, from_number
+from ..xenbus.xenstore import Store
 from . import succession
+from .arguments import parse
 from .backend_arguments import backend_from
+from .environment import Environment
 from .opening import facts_about, opened_hypervisor, queue_options
 from .served_disk import until
 
@@ -41,7 +43,7 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
     Where nobody can go on with it, stand in until the guest has let go.
     """
     with env.open_store() as store, _named(args.devid, args.domid):
-        address = Address(toolstack.own_domid(store), args.domid, args.devid, adoption.KIND)
+        address = Address(toolstack.own_domid(store), args.domid, args.devid, attachment.KIND)
         found = record.find(env.record_directory, address)
         if not store.exists(f"{address.backend}/{PID_KEY}"):
             _serve(env, store, address)
@@ -75,7 +77,7 @@ def _serve(env: Environment, store: Store, address: Address) -> None:
         try:
             # all that can go wrong, before the guest and libxl hear of the disk
             domain = toolstack.find_domain(store, str(address.frontend_domid))
-            wish = adoption.read_wish(store, address)
+            wish = attachment.read_wish(store, address)
             options = parse(["connect", str(domain.domid), *wish.arguments])
             own_record = stack.enter_context(_claimed(env, store, address, options.queues))
             disk = _open(options, wish, stack)
@@ -83,7 +85,7 @@ def _serve(env: Environment, store: Store, address: Address) -> None:
         except XenDiskError as error:
             reason = str(error)
             log.error("%s", reason)
-            adoption.refuse(store, address, reason)
+            attachment.refuse(store, address, reason)
             return
         _run(store, hypervisor, address, disk, options, domain, own_record, adopts=False)
 
@@ -97,7 +99,7 @@ def _go_on(env: Environment, store: Store, address: Address) -> ExitStatus:
             stack.callback(own_record.leave)  # unless the disk comes to its end here
             facts = own_record.facts
             succession.check_files(facts, str(vdev), f"xl block-detach {domid} {vdev}")
-            wish = adoption.read_wish(store, address)
+            wish = attachment.read_wish(store, address)
             options = parse(["connect", str(domid), *wish.arguments])
             disk = _open(options, wish, stack)
             succession.check_size(facts, str(vdev), disk.backend)
@@ -141,7 +143,7 @@ def _run(
 
     def attach() -> None:
         if not adopts:
-            adoption.publish(store, address, device.keys(), os.getpid())
+            attachment.publish(store, address, device.keys(), os.getpid())
 
     def announce() -> None:
         own_record.describe({**own_record.facts, "connected": True})
@@ -170,7 +172,7 @@ def _run(
             vdev,
             interrupts,
             patience=None,
-            release=lambda: adoption.close(store, address, os.getpid()),
+            release=lambda: attachment.close(store, address, os.getpid()),
             on_crash=succession.crash if survives else lambda error: None,
             is_known=is_known,
         )
@@ -214,7 +216,7 @@ def _stand_in(env: Environment, store: Store, address: Address) -> None:
             if not until(store, path, closed, _PATIENCE):
                 log.warning("the guest does not let go")
                 return
-        adoption.close(store, address, died)
+        attachment.close(store, address, died)
 
 
 def _left(env: Environment, address: Address) -> Record:

@@ -33,7 +33,7 @@ def backend_from(args: argparse.Namespace) -> Backend:
 
 
 def _complete(args: argparse.Namespace) -> None:
-    from ..backends.overlay_file import image_path
+    from ..backends.overlay.file import image_path
 
     if (args.backend is None and args.path is None) or choose(args.backend, args.path) == "cow":
         args.backend = "overlay"

@@ -12,25 +12,26 @@ from contextlib import ExitStack, suppress
 from types import MappingProxyType
 from typing import Any
 
-from .. import privileges, toolstack
-from ..device import Device
-from ..disk import Disk
-from ..environment import Environment
+from ..datapath.disk import Disk
+from ..datapath.statistics import Statistics, histogram
 from ..errors import DeviceTaken, UsageError
 from ..exit_status import ExitStatus
+from ..host import privileges
+from ..host.privileges import User
+from ..host.systemd import notify
 from ..hypervisor import Hypervisor
-from ..privileges import User
-from ..record import Record
+from ..recovery.record import Record
 from ..session import Interrupts, Outcome, Session
-from ..statistics import Statistics, histogram
-from ..systemd import notify
-from ..toolstack import Domain
 from ..units import format_size
-from ..vdev import VirtualDevice, parse
-from ..xenbus import Address
-from ..xenstore import Store
+from ..xenbus import toolstack
+from ..xenbus.device import Device
+from ..xenbus.states import Address
+from ..xenbus.toolstack import Domain
+from ..xenbus.vdev import VirtualDevice, parse
+from ..xenbus.xenstore import Store
 from . import succession, supervision
 from .backend_arguments import backend_from, backend_name
+from .environment import Environment
 from .opening import TOLD, facts_about, facts_of_start, opened_hypervisor, queue_options
 from .succession import Left
 from .upgrading import Upgrade, rehearse

@@ -19,10 +19,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from typing import Any
 
-from .. import toolstack
-from ..device import Device
-from ..disk import Disk
-from ..environment import Environment
+from ..datapath.disk import Disk
 from ..errors import DeviceError, UsageError
 from ..exit_status import ExitStatus
 from ..session import Interrupts, Outcome, Session
@@ -30,10 +27,13 @@ from ..simulated.guest import Plan, pattern
 from ..simulated.hypervisor import SimulatedHypervisor, SimulatedMachine
 from ..simulated.xenstored import SimulatedXenstored
 from ..units import format_size
-from ..vdev import parse
-from ..xenbus import Address
-from ..xenstore import Store
+from ..xenbus import toolstack
+from ..xenbus.device import Device
+from ..xenbus.states import Address
+from ..xenbus.vdev import parse
+from ..xenbus.xenstore import Store
 from .backend_arguments import backend_from, backend_name
+from .environment import Environment
 
 GUEST = 1
 _BLOCKS = 20_000

@@ -5,18 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 
-from .. import overlays
-from ..backends.overlay_file import OverlayFile
-from ..environment import Environment
+from ..backends.overlay import maintenance
+from ..backends.overlay.file import OverlayFile
 from ..exit_status import ExitStatus
 from ..units import format_size
+from .environment import Environment
 
 
 def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
     """Print its runs; a disk may be using it, which is said then."""
     with OverlayFile.open(args.overlay, writable=False, alone=None) as file:
         header = file.header
-        ranges = overlays.held(file)
+        ranges = maintenance.held(file)
         count = sum(length for _, length in ranges)
         if args.json:
             facts = {

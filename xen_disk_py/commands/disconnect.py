@@ -10,17 +10,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import Callable
 
-from .. import record, toolstack
-from ..environment import Environment
+from ..datapath.journal import Journal
 from ..errors import DeviceError, DeviceTaken, XenDiskError
 from ..exit_status import ExitStatus
-from ..journal import Journal
-from ..record import Record
-from ..standin import stand_in
-from ..toolstack import Attached
-from ..vdev import parse
-from ..xenbus import State
-from ..xenstore import Store
+from ..recovery import record
+from ..recovery.orphan import stand_in
+from ..recovery.record import Record
+from ..xenbus import toolstack
+from ..xenbus.states import State
+from ..xenbus.toolstack import Attached
+from ..xenbus.vdev import parse
+from ..xenbus.xenstore import Store
+from .environment import Environment
 from .served_disk import find, until
 
 _FORCE_PATIENCE = 10.0

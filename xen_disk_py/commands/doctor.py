@@ -10,11 +10,11 @@ from itertools import groupby
 from typing import NamedTuple
 
 from .. import libxen
-from ..atomic import load_fence
-from ..environment import Environment
 from ..errors import XenDiskError
 from ..exit_status import ExitStatus
+from ..host.atomic import load_fence
 from ..libxen import EVTCHN_DEVICE, GNTALLOC, GNTDEV
+from .environment import Environment
 
 
 class Check(NamedTuple):

@@ -6,17 +6,17 @@ import argparse
 import json
 import os
 
-from .. import overlays
-from ..environment import Environment
+from ..backends.overlay import maintenance
 from ..exit_status import ExitStatus
 from ..units import format_size
+from .environment import Environment
 from .progress import ProgressLine
 
 
 def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
     """Export, and say what was made."""
     with ProgressLine(env, "copying the image", quiet=args.quiet) as progress:
-        size = overlays.export(args.overlay, args.new, force=args.force, progress=progress)
+        size = maintenance.export(args.overlay, args.new, force=args.force, progress=progress)
     path = os.path.abspath(args.new)
     if args.json:
         env.say(json.dumps({"path": path, "size": size}))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from ..environment import Environment
 from ..exit_status import ExitStatus
-from ..installing import install, ours, remove
+from ..host.install import install, ours, remove
+from .environment import Environment
 
 
 def run(args: argparse.Namespace, env: Environment) -> ExitStatus:

@@ -6,11 +6,12 @@ import argparse
 import json
 from typing import Any
 
-from .. import record, toolstack
-from ..environment import Environment
 from ..exit_status import ExitStatus
-from ..toolstack import Attached
+from ..recovery import record
 from ..units import format_size
+from ..xenbus import toolstack
+from ..xenbus.toolstack import Attached
+from .environment import Environment
 
 
 def run(args: argparse.Namespace, env: Environment) -> ExitStatus:

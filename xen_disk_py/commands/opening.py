@@ -13,15 +13,15 @@ from contextlib import contextmanager
 from typing import Any
 
 from .. import __version__
-from ..disk import Disk
-from ..environment import Environment
+from ..datapath.disk import Disk
+from ..datapath.grants import Grants
+from ..datapath.queue import Options
 from ..errors import BackendError
-from ..grants import Grants
 from ..hypervisor import Hypervisor
-from ..queue import Options
-from ..toolstack import Domain
-from ..vdev import VirtualDevice
+from ..xenbus.toolstack import Domain
+from ..xenbus.vdev import VirtualDevice
 from .backend_arguments import backend_name
+from .environment import Environment
 
 log = logging.getLogger("xen_disk_py")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 
-from ..environment import Environment
 from ..hypervisor import Closing
+from .environment import Environment
 
 _INTERVAL = 0.2  # seconds between two looks of the line
 

@@ -7,14 +7,15 @@ import json
 import os
 from contextlib import suppress
 
-from .. import record, resizing, toolstack
-from ..environment import Environment
 from ..errors import DeviceError, StoreError, UsageError
 from ..exit_status import ExitStatus
-from ..toolstack import Attached
+from ..recovery import record
 from ..units import format_size
-from ..vdev import parse
-from ..xenstore import Store
+from ..xenbus import resize, toolstack
+from ..xenbus.toolstack import Attached
+from ..xenbus.vdev import parse
+from ..xenbus.xenstore import Store
+from .environment import Environment
 from .served_disk import find, until
 
 
@@ -32,7 +33,7 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
                 f"the process that served {vdev}, {disk.pid}, has ended: "
                 f"take the disk away with: disconnect {args.vm} {vdev}"
             )
-        size = _ask(store, disk, resizing.Wish(args.size, args.force), args.timeout)
+        size = _ask(store, disk, resize.Wish(args.size, args.force), args.timeout)
     if args.json:
         facts = {
             "domid": domain.domid,
@@ -47,10 +48,10 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
     return ExitStatus.OK
 
 
-def _ask(store: Store, disk: Attached, wish: resizing.Wish, timeout: float) -> int:
+def _ask(store: Store, disk: Attached, wish: resize.Wish, timeout: float) -> int:
     """Leave the wish, wait for the answer, take both away; the result is the size in bytes."""
     back = disk.address.backend
-    directory = f"{back}/{resizing.DIRECTORY}"
+    directory = f"{back}/{resize.DIRECTORY}"
     path = f"{directory}/{os.getpid()}"
     gone = DeviceError(f"{disk.device} was disconnected meanwhile")
     answers: list[str] = []
@@ -79,4 +80,4 @@ def _ask(store: Store, disk: Attached, wish: resizing.Wish, timeout: float) -> i
             store.remove(path)
     if not answers[0]:
         raise gone
-    return resizing.parse_answer(answers[0])
+    return resize.parse_answer(answers[0])

@@ -9,15 +9,15 @@ import select
 import signal
 import subprocess
 
-from ..adoption import SCRIPT
-from ..environment import Environment
 from ..errors import XenDiskError, XenUnavailable
 from ..exit_status import ExitStatus
-from ..serving import Supervisor
+from ..host.systemd import NOTIFY_SOCKET, notify
+from ..libxl.attachment import SCRIPT
+from ..libxl.daemon import Supervisor
 from ..session import Interrupts
-from ..systemd import NOTIFY_SOCKET, notify
-from ..xenbus import Address
-from ..xenstore import Store
+from ..xenbus.states import Address
+from ..xenbus.xenstore import Store
+from .environment import Environment
 from .opening import own_command
 
 log = logging.getLogger("xen_disk_py")

@@ -6,11 +6,11 @@ import select
 import time
 from typing import Callable
 
-from .. import toolstack
 from ..errors import DeviceError
-from ..toolstack import Attached
-from ..vdev import VirtualDevice
-from ..xenstore import Store
+from ..xenbus import toolstack
+from ..xenbus.toolstack import Attached
+from ..xenbus.vdev import VirtualDevice
+from ..xenbus.xenstore import Store
 
 
 def find(store: Store, domid: int, vdev: VirtualDevice) -> Attached:

@@ -9,10 +9,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from .. import adoption, record, toolstack
-from ..arguments import parse
 from ..backends import Backend
-from ..environment import Environment
 from ..errors import (
     BackendError,
     DeviceError,
@@ -25,12 +22,17 @@ from ..errors import (
     XenUnavailable,
 )
 from ..exit_status import ExitStatus
-from ..record import Record
-from ..toolstack import Attached, Domain
+from ..libxl import attachment
+from ..recovery import record
+from ..recovery.record import Record
 from ..units import format_size
-from ..vdev import VirtualDevice
-from ..xenbus import Address
-from ..xenstore import Store
+from ..xenbus import toolstack
+from ..xenbus.states import Address
+from ..xenbus.toolstack import Attached, Domain
+from ..xenbus.vdev import VirtualDevice
+from ..xenbus.xenstore import Store
+from .arguments import parse
+from .environment import Environment
 from .opening import file_identity
 
 log = logging.getLogger("xen_disk_py")
@@ -82,7 +84,7 @@ def take(env: Environment, store: Store, vm: str, vdev: VirtualDevice) -> Left |
     if found is not None and found.alive:
         pid = disk.pid if disk is not None else found.facts.get("pid")
         raise DeviceTaken(f"process {pid} lives and serves {vdev} of {domain}: nothing to adopt")
-    if adoption.is_ours(store, address):
+    if attachment.is_ours(store, address):
         raise DeviceError(
             f"xl has attached {vdev}: xen-disk serve goes on with it, or takes it away with: "
             f"xl block-detach {domain.domid} {vdev}"

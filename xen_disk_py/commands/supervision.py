@@ -8,15 +8,16 @@ import secrets
 from collections.abc import Sequence
 from contextlib import suppress
 
-from .. import record, toolstack
 from ..backends.loader import choose
-from ..environment import Environment
 from ..errors import XenDiskError
 from ..exit_status import ExitStatus
-from ..record import Found
-from ..supervisor import Supervisor
-from ..vdev import parse
-from ..xenbus import Address
+from ..recovery import record
+from ..recovery.record import Found
+from ..recovery.supervisor import Supervisor
+from ..xenbus import toolstack
+from ..xenbus.states import Address
+from ..xenbus.vdev import parse
+from .environment import Environment
 from .opening import own_command
 from .succession import scratch_of
 

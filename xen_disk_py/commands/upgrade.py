@@ -9,14 +9,16 @@ import signal
 import time
 from typing import Any
 
-from .. import adoption, record, toolstack
-from ..environment import Environment
 from ..errors import DeviceError
 from ..exit_status import ExitStatus
-from ..record import FORMAT
-from ..toolstack import Attached
-from ..vdev import parse
-from ..xenbus import State
+from ..libxl import attachment
+from ..recovery import record
+from ..recovery.record import FORMAT
+from ..xenbus import toolstack
+from ..xenbus.states import State
+from ..xenbus.toolstack import Attached
+from ..xenbus.vdev import parse
+from .environment import Environment
 from .served_disk import find
 
 _LOOK = 0.02  # seconds between two looks at the record, which tells nobody when it changes
@@ -28,7 +30,7 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
     with env.open_store() as store:
         domain = toolstack.find_domain(store, args.vm)
         disk = find(store, domain.domid, vdev)
-        if adoption.is_ours(store, disk.address):
+        if attachment.is_ours(store, disk.address):
             raise DeviceError(
                 f"xl has attached {vdev}: end its process (kill -9 {disk.pid}), and xen-disk serve "
                 "has the new program go on"

@@ -17,16 +17,16 @@ import sys
 import time
 from typing import Callable
 
-from ..arguments import parse
 from ..backends.loader import find_class
-from ..environment import Environment
 from ..errors import DeviceError
 from ..exit_status import ExitStatus
-from ..record import FORMAT, Record
-from ..systemd import notify
-from ..toolstack import Domain
-from ..vdev import VirtualDevice
+from ..host.systemd import notify
+from ..recovery.record import FORMAT, Record
+from ..xenbus.toolstack import Domain
+from ..xenbus.vdev import VirtualDevice
+from .arguments import parse
 from .backend_arguments import backend_name
+from .environment import Environment
 from .opening import own_command
 
 log = logging.getLogger("xen_disk_py")

@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass
 
 from ..blkif import READ, WRITE
 from ..errors import XenDiskError
-from ..frontend import Frontend, RequestFailed
-from ..xenstore import Store
+from ..xenbus.xenstore import Store
+from .frontend import Frontend, RequestFailed
 from .hypervisor import SimulatedGuest, SimulatedMachine
 
 BLOCK = 4096

@@ -36,11 +36,11 @@ from itertools import islice
 from types import SimpleNamespace
 from typing import Any, Callable
 
-from xen_disk_py.atomic import load_fence
-from xen_disk_py.clibrary import Library, Signature, mapped, not_negative
 from xen_disk_py.errors import HypervisorError
+from xen_disk_py.host.atomic import load_fence
+from xen_disk_py.host.clibrary import Library, Signature, mapped, not_negative
+from xen_disk_py.host.mapping import GrantedPages, MappedPages, close_all
 from xen_disk_py.hypervisor import PAGE_SIZE, Closing, Piece
-from xen_disk_py.mapping import GrantedPages, MappedPages, close_all
 
 FIRST_REFERENCE = 8
 """Xen keeps the references below for the console, xenstore and what may come."""

@@ -1,0 +1,656 @@
+"""The record of a serving process: locked, read by others, and gone with it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from xen_disk_py.blkif import Ring
+from xen_disk_py.datapath import statistics
+from xen_disk_py.datapath.journal import SIZE, Unanswered
+from xen_disk_py.errors import DeviceError, DeviceTaken, XenUnavailable
+from xen_disk_py.recovery import record
+from xen_disk_py.recovery.record import Found, Record, find, forget
+from xen_disk_py.xenbus.states import Address
+
+ADDRESS = Address(0, 5, 51728, "vbd3")
+ROOM = (32 * 1024 - 8) // 2 - 4  # bytes of facts
+FACTS = {"vdev": "xvdb", "path": "/images/größe.img", "size": 1 << 40, "format": 1}
+
+
+UNREADABLE = [b"", b"{", b"nonsense", b"\xff\xfe", b'{"a": 1', b"[]", b"7", b"[" * ROOM]
+
+
+@pytest.fixture(autouse=True)
+def hurry(monkeypatch):
+    monkeypatch.setattr(record, "_PAUSE", 0.001)
+
+
+@pytest.fixture
+def directory(tmp_path):
+    return str(tmp_path / "run" / "xen_disk_py")
+
+
+def path_in(directory):
+    return Path(directory, "5-51728")
+
+
+def in_another_process(code, *arguments):
+    """Run code there with what it needs at hand; give what it prints as JSON."""
+    prologue = (
+        "import json, os, sys\n"
+        "from xen_disk_py.recovery.record import *\n"
+        "from xen_disk_py.xenbus.states import Address\n"
+        "ADDRESS = Address(0, 5, 51728, 'vbd3')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", prologue + code, *arguments],
+        env={**os.environ, "PYTHONPATH": str(Path(record.__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert "" == done.stderr
+    return json.loads(done.stdout)
+
+
+class TestServing:
+    def test_another_process_sees_who_serves_what_and_the_counters(self, directory):
+        with Record(directory, ADDRESS) as mine:
+            mine.describe(FACTS)
+            for _ in range(3):
+                mine.statistics.add(statistics.BYTES_READ, 1 << 40)
+            mine.statistics.of_queue(7).add(statistics.BYTES_READ, 1)
+            found = in_another_process("print(json.dumps(find(sys.argv[1], ADDRESS)))", directory)
+
+        expected = dict.fromkeys(statistics.Statistics().as_dict(), 0)
+        expected["bytes_read"] = (3 << 40) + 1
+        assert [FACTS, expected, True] == found
+
+    def test_what_is_read_is_what_was_counted_last(self, directory):
+        with Record(directory, ADDRESS) as mine:
+            for number in range(1, 20):
+                mine.statistics.add(statistics.REQUESTS)
+                assert number == find(directory, ADDRESS).counters["requests"]
+
+    def test_the_last_description_counts(self, directory):
+        with Record(directory, ADDRESS) as mine:
+            assert {} == find(directory, ADDRESS).facts
+            mine.describe({"text": "a" * 1000})
+            mine.describe(FACTS)
+            assert FACTS == find(directory, ADDRESS).facts
+
+    def test_the_format_is_told_with_the_facts(self, directory):
+        with Record(directory, ADDRESS) as mine:
+            mine.describe({"path": "/a"})
+            assert {"path": "/a", "format": record.FORMAT} == find(directory, ADDRESS).facts
+            assert mine.facts == find(directory, ADDRESS).facts
+
+    @pytest.mark.parametrize("count", [1, 2])
+    def test_facts_of_half_their_place_fit(self, directory, count):
+        facts = {"path": "x" * (ROOM - len('{"path": "", "format": 1}')), "format": 1}
+        with Record(directory, ADDRESS) as mine:
+            mine.statistics.add(statistics.REQUESTS, 7)
+            for _ in range(count):
+                mine.describe(facts)
+            assert Found(facts, mine.statistics.as_dict(), True) == find(directory, ADDRESS)
+
+    def test_facts_that_do_not_fit_are_an_error_and_the_old_ones_stay(self, directory):
+        with Record(directory, ADDRESS) as mine:
+            mine.statistics.add(statistics.REQUESTS, 7)
+            mine.describe(FACTS)
+            with pytest.raises(DeviceError, match=f"too long to be noted: {ROOM + 1} bytes"):
+                mine.describe({"path": "x" * (ROOM + 1 - len('{"path": "", "format": 1}'))})
+            assert FACTS == mine.facts
+            assert Found(FACTS, mine.statistics.as_dict(), True) == find(directory, ADDRESS)
+
+    def test_a_device_is_served_once(self, directory):
+        with Record(directory, ADDRESS) as mine:
+            mine.describe(FACTS)
+            with pytest.raises(DeviceTaken, match="another process serves device 51728"):
+                Record(directory, ADDRESS)
+            name = in_another_process(
+                "try: Record(sys.argv[1], ADDRESS)\n"
+                "except Exception as error: print(json.dumps(type(error).__name__))",
+                directory,
+            )
+            assert "DeviceTaken" == name
+            assert FACTS == find(directory, ADDRESS).facts  # they took nothing away
+            assert find(directory, ADDRESS).alive
+
+    def test_other_devices_and_guests_are_served_beside_it(self, directory):
+        others = [Address(0, 5, 51744, "vbd3"), Address(0, 6, 51728, "vbd3")]
+        with contextlib.ExitStack() as stack:
+            for number, address in enumerate([ADDRESS, *others]):
+                one = stack.enter_context(Record(directory, address))
+                one.describe({"number": number})
+                one.statistics.add(statistics.READS, number)
+            for number, address in enumerate([ADDRESS, *others]):
+                found = find(directory, address)
+                assert (number, number) == (found.facts["number"], found.counters["reads"])
+
+    def test_one_who_looks_does_not_make_the_device_look_taken(self, directory, monkeypatch):
+        Path(directory).mkdir(parents=True)
+        path_in(directory).touch()
+        with path_in(directory).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH)  # as find does, for a moment
+            monkeypatch.setattr(time, "sleep", lambda _: fcntl.flock(file, fcntl.LOCK_UN))
+            with Record(directory, ADDRESS):
+                assert find(directory, ADDRESS).alive
+
+
+class TestEnd:
+    def test_nothing_is_left(self, directory):
+        with Record(directory, ADDRESS):
+            assert [path_in(directory)] == list(Path(directory).iterdir())
+
+        assert [] == list(Path(directory).iterdir())
+        assert find(directory, ADDRESS) is None
+
+    def test_closing_again_does_nothing(self, directory):
+        mine = Record(directory, ADDRESS)
+        mine.close()
+        with Record(directory, ADDRESS):
+            mine.close()
+            assert find(directory, ADDRESS).alive
+
+    def test_its_counters_stay_readable(self, directory):
+        with Record(directory, ADDRESS) as mine:
+            mine.statistics.add(statistics.WRITES, 3)
+        mine.statistics.add(statistics.WRITES)
+
+        assert 4 == mine.statistics.as_dict()["writes"]
+
+    def test_the_device_can_be_served_again_at_once_with_fresh_counters(self, directory):
+        for _ in range(5):
+            again = Record(directory, ADDRESS)
+            assert 0 == again.statistics.as_dict()["reads"]
+            again.statistics.add(statistics.READS, 9)
+            again.describe(FACTS)
+            again.close()
+
+    def test_a_record_that_somebody_removed_is_no_trouble(self, directory):
+        with Record(directory, ADDRESS):
+            path_in(directory).unlink()
+
+    def test_it_removes_no_record_but_its_own(self, directory):
+        with Record(directory, ADDRESS):
+            path_in(directory).unlink()
+            successor = Record(directory, ADDRESS)
+
+        assert find(directory, ADDRESS).alive
+        successor.close()
+        assert find(directory, ADDRESS) is None
+
+
+class TestEndAsAnotherUser:
+    """Whose process may not remove the file."""
+
+    @pytest.fixture(autouse=True)
+    def ended(self, directory, monkeypatch):
+        def refuse(path):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+
+        mine = Record(directory, ADDRESS)
+        mine.describe(FACTS)
+        mine.statistics.add(statistics.BYTES_READ, 7)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "unlink", refuse)
+            mine.close()
+        self.mine = mine
+
+    def test_the_record_tells_nothing_and_is_not_alive(self, directory):
+        found = find(directory, ADDRESS)
+        assert ({}, False) == (found.facts, found.alive)
+        assert 7 == self.mine.statistics.as_dict()["bytes_read"]
+
+    def test_the_next_of_any_device_removes_it(self, directory):
+        with Record(directory, Address(0, 6, 51712, "vbd3")):
+            assert ["6-51712"] == os.listdir(directory)
+        assert [] == os.listdir(directory)
+
+    def test_the_next_of_its_device_takes_its_place(self, directory):
+        with Record(directory, ADDRESS) as mine:
+            mine.describe(FACTS)
+            assert FACTS == find(directory, ADDRESS).facts
+        assert [] == os.listdir(directory)
+
+    def test_nobody_adopts_it(self, directory):
+        with pytest.raises(DeviceError, match="cannot be adopted"):
+            Record.adopt(directory, ADDRESS)
+        with Record(directory, Address(0, 6, 51712, "vbd3")):
+            assert ["6-51712"] == os.listdir(directory)
+
+    def test_neither_a_living_record_nor_a_killed_ones_is_removed(self, directory):
+        killed = Record(directory, Address(0, 7, 51712, "vbd3"))
+        killed.describe(FACTS)
+        killed.leave()
+        half = Path(directory, "8-51712")
+        half.write_bytes(b"")
+        with Record(directory, Address(0, 6, 51712, "vbd3")):  # not described yet
+            Record(directory, Address(0, 9, 51712, "vbd3")).close()
+            assert ["6-51712", "7-51712", "8-51712"] == sorted(os.listdir(directory))
+
+
+class TestStale:
+    """What a process leaves that is killed."""
+
+    @pytest.fixture
+    def stale(self, directory):
+        in_another_process(
+            "mine = Record(sys.argv[1], ADDRESS)\n"
+            "mine.describe({'pid': os.getpid()})\n"
+            "mine.statistics.add(0, 77)\n"
+            "print(os.getpid(), flush=True)\n"
+            "os._exit(0)",
+            directory,
+        )
+
+    @pytest.mark.usefixtures("stale")
+    def test_it_can_be_read_and_is_not_alive(self, directory):
+        found = find(directory, ADDRESS)
+
+        assert 77 == found.counters["requests"]
+        assert found.facts["pid"] > 0
+        assert not found.alive
+
+    @pytest.mark.usefixtures("stale")
+    def test_a_successor_takes_it_over_and_starts_from_nothing(self, directory):
+        with Record(directory, ADDRESS) as mine:
+            assert Found({}, dict.fromkeys(mine.statistics.as_dict(), 0), True) == find(
+                directory, ADDRESS
+            )
+
+    @pytest.mark.usefixtures("stale")
+    def test_it_can_be_forgotten(self, directory):
+        forget(directory, ADDRESS)
+
+        assert find(directory, ADDRESS) is None
+        assert [] == list(Path(directory).iterdir())
+
+    def test_what_is_not_there_can_be_forgotten(self, directory):
+        forget(directory, ADDRESS)
+        Path(directory).mkdir(parents=True)
+        forget(directory, ADDRESS)
+
+    def test_what_lives_is_not_forgotten(self, directory):
+        with Record(directory, ADDRESS):
+            forget(directory, ADDRESS)
+            assert find(directory, ADDRESS).alive
+
+
+RING = Ring((8, 9), 17)
+LEFT = Unanswered(7, [b"a" * 12], [b"b" * 112, b"c" * 112])
+
+
+class TestAdopting:
+    """What a killed process left is gone on with."""
+
+    @pytest.fixture
+    def killed(self, directory):
+        """A record of three queues whose process was killed."""
+        program = (
+            "import os, sys, time\n"
+            "from xen_disk_py.blkif import Ring\n"
+            "from xen_disk_py.recovery.record import Record\n"
+            "from xen_disk_py.xenbus.states import Address\n"
+            "mine = Record(sys.argv[1], Address(0, 5, 51728, 'vbd3'), 3)\n"
+            "mine.describe({'path': '/a'})\n"
+            "mine.statistics.add(0, 77)\n"
+            "mine.statistics.of_queue(2).add(0, 5)\n"
+            "mine.journals[2].begin(Ring((8, 9), 17), 112)\n"
+            "mine.journals[2].note(7, [b'a' * 12], [b'b' * 112, b'c' * 112])\n"
+            "print('ready', flush=True)\n"
+            "time.sleep(60)\n"
+        )
+        child = subprocess.Popen(
+            [sys.executable, "-c", program, directory],
+            env={**os.environ, "PYTHONPATH": str(Path(record.__file__).parents[2])},
+            stdout=subprocess.PIPE,
+        )
+        with child:
+            assert b"ready\n" == child.stdout.readline()
+            with pytest.raises(DeviceTaken, match="a process that lives serves xvdb of domain 5"):
+                Record.adopt(directory, ADDRESS)
+            child.send_signal(signal.SIGKILL)
+        assert -signal.SIGKILL == child.returncode
+
+    @pytest.mark.usefixtures("killed")
+    def test_all_is_as_it_was_and_goes_on(self, directory):
+        assert not find(directory, ADDRESS).alive
+        mine = Record.adopt(directory, ADDRESS)
+        assert {"path": "/a", "format": 1} == mine.facts
+        assert 82 == mine.statistics.as_dict()["requests"]
+        assert [None, None, LEFT] == [journal.recall(RING, 112) for journal in mine.journals]
+        mine.statistics.add(statistics.REQUESTS)
+        mine.describe({**mine.facts, "pid": 4})
+        found = find(directory, ADDRESS)
+        assert ({"path": "/a", "pid": 4, "format": 1}, 83, True) == (
+            found.facts,
+            found.counters["requests"],
+            found.alive,
+        )
+        with pytest.raises(DeviceTaken):
+            Record(directory, ADDRESS)
+        mine.close()
+        assert [] == os.listdir(directory)
+
+    @pytest.mark.usefixtures("killed")
+    def test_what_was_left_is_adopted_again_and_again(self, directory):
+        for number in range(3):
+            mine = Record.adopt(directory, ADDRESS)
+            assert 82 + number == mine.statistics.as_dict()["requests"]
+            mine.statistics.add(statistics.REQUESTS)
+            (*_, journal) = mine.journals
+            assert LEFT._replace(start=7 + number) == journal.recall(RING, 112)
+            journal.note(8 + number, LEFT.responses, LEFT.requests)
+            mine.leave()
+            mine.leave()  # it has
+            mine.close()  # nothing any longer
+            found = find(directory, ADDRESS)
+            assert (False, 83 + number) == (found.alive, found.counters["requests"])
+        forget(directory, ADDRESS)
+        assert [] == os.listdir(directory)
+
+    @pytest.mark.usefixtures("killed")
+    def test_of_two_processes_one_adopts(self, directory):
+        program = (
+            "import sys\n"
+            "from xen_disk_py.errors import DeviceTaken\n"
+            "from xen_disk_py.recovery.record import Record\n"
+            "from xen_disk_py.xenbus.states import Address\n"
+            "print('ready', flush=True)\n"
+            "sys.stdin.readline()\n"
+            "try:\n"
+            "    mine = Record.adopt(sys.argv[1], Address(0, 5, 51728, 'vbd3'))\n"
+            "except DeviceTaken:\n"
+            "    print('taken', flush=True)\n"
+            "else:\n"
+            "    print('adopted', flush=True)\n"
+            "    sys.stdin.readline()\n"
+            "    mine.leave()\n"
+        )
+        children = [
+            subprocess.Popen(
+                [sys.executable, "-c", program, directory],
+                env={**os.environ, "PYTHONPATH": str(Path(record.__file__).parents[2])},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                bufsize=1,
+            )
+            for _ in range(2)
+        ]
+        with contextlib.ExitStack() as stack:
+            for child in children:
+                stack.enter_context(child)
+                assert "ready\n" == child.stdout.readline()
+            for child in children:
+                child.stdin.write("go\n")
+            said = [child.stdout.readline().strip() for child in children]
+            assert ["adopted", "taken"] == sorted(said)
+        with Record.adopt(directory, ADDRESS):
+            pass
+
+    def test_nothing_is_adopted_where_nobody_left_anything(self, directory):
+        for _ in range(2):
+            with pytest.raises(DeviceError, match="left xvdb of domain 5 behind"):
+                Record.adopt(directory, ADDRESS)
+            Path(directory).mkdir(parents=True, exist_ok=True)
+        assert [] == os.listdir(directory)
+
+    def test_a_file_that_cannot_be_opened_names_the_remedy(self, directory):
+        path_in(directory).mkdir(parents=True)
+        with pytest.raises(XenUnavailable, match="Is a directory; run as root"):
+            Record.adopt(directory, ADDRESS)
+
+    @staticmethod
+    def other_format(mine, path):
+        mine._facts.write(b'{"path": "/a", "format": 2}')
+
+    @staticmethod
+    def no_format(mine, path):
+        mine._facts.write(b'{"path": "/a"}')
+
+    @staticmethod
+    def damaged(mine, path):
+        with path.open("r+b") as file:
+            file.write(b"\3")
+
+    @staticmethod
+    def one_byte_more(mine, path):
+        os.truncate(path, path.stat().st_size + 1)
+
+    @staticmethod
+    def no_journal(mine, path):
+        os.truncate(path, path.stat().st_size - SIZE)
+
+    @staticmethod
+    def empty(mine, path):
+        os.truncate(path, 0)
+
+    @pytest.mark.parametrize(
+        "harm", ["other_format", "no_format", "damaged", "one_byte_more", "no_journal", "empty"]
+    )
+    def test_what_cannot_be_read_is_left_to_disconnect(self, directory, harm):
+        mine = Record(directory, ADDRESS)
+        mine.describe(FACTS)
+        getattr(self, harm)(mine, path_in(directory))
+        mine.leave()
+        content = path_in(directory).read_bytes()
+        refusals = []  # kept: with the first one's traceback its mapping lives on
+        for _ in range(2):
+            with pytest.raises(DeviceError, match="xen-disk disconnect 5 xvdb --force") as refused:
+                Record.adopt(directory, ADDRESS)
+            assert not isinstance(refused.value, DeviceTaken)
+            refusals.append(refused)
+        assert content == path_in(directory).read_bytes()
+        with Record(directory, ADDRESS) as successor:  # the lock is free
+            successor.describe(FACTS)
+        assert [] == os.listdir(directory)
+
+    @pytest.mark.parametrize("text", UNREADABLE)
+    def test_facts_that_cannot_be_read_are_left_to_disconnect(self, directory, text):
+        mine = Record(directory, ADDRESS)
+        mine._facts.write(text)
+        mine.leave()
+        with pytest.raises(DeviceError, match="damaged, or another version wrote it"):
+            Record.adopt(directory, ADDRESS)
+        forget(directory, ADDRESS)
+        assert [] == os.listdir(directory)
+
+    def test_a_file_that_cannot_be_mapped_stays_and_its_lock_is_free(self, directory, monkeypatch):
+        mine = Record(directory, ADDRESS)
+        mine.describe(FACTS)
+        mine.leave()
+
+        def fail(*arguments):
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(record.mmap, "mmap", fail)
+            with pytest.raises(OSError, match="Cannot allocate"):
+                Record.adopt(directory, ADDRESS)
+        with Record.adopt(directory, ADDRESS) as again:
+            assert FACTS == again.facts
+
+
+class TestFinding:
+    @pytest.mark.parametrize(
+        "content",
+        [b"", b"\0", b"{}", b"x" * 4096, b"\0" * (4096 + 8)],
+        ids=["empty", "a byte", "short", "a page", "a page and a word"],
+    )
+    def test_half_a_record_is_none(self, directory, content):
+        Path(directory).mkdir(parents=True)
+        path_in(directory).write_bytes(content)
+
+        assert find(directory, ADDRESS) is None
+
+    @pytest.mark.parametrize("text", UNREADABLE)
+    def test_facts_that_cannot_be_read_are_none(self, directory, text):
+        with Record(directory, ADDRESS) as mine:
+            mine.statistics.add(statistics.READS)
+            mine._facts.write(text)
+            assert Found({}, mine.statistics.as_dict(), True) == find(directory, ADDRESS)
+
+    @pytest.mark.parametrize("head", [b"\3", b"\1\0\0\0\0\0\0\0\xff\xff"])
+    def test_facts_whose_place_is_damaged_are_none(self, directory, head):
+        with Record(directory, ADDRESS) as mine:
+            mine.describe(FACTS)
+            with path_in(directory).open("r+b") as file:
+                file.write(head)
+            assert Found({}, mine.statistics.as_dict(), True) == find(directory, ADDRESS)
+
+    def test_none_without_a_directory(self, directory):
+        assert find(directory, ADDRESS) is None
+
+
+class TestTrouble:
+    def test_a_directory_that_cannot_be_made_names_the_remedy(self, tmp_path):
+        (tmp_path / "file").touch()
+        with pytest.raises(XenUnavailable, match=r"cannot write .*5-51728: .*; run as root"):
+            Record(str(tmp_path / "file" / "run"), ADDRESS)
+
+    def test_a_file_that_cannot_be_made_names_the_remedy(self, directory):
+        path_in(directory).mkdir(parents=True)
+        with pytest.raises(XenUnavailable, match="Is a directory; run as root"):
+            Record(directory, ADDRESS)
+
+    def test_where_no_file_can_be_locked_none_stays_open(self, directory, monkeypatch):
+        def fail(descriptor, how):
+            tried.append(descriptor)
+            raise OSError(errno.ENOLCK, "No locks available")
+
+        tried = []
+        with monkeypatch.context() as patch:
+            patch.setattr(fcntl, "flock", fail)
+            with pytest.raises(XenUnavailable, match="No locks available"):
+                Record(directory, ADDRESS)
+        for descriptor in tried:
+            with pytest.raises(OSError, match="Bad file descriptor"):
+                os.fstat(descriptor)
+
+    def test_a_failure_half_way_leaves_the_lock_to_others(self, directory, monkeypatch):
+        def fail(*arguments):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "ftruncate", fail)
+            with pytest.raises(OSError, match="No space"):
+                Record(directory, ADDRESS)
+        with Record(directory, ADDRESS):
+            assert find(directory, ADDRESS).alive
+
+
+class TestRaces:
+    """Between opening the file and locking it, its name may be lost."""
+
+    @pytest.fixture
+    def before_locking(self, monkeypatch):
+        """Have something done when the next lock is asked for."""
+
+        def arrange(action):
+            def lock(*arguments):
+                monkeypatch.setattr(fcntl, "flock", flock)
+                action()
+                return flock(*arguments)
+
+            flock = fcntl.flock
+            monkeypatch.setattr(fcntl, "flock", lock)
+
+        return arrange
+
+    @pytest.mark.parametrize("successor", [False, True])
+    def test_a_lock_on_a_removed_file_is_worth_nothing(self, directory, before_locking, successor):
+        Path(directory).mkdir(parents=True)
+        path_in(directory).touch()
+
+        def end():
+            path_in(directory).unlink()
+            if successor:
+                path_in(directory).touch()
+
+        before_locking(end)
+        with Record(directory, ADDRESS) as mine:
+            mine.describe(FACTS)
+            assert FACTS == find(directory, ADDRESS).facts
+            with pytest.raises(DeviceTaken):
+                Record(directory, ADDRESS)
+
+    def test_one_that_ends_meanwhile_is_followed(self, directory, before_locking):
+        before = Record(directory, ADDRESS)
+        before_locking(before.close)
+        with Record(directory, ADDRESS):
+            assert find(directory, ADDRESS).alive
+
+    def test_one_that_is_quicker_keeps_the_device(self, directory, before_locking):
+        Path(directory).mkdir(parents=True)
+        path_in(directory).touch()
+        quicker = []
+
+        def take_over():
+            path_in(directory).unlink()
+            quicker.append(Record(directory, ADDRESS))
+
+        before_locking(take_over)
+        with pytest.raises(DeviceTaken):
+            Record(directory, ADDRESS)
+        assert find(directory, ADDRESS).alive
+        quicker[0].close()
+
+    def test_a_successor_is_not_forgotten_for_its_predecessor(self, directory, before_locking):
+        Path(directory).mkdir(parents=True)
+        path_in(directory).touch()
+        successors = []
+
+        def replace():
+            path_in(directory).unlink()
+            successors.append(Record(directory, ADDRESS))
+
+        before_locking(replace)
+        forget(directory, ADDRESS)
+        assert find(directory, ADDRESS).alive
+        successors[0].close()
+
+    def test_whatever_the_order_no_two_serve_a_device(self, directory):
+        serving, most, served = [], [], []
+
+        def serve():
+            while len(most) < 100:
+                try:
+                    with Record(directory, ADDRESS):
+                        serving.append(1)
+                        most.append(len(serving))
+                        found = find(directory, ADDRESS)
+                        served.append(found is not None and found.alive)
+                        serving.pop()
+                except DeviceTaken:
+                    pass
+
+        def look():
+            while len(most) < 100:
+                find(directory, ADDRESS)
+                forget(directory, ADDRESS)
+
+        threads = [threading.Thread(target=target) for target in (serve, serve, serve, look)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+        assert {1} == set(most)
+        assert all(served)
+        assert find(directory, ADDRESS) is None

@@ -1,0 +1,232 @@
+"""``overlay``: copy-on-write into a file. What the guest writes is kept there, beside the image.
+
+The image is opened for reading only, and many overlays can share one. ``diff``, ``commit`` and
+``export`` say what an overlay holds, put it into the image, or make a new image of both.
+
+A write puts its data into the file first, then marks its blocks (4096 bytes each) as held there.
+A process that is killed at any instant leaves each sector old or new, and nothing else changed.
+After a crash of the host all that was flushed is there: see :mod:`.overlay_file` for why.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import Sequence
+from typing import Callable
+
+from ...errors import DeviceError, UsageError
+from ...units import format_size
+from .. import Backend
+from ..image import Image
+from .file import BLOCK, Header, OverlayFile
+
+log = logging.getLogger("xen_disk_py")
+
+_DISCARD_BLOCKS = 4096  # looked at in one go: a page of the map
+
+_Read = Callable[["Sequence[memoryview]", int], int]
+
+
+class OverlayBackend(Backend):
+    """An image that is never changed, under a file that holds the changes.
+
+    A discard gives the blocks that lie wholly inside it back to the file system: the *image's own*
+    content is read there afterwards, not zeros; but zeros may be read at the same time, and after
+    a crash of the host, until the next flush. What it covers of other blocks stays as it is.
+
+    Changes are counted by blocks (4096 bytes each). A write that would go beyond ``cow_limit``
+    fails whole (``ENOSPC``), one for which the file system has no room may be done in part; blocks
+    that are held can always be written again.
+
+    Whoever changes the image makes the overlay useless, so it is refused then: the image must have
+    the same file (``st_ino``), size and time of modification as when the overlay was made.
+
+    Args:
+        path: the image; its lock is shared: other readers may come, a writer may not.
+        overlay: the file, for us alone; made if there is none.
+        cow_limit: the bound in bytes; by default what the file system has room for.
+        sector_size: the logical sector in bytes; by default that of the overlay, and of a new one
+            the device's own, 512 for a file.
+    """
+
+    threads = 16
+    survives = True
+    discard_granularity = BLOCK
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        overlay: str,
+        cow_limit: int | None = None,
+        sector_size: int | None = None,
+    ) -> None:
+        if cow_limit is not None and cow_limit < 0:
+            raise UsageError(f"--cow-limit: {cow_limit} bytes is less than nothing")
+        self._image, self._file = _open(path, overlay, sector_size)
+        self._readers = (self._image.read, self._file.read)
+        self._readers_nowait = (self._image.read_nowait, self._file.read_nowait)
+        self.path = self._image.path
+        self.size = self._image.size
+        self.sector_size = self._image.sector_size
+        self.cow_limit = cow_limit
+        self._warned = False
+
+    def read(self, buffers: Sequence[memoryview], offset: int) -> int:
+        """Read from the file what it holds, from the image what it does not."""
+        return self._read(buffers, offset, self._readers)
+
+    def read_nowait(self, buffers: Sequence[memoryview], offset: int) -> int:
+        """Read what is in the page cache."""
+        return self._read(buffers, offset, self._readers_nowait)
+
+    def _read(
+        self, buffers: Sequence[memoryview], offset: int, readers: tuple[_Read, _Read]
+    ) -> int:
+        length, done = sum(map(len, buffers)), 0
+        for start, stop, held in self._file.runs(offset, offset + length):
+            whole = stop - start == length
+            part = buffers if whole else _cut(buffers, start - offset, stop - offset)
+            moved = readers[held](part, start)
+            done += moved
+            if moved < stop - start:
+                break
+        return done
+
+    def write(self, buffers: Sequence[memoryview], offset: int) -> int:
+        """Write into the file, with the rest of blocks that it does not hold yet."""
+        return self._write(buffers, offset, self._image.read)
+
+    def write_nowait(self, buffers: Sequence[memoryview], offset: int) -> int:
+        """Write into the page cache, unless a part of the image is needed that is not there."""
+        return self._write(buffers, offset, self._image.read_nowait)
+
+    def _write(self, buffers: Sequence[memoryview], offset: int, read_image: _Read) -> int:
+        length = sum(map(len, buffers))
+        end = offset + length
+        first, last = offset // BLOCK, -(-end // BLOCK)
+        # What the first and the last block have before and behind the write: block, from, to
+        edges = ((first, first * BLOCK, offset), (last - 1, end, min(last * BLOCK, self.size)))
+        held = self._file.held
+        copies: dict[int, memoryview] = {}  # of the image, by where they start; it never changes
+        while True:
+            # Not locked, since the image may take its time.
+            for block, start, stop in edges:
+                if start < stop and not held[block] and start not in copies:
+                    copies[start] = memoryview(bytearray(stop - start))
+                    if not _fill(copies[start], start, read_image):
+                        return 0
+            # Locked, or two writes to one block, or a discard in between, would lose something.
+            with self._file.lock:
+                wanted = [s for block, s, stop in edges if s < stop and not held[block]]
+                if not all(start in copies for start in wanted):
+                    continue  # a discard was quicker
+                fresh = held[first:last].count(0)
+                if fresh:
+                    self._check_limit(fresh)
+                head = [copies[s] for s in wanted if s < offset]
+                tail = [copies[s] for s in wanted if s >= end]
+                self._file.write([*head, *buffers, *tail], offset - sum(map(len, head)))
+                if fresh:
+                    self._file.hold(first, last)
+                return length
+
+    def _check_limit(self, fresh: int) -> None:
+        limit = self.cow_limit
+        if limit is None or (self._file.used + fresh) * BLOCK <= limit:
+            return
+        if not self._warned:
+            self._warned = True
+            log.warning(
+                "%s: the guest's changes fill the %s that they may take: writes fail from now on; "
+                "connect with a larger --cow-limit, or commit them",
+                self._file.path,
+                format_size(limit),
+            )
+        raise OSError(errno.ENOSPC, f"the overlay is full ({format_size(limit)})")
+
+    def flush(self) -> None:
+        """``fdatasync``, and make sure of which blocks are held."""
+        self._file.flush()
+
+    def discard(self, offset: int, length: int) -> None:
+        """Give space back; the image's own content is read there afterwards."""
+        end = offset + length
+        last = self._file.blocks if end == self.size else end // BLOCK
+        for first in range(-(-offset // BLOCK), last, _DISCARD_BLOCKS):
+            if not self._file.used:
+                return
+            stop = min(first + _DISCARD_BLOCKS, last)
+            with self._file.lock:
+                if self._file.held.find(b"\1", first, stop) >= 0:
+                    self._file.forget(first, stop)
+
+    def resize(self, size: int | None) -> int:
+        """Refuse: the changes fit an image of one size."""
+        raise DeviceError(
+            "a disk with an overlay keeps its size: disconnect it, put its changes into the image "
+            f"(commit {self._file.path}), change that (truncate -s SIZE {self.path}), and connect "
+            "it with a new overlay"
+        )
+
+    def close(self) -> None:
+        """Close both, with the changes on stable storage."""
+        try:
+            self._file.close()
+        finally:
+            self._image.close()
+
+
+def _open(path: str, overlay: str, sector_size: int | None) -> tuple[Image, OverlayFile]:
+    """Open an image and the overlay for it, or make one."""
+    if os.path.exists(overlay) and os.path.exists(path) and os.path.samefile(path, overlay):
+        raise UsageError(f"--overlay {overlay}: that is the image itself: give another name")
+    if not os.path.lexists(overlay):
+        image = Image.open(path, writable=False, sector_size=sector_size)
+        try:
+            header = Header.of(image.fd, image.path, image.size, image.sector_size)
+            return image, OverlayFile.create(overlay, header)
+        except BaseException:
+            image.close()
+            raise
+    file = OverlayFile.open(overlay, writable=True)
+    try:
+        own = file.header.sector_size
+        if sector_size not in (None, own):
+            raise UsageError(  # noqa: TRY301 - what is open is closed below, whatever it is
+                f"--sector-size {sector_size}: the overlay {overlay} was made with {own}: leave "
+                "out --sector-size"
+            )
+        image = Image.open(path, writable=False, sector_size=own)
+        try:
+            file.attach(image)
+        except BaseException:
+            image.close()
+            raise
+    except BaseException:
+        file.close()
+        raise
+    return image, file
+
+
+def _fill(buffer: memoryview, offset: int, read: _Read) -> bool:
+    """Fill a buffer from the image; False if not all of it is there."""
+    while buffer:
+        done = read([buffer], offset)
+        if not done:
+            return False
+        buffer, offset = buffer[done:], offset + done
+    return True
+
+
+def _cut(buffers: Sequence[memoryview], start: int, stop: int) -> list[memoryview]:
+    """Return what lies from ``start`` to ``stop`` in the buffers, as parts of them."""
+    parts = []
+    for buffer in buffers:
+        if start < len(buffer) and stop > 0:
+            parts.append(buffer[max(start, 0) : stop])
+        start -= len(buffer)
+        stop -= len(buffer)
+    return parts

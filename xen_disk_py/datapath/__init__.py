@@ -1,0 +1,1 @@
+"""What a request touches, from the ring to the backend and back."""

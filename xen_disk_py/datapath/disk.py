@@ -1,0 +1,341 @@
+"""One disk: judges a request, has the backend do it, answers with a status.
+
+Whatever a guest asks for that the disk does not have, and whatever goes wrong in a backend,
+ends here as a status for the guest and a line in the log. The backend sees only requests
+that lie inside it, are aligned to its sectors and are allowed.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from typing import Callable, Optional
+
+from ..backends import Backend
+from ..backends.loader import user_line
+from ..blkif import (
+    EOPNOTSUPP,
+    ERROR,
+    OKAY,
+    READ,
+    SECTOR,
+    WRITE,
+    WRITE_BARRIER,
+    Discard,
+    Features,
+    Transfer,
+)
+from ..errors import BackendError, DeviceError, XenDiskError
+from . import statistics as count
+from .statistics import Statistics
+
+log = logging.getLogger("xen_disk_py")
+
+_Move = Callable[["Sequence[memoryview]", int], Optional[int]]
+
+TROUBLE = -99
+"""What a request's status is when the storage has failed and the disk holds such requests: it is
+not for the guest; try it again."""
+
+SETTLING = 5.0
+"""Seconds that the requests under way may take before a disk becomes smaller."""
+
+
+class Disk:
+    """A backend as the guest may use it.
+
+    Args:
+        backend: open and checked; only :meth:`close` closes it.
+        statistics: where to count.
+        holds: a request that fails for the storage's sake (any ``OSError`` of the backend's) is
+            not answered with an error, but reported as :data:`TROUBLE`.
+    """
+
+    def __init__(
+        self, backend: Backend, statistics: Statistics | None = None, *, holds: bool = False
+    ) -> None:
+        self.backend = backend
+        self.statistics = statistics if statistics is not None else Statistics()
+        self.read_only = backend.read_only
+        self.sectors = backend.size // SECTOR
+        self.alignment = backend.sector_size // SECTOR
+        """Sectors of 512 bytes in one of the disk's own."""
+        self.can_discard = backend.can_discard and not self.read_only
+        self.can_discard_securely = self.can_discard and backend.can_discard_securely
+        self._is_concurrent = backend.threads > 1
+        self._read_first: _Move = backend.read_nowait if self._is_concurrent else backend.read
+        self._write_first: _Move = backend.write_nowait if self._is_concurrent else backend.write
+        self._lock = threading.Lock()
+        self._holds = holds
+        self._quiet_until = 0.0
+        self._unsaid = 0
+
+    def features(
+        self,
+        max_indirect_segments: int,
+        max_ring_page_order: int,
+        max_queues: int = 1,
+        *,
+        cdrom: bool = False,
+    ) -> Features:
+        """Describe the disk to a frontend."""
+        backend = self.backend
+        return Features(
+            sectors=self.sectors,
+            sector_size=backend.sector_size,
+            physical_sector_size=backend.physical_sector_size,
+            read_only=self.read_only,
+            cdrom=cdrom,
+            discard=self.can_discard,
+            secure_discard=self.can_discard_securely,
+            discard_granularity=max(backend.discard_granularity, backend.sector_size),
+            max_indirect_segments=max_indirect_segments,
+            max_ring_page_order=max_ring_page_order,
+            max_queues=max_queues,
+        )
+
+    def refusal(self, request: Transfer | Discard) -> tuple[str, int] | None:
+        """Say why ``request`` must not reach the backend, and its status; None if it may."""
+        if isinstance(request, Discard):
+            offered = self.can_discard_securely if request.secure else self.can_discard
+            if not offered and not self.read_only:
+                return "discard that is not offered", EOPNOTSUPP
+        elif not request.sectors:
+            return None  # a flush alone; Linux gives it sector 2**64 - 1, which means nothing
+        if request.sector + request.sectors > self.sectors:
+            end = request.sector + request.sectors
+            return f"sectors {request.sector} to {end} of {self.sectors}", ERROR
+        if self.read_only and request.operation != READ:
+            return "write to a read-only disk", ERROR
+        step = self.alignment
+        if step > 1 and (request.sector % step or not _is_aligned(request, step)):
+            return f"sector {request.sector}, or what is there, is not aligned to {step}", ERROR
+        return None
+
+    def resize(self, size: int | None, *, force: bool = False, step: int = SECTOR) -> int:
+        """Give the disk another size, while its queue's thread does requests.
+
+        A longer disk admits requests beyond its old end when the backend has made room; a
+        shorter one refuses them before the backend gives it up.
+
+        Args:
+            size: bytes; None for what the backend's storage has become.
+            force: a smaller size is fine.
+            step: the size must be a multiple of so many bytes.
+
+        Returns:
+            The new size, in bytes.
+
+        Raises:
+            DeviceError, ImageError, BackendError: the disk is as it was; the message says why.
+        """
+        before = self.sectors
+        wanted = self._resize_backend(None) if size is None else size
+        if not isinstance(wanted, int) or wanted <= 0 or wanted % step:
+            raise DeviceError(
+                f"{wanted} bytes is not a positive multiple of {step}, the sector that the guest "
+                "was told: choose a size that is"
+            )
+        sectors = wanted // SECTOR
+        if sectors < before and not force:
+            raise DeviceError(
+                f"{wanted} bytes is less than the disk has, {before * SECTOR}; what lies beyond "
+                "would be lost: make the file system in it smaller, then use --force"
+            )
+        self.sectors = min(before, sectors)  # whatever else is raised, this is safe
+        try:
+            if sectors < before:
+                self._settle()
+            done = self._resize_backend(wanted)
+        except XenDiskError:
+            self.sectors = before
+            raise
+        if done != wanted:  # the rest may be gone nonetheless
+            raise BackendError(f"resize of {self.backend} returned {done!r}, not {wanted}")
+        self.sectors = sectors
+        return wanted
+
+    def _resize_backend(self, size: int | None) -> int:
+        backend = self.backend
+        try:
+            return backend.resize(size)
+        except XenDiskError:
+            raise
+        except NotImplementedError as error:
+            raise DeviceError(f"{backend} keeps its size: it has no resize") from error
+        except Exception as error:
+            reason = user_line(error, backend)
+            raise BackendError(f"resize failed in {backend}: {reason}") from error
+
+    def _settle(self) -> None:
+        """Wait until the requests that may have been judged by another size are done."""
+        is_settled = self.statistics.settled(in_order=not self._is_concurrent)
+        deadline = time.monotonic() + SETTLING
+        while not is_settled():
+            if time.monotonic() >= deadline:
+                raise DeviceError(
+                    f"a request has not returned within {SETTLING:g} s: the disk stays as it is"
+                )
+            time.sleep(0.001)
+
+    def refuse(self, reason: str) -> None:
+        """Count and log a request that is answered without the backend."""
+        self.statistics.add(count.REFUSED)
+        self._say(logging.WARNING, f"refused a request of the guest: {reason}")
+
+    # -- requests that lie inside the disk and are allowed ------------------------------
+
+    def read(self, buffers: Sequence[memoryview], offset: int, length: int) -> int | None:
+        """Read ``length`` bytes at ``offset`` into ``buffers``.
+
+        Returns:
+            A status, or None if it is not done: that would take waiting and the backend lets
+            several threads in, or the request is one to hold. Then :meth:`transfer` does it.
+        """
+        try:
+            done = self._read_first(buffers, offset)
+        except BaseException as error:  # noqa: BLE001 - whatever an author's code raises, exit() too
+            status = self._failed("read", error)
+            return None if status == TROUBLE else status
+        if done is None or done == length:
+            return OKAY
+        if self._is_concurrent:
+            return None
+        status = self._go_on("read", self.backend.read, buffers, offset, length, done)
+        return None if status == TROUBLE else status
+
+    def write(self, buffers: Sequence[memoryview], offset: int, length: int) -> int | None:
+        """Write ``length`` bytes from ``buffers`` at ``offset``; returns as :meth:`read` does."""
+        try:
+            done = self._write_first(buffers, offset)
+        except BaseException as error:  # noqa: BLE001 - whatever an author's code raises, exit() too
+            status = self._failed("write", error)
+            return None if status == TROUBLE else status
+        if done is None or done == length:
+            return OKAY
+        if self._is_concurrent:
+            return None
+        status = self._go_on("write", self.backend.write, buffers, offset, length, done)
+        return None if status == TROUBLE else status
+
+    def transfer(self, request: Transfer, buffers: Sequence[memoryview]) -> int:
+        """Do a read, write, flush or barrier, however long it takes; the result is its status.
+
+        A barrier is stable when it returns, and so is all that was written before it began.
+        """
+        operation = request.operation
+        offset, length = request.sector * SECTOR, request.sectors * SECTOR
+        status = OKAY
+        if operation == READ:
+            return self._move("read", self.backend.read, buffers, offset, length)
+        if operation == WRITE_BARRIER:
+            status = self._flush()
+        if status == OKAY and length:
+            status = self._move("write", self.backend.write, buffers, offset, length)
+        if status == OKAY and operation != WRITE:
+            status = self._flush()
+        return status
+
+    def discard(self, request: Discard) -> int:
+        """Do a discard that :meth:`refusal` let pass."""
+        backend = self.backend
+        discard = backend.discard_securely if request.secure else backend.discard
+        try:
+            discard(request.sector * SECTOR, request.sectors * SECTOR)
+        except BaseException as error:  # noqa: BLE001 - as above
+            return self._failed("discard", error)
+        return OKAY
+
+    def _flush(self) -> int:
+        try:
+            self.backend.flush()
+        except BaseException as error:  # noqa: BLE001 - as above
+            return self._failed("flush", error)
+        return OKAY
+
+    def _move(
+        self, what: str, move: _Move, buffers: Sequence[memoryview], offset: int, length: int
+    ) -> int:
+        try:
+            moved = move(buffers, offset)
+        except BaseException as error:  # noqa: BLE001 - as above
+            return self._failed(what, error)
+        return self._go_on(what, move, buffers, offset, length, moved)
+
+    def _go_on(
+        self,
+        what: str,
+        move: _Move,
+        buffers: Sequence[memoryview],
+        offset: int,
+        length: int,
+        moved: int | None,
+    ) -> int:
+        """Have the backend move what ``moved`` bytes have left, until that is nothing."""
+        done = 0
+        try:
+            while moved is not None:
+                if not 0 < moved <= length - done or moved % self.backend.sector_size:
+                    raise EOFError(f"{done + moved} of {length} bytes")  # noqa: TRY301 - as theirs
+                done += moved
+                if done == length:
+                    break
+                moved = move(_after(buffers, done), offset + done)
+        except BaseException as error:  # noqa: BLE001 - as above
+            return self._failed(what, error)
+        return OKAY
+
+    def _failed(self, what: str, error: BaseException) -> int:
+        reason = user_line(error, self.backend)
+        if self._holds and isinstance(error, OSError):
+            self._say(logging.ERROR, f"{what} waits for {self.backend}, which failed: {reason}")
+            return TROUBLE
+        self.statistics.add(count.ERRORS)
+        self._say(logging.ERROR, f"{what} failed in {self.backend}: {reason}")
+        return ERROR
+
+    def count_memory(self) -> None:
+        """Note how much memory the guest's writes hold."""
+        try:
+            self.statistics.set_memory(self.backend.memory)
+        except Exception as error:  # noqa: BLE001 - it may be an author's own property
+            self._say(logging.ERROR, f"memory of {self.backend}: {user_line(error, self.backend)}")
+
+    def _say(self, level: int, text: str) -> None:
+        """Log, but not more than once a second: the guest decides how often this is called."""
+        with self._lock:
+            now = time.monotonic()
+            if now < self._quiet_until:
+                self._unsaid += 1
+                return
+            more = f" (and {self._unsaid} lines like it before)" if self._unsaid else ""
+            self._quiet_until, self._unsaid = now + 1, 0
+        log.log(level, "%s%s", text, more)
+
+    def close(self) -> None:
+        """Close the backend; what goes wrong there is logged."""
+        try:
+            self.backend.close()
+        except Exception as error:  # noqa: BLE001 - an author's code must not stop our clean-up
+            log.error("close failed in %s: %s", self.backend, user_line(error, self.backend))
+
+
+def _is_aligned(request: Transfer | Discard, step: int) -> bool:
+    if isinstance(request, Discard):
+        return not request.sectors % step
+    return not any(
+        first % step or (last + 1) % step for first, last in zip(request.firsts, request.lasts)
+    )
+
+
+def _after(buffers: Sequence[memoryview], done: int) -> Sequence[memoryview]:
+    """Return the buffers without their first ``done`` bytes."""
+    if not done:
+        return buffers
+    for number, buffer in enumerate(buffers):
+        if done < len(buffer):
+            return [buffer[done:], *buffers[number + 1 :]]
+        done -= len(buffer)
+    return []

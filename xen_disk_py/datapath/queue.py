@@ -1,0 +1,699 @@
+"""One queue: a ring, its event channel, and the thread that serves them.
+
+The loop is the whole data path::
+
+    take all requests ─ for each: decode, check, borrow its pages, do it, give them back
+    publish the responses, some at a time ─ notify if the frontend asked for it
+    nothing more to take? look on for a moment, ask for a notification, look once more, sleep
+
+Two ways lead through it. :meth:`Queue._begin` does any request, whatever it asks for and
+however wrong it is. Reads and writes whose segment descriptors were seen before, nearly all
+of them, need no decoding and no looking up of pages: :meth:`Queue._serve` does those itself
+and leaves all others to the first way. What would make the thread wait is done by
+:class:`~xen_disk_py.datapath.workers.Workers`, and answered when it is done.
+
+Everything of the guest's that is decided upon is a private copy: the slots, and the pages of
+an indirect request. Guest pages are handed to the backend for data only.
+
+Killed at any instant, a queue leaves a :class:`~xen_disk_py.datapath.journal.Journal` by which
+another takes over. A request that the storage cannot do may be held and tried again: its guest
+waits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import threading
+import traceback
+from collections.abc import Sequence
+from functools import partial
+from math import inf
+from time import perf_counter
+from typing import Callable, NamedTuple
+
+from ..blkif import (
+    ERROR,
+    INDIRECT,
+    MAX_SEGMENTS,
+    OKAY,
+    READ,
+    SECTOR,
+    SEGMENTS_PER_PAGE,
+    WRITE,
+    WRITE_BARRIER,
+    Abi,
+    Discard,
+    Indirect,
+    Malformed,
+    Ring,
+    Transfer,
+    encode_response,
+    resolve,
+)
+from ..errors import GuestMisbehaved, HypervisorError, XenDiskError
+from ..hypervisor import PAGE_SIZE, EventChannel, Hypervisor, Mapping
+from ..ring import BackRing
+from . import statistics as count
+from .disk import TROUBLE, Disk
+from .grants import PERSISTENT_LIMIT, Grants, GuestPages, Loan, Plan
+from .journal import Journal
+from .polling import Pace
+from .statistics import Counters
+from .workers import Workers
+
+log = logging.getLogger("xen_disk_py")
+
+MAX_IN_FLIGHT = 64 << 20
+"""Bytes of one disk that may be on their way at once where requests are done in threads."""
+
+_JOINED = 32 << 10  # bytes of requests that are worth joining to one call
+_RUN = 1 << 20  # bytes that one call moves at most
+_PUBLISH = 256 << 10  # bytes moved until responses are published, amid a batch
+_FEW = 4  # responses: fewer wait while there is more to do, since each notification costs much
+_CROWDED = 20  # times as long as a look takes: if one took so long, others want the processor
+_STORM = 16  # wake-ups in a row that find nothing, before the next is put off
+_CALM = 10  # milliseconds that it is put off
+_PAUSES = 0.1, 5.0  # seconds before what is held is tried again: at first, and at most
+
+
+class Options(NamedTuple):
+    """How the queues of a device work."""
+
+    max_indirect_segments: int = 256
+    """What was offered; 0 if indirect requests were not."""
+    grants: Grants = Grants.AUTO
+    """How to get at the guest's pages."""
+    persistent_limit: int = PERSISTENT_LIMIT
+    """Pages that all queues together keep mapped."""
+
+
+class _Begun:
+    """A request under way."""
+
+    __slots__ = ("loan", "request", "since", "slot", "was_held")
+
+    def __init__(self, slot: bytes, request: Transfer | Discard, loan: Loan) -> None:
+        self.slot = slot
+        self.request = request
+        self.loan = loan
+        self.since = inf  # when the storage was given it
+        self.was_held = False
+
+
+class _Run:
+    """Large reads or large writes of sectors one behind the other, to be done in one call.
+
+    A guest's kernel cuts what a program asks for into such requests. The call costs more than
+    all else that is done for them, where every system call is dear (a paravirtualised dom0).
+    """
+
+    __slots__ = ("buffers", "end", "operation", "requests", "start")
+
+    def __init__(self) -> None:
+        self.operation = READ
+        self.start = self.end = 0  # bytes from the disk's beginning
+        self.buffers: list[memoryview] = []
+        self.requests: list[tuple[int, int, bytes, bytes | None]] = []
+        """Each one's identity, counter, slot, and descriptors if it is indirect."""
+
+    def add(
+        self,
+        operation: int,
+        offset: int,
+        plan: Plan,
+        request: tuple[int, int, bytes, bytes | None],
+    ) -> None:
+        """Add a request, which is the first one or :meth:`goes_on` with."""
+        if not self.requests:
+            self.operation = operation
+            self.start = self.end = offset
+        self.end += plan.sectors * SECTOR
+        self.buffers += plan.buffers
+        self.requests.append(request)
+
+    def clear(self) -> None:
+        """Forget all, so that no page is in use for it."""
+        self.buffers.clear()
+        self.requests.clear()
+
+    def goes_on(self, operation: int, offset: int, length: int) -> bool:
+        """Tell whether the request is one to be done in the same call."""
+        return (
+            offset == self.end
+            and operation == self.operation
+            and offset + length - self.start <= _RUN
+        )
+
+
+class Queue:
+    """Serves one ring of a frontend, from :meth:`start` to :meth:`stop`.
+
+    Args:
+        hypervisor: maps the ring and the data pages, binds the event channel.
+        domid: the guest, from our own configuration.
+        ring: what the frontend published, checked.
+        abi: the layout it uses.
+        disk: what does the requests.
+        options: how.
+        persistent: the frontend promised to use the same grants again and again.
+        sharers: the queues of the disk, this one included: they share the limits.
+        journal: what outlives this process. If a process that was killed has left something
+            about this very ring there, this goes on from it. By default a private one.
+        statistics: where this queue, and no other, counts.
+        on_failure: called from the queue's thread when it stops for an error of its own.
+
+    Raises:
+        HypervisorError: the ring cannot be mapped or the channel not be bound.
+    """
+
+    def __init__(
+        self,
+        hypervisor: Hypervisor,
+        domid: int,
+        ring: Ring,
+        abi: Abi,
+        disk: Disk,
+        *,
+        options: Options,
+        persistent: bool,
+        sharers: int = 1,
+        journal: Journal | None = None,
+        statistics: Counters,
+        on_failure: Callable[[Exception], None],
+    ) -> None:
+        self._abi = abi
+        self._disk = disk
+        self._max_indirect_segments = options.max_indirect_segments
+        self._statistics = statistics
+        self._on_failure = on_failure
+        self._pages = GuestPages(
+            hypervisor,
+            domid,
+            persistent=persistent,
+            limit=options.persistent_limit // sharers,
+            grants=options.grants,
+        )
+        self._is_concurrent = disk.backend.threads > 1
+        largest = max(options.max_indirect_segments, MAX_SEGMENTS) * PAGE_SIZE
+        self._most = max(1, MAX_IN_FLIGHT // sharers // largest)
+        with contextlib.ExitStack() as undo:
+            self._mapping: Mapping = undo.enter_context(
+                hypervisor.map_grants(domid, ring.refs, writable=True)
+            )
+            self._ring = BackRing(self._mapping.view, abi.slot_size, hypervisor.fence)
+            undo.callback(self._ring.close)
+            self._journal = journal if journal is not None else Journal()
+            self._left = self._recall(ring)
+            if self._left is None:
+                self._journal.begin(ring, abi.slot_size)
+            self._channel: EventChannel = undo.enter_context(
+                hypervisor.bind_interdomain(domid, ring.event_channel)
+            )
+            workers = max(1, disk.backend.threads // sharers)
+            self._workers: Workers[_Begun] = undo.enter_context(Workers(workers))
+            self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+            undo.pop_all()
+        self._joined = _Run()
+        self._unanswered: dict[int, _Begun] = {}  # in the order in which they were begun, by id()
+        self._held: list[_Begun] = []  # of these, those that the storage could not do
+        self._pause = _PAUSES[0]  # seconds until they are tried again
+        self._retry_at = inf
+        self._is_timed = False  # what is done until the next sleep
+        self._now = 0.0  # the time then, as we know it
+        self._is_amid = False  # requests are being done here
+        self._moves = 0  # grows with each batch, and each time that responses are published
+        self._seen: int | None = None  # of these, by whoever asks whether we are busy
+        self._seen_at = 0.0
+        self._spurious = 0  # wake-ups since there was something to do
+        self._pace = Pace()
+        self._stopping = False
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="queue", daemon=True)
+
+    def _recall(self, ring: Ring) -> Sequence[bytes] | None:
+        """Put the ring to where the journal says; the requests to do again, or None."""
+        left = self._journal.recall(ring, self._abi.slot_size)
+        if left and self._ring.resume(left.start, left.responses, len(left.requests)):
+            return left.requests
+        return None
+
+    def start(self) -> None:
+        """Begin to serve; requests that wait on the ring already are found."""
+        self._thread.start()
+
+    @property
+    def busy(self) -> float:
+        """For how many seconds a request has been under way and nothing moved; 0 if none is.
+
+        To be asked now and then, from one other thread: what is done in the queue's own thread
+        counts from the first time that it is seen there. Nothing that is held counts: it is the
+        storage that takes its time.
+        """
+        now = perf_counter()
+        seen = self._moves if self._is_amid else None
+        if seen is None or seen != self._seen:
+            self._seen, self._seen_at = seen, now
+        since = [self._seen_at, *(begun.since for begun in list(self._unanswered.values()))]
+        return max(0.0, now - min(since))
+
+    def ask_to_stop(self) -> None:
+        """Have the thread come to its end; :meth:`stop` waits for that."""
+        if self._wake_read >= 0:
+            self._stopping = True
+            os.write(self._wake_write, b"x")
+
+    def stop(self, timeout: float | None = None) -> bool:
+        """Finish the requests taken so far, refuse those that wait, unmap and unbind everything.
+
+        Returns:
+            False if the backend did not return within ``timeout`` seconds; then everything
+            stays as it is and ``stop`` may be called again.
+        """
+        if self._wake_read < 0:
+            return True  # stopped already
+        if self._thread.ident is None:
+            self._release()
+        else:
+            self.ask_to_stop()
+            # Not join(): cut short by an exception, it takes a thread that runs for one that
+            # has ended (Python before 3.13).
+            if not self._ended.wait(timeout):
+                return False
+            self._thread.join()
+        descriptors = self._wake_read, self._wake_write
+        self._wake_read = -1
+        for descriptor in descriptors:
+            os.close(descriptor)
+        return True
+
+    # -- the thread --------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            self._loop()
+        except GuestMisbehaved as error:
+            # The guest hurts nobody but itself: its ring is dead, the disk stays detachable.
+            log.error("the guest's ring is not served any longer: %s", error)
+        except Exception as error:
+            log.debug("the queue's thread stopped", exc_info=True)
+            traceback.clear_frames(error.__traceback__)  # no buffer is kept in there
+            self._on_failure(error)
+        finally:
+            self._stopping = True  # nothing is held any longer
+            while not self._attempt(self._drain):
+                pass  # one response could not be told; the others' turn
+            self._attempt(self._refuse_the_rest)
+            self._journal.clear()  # a queue that never ran leaves it to the next
+            self._attempt(self._release)
+            self._ended.set()
+
+    def _attempt(self, step: Callable[[], None]) -> bool:
+        try:
+            step()
+        except XenDiskError as error:
+            log.error("%s", error)
+            return False
+        return True
+
+    def _release(self) -> None:
+        """Unmap and unbind everything: in the queue's thread, where no signal cuts it short."""
+        self._workers.close()
+        self._joined.clear()
+        self._pages.close()
+        self._ring.close()
+        self._channel.close()
+        self._mapping.close()
+
+    def _loop(self) -> None:
+        ring, workers = self._ring, self._workers
+        sleeper = select.poll()
+        for descriptor in (self._channel.fileno(), workers.fileno(), self._wake_read):
+            sleeper.register(descriptor, select.POLLIN)
+        if self._left is not None:
+            self._go_on(self._left)
+        while not self._stopping:
+            finished = workers.unfinished and self._end_finished()
+            if self._held and perf_counter() >= self._retry_at:
+                self._retry()
+            room = self._most - len(self._unanswered)
+            slots = ring.take(room) if room > 0 else b""
+            if slots:
+                self._serve(slots)
+            elif ring.unpublished:
+                self._publish()  # no more can be taken, whatever the ring has shown
+            elif finished:
+                pass
+            elif room <= 0:
+                self._await_workers()
+            elif not self._look_on() and not ring.arm():
+                self._sleep(sleeper)
+        self._publish()
+
+    def _go_on(self, requests: Sequence[bytes]) -> None:
+        """Do again what another has not answered; reads, writes and flushes can be repeated."""
+        words = self._statistics.words
+        words[count.IN_FLIGHT] = len(requests)
+        for slot in requests:
+            self._begin(slot, None, waits=False)
+        self._publish()
+        words[count.IN_FLIGHT] = len(self._unanswered)
+        self._channel.notify()  # it may have been killed before it did
+
+    def _serve(self, slots: bytes) -> None:  # noqa: PLR0915 - one loop, every call in it counts
+        """Do the requests in ``slots`` in their order, and publish all answers but perhaps a few.
+
+        This is where the time goes. A read or write of known pages costs a look-up of its
+        descriptors, the backend's call and the packing of its answer.
+        """
+        self._is_amid = True
+        self._moves += 1
+        abi, disk, ring, statistics = self._abi, self._disk, self._ring, self._statistics
+        plans, kept = self._pages.plans, self._pages.kept
+        size, segments_at = abi.slot_size, abi.segments_at
+        in_one_page = min(self._max_indirect_segments, SEGMENTS_PER_PAGE)
+        run = self._joined
+        joined = run.requests
+        requests = len(slots) // size
+        words = statistics.words
+        words[count.IN_FLIGHT] = requests + len(self._unanswered)
+        # Looked at after that: whoever makes the disk smaller waits for what is in flight.
+        capacity, misaligned, read_only = disk.sectors, disk.alignment - 1, disk.read_only
+        reads = writes = bytes_read = bytes_written = unpublished = 0
+        at = -size
+        for operation, segments, wide, id_, sector, page in abi.heads(slots):
+            at += size
+            if unpublished >= _PUBLISH:
+                unpublished = 0
+                self._publish()
+            descriptors = plan = None
+            if operation <= WRITE:
+                if segments <= MAX_SEGMENTS:
+                    start = at + segments_at
+                    plan = plans.get(slots[start : start + 8 * segments])
+            elif operation == INDIRECT and page in kept and 0 < wide <= in_one_page:
+                descriptors = bytes(kept[page][: 8 * wide])
+                plan = plans.get(descriptors)
+                operation = segments  # noqa: PLW2901 - the second byte of an indirect request
+            if plan is not None:
+                sectors, buffers, word = plan
+                if sector + sectors <= capacity and not sector & misaligned:
+                    length = sectors * SECTOR
+                    if length >= _JOINED and (
+                        operation == READ or (operation == WRITE and not read_only)
+                    ):
+                        offset = sector * SECTOR
+                        if joined and not run.goes_on(operation, offset, length):
+                            unpublished += self._do_run()
+                        request = (id_, word, slots[at : at + size], descriptors)
+                        run.add(operation, offset, plan, request)
+                        continue
+                    if joined:
+                        unpublished += self._do_run()
+                    status = None
+                    if operation == READ:
+                        status = disk.read(buffers, sector * SECTOR, length)
+                    elif operation == WRITE and not read_only:
+                        status = disk.write(buffers, sector * SECTOR, length)
+                    if status is not None:
+                        if operation == READ:
+                            reads += 1
+                            bytes_read += length
+                        else:
+                            writes += 1
+                            bytes_written += length
+                        words[word] += 1
+                        ring.respond(encode_response(id_, operation, status))
+                        unpublished += length
+                        continue
+            if joined:
+                unpublished += self._do_run()
+            self._begin(slots[at : at + size], descriptors, waits=plan is not None)
+        if joined:
+            self._do_run()
+        if len(ring.unpublished) >= _FEW or not ring.has_requests:
+            self._publish()
+        statistics.count_batch(requests)
+        words[count.READS] += reads
+        words[count.BYTES_READ] += bytes_read
+        if writes:
+            words[count.WRITES] += writes
+            words[count.BYTES_WRITTEN] += bytes_written
+            disk.count_memory()
+        words[count.IN_FLIGHT] = len(self._unanswered)
+        self._spurious = 0
+        self._is_amid = False
+        if self._is_timed:
+            began, self._now = self._now, perf_counter()
+            self._pace.worked(self._now - began)
+
+    def _do_run(self) -> int:
+        """Do the requests that were joined; how many bytes were moved at once."""
+        run, disk, words = self._joined, self._disk, self._statistics.words
+        requests, length = run.requests, run.end - run.start
+        is_read = run.operation == READ
+        status = (disk.read if is_read else disk.write)(run.buffers, run.start, length)
+        if status == OKAY or (status is not None and len(requests) == 1):
+            for id_, word, _, _ in requests:
+                words[word] += 1
+                self._ring.respond(encode_response(id_, run.operation, status))
+            words[count.READS if is_read else count.WRITES] += len(requests)
+            words[count.BYTES_READ if is_read else count.BYTES_WRITTEN] += length
+            if not is_read:
+                disk.count_memory()
+        else:
+            length = 0
+            if status is not None:
+                disk.statistics.add(count.ERRORS, -1)  # those of its requests count
+            run.buffers.clear()
+            for _, _, slot, descriptors in requests:
+                self._begin(slot, descriptors, waits=status is None)
+        run.clear()
+        return length
+
+    def _publish(self) -> None:
+        ring = self._ring
+        responses = ring.unpublished
+        if responses:
+            self._statistics.words[count.REQUESTS] += len(responses)
+            begun = self._unanswered
+            waiting = [each.slot for each in begun.values()] if begun else ()
+            self._journal.note(ring.published, responses, waiting)
+            self._moves += 1
+            if ring.push():
+                self._channel.notify()
+
+    # -- one request -------------------------------------------------------------------
+
+    def _begin(self, slot: bytes, descriptors: bytes | None, *, waits: bool) -> None:
+        """Do any request, or have it done.
+
+        Args:
+            slot: a private copy.
+            descriptors: those of an indirect request, if they were copied already.
+            waits: that a read or write is not done at once is known.
+        """
+        begun = self._judge(slot, descriptors)
+        if begun is None:
+            return
+        disk, request, buffers = self._disk, begun.request, begun.loan.buffers
+        is_barrier = request.operation == WRITE_BARRIER
+        if is_barrier:
+            self._drain()  # what came before is done before
+        self._unanswered[id(begun)] = begun
+        begun.since = perf_counter()
+        status = None
+        if isinstance(request, Transfer) and request.operation <= WRITE and not waits:
+            do = disk.read if request.operation == READ else disk.write
+            status = do(buffers, request.sector * SECTOR, request.sectors * SECTOR)
+        if status is None:
+            status = self._do(begun)
+        if status is not None:
+            self._end(begun, status)
+        if is_barrier:
+            self._drain()  # what comes after waits for it, though it be held
+
+    def _do(self, begun: _Begun) -> int | None:
+        """Do a request, however long it takes; None if a worker does."""
+        disk, request = self._disk, begun.request
+        if isinstance(request, Discard):
+            call = partial(disk.discard, request)
+        else:
+            call = partial(disk.transfer, request, begun.loan.buffers)
+        begun.since = perf_counter()
+        if not self._is_concurrent or request.operation == WRITE_BARRIER:
+            return call()
+        self._workers.submit(call, begun)
+        return None
+
+    def _judge(self, slot: bytes, descriptors: bytes | None) -> _Begun | None:
+        """Decode a request and borrow its pages; None if it was refused, and that answered."""
+        disk, pages = self._disk, self._pages
+        request = self._abi.decode(slot, self._max_indirect_segments)
+        try:
+            if isinstance(request, Indirect):
+                if descriptors is None:  # copied once, and the copy is read (XSA-155)
+                    descriptors = pages.read(request.grefs, 8 * request.segments)
+                request = resolve(request, descriptors)
+            if isinstance(request, Malformed):
+                reason, status = request.reason, request.status
+            else:
+                refusal = disk.refusal(request)
+                if refusal is None:
+                    loan = Loan([])
+                    if isinstance(request, Transfer) and request.grefs:
+                        if descriptors is None:
+                            start = self._abi.segments_at
+                            descriptors = slot[start : start + 8 * len(request.grefs)]
+                        loan = pages.lend(request, descriptors)
+                    return _Begun(slot, request, loan)
+                reason, status = refusal
+        except (HypervisorError, MemoryError) as error:
+            reason, status = str(error) or "no memory", ERROR
+        disk.refuse(reason)
+        self._ring.respond(encode_response(request.id, request.operation, status))
+        return None
+
+    def _end(self, begun: _Begun, status: int) -> None:
+        """Give a request's pages back, count it, and put its answer; or hold it."""
+        if status == TROUBLE:
+            if not self._stopping:
+                self._hold(begun)
+                return
+            self._disk.statistics.add(count.ERRORS)
+            status = ERROR
+        request = begun.request
+        del self._unanswered[id(begun)]
+        if begun.was_held and status == OKAY:
+            self._pause = _PAUSES[0]
+            if not any(other.was_held for other in self._unanswered.values()):
+                log.info("the storage works again")
+        try:
+            begun.loan.end(deliver=status == OKAY)
+        except HypervisorError as error:
+            self._disk.refuse(str(error))
+            status = ERROR
+        self._statistics.count_request(request)
+        if request.operation != READ:
+            self._disk.count_memory()
+        self._ring.respond(encode_response(request.id, request.operation, status))
+
+    def _end_finished(self) -> bool:
+        """Answer what the workers have done; False if that is nothing."""
+        finished = self._workers.collect()
+        before = len(self._unanswered)
+        for begun, status in finished:
+            self._end(begun, status)
+        self._publish()
+        # a batch may go on
+        self._statistics.words[count.IN_FLIGHT] -= before - len(self._unanswered)
+        return bool(finished)
+
+    # -- requests that the storage could not do ----------------------------------------
+
+    def _hold(self, begun: _Begun) -> None:
+        """Keep a request, to try it again; the guest waits, and knows of nothing."""
+        begun.since = inf
+        begun.was_held = True
+        if not self._held:
+            self._retry_at = perf_counter() + self._pause
+        self._held.append(begun)
+        self._statistics.words[count.HELD] = len(self._held)
+
+    def _retry(self) -> None:
+        """Try again what is held; if we are to stop, that is answered with errors."""
+        held, self._held = self._held, []
+        before = len(self._unanswered)
+        self._pause = min(2 * self._pause, _PAUSES[1])
+        while held:
+            begun = held.pop(0)
+            status = TROUBLE if self._stopping else self._do(begun)
+            if status is not None:
+                self._end(begun, status)
+            if self._held:  # no better than before: spare the storage the others
+                self._held += held
+                break
+        words = self._statistics.words
+        words[count.HELD] = len(self._held)
+        words[count.IN_FLIGHT] -= before - len(self._unanswered)
+        self._publish()
+
+    # -- waiting -----------------------------------------------------------------------
+
+    def _look_on(self) -> bool:
+        """Look for more to do before we sleep, as long as the pace says; tell if there is."""
+        pace, ring = self._pace, self._ring
+        if not pace.is_quick:
+            return ring.has_requests
+        last, shortest, until = self._now, inf, self._now + pace.window
+        while not ring.has_requests:
+            os.sched_yield()  # whoever else wants the processor has it now
+            now = perf_counter()
+            took, last = now - last, now
+            shortest = min(shortest, took)
+            if now >= until or took > _CROWDED * shortest:
+                if now < until:
+                    pace.crowded()
+                self._now = now
+                return False
+        self._now = last
+        return True
+
+    def _sleep(self, sleeper: select.poll) -> None:
+        was_timed, self._is_timed = self._is_timed, self._pace.is_to_be_timed()
+        if self._is_timed and not was_timed:
+            self._now = perf_counter()
+        woken = [descriptor for descriptor, _ in sleeper.poll(self._milliseconds())]
+        if self._is_timed:
+            began, self._now = self._now, perf_counter()
+            self._pace.slept(self._now - began)
+        self._statistics.words[count.WAKEUPS] += 1
+        if self._channel.fileno() in woken:
+            self._spurious += 1
+            if self._spurious > _STORM:
+                # Nothing but events: the port stays masked for a while (XSA-332).
+                calm = select.poll()
+                calm.register(self._wake_read, select.POLLIN)
+                calm.poll(_CALM)
+            self._channel.acknowledge()
+
+    def _milliseconds(self) -> float | None:
+        """How long to sleep at most, for ``poll``: until what is held is to be tried again."""
+        return max(0.0, self._retry_at - perf_counter()) * 1000 + 1 if self._held else None
+
+    def _await_workers(self) -> None:
+        poller = select.poll()
+        poller.register(self._workers.fileno(), select.POLLIN)
+        if not self._stopping:
+            poller.register(self._wake_read, select.POLLIN)
+        poller.poll(self._milliseconds())
+
+    def _drain(self) -> None:
+        """Wait until the workers have done what they were given, and nothing is held."""
+        is_amid, self._is_amid = self._is_amid, False  # what is under way counts by itself
+        while self._workers.unfinished or self._held:
+            if self._held and (self._stopping or perf_counter() >= self._retry_at):
+                self._retry()
+            elif not self._end_finished():
+                self._await_workers()
+        self._is_amid = is_amid
+
+    def _refuse_the_rest(self) -> None:
+        """Answer what waits on the ring with errors: a guest cut off must not wait for ever.
+
+        A frontend that has closed left nothing; Linux does not finish removing a disk as long
+        as one request of it is unanswered.
+        """
+        ring, abi = self._ring, self._abi
+        try:
+            slots = ring.take()
+            for at in range(0, len(slots), abi.slot_size):
+                request = abi.decode(slots[at : at + abi.slot_size], self._max_indirect_segments)
+                ring.respond(encode_response(request.id, request.operation, ERROR))
+            self._publish()
+        except (GuestMisbehaved, HypervisorError) as error:
+            log.debug("%s", error)
+        except ValueError:
+            pass  # unmapped under us: the backend returned after it had been given up

@@ -1,0 +1,1 @@
+"""Disks that a toolstack asks for: `xl block-attach`, and `disk` lines."""

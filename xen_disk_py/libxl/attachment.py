@@ -1,0 +1,147 @@
+"""A disk that libxl asks for: what its nodes say, and what we write there.
+
+For ``backendtype=tap`` libxl (from Xen 4.19 on) makes all nodes of a device, then waits 10 s
+for the backend's ``state`` to be 2, runs the hotplug script with ``add``, and goes on when the
+script has succeeded. The script sets ``hotplug-status``; only then the backend may connect, as
+libxl would miss a 2 that lasts too short. To detach, libxl sets ``online`` to 0 and ``state`` to
+5, waits 10 s for 6, runs the script with ``remove`` and removes the nodes itself.
+
+A disk that cannot be had is told in ``hotplug-error``, in state 2 as well: the script finds it
+at once, and ``xl`` prints it.
+
+All that decides which disk it is comes from the backend's directory, which the guest cannot write.
+
+Sources: libxl (``libxl_disk.c``, ``libxl_device.c``, ``libxl_linux.c``).
+"""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+from ..errors import DeviceError, DeviceTaken, UsageError
+from ..xenbus.device import Device
+from ..xenbus.states import Address, State
+from ..xenbus.toolstack import PID_KEY
+from ..xenbus.xenstore import Store
+from . import target
+
+KIND = "vbd3"
+"""The backend directory that libxl uses for ``backendtype=tap``."""
+
+SCRIPT = "block-xen-disk"
+"""The hotplug script, by which a disk line says that the disk is ours."""
+
+_ERROR_MAX = 1000  # characters; with its path it has to fit into one request
+
+
+class Wish(NamedTuple):
+    """What libxl's keys ask for: arguments of ``connect``, and whether the guest may discard."""
+
+    arguments: list[str]
+    discard: bool
+
+
+def is_ours(store: Store, address: Address) -> bool:
+    """Tell whether a device's disk line names our script."""
+    script = store.read(f"{address.backend}/script")
+    return script is not None and os.path.basename(script) == SCRIPT
+
+
+def read_wish(store: Store, address: Address) -> Wish:
+    """Read what the disk shall be.
+
+    Raises:
+        UsageError: there is no such disk; the message says what to write instead.
+    """
+
+    def key(name: str) -> str:
+        return store.read(f"{address.backend}/{name}") or ""
+
+    if key("device-type") != "disk":
+        raise UsageError("a CD-ROM is not served: leave devtype=cdrom out of the disk line")
+    arguments = target.arguments(key("params"))
+    if key("mode") != "w":
+        arguments.append("--read-only")
+    return Wish(arguments, key("discard-enable") != "0")
+
+
+def publish(store: Store, address: Address, keys: dict[str, str], pid: int) -> None:
+    """Write what the backend publishes, its ``state`` included, and who serves it.
+
+    Raises:
+        DeviceTaken: another process serves it.
+        DeviceError: the toolstack does not want it any longer.
+    """
+
+    def write(transaction: Store) -> None:
+        if transaction.exists(f"{address.backend}/{PID_KEY}"):
+            raise DeviceTaken("another process serves this disk")
+        if _state(transaction, address) is not State.INITIALISING:
+            raise DeviceError("the toolstack has taken the disk away again")
+        for name, value in {PID_KEY: str(pid), **keys}.items():
+            transaction.write(f"{address.backend}/{name}", value)
+
+    store.transact(write)
+
+
+def refuse(store: Store, address: Address, reason: str) -> None:
+    """Have libxl fail at once, with ``reason``; nothing if somebody serves the disk by now."""
+    text = "".join(letter if " " <= letter <= "~" else "?" for letter in reason)
+
+    def write(transaction: Store) -> None:
+        if transaction.exists(f"{address.backend}/{PID_KEY}"):
+            return
+        if _state(transaction, address) is State.INITIALISING:
+            transaction.write(f"{address.backend}/hotplug-error", text[:_ERROR_MAX])
+            transaction.write(f"{address.backend}/hotplug-status", "error")
+            transaction.write(f"{address.backend}/state", str(int(State.INIT_WAIT)))
+
+    store.transact(write)
+
+
+def close(store: Store, address: Address, pid: int | None) -> None:
+    """Show libxl a closed device, of which it then removes the nodes.
+
+    Args:
+        store: xenstore.
+        address: which device.
+        pid: the process that serves it; None for a device that nobody does. Nothing is written
+            if it is another: libxl may have made the device anew meanwhile.
+    """
+
+    def write(transaction: Store) -> None:
+        served_by = transaction.read(f"{address.backend}/{PID_KEY}")
+        if served_by == (None if pid is None else str(pid)) and transaction.exists(
+            f"{address.backend}/state"
+        ):
+            transaction.write(f"{address.backend}/state", str(int(State.CLOSED)))
+
+    store.transact(write)
+
+
+class AdoptedDevice(Device):
+    """A device whose nodes are libxl's: it connects when the hotplug script has run."""
+
+    def watch(self) -> None:
+        """Have xenstore tell of the script, too."""
+        super().watch()
+        self._store.watch(f"{self.address.backend}/hotplug-status")
+
+    def update(self) -> None:
+        """Do nothing as long as the script has not run, but for leaving."""
+        if not self._is_awaiting_script():
+            super().update()
+
+    def _is_awaiting_script(self) -> bool:
+        return (
+            self.state is State.INIT_WAIT
+            and self._store.read(f"{self.address.backend}/hotplug-status") != "connected"
+            and _state(self._store, self.address) is State.INIT_WAIT
+            and self._store.exists(f"{self.address.frontend}/state")
+            and not self._guest_is_gone()
+        )
+
+
+def _state(store: Store, address: Address) -> State | None:
+    return State.parse(store.read(f"{address.backend}/state"))

@@ -1,0 +1,69 @@
+"""What stands behind ``target=`` in a guest's ``disk`` line: a path and options, as text.
+
+::
+
+    /images/disk.raw
+    /images/gold.raw,backend=cow,cow-limit=1G
+    /srv/mydisk.py,option.colour=blue,indirect-segments=32
+
+libxl hands the text to the backend as it stands, behind the format and a colon (``params`` is
+``aio:…`` for ``format=raw``); nothing in it is escaped, so a comma always ends the path. The
+options are those of ``connect``.
+"""
+
+from __future__ import annotations
+
+from ..backends.loader import choose
+from ..errors import UsageError
+
+_RAW = "aio:"  # what libxl makes of format=raw (libxl__device_disk_string_of_format)
+_OPTIONS = (
+    "backend",
+    "cow-limit",
+    "grants",
+    "indirect-segments",
+    "persistent-grants",
+    "queues",
+    "sector-size",
+    "size",
+)
+_OWN = "option."
+_KNOWN = f"known are {', '.join(_OPTIONS)} and {_OWN}NAME"
+
+
+def arguments(params: str) -> list[str]:
+    """Translate the ``params`` key that libxl wrote into arguments of ``connect``.
+
+    A path is persistent (``raw``) unless it says otherwise: a line with ``access=rw`` has always
+    meant that. A ``.py`` file is a disk of the user's own.
+
+    Raises:
+        UsageError: it is none of ours; the message says what to write instead.
+    """
+    if not params.startswith(_RAW):
+        raise UsageError(
+            f"{params.partition(':')[0]!r} images are not served: write format=raw in the disk line"
+        )
+    path, *items = params[len(_RAW) :].split(",")
+    if not path.startswith("/"):
+        raise UsageError(f"target={path}: give an absolute path, such as target=/images/disk.raw")
+    given: dict[str, str] = {}
+    own: list[str] = []
+    for item in items:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise UsageError(
+                f"target=: {item!r} is no option ({_KNOWN}); "
+                "a path with a comma needs a symbolic link without one"
+            )
+        if key.startswith(_OWN):
+            own.append(f"--option={item[len(_OWN) :]}")
+        elif key not in _OPTIONS:
+            raise UsageError(f"target=: there is no option {key}=; {_KNOWN}")
+        elif key in given:
+            raise UsageError(f"target=: {key} is given twice")
+        else:
+            given[key] = value
+    if choose(None, path) == "cow":
+        given.setdefault("backend", "raw")
+    return [f"--path={path}", *(f"--{key}={value}" for key, value in given.items()), *own]

@@ -1,0 +1,1 @@
+"""A disk outlives the process that serves it."""

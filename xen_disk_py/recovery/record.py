@@ -1,0 +1,302 @@
+"""What a serving process tells the others on this host, and its successor: a file in /run.
+
+The file is memory-mapped, so that ``list`` reads it at no cost to the disk::
+
+    facts: who serves what (a JSON object, in two halves)
+    counters of the disk, which fill a page
+    a journal for each queue that is offered
+
+The process holds a lock on the file as long as it lives: a record without a lock is what a
+killed process left, and :meth:`Record.adopt` takes it over. The lock goes when the last thread
+of the process has ended and all its memory is unmapped, so that nothing that it began can come
+after what its successor does.
+
+A process that has become another user cannot remove its file; it clears the facts, and its
+supervisor, or whoever makes a record next, removes what is empty.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import mmap
+import os
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from ..datapath.double_buffer import Halves
+from ..datapath.journal import SIZE as JOURNAL_SIZE
+from ..datapath.journal import Journal
+from ..datapath.statistics import WORDS, Statistics
+from ..errors import DeviceError, DeviceTaken, XenUnavailable
+from ..hypervisor import Closing
+from ..xenbus.states import Address
+from ..xenbus.vdev import from_number
+
+DIRECTORY = "/run/xen_disk_py"
+FORMAT = 1
+"""What the layout of this file is, and of all in it."""
+
+_FACTS = 32 << 10  # bytes
+_COUNTERS = 4096
+_HEAD = _FACTS + _COUNTERS
+_TRIES = 50  # one who looks has the lock for a moment, one who ends has it until the very end
+_PAUSE = 0.01
+
+
+def _path(directory: str, address: Address) -> str:
+    return os.path.join(directory, f"{address.frontend_domid}-{address.devid}")
+
+
+def _parse(facts: Halves) -> dict[str, Any]:
+    try:
+        found = json.loads(facts.read() or b"{}")
+    except (ValueError, RecursionError):
+        found = None
+    return found if isinstance(found, dict) else {}
+
+
+def _is_at(fd: int, path: str) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _unlink(fd: int, path: str) -> None:
+    """Remove the locked file, unless somebody who asks for no lock was quicker."""
+    with contextlib.suppress(FileNotFoundError):
+        if _is_at(fd, path):
+            os.unlink(path)
+
+
+def _lock(path: str, flags: int) -> int | None:
+    """Open and lock the file of that name; None if it is locked, or lost its name meanwhile.
+
+    A file is removed only under its lock, so what this returns keeps its name.
+    """
+    fd = os.open(path, flags | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if _is_at(fd, path):
+            return fd
+    except BlockingIOError:
+        pass
+    except BaseException:
+        os.close(fd)
+        raise
+    os.close(fd)
+    return None
+
+
+def _claim(path: str, flags: int) -> int | None:
+    """Open and lock a file; None if somebody keeps the lock."""
+    for _ in range(_TRIES):
+        fd = _lock(path, flags)
+        if fd is not None:
+            return fd
+        time.sleep(_PAUSE)
+    return None
+
+
+class Record(Closing):
+    """The record of a disk that this process serves; held open and locked until closed.
+
+    Args:
+        directory: where records live.
+        address: which device.
+        queues: how many queues the disk has at most.
+
+    Attributes:
+        facts: who serves what, as it was described last.
+        statistics: the disk's counters.
+        journals: one for each queue.
+
+    Raises:
+        DeviceTaken: another process serves that device.
+        XenUnavailable: the directory cannot be written.
+    """
+
+    def __init__(self, directory: str, address: Address, queues: int = 1) -> None:
+        path = _path(directory, address)
+        try:
+            os.makedirs(directory, mode=0o755, exist_ok=True)
+            sweep(directory)
+            fd = _claim(path, os.O_RDWR | os.O_CREAT)
+        except OSError as error:
+            raise XenUnavailable(f"cannot write {path}: {error.strerror}; run as root") from error
+        if fd is None:
+            raise DeviceTaken(
+                f"another process serves device {address.devid} of that guest "
+                f"({from_number(address.devid)}): choose another --vdev"
+            )
+        try:
+            size = _HEAD + queues * JOURNAL_SIZE
+            os.ftruncate(fd, 0)
+            os.posix_fallocate(fd, 0, size)  # not sparse: a full /run is an error now, not later
+            self._open(fd, path, size)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    @classmethod
+    def adopt(cls, directory: str, address: Address) -> Record:
+        """Take over the record that a killed process left, with all that is in it.
+
+        Raises:
+            DeviceTaken: the process lives, or another has taken it over.
+            DeviceError: there is none, or one that this version cannot read.
+        """
+        path = _path(directory, address)
+        name = f"{from_number(address.devid)} of domain {address.frontend_domid}"
+        try:
+            fd = _claim(path, os.O_RDWR)
+        except FileNotFoundError as error:
+            raise DeviceError(f"no process has left {name} behind: nothing to adopt") from error
+        except OSError as error:
+            raise XenUnavailable(f"cannot open {path}: {error.strerror}; run as root") from error
+        if fd is None:
+            raise DeviceTaken(f"a process that lives serves {name}: see xen-disk list")
+        record = cls.__new__(cls)
+        try:
+            size = os.fstat(fd).st_size
+            if size > _HEAD and (size - _HEAD) % JOURNAL_SIZE == 0:
+                record._open(fd, path, size)
+                if record.facts.get("format") == FORMAT:
+                    return record
+        except BaseException:
+            os.close(fd)
+            raise
+        fcntl.flock(fd, fcntl.LOCK_UN)  # the mapping has a copy of the descriptor
+        os.close(fd)
+        raise DeviceError(
+            f"{path} is damaged, or another version wrote it: {name} cannot be adopted; take it "
+            f"away with: xen-disk disconnect {address.frontend_domid} "
+            f"{from_number(address.devid)} --force"
+        )
+
+    def _open(self, fd: int, path: str, size: int) -> None:
+        self._fd = fd
+        self._path = path
+        whole = memoryview(mmap.mmap(fd, size))
+        self._facts = Halves(whole[:_FACTS])
+        self.facts = _parse(self._facts)
+        words = whole[_FACTS : _FACTS + 8 * WORDS].cast("Q")
+        self.statistics = Statistics(words)
+        self.journals = [
+            Journal(whole[at : at + JOURNAL_SIZE]) for at in range(_HEAD, size, JOURNAL_SIZE)
+        ]
+
+    def describe(self, facts: Mapping[str, Any]) -> None:
+        """Write who serves what.
+
+        Raises:
+            DeviceError: that is too much, over 16,000 bytes as JSON; what was written stays.
+        """
+        described = {**facts, "format": FORMAT}
+        try:
+            self._facts.write(json.dumps(described).encode())
+        except ValueError as error:
+            raise DeviceError(f"the arguments are too long to be noted: {error}") from error
+        self.facts = described
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it is ours no longer: closed, or left."""
+        return self._fd < 0
+
+    def leave(self) -> None:
+        """Leave the record to whoever adopts it next."""
+        if self._fd >= 0:
+            fcntl.flock(self._fd, fcntl.LOCK_UN)  # the mapping has a copy of the descriptor
+            os.close(self._fd)
+            self._fd = -1
+
+    def close(self) -> None:
+        """Remove the record. The counters stay readable for this process."""
+        if self._fd < 0:
+            return
+        fd, self._fd = self._fd, -1
+        try:
+            _unlink(fd, self._path)
+        except PermissionError:
+            self._facts.clear()
+            fcntl.flock(fd, fcntl.LOCK_UN)  # the mapping has a copy of the descriptor
+        finally:
+            os.close(fd)
+
+
+def sweep(directory: str) -> None:
+    """Remove the records that their processes emptied.
+
+    Raises:
+        OSError: there is no such directory, or it cannot be listed.
+    """
+    for name in os.listdir(directory):
+        path = os.path.join(directory, name)
+        with contextlib.suppress(OSError):  # somebody else's business
+            fd = _lock(path, os.O_RDONLY)
+            if fd is None:
+                continue
+            try:
+                data = os.pread(fd, _FACTS, 0)
+                if len(data) == _FACTS and Halves(memoryview(bytearray(data))).read() is None:
+                    _unlink(fd, path)
+            finally:
+                os.close(fd)
+
+
+class Found(NamedTuple):
+    """A record read by another process."""
+
+    facts: dict[str, Any]
+    counters: dict[str, int]
+    alive: bool
+
+    @property
+    def is_orphan(self) -> bool:
+        """Whether its process has died and another, of this version, can go on with the disk."""
+        return (
+            not self.alive
+            and self.facts.get("format") == FORMAT
+            and bool(self.facts.get("survives"))
+            and "arguments" in self.facts
+        )
+
+
+def find(directory: str, address: Address) -> Found | None:
+    """Read the record of a device; None if there is none."""
+    try:
+        fd = os.open(_path(directory, address), os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        data = os.pread(fd, _HEAD, 0)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            alive = False
+        except OSError:
+            alive = True
+    finally:
+        os.close(fd)
+    if len(data) < _HEAD:
+        return None
+    facts = _parse(Halves(memoryview(bytearray(data[:_FACTS]))))
+    words = memoryview(data)[_FACTS : _FACTS + 8 * WORDS].cast("Q")
+    return Found(facts, Statistics(words).as_dict(), alive)
+
+
+def forget(directory: str, address: Address) -> None:
+    """Remove what a killed process left; not what one that lives has made of it."""
+    path = _path(directory, address)
+    try:
+        fd = _lock(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return
+    if fd is not None:
+        try:
+            _unlink(fd, path)
+        finally:
+            os.close(fd)

@@ -1,0 +1,1 @@
+"""xenstore, and the handshake between frontend and backend."""

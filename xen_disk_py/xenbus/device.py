@@ -1,0 +1,374 @@
+"""One block device as its backend: from InitWait to Closed, as often as the guest likes.
+
+The device reads both halves' states from xenstore, asks :func:`~xen_disk_py.xenbus.states.react`
+what follows, and does it. It is driven from outside: whoever owns it waits for xenstore to
+have something to say and calls :meth:`Device.update`. Requests are served by the queue's own
+thread meanwhile and never wait for xenstore.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+import time
+from collections.abc import Sequence
+from typing import Callable
+
+from ..blkif import SECTOR, Connection, abi_named
+from ..datapath import statistics as count
+from ..datapath.disk import Disk
+from ..datapath.journal import Journal
+from ..datapath.queue import Options, Queue
+from ..errors import GuestMisbehaved, HypervisorError, StoreLost, XenDiskError
+from ..hypervisor import Hypervisor
+from . import resize
+from .states import Action, Address, State, react
+from .vdev import from_number
+from .xenstore import Store
+
+log = logging.getLogger("xen_disk_py")
+
+MAX_RING_PAGE_ORDER = 4
+"""Rings of up to 16 pages are offered."""
+
+
+class Device:
+    """The backend half of one device.
+
+    Args:
+        store: xenstore.
+        hypervisor: what maps grants and binds event channels.
+        address: which device; its directories exist once :meth:`keys` have been written there.
+        disk: what serves the requests; not closed here.
+        options: how its queues work.
+        max_queues: how many to offer, up to ``blkif.MAX_QUEUES``; fewer if the backend lets
+            in fewer threads.
+        cdrom: show the guest a CD-ROM.
+        on_failure: called, from another thread, when serving stops for an error of our own.
+        on_resize: called with the new size, in bytes, when the disk has become that long.
+        journals: what outlives this process, one for each queue; private ones by default.
+        adopts: the device is there already, and the process that served it has died: the first
+            :meth:`update` goes on where that was.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        hypervisor: Hypervisor,
+        address: Address,
+        disk: Disk,
+        *,
+        options: Options = Options(),  # noqa: B008 - it cannot change
+        max_queues: int = 1,
+        cdrom: bool = False,
+        on_failure: Callable[[Exception], None] = lambda error: None,
+        on_resize: Callable[[int], None] = lambda size: None,
+        journals: Sequence[Journal] = (),
+        adopts: bool = False,
+    ) -> None:
+        self.address = address
+        self.state = State.INIT_WAIT
+        self.frontend_state: State | None = State.INITIALISING
+        self.finished = False
+        self.guest_gone = False
+        self._store = store
+        self._hypervisor = hypervisor
+        self._disk = disk
+        self._options = options
+        self._max_queues = min(max_queues, disk.backend.threads)
+        self._cdrom = cdrom
+        self._on_failure = on_failure
+        self._on_resize = on_resize
+        self._journals = journals
+        self._adopts = adopts
+        self._step = disk.backend.physical_sector_size  # of which any size is a multiple (blkif.h)
+        self._queues: list[Queue] = []
+        self._adrift = False
+
+    def __repr__(self) -> str:
+        return (
+            f"<Device {self.address.devid} of domain {self.address.frontend_domid}: {self.state}>"
+        )
+
+    @property
+    def connected(self) -> bool:
+        """Both halves are connected, or the guest reads the disk all the same: it has it.
+
+        GRUB's driver (``grub-core/disk/xen/xendisk.c``) never goes beyond Initialised.
+        """
+        return self.state is State.CONNECTED and (
+            self.frontend_state is State.CONNECTED
+            or self._disk.statistics.as_dict()["requests"] > 0
+        )
+
+    @property
+    def busy(self) -> float:
+        """For how many seconds the oldest request has been under way; what is held is not."""
+        return max((queue.busy for queue in self._queues), default=0.0)
+
+    def keys(self) -> dict[str, str]:
+        """What the backend itself publishes in its directory, its first state included."""
+        features = self._disk.features(
+            self._options.max_indirect_segments,
+            MAX_RING_PAGE_ORDER,
+            self._max_queues,
+            cdrom=self._cdrom,
+        )
+        keys = features.to_keys()
+        self._step = int(keys["physical-sector-size"])  # of which any size is a multiple (blkif.h)
+        return {**keys, "state": str(int(State.INIT_WAIT))}
+
+    def watch(self) -> None:
+        """Have xenstore tell of all that :meth:`update` looks at, and nothing more (XSA-349)."""
+        self._store.watch(f"{self.address.frontend}/state")
+        self._store.watch(f"{self.address.backend}/state")
+        self._store.watch(f"{self.address.backend}/{resize.DIRECTORY}")
+        self._store.watch("@releaseDomain")
+
+    def update(self) -> None:
+        """Look at xenstore and do what follows, until nothing does."""
+        if self._adopts:
+            self._adopt()
+        if not (self.finished or self._adrift):
+            self._answer_wishes()
+        while not (self.finished or self._adrift):
+            asked = State.parse(self._store.read(f"{self.address.backend}/state"))
+            if asked is State.CLOSING and self.state in (State.INIT_WAIT, State.CONNECTED):
+                self.state = State.CLOSING  # the toolstack detaches
+            online = self._store.read(f"{self.address.backend}/online") == "1"
+            self.frontend_state = State.parse(self._store.read(f"{self.address.frontend}/state"))
+            if self.frontend_state is None or self._guest_is_gone():
+                self.guest_gone = self._guest_is_gone()
+                self._do(Action.FINISH)
+            elif asked is None:
+                self._do(Action.FINISH)
+            else:
+                action = react(self.state, self.frontend_state, online)
+                if action is Action.STAY:
+                    return
+                self._do(action)
+
+    def unplug(self) -> None:
+        """Ask the guest to let go of the disk; it flushes, then closes (may take for ever)."""
+        if self._adrift:
+            self._do(Action.FINISH)
+            return
+        self.ask_to_close()
+        self.update()
+
+    def resize(self, size: int | None, *, force: bool = False) -> int:
+        """Give the disk another size, and tell the guest.
+
+        Args:
+            size: bytes; None for what the disk's storage has become.
+            force: a smaller size is fine.
+
+        Returns:
+            The new size, in bytes.
+
+        Raises:
+            XenDiskError: it is refused; the disk is as it was.
+            StoreLost: it is done; the guest is told when xenstore is back.
+        """
+        disk, before = self._disk, self._disk.sectors
+        try:
+            size = disk.resize(size, force=force, step=self._step)
+            name = from_number(self.address.devid)
+            log.info("%s: %d bytes long now, %d before", name, size, before * SECTOR)
+            return size
+        finally:
+            if disk.sectors != before:
+                self._on_resize(disk.sectors * SECTOR)
+                self._publish_size()
+
+    def ask_to_close(self) -> None:
+        """Write what tells the guest that the device goes, and do no more."""
+
+        def ask(store: Store) -> None:
+            if store.exists(self.address.backend):
+                store.write(f"{self.address.backend}/online", "0")
+                store.write(f"{self.address.backend}/state", str(int(State.CLOSING)))
+
+        self._store.transact(ask)
+
+    def force(self, timeout: float = 5) -> bool:
+        """Stop serving, whatever the guest thinks of it.
+
+        Returns:
+            False if a request did not return within ``timeout`` seconds; its pages stay
+            mapped until the process ends.
+        """
+        deadline = time.monotonic() + timeout
+        for queue in self._queues:
+            queue.ask_to_stop()
+        self._queues = [
+            queue for queue in self._queues if not queue.stop(max(0.0, deadline - time.monotonic()))
+        ]
+        self.finished = True
+        return not self._queues
+
+    def store_reconnected(self) -> None:
+        """Xenstore was away and is back; its watches are set again.
+
+        If it has forgotten our nodes (a xenstored that kept nothing), serving goes on: that
+        is no reason to take a guest's disk away. Only :meth:`unplug` ends it then.
+        """
+        if self._adopts:
+            self.update()  # the state that is shown is not ours yet
+        elif self._store.exists(self.address.backend):
+            shown = State.parse(self._store.read(f"{self.address.backend}/state"))
+            asked = shown is State.CLOSING and self.state in (State.INIT_WAIT, State.CONNECTED)
+            if shown is not self.state and not asked:
+                self._publish(self.state)  # the connection broke before it was written
+            self._publish_size()
+            self.update()
+        elif not self.finished:
+            self._adrift = True
+            log.warning(
+                "xenstore was restarted and has lost this device; serving it goes on, "
+                "but nobody can see or detach it except by ending this process"
+            )
+
+    def _adopt(self) -> None:
+        """Take the place of the process that died, in whatever state it has left the device."""
+        back, disk = self.address.backend, self._disk
+        shown = State.parse(self._store.read(f"{back}/state"))
+        frontend = State.parse(self._store.read(f"{self.address.frontend}/state"))
+        step = self._store.read(f"{back}/physical-sector-size") or ""
+        is_gone = self._guest_is_gone()
+        if step.isdecimal() and int(step):
+            self._step = int(step)
+            disk.sectors -= disk.sectors % max(1, self._step // SECTOR)
+        for number in range(self._max_queues):
+            words = disk.statistics.of_queue(number).words
+            words[count.IN_FLIGHT] = words[count.HELD] = 0  # as the dead process had it
+        if shown in (State.CONNECTED, State.CLOSING, State.CLOSED):
+            self.state = shown
+        if (
+            shown in (State.CONNECTED, State.CLOSING)
+            and frontend not in (None, State.INITIALISING, State.CLOSED)
+            and not is_gone
+        ):
+            self._open_queues(shown)
+        self._adopts = False
+        self._publish_size()
+
+    def _guest_is_gone(self) -> bool:
+        domid = self.address.frontend_domid
+        return domid != 0 and not self._store.is_introduced(domid)
+
+    def _publish(self, state: State) -> None:
+        """Write our state, unless the directory has been removed meanwhile."""
+        self.state = state
+        self._replace(f"{self.address.backend}/state", str(int(state)))
+
+    def _replace(self, path: str, value: str) -> None:
+        """Write a node, unless it has that value or has been removed meanwhile."""
+
+        def write(store: Store) -> None:
+            if store.read(path) not in (None, value):
+                store.write(path, value)
+
+        self._store.transact(write)
+
+    def _publish_size(self) -> None:
+        """Write the disk's size, unless it stands there; a frontend that is connected looks again.
+
+        Linux's reads ``sectors`` when the state is written, though it is the same (blkback's
+        ``xen_vbd_resize`` does so, in one transaction).
+        """
+        back = self.address.backend
+        sectors = str(self._disk.sectors)
+
+        def write(store: Store) -> None:
+            if store.read(f"{back}/sectors") not in (None, sectors):
+                store.write(f"{back}/sectors", sectors)
+                if State.parse(store.read(f"{back}/state")) is State.CONNECTED:
+                    store.write(f"{back}/state", str(int(State.CONNECTED)))
+
+        self._store.transact(write)
+
+    def _answer_wishes(self) -> None:
+        """Do what ``resize`` commands ask for, and write the answers."""
+        directory = f"{self.address.backend}/{resize.DIRECTORY}"
+        for name in self._store.list(directory):
+            path = f"{directory}/{name}"
+            wish = resize.Wish.parse(self._store.read(path))
+            if wish is None:
+                continue
+            try:
+                answer = resize.granted(self.resize(wish.size, force=wish.force))
+            except StoreLost:
+                raise
+            except XenDiskError as error:
+                answer = resize.refused(error)
+            self._replace(path, answer)
+
+    def _do(self, action: Action) -> None:
+        log.debug("%r, frontend %s: %s", self, self.frontend_state, action.value)
+        if action is Action.CONNECT:
+            self._connect()
+        elif action is Action.CLOSE:
+            self._publish(State.CLOSING)
+        elif action is Action.DISCONNECT:
+            self._disconnect()
+            self._publish(State.CLOSED)
+        elif action is Action.REOPEN:
+            self._disconnect()
+            self._publish(State.INIT_WAIT)
+        elif action is Action.FINISH:
+            self._disconnect()
+            if not self._adrift:
+                self._publish(State.CLOSED)
+            self.finished = True
+
+    def _connect(self) -> None:
+        self._disconnect()
+        self._open_queues(State.CONNECTED)
+
+    def _open_queues(self, state: State) -> None:
+        """Begin to serve the rings that the frontend has published, and publish ``state``."""
+        try:
+            self._make_queues()
+        except (GuestMisbehaved, HypervisorError) as error:
+            log.error("cannot connect to the frontend: %s", error)
+            self._disconnect()
+            self._publish(State.CLOSING)
+            return
+        for queue in self._queues:
+            queue.start()
+        self._adopts = False  # if xenstore is lost from here on, it is not done again
+        self._publish(state)
+
+    def _make_queues(self) -> None:
+        front, domid = self.address.frontend, self.address.frontend_domid
+        connection = Connection.from_keys(
+            lambda name: self._store.read(f"{front}/{name}"),
+            MAX_RING_PAGE_ORDER,
+            self._max_queues,
+        )
+        abi = abi_named(connection.protocol, platform.machine())
+        for number, ring in enumerate(connection.rings):
+            queue = Queue(
+                self._hypervisor,
+                domid,
+                ring,
+                abi,
+                self._disk,
+                options=self._options,
+                persistent=connection.persistent,
+                sharers=len(connection.rings),
+                journal=self._journals[number] if self._journals else None,
+                statistics=self._disk.statistics.of_queue(number),
+                on_failure=self._on_failure,
+            )
+            self._queues.append(queue)
+
+    def _disconnect(self) -> None:
+        """Finish the requests taken so far and unmap everything; before Closed is published."""
+        for queue in self._queues:
+            queue.ask_to_stop()
+        while self._queues:
+            # a pause between two waits, for a signal that came just before one
+            if self._queues[-1].stop(1.0):
+                self._queues.pop()

@@ -1,0 +1,277 @@
+"""What a toolstack does around a disk: find the domain, make the nodes, remove them, list.
+
+The nodes are those that libxl makes, so that ``xl block-list`` and ``xl destroy`` know the
+disk. The kind of directory depends on the host: libxl serves ``vbd3`` from Xen 4.19 on; an
+older one knows what to do with ``qdisk``, where a guest's own QEMU would try to serve it too.
+
+Sources: libxl (``tools/libs/light/libxl_disk.c``, ``libxl_device.c``), xenstore-paths(7).
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from ..errors import DeviceError, DeviceTaken, GuestNotFound
+from .states import Address, State
+from .vdev import VirtualDevice, first_free
+from .xenstore import Store, quote, unquote
+
+KINDS = ("vbd3", "qdisk")
+"""The kinds of backend directory that we use."""
+
+_NO_SCRIPT = "/bin/true"
+
+PID_KEY = "xen-disk-pid"
+"""The key by which we know our own disks: the process that serves it."""
+
+
+class Domain(NamedTuple):
+    """A running domain."""
+
+    domid: int
+    name: str
+    uuid: str
+
+    def __str__(self) -> str:
+        return f"{self.name or '(no name)'} (domain {self.domid})"
+
+
+def domains(store: Store) -> list[Domain]:
+    """List the running domains by id."""
+    found = []
+    for entry in store.list("/local/domain"):
+        if entry.isdigit():
+            home = f"/local/domain/{entry}"
+            vm = store.read(f"{home}/vm") or ""
+            name = store.read(f"{home}/name") or ("Domain-0" if entry == "0" else "")
+            found.append(Domain(int(entry), name, vm.rpartition("/")[2]))
+    return sorted(found)
+
+
+def find_domain(store: Store, text: str) -> Domain:
+    """Find a domain by id, UUID or name, tried in that order.
+
+    Raises:
+        GuestNotFound: none, or several of that name; the message lists the running ones.
+    """
+    running = domains(store)
+    matches = [domain for domain in running if str(domain.domid) == text]
+    if not matches:
+        try:
+            wanted = str(uuid.UUID(text))
+        except ValueError:
+            pass
+        else:
+            matches = [domain for domain in running if domain.uuid.lower() == wanted]
+    if not matches:
+        matches = [domain for domain in running if domain.name == text]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        ids = ", ".join(str(domain.domid) for domain in matches)
+        raise GuestNotFound(f"several domains are named {text!r}; name one by its id: {ids}")
+    names = ", ".join(f"{domain.domid} {domain.name}".strip() for domain in running)
+    raise GuestNotFound(f"no domain {text!r} is running; running are: {names or 'none'}")
+
+
+def own_domid(store: Store) -> int:
+    """Return the domain that this process runs in."""
+    return int(store.read("domid") or 0)
+
+
+def xen_version() -> tuple[int, int] | None:
+    """Return the hypervisor's version, or None if this is no Xen domain."""
+    numbers = []
+    for name in ("major", "minor"):
+        try:
+            with open(f"/sys/hypervisor/version/{name}", encoding="ascii") as file:
+                numbers.append(int(file.read()))
+        except (OSError, ValueError):
+            return None
+    return numbers[0], numbers[1]
+
+
+def choose_kind(store: Store, domid: int, version: tuple[int, int] | None) -> str:
+    """Choose the backend directory's kind so that libxl, and nobody's QEMU, minds the disk."""
+    if version is not None and version < (4, 19):
+        device_model = f"/local/domain/{own_domid(store)}/device-model/{domid}"
+        if not store.exists(device_model):
+            return "qdisk"
+    return "vbd3"
+
+
+def taken(store: Store, domid: int) -> set[int]:
+    """Return the device numbers that the domain uses."""
+    numbers: set[int] = set()
+    for parent in (f"/local/domain/{domid}/device/vbd", f"/libxl/{domid}/device/vbd"):
+        numbers.update(int(name) for name in store.list(parent) if name.isdigit())
+    return numbers
+
+
+def free_device(store: Store, domid: int) -> VirtualDevice:
+    """Choose the first free device from xvda on, filling gaps."""
+    return first_free(taken(store, domid))
+
+
+def attach(
+    store: Store,
+    address: Address,
+    device: VirtualDevice,
+    *,
+    backend_keys: Mapping[str, str],
+    params: str,
+    read_only: bool,
+    cdrom: bool = False,
+    pid: int,
+) -> None:
+    """Make all nodes of a device, with their permissions, in one transaction.
+
+    One, because blkfront probes the device as soon as it sees it and gives up for good on
+    the first key it may not read (EACCES).
+
+    Args:
+        store: xenstore.
+        address: where the nodes go.
+        device: its number and name.
+        backend_keys: what the backend publishes itself, its ``state`` included.
+        params: free text that says what the disk is.
+        read_only: how the toolstack's ``mode`` key reads.
+        cdrom: the device's type is that of a CD-ROM, not of a disk.
+        pid: the process that serves it.
+
+    Raises:
+        DeviceTaken: the guest has a device of that number.
+        DeviceError: the guest has gone.
+    """
+    guest, host = address.frontend_domid, address.backend_domid
+    device_type = "cdrom" if cdrom else "disk"
+    backend = {
+        "frontend": address.frontend,
+        "frontend-id": str(guest),
+        "params": quote(params),
+        "type": address.kind,
+        "dev": device.name,
+        "mode": "r" if read_only else "w",
+        "device-type": device_type,
+        "removable": str(int(cdrom)),
+        "bootable": "1",
+        "specification": "xen",
+        "online": "1",
+        PID_KEY: str(pid),
+        **backend_keys,
+    }
+    if address.kind == "vbd3":
+        # libxl runs it with "remove" when it detaches the disk, and fails if there is none
+        backend["script"] = _NO_SCRIPT
+    frontend = {
+        "backend": address.backend,
+        "backend-id": str(host),
+        "virtual-device": str(address.devid),
+        "device-type": device_type,
+        "trusted": "1",
+        "state": str(int(State.INITIALISING)),
+    }
+    toolstack = {**backend, "frontend": address.frontend, "backend": address.backend}
+    trees = (
+        (address.frontend, [f"n{guest}", f"r{host}"], frontend),
+        (address.backend, [f"n{host}", f"r{guest}"], backend),
+        (address.toolstack, [f"n{host}"], toolstack),
+    )
+
+    def create(transaction: Store) -> None:
+        for path in address.directories:
+            if transaction.exists(path):
+                raise DeviceTaken(
+                    f"{device.name} is taken in domain {guest}; choose another --vdev, "
+                    "or leave it out for the first free one"
+                )
+        if not transaction.exists(f"/local/domain/{guest}"):
+            raise DeviceError(f"domain {guest} has gone")
+        for path, permissions, keys in trees:
+            transaction.mkdir(path)
+            transaction.set_permissions(path, permissions)
+            for name, value in keys.items():
+                transaction.write(f"{path}/{name}", value)
+
+    store.transact(create)
+
+
+def pass_on(store: Store, address: Address, pid: int) -> None:
+    """Have a device be served by another process than the one that made its nodes."""
+
+    def write(transaction: Store) -> None:
+        if transaction.exists(address.backend):
+            transaction.write(f"{address.backend}/{PID_KEY}", str(pid))
+
+    store.transact(write)
+
+
+def detach(store: Store, address: Address) -> None:
+    """Remove all nodes of a device and the directories that they leave empty.
+
+    A guest's ``device`` stays: it was there, with its permissions, before any device. Nobody
+    makes one for domain 0, though.
+    """
+    home = f"/local/domain/{address.frontend_domid}"
+
+    def remove(transaction: Store) -> None:
+        for path, roof in (
+            (address.frontend, f"{home}/device" if address.frontend_domid else home),
+            (address.backend, f"/local/domain/{address.backend_domid}"),
+            (address.toolstack, ""),
+        ):
+            transaction.remove(path)
+            parent = path.rpartition("/")[0]
+            while parent != roof and transaction.exists(parent):
+                if transaction.list(parent):
+                    break
+                transaction.remove(parent)
+                parent = parent.rpartition("/")[0]
+
+    store.transact(remove)
+
+
+class Attached(NamedTuple):
+    """A disk of ours, as xenstore shows it."""
+
+    address: Address
+    device: VirtualDevice
+    pid: int
+    params: str
+    read_only: bool
+    backend_state: State | None
+    frontend_state: State | None
+
+
+def attached(store: Store, domid: int | None = None) -> Iterator[Attached]:
+    """Find our disks, of one domain or of all."""
+    own = own_domid(store)
+    for kind in KINDS:
+        root = f"/local/domain/{own}/backend/{kind}"
+        for guest in store.list(root):
+            if not guest.isdigit() or domid not in (None, int(guest)):
+                continue
+            for devid in filter(str.isdigit, store.list(f"{root}/{guest}")):
+                found = _attached(store, Address(own, int(guest), int(devid), kind))
+                if found is not None:
+                    yield found
+
+
+def _attached(store: Store, address: Address) -> Attached | None:
+    def key(name: str) -> str | None:
+        return store.read(f"{address.backend}/{name}")
+
+    pid = key(PID_KEY)
+    if pid is None or not pid.isdigit():
+        return None
+    return Attached(
+        address,
+        VirtualDevice(address.devid, key("dev") or str(address.devid)),
+        int(pid),
+        unquote(key("params") or ""),
+        key("mode") == "r",
+        State.parse(key("state")),
+        State.parse(store.read(f"{address.frontend}/state")),
+    )
