@@ -21,7 +21,7 @@ from xen_disk_py.datapath.grants import PERSISTENT_LIMIT, Grants
 from xen_disk_py.datapath.queue import Options, Queue
 from xen_disk_py.errors import XenDiskError
 from xen_disk_py.ring import FrontRing
-from xen_disk_py.session import Interrupts, Session
+from xen_disk_py.session import Interrupts, Observer, Session
 from xen_disk_py.simulated.frontend import Frontend
 from xen_disk_py.simulated.hypervisor import SimulatedGuest, SimulatedHypervisor, SimulatedMachine
 from xen_disk_py.simulated.xenstored import SimulatedXenstored
@@ -132,6 +132,22 @@ class Line:
         self.pages.close()
 
 
+class Watching(Observer):
+    """Passes on what a session says; a test may put something else in place of any of it."""
+
+    def __init__(self, serving):
+        self._serving = serving
+
+    def attach(self):
+        self._serving.attach()
+
+    def connected(self):
+        self._serving.connected.set()
+
+    def unplugging(self):
+        self._serving.unplugging.set()
+
+
 class Serving:
     """A disk served by a session in a thread of its own."""
 
@@ -156,8 +172,7 @@ class Serving:
         )
         self.connected = threading.Event()
         self.unplugging = threading.Event()
-        self.ticks = 0
-        self.on_tick = None
+        self.observer = Watching(self)
         self.outcome = None
         self.error = None
         self.thread = threading.Thread(target=self._run, name="session")
@@ -169,12 +184,7 @@ class Serving:
 
     def _run(self):
         try:
-            self.outcome = self.session.run(
-                self.attach,
-                self.connected.set,
-                on_tick=self.on_tick,
-                on_unplug=self.unplugging.set,
-            )
+            self.outcome = self.session.run(self.observer)
         except BaseException as error:  # for wait() to raise
             self.error = error
 

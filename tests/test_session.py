@@ -291,7 +291,8 @@ def test_ticks(host, monkeypatch):
     monkeypatch.setattr("xen_disk_py.session.TICK", 0.01)
     serving = host.serving(host.memory(), start=False)
     ticks = []
-    serving.on_tick = lambda: ticks.append(serving.connected.is_set())
+    serving.observer.wants_ticks = True
+    serving.observer.tick = lambda: ticks.append(serving.connected.is_set())
     serving.start()
     time.sleep(0.05)
     assert not ticks  # nothing to show before the guest has the disk
@@ -656,7 +657,7 @@ def test_an_error_of_our_own_comes_to_light_before_anything_is_cleaned_up(host, 
     def fail():
         raise error
 
-    serving.session._on_crash = crash
+    serving.observer.crashing = crash
     serving.connected.set = fail
     serving.start()
     serving.frontend()
@@ -669,7 +670,7 @@ def test_an_error_of_our_own_comes_to_light_before_anything_is_cleaned_up(host, 
 def test_what_is_no_error_of_our_own_ends_the_disk(host):
     serving = host.serving(host.memory(), patience=0.01, start=False)
     seen = []
-    serving.session._on_crash = seen.append
+    serving.observer.crashing = seen.append
     serving.start()
     with pytest.raises(DeviceError, match="did not connect"):
         serving.wait()
@@ -695,10 +696,7 @@ def test_serving_is_said_when_xenstore_has_been_looked_at(host):
         update()
 
     serving.device.update = lose
-    run = serving.session.run
-    serving.session.run = lambda *what, **more: run(
-        *what, **more, on_serving=lambda: said.append(serving.store.is_lost)
-    )
+    serving.observer.serving = lambda: said.append(serving.store.is_lost)
     serving.start()
     serving.frontend()
     assert serving.connected.wait(PATIENCE)
@@ -708,7 +706,7 @@ def test_serving_is_said_when_xenstore_has_been_looked_at(host):
 def test_another_program_is_to_go_on(host):
     serving = host.serving(host.memory(), start=False)
     asked = threading.Event()
-    serving.session._on_upgrade = asked.set
+    serving.observer.upgrade_requested = asked.set
     serving.start()
     frontend = serving.frontend()
     serving.interrupts.upgrade = True

@@ -130,6 +130,48 @@ class Interrupts:
                 os.close(descriptor)
 
 
+class Observer:
+    """What whoever runs a session does at each turn of the disk's life; by default, nothing.
+
+    All methods are called in the session's thread, in the order in which they stand here; but
+    for :meth:`attach` and :meth:`release_nodes`, none may fail for a reason outside this process.
+    """
+
+    wants_ticks = False
+    """Whether :meth:`tick` is to be called."""
+
+    def attach(self) -> None:
+        """Make the nodes, all or none."""
+
+    def attached(self) -> None:
+        """The nodes are there and nothing is served yet."""
+
+    def serving(self) -> None:
+        """Everything that the guest asks for is served; of a disk taken over, that is at once."""
+
+    def connected(self) -> None:
+        """The guest has the disk. Called once."""
+
+    def tick(self) -> None:
+        """Another :data:`TICK` seconds have passed, about, and the guest has the disk."""
+
+    def upgrade_requested(self) -> None:
+        """Another program is to take over; does not return if one does."""
+
+    def unplugging(self) -> None:
+        """The guest has been asked to release the disk."""
+
+    def crashing(self, error: Exception) -> None:
+        """Serving ends by an error of our own, and nothing is cleaned up yet.
+
+        Does not return if the disk is left to a successor.
+        """
+
+    def release_nodes(self) -> bool:
+        """Do at the end what is to be done in xenstore; False to have the nodes removed."""
+        return False
+
+
 class Session:
     """Serves one device until its end.
 
@@ -138,12 +180,7 @@ class Session:
         device: what serves it.
         vdev: its number and name.
         interrupts: how the user says stop, and the queue that it has failed.
-        patience: seconds that the guest may take to connect; None for ever.
-        release: what to do in xenstore at the end, where the nodes are a toolstack's; by
-            default, they are removed.
-        on_upgrade: called when another program is to go on; it does not return if one does.
-        on_crash: called for an error of our own, before anything is cleaned up. By default the
-            disk ends with us; one that does not return leaves it to a successor.
+        patience: seconds that the guest may take to connect; None for any time.
         is_known: the guest had the disk before, under a process that died: whether it is
             connected just now makes no difference.
     """
@@ -156,9 +193,6 @@ class Session:
         interrupts: Interrupts,
         *,
         patience: float | None,
-        release: Callable[[], None] | None = None,
-        on_upgrade: Callable[[], None] = lambda: None,
-        on_crash: Callable[[Exception], None] = lambda error: None,
         is_known: bool = False,
     ) -> None:
         self._store = store
@@ -166,71 +200,45 @@ class Session:
         self._vdev = vdev
         self._interrupts = interrupts
         self._patience = patience
-        self._release = release
         self._unplugging = False
         self._is_away_said = False
-        self._on_upgrade = on_upgrade
-        self._on_crash = on_crash
         self._is_known = is_known
         self._watchdog = Watchdog()
         self._is_stuck_said = False
 
-    def run(
-        self,
-        attach: Callable[[], None],
-        on_connected: Callable[[], None],
-        on_tick: Callable[[], None] | None = None,
-        on_unplug: Callable[[], None] = lambda: None,
-        on_attached: Callable[[], None] = lambda: None,
-        on_serving: Callable[[], None] = lambda: None,
-    ) -> Outcome:
+    def run(self, observer: Observer) -> Outcome:
         """Attach, serve, and leave nothing behind.
-
-        Args:
-            attach: makes the nodes, all or none.
-            on_connected: called once, when the guest has the disk.
-            on_tick: called every :data:`TICK` seconds while the guest has it.
-            on_unplug: called when the guest has been asked to let go.
-            on_attached: called when the nodes are there and nothing is served yet.
-            on_serving: called once, when everything that the guest asks for is served; for a
-                disk that was adopted, that is at once.
 
         Raises:
             DeviceError: the guest did not connect in time, or serving failed.
         """
         interrupts = self._interrupts
         interrupts.calm = True  # the nodes are made as a whole
-        attach()
+        observer.attach()
         forced = False
         try:
             try:
-                on_attached()
+                observer.attached()
                 interrupts.calm = False
                 self._device.watch()
-                self._serve(on_serving, on_connected, on_tick, on_unplug)
+                self._serve(observer)
             finally:
                 interrupts.calm = True  # and removed as a whole
         except Forced:  # may come as late as in the line above
             forced = True
         except Exception as error:
             if isinstance(error, StoreError) or not isinstance(error, XenDiskError):
-                self._on_crash(error)
+                observer.crashing(error)
             raise
         finally:
-            self._clean_up(forced)
+            self._clean_up(observer, forced)
         if forced:
             return Outcome.FORCED
         if self._device.guest_gone:
             return Outcome.GUEST_GONE
         return Outcome.UNPLUGGED if self._unplugging else Outcome.DETACHED
 
-    def _serve(
-        self,
-        on_serving: Callable[[], None],
-        on_connected: Callable[[], None],
-        on_tick: Callable[[], None] | None,
-        on_unplug: Callable[[], None],
-    ) -> None:
+    def _serve(self, observer: Observer) -> None:
         device, interrupts = self._device, self._interrupts
         is_serving = announced = False
         deadline = None if self._patience is None else time.monotonic() + self._patience
@@ -238,24 +246,24 @@ class Session:
         while not device.finished:
             if not (is_serving or self._store.is_lost):
                 is_serving = True
-                on_serving()
+                observer.serving()
             if is_serving and not announced and (device.connected or self._is_known):
                 announced = True
-                on_connected()
+                observer.connected()
             waiting = not (announced or self._unplugging)
             if waiting and deadline is not None and time.monotonic() >= deadline:
                 raise DeviceError(self._why_not_connected())
-            self._sleep(deadline if waiting else None, ticking=announced and bool(on_tick))
+            self._sleep(deadline if waiting else None, ticking=announced and observer.wants_ticks)
             if interrupts.failure is not None:
                 raise DeviceError(f"serving failed: {interrupts.failure!r}") from interrupts.failure
             if interrupts.asked and not self._unplugging:
                 self._unplugging = True
-                on_unplug()
                 self._attempt(device.unplug)
+                observer.unplugging()
             if interrupts.upgrade:
                 interrupts.upgrade = False
                 if not self._unplugging:
-                    self._on_upgrade()
+                    observer.upgrade_requested()
             if interrupts.resize:
                 interrupts.resize = False
                 self._attempt(self._resize)
@@ -263,8 +271,8 @@ class Session:
                 self._attempt(self._reconnect)
             else:
                 self._attempt(self._look)
-            if announced and on_tick is not None:
-                on_tick()
+            if announced and observer.wants_ticks:
+                observer.tick()
 
     def _sleep(self, deadline: float | None, *, ticking: bool) -> None:
         """Wait for xenstore, a signal, a failure, the deadline or the next tick."""
@@ -345,7 +353,7 @@ class Session:
             why = "the guest's driver began and did not finish; its kernel log may say why"
         return f"the guest did not connect within {self._patience:g} s: its state is {state}; {why}"
 
-    def _clean_up(self, forced: bool) -> None:
+    def _clean_up(self, observer: Observer, forced: bool) -> None:
         """Stop serving and remove the nodes, from whatever state."""
         device = self._device
         try:
@@ -359,7 +367,8 @@ class Session:
         if not device.finished and not device.force():
             log.error("the backend does not return; its pages stay mapped until we end")
         try:
-            (self._release or self._remove_nodes)()
+            if not observer.release_nodes():
+                self._remove_nodes()
         except XenDiskError as error:
             log.error(
                 "%s; what is left in xenstore goes with: xen-disk disconnect %d %s",

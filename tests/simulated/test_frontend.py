@@ -210,7 +210,7 @@ def test_no_backend(host):
     with pytest.raises(DeviceError, match="not connected"):
         frontend.kick()
     assert frontend.max_bytes == 0
-    serving.session._clean_up(forced=False)
+    serving.session._clean_up(serving.observer, forced=False)
 
 
 def test_a_backend_that_is_gone(host):

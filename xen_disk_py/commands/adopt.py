@@ -18,7 +18,7 @@ from ..libxl.attachment import AdoptedDevice, Wish
 from ..recovery import record
 from ..recovery.orphan import stand_in
 from ..recovery.record import Record
-from ..session import Interrupts, Session
+from ..session import Interrupts, Observer, Session
 from ..units import format_size
 from ..xenbus import toolstack
 from ..xenbus.states import Address, State
@@ -141,17 +141,26 @@ def _run(
     own_record.describe({**facts_about(options, domain, vdev, disk), "connected": is_known})
     survives = disk.backend.survives
 
-    def attach() -> None:
-        if not adopts:
-            attachment.publish(store, address, device.keys(), os.getpid())
+    class Life(Observer):
+        def attach(self) -> None:
+            if not adopts:
+                attachment.publish(store, address, device.keys(), os.getpid())
 
-    def announce() -> None:
-        own_record.describe({**own_record.facts, "connected": True})
-        log.info(
-            "connected: {length} {backend} {mode} {path}".format(
-                length=format_size(disk.backend.size), **own_record.facts
+        def connected(self) -> None:
+            own_record.describe({**own_record.facts, "connected": True})
+            log.info(
+                "connected: {length} {backend} {mode} {path}".format(
+                    length=format_size(disk.backend.size), **own_record.facts
+                )
             )
-        )
+
+        def crashing(self, error: Exception) -> None:
+            if survives:
+                succession.crash(error)
+
+        def release_nodes(self) -> bool:
+            attachment.close(store, address, os.getpid())
+            return True
 
     with Interrupts(hangup_resizes=True).installed() as interrupts:
         device = AdoptedDevice(
@@ -172,12 +181,10 @@ def _run(
             vdev,
             interrupts,
             patience=None,
-            release=lambda: attachment.close(store, address, os.getpid()),
-            on_crash=succession.crash if survives else lambda error: None,
             is_known=is_known,
         )
         try:
-            outcome = session.run(attach, on_connected=announce)
+            outcome = session.run(Life())
         finally:
             own_record.close()
     log.info("%s", outcome.value)

@@ -21,7 +21,7 @@ from ..host.privileges import User
 from ..host.systemd import notify
 from ..hypervisor import Hypervisor
 from ..recovery.record import Record
-from ..session import Interrupts, Outcome, Session
+from ..session import Interrupts, Observer, Outcome, Session
 from ..units import format_size
 from ..xenbus import toolstack
 from ..xenbus.device import Device
@@ -228,38 +228,55 @@ class _Connection:
             vdev,
             self._interrupts,
             patience=args.timeout,
-            on_upgrade=successor.take_over,
-            on_crash=succession.crash if args.leave else lambda error: None,
             is_known=is_known,
         )
 
-        def attach() -> None:
-            if args.adopt:
-                return
-            # whoever starts another process if this one dies must know what to go on with
-            notify(f"X_DEVICE={self._domain.domid} {vdev}")
-            toolstack.attach(
-                self._store,
-                address,
-                vdev,
-                backend_keys=device.keys(),
-                params=f"{self._backend}:{record.facts['path'] or ''}",
-                read_only=disk.read_only,
-                cdrom=args.cdrom,
-                pid=os.getpid(),
-            )
+        connection = self
+
+        class Life(Observer):
+            wants_ticks = live
+
+            def attach(self) -> None:
+                if args.adopt:
+                    return
+                # whoever starts another process if this one dies must know which disk it is
+                notify(f"X_DEVICE={connection._domain.domid} {vdev}")
+                toolstack.attach(
+                    connection._store,
+                    address,
+                    vdev,
+                    backend_keys=device.keys(),
+                    params=f"{connection._backend}:{record.facts['path'] or ''}",
+                    read_only=disk.read_only,
+                    cdrom=args.cdrom,
+                    pid=os.getpid(),
+                )
+
+            def attached(self) -> None:
+                if connection._user is not None:
+                    privileges.become(connection._user)
+
+            def serving(self) -> None:
+                record.describe({**record.facts, **facts_of_start(before.get("let_go"))})
+
+            def connected(self) -> None:
+                connection._announce(record)
+
+            def tick(self) -> None:
+                status_line.show()
+
+            def unplugging(self) -> None:
+                connection._say_unplugging(vdev, status_line)
+
+            def upgrade_requested(self) -> None:
+                successor.take_over()
+
+            def crashing(self, error: Exception) -> None:
+                if args.leave:
+                    succession.crash(error)
 
         try:
-            outcome = session.run(
-                attach,
-                on_attached=self._give_up_privileges,
-                on_serving=lambda: record.describe(
-                    {**record.facts, **facts_of_start(before.get("let_go"))}
-                ),
-                on_connected=lambda: self._announce(record),
-                on_tick=status_line.show if live else None,
-                on_unplug=lambda: self._say_unplugging(vdev, status_line),
-            )
+            outcome = session.run(Life())
         finally:
             status_line.clear()
             record.close()
@@ -268,10 +285,6 @@ class _Connection:
             for line in summary(disk.statistics):
                 env.tell(line)
         return ExitStatus.INTERRUPTED if outcome is Outcome.FORCED else ExitStatus.OK
-
-    def _give_up_privileges(self) -> None:
-        if self._user is not None:
-            privileges.become(self._user)
 
     def _warn_of_cdrom(self) -> None:
         kind = self._store.read(f"/libxl/{self._domain.domid}/type")

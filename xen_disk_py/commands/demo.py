@@ -22,7 +22,7 @@ from typing import Any
 from ..datapath.disk import Disk
 from ..errors import DeviceError, UsageError
 from ..exit_status import ExitStatus
-from ..session import Interrupts, Outcome, Session
+from ..session import Interrupts, Observer, Outcome, Session
 from ..simulated.guest import Plan, pattern
 from ..simulated.hypervisor import SimulatedHypervisor, SimulatedMachine
 from ..simulated.xenstored import SimulatedXenstored
@@ -107,21 +107,6 @@ def _drive(
         session = Session(store, device, vdev, interrupts, patience=30)
         finished = threading.Event()
 
-        def attach() -> None:
-            toolstack.attach(
-                store,
-                address,
-                vdev,
-                backend_keys=device.keys(),
-                params=backend_name(args),
-                read_only=disk.read_only,
-                pid=os.getpid(),
-            )
-            guest = _start_guest(plan, machine)
-            reader = threading.Thread(target=listen, args=(guest,), daemon=True)
-            reader.start()
-            stack.callback(_end_guest, guest, reader)
-
         def listen(guest: subprocess.Popen[str]) -> None:
             assert guest.stdout is not None
             for line in guest.stdout:
@@ -132,11 +117,27 @@ def _drive(
             if guest.wait() == 0:
                 finished.set()
             else:
-                xenstored.remove_domain(GUEST)  # it may not have let go of its disk
+                xenstored.remove_domain(GUEST)  # it may not have released its disk
             interrupts.asked = True
             interrupts.wake()
 
-        outcome = session.run(attach, on_connected=lambda: None)
+        class Host(Observer):
+            def attach(self) -> None:
+                toolstack.attach(
+                    store,
+                    address,
+                    vdev,
+                    backend_keys=device.keys(),
+                    params=backend_name(args),
+                    read_only=disk.read_only,
+                    pid=os.getpid(),
+                )
+                guest = _start_guest(plan, machine)
+                reader = threading.Thread(target=listen, args=(guest,), daemon=True)
+                reader.start()
+                stack.callback(_end_guest, guest, reader)
+
+        outcome = session.run(Host())
     for phase in phases:
         if "error" in phase and outcome is not Outcome.FORCED:  # then errors are no wonder
             raise DeviceError(f"the guest says: {phase['error']}")
