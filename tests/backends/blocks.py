@@ -1,4 +1,4 @@
-"""Reads and writes runs of a disk, as a guest would."""
+"""Reads and writes extents of a disk, as a guest would."""
 
 import ctypes
 import mmap
@@ -32,12 +32,12 @@ def move(call, content, offset, size):
 
 
 def read(disk, offset, length, size=4096):
-    """Read a run of the disk into buffers that are full of garbage before."""
+    """Read an extent of the disk into buffers that are full of garbage before."""
     return move(disk.read, b"\xa5" * length, offset, size)
 
 
 def write(disk, offset, content, size=4096):
-    """Write a run of the disk."""
+    """Write an extent of the disk."""
     move(disk.write, content, offset, size)
 
 
@@ -59,11 +59,11 @@ def make_cold(path):
 
 
 def pages_in_memory(path):
-    """Count them, without a look inside that would fetch them (mincore(2))."""
+    """Count them, without reading them in (mincore(2))."""
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as memory:
-        held = ctypes.c_char.from_buffer(memory)
+        first = ctypes.c_char.from_buffer(memory)
         pages = (ctypes.c_ubyte * -(-len(memory) // mmap.PAGESIZE))()
-        address = ctypes.c_void_p(ctypes.addressof(held))
+        address = ctypes.c_void_p(ctypes.addressof(first))
         assert 0 == ctypes.CDLL(None).mincore(address, ctypes.c_size_t(len(memory)), pages)
-        del held
+        del first
         return sum(page & 1 for page in pages)

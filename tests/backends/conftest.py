@@ -51,7 +51,7 @@ def loop_device(make_image):
 
 @pytest.fixture
 def as_nobody():
-    """A context in which this process has no privilege, and a folder that all can enter."""
+    """A context in which this process has no privilege, and a directory that all can enter."""
 
     @contextlib.contextmanager
     def dropped():
@@ -64,6 +64,6 @@ def as_nobody():
         finally:
             os.seteuid(0)
 
-    with tempfile.TemporaryDirectory() as folder:
-        os.chmod(folder, 0o755)
-        yield folder, dropped
+    with tempfile.TemporaryDirectory() as directory:
+        os.chmod(directory, 0o755)
+        yield directory, dropped

@@ -493,7 +493,7 @@ def run(*arguments, cwd):
     )
 
 
-def test_the_command_checks_a_disk_whatever_the_folder_is_configured_to(tmp_path):
+def test_the_command_checks_a_disk_whatever_the_directory_is_configured_to(tmp_path):
     (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = --nonsense\n", encoding="ascii")
     (tmp_path / "conftest.py").write_text("1 / 0\n", encoding="ascii")
     done = run(EXAMPLES / "counting_disk.py", "--size", "1M", "--", "-q", cwd=tmp_path)
@@ -519,9 +519,9 @@ def test_the_command_shows_what_fails(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (["./gone.py"], 1, "xen_disk_py: error: ./gone.py: no such file: check the name\n"),
-        (["raw"], 2, "xen_disk_py: error: the raw backend needs --path\n"),
-        (["discard", "--option", "x"], 2, "xen_disk_py: error: --option x: write it as"),
+        (["./gone.py"], 1, "xen-disk: error: ./gone.py: no such file: check the name\n"),
+        (["raw"], 2, "xen-disk: error: the raw backend needs --path\n"),
+        (["discard", "--option", "x"], 2, "xen-disk: error: --option x: write it as"),
     ],
 )
 def test_the_command_says_in_one_line_what_cannot_be_opened(capsys, arguments, status, message):

@@ -118,8 +118,8 @@ def test_the_system_agrees_about_the_memory(open_cow):
     write(disk, 0, data)
     written = private_dirty() - before
     disk.discard(0, 512 << 10)
-    left = private_dirty() - before
-    assert written > left + (400 << 10)
+    rest = private_dirty() - before
+    assert written > rest + (400 << 10)
 
 
 def test_a_write_beyond_the_limit_changes_nothing_and_is_said_once(open_cow, caplog):

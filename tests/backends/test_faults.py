@@ -1,4 +1,4 @@
-"""What goes wrong under an image, for every backend that has one: an error, never the end."""
+"""What goes wrong under an image, for every backend that has one: an I/O error, never the end."""
 
 import errno
 import os

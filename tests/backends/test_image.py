@@ -13,28 +13,28 @@ from xen_disk_py.backends import image as image_module
 from xen_disk_py.backends.image import Image, MappedImage, transfer_all
 from xen_disk_py.errors import ImageError
 
-HOLD = """
+LOCK = """
 import fcntl, os, sys
 fd = os.open(sys.argv[1], os.O_RDWR)
 fcntl.flock(fd, fcntl.LOCK_EX if sys.argv[2] == "writer" else fcntl.LOCK_SH)
-print("held", flush=True)
+print("locked", flush=True)
 sys.stdin.read()
 """
 
 
 @pytest.fixture
-def hold():
-    """Starts another process that holds a lock on a file."""
+def lock_elsewhere():
+    """Starts another process that takes a lock on a file."""
     holders = []
 
     def start(path, kind):
         holder = subprocess.Popen(
-            [sys.executable, "-c", HOLD, path, kind],
+            [sys.executable, "-c", LOCK, path, kind],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
         holders.append(holder)
-        assert holder.stdout.readline() == b"held\n"
+        assert holder.stdout.readline() == b"locked\n"
         return holder
 
     yield start
@@ -90,8 +90,8 @@ def test_a_name_too_long_is_refused(tmp_path):
     assert "File name too long" in refused(tmp_path / ("x" * 300))
 
 
-def test_a_folder_is_refused(tmp_path):
-    assert "a folder" in refused(tmp_path)
+def test_a_directory_is_refused(tmp_path):
+    assert "a directory" in refused(tmp_path)
 
 
 def test_an_empty_file_is_refused(make_image):
@@ -129,8 +129,8 @@ def test_a_character_device_is_refused():
 
 @pytest.mark.parametrize(("mode", "writable"), [(0o000, False), (0o000, True), (0o444, True)])
 def test_a_file_without_permission_is_refused(as_nobody, mode, writable):
-    folder, dropped = as_nobody
-    path = os.path.join(folder, "disk.img")
+    directory, dropped = as_nobody
+    path = os.path.join(directory, "disk.img")
     with open(path, "wb") as file:
         file.truncate(512)
     os.chmod(path, mode)
@@ -170,20 +170,20 @@ def test_a_reader_is_refused_while_a_writer_has_the_image(image):
 
 
 @pytest.mark.parametrize("kind", ["writer", "reader"])
-def test_the_holder_of_a_lock_is_named_with_its_command(image, hold, kind):
-    holder = hold(image, kind)
+def test_the_holder_of_a_lock_is_named_with_its_command(image, lock_elsewhere, kind):
+    holder = lock_elsewhere(image, kind)
     message = refused(image, writable=True)
     assert f"in use by process {holder.pid} ({sys.executable} -c ?import fcntl" in message
 
 
-def test_all_holders_are_named(image, hold):
-    pids = sorted([hold(image, "reader").pid, hold(image, "reader").pid])
+def test_all_holders_are_named(image, lock_elsewhere):
+    pids = sorted([lock_elsewhere(image, "reader").pid, lock_elsewhere(image, "reader").pid])
     message = refused(image, writable=True)
     assert all(f"process {pid} (" in message for pid in pids)
 
 
-def test_a_lock_ends_with_its_holder(image, hold):
-    holder = hold(image, "writer")
+def test_a_lock_ends_with_its_holder(image, lock_elsewhere):
+    holder = lock_elsewhere(image, "writer")
     holder.kill()
     holder.communicate()
     Image.open(image, writable=True).close()
@@ -345,10 +345,10 @@ def test_where_the_image_was_cut_short_is_an_error_and_not_a_signal(image, priva
 
 def test_other_errors_of_a_copy_are_told_as_they_are(image):
     with Image.open(image, writable=True) as opened, MappedImage(opened, private=False) as mapped:
-        scratch, mapped._scratch = mapped._scratch, -1
+        bounce, mapped._bounce = mapped._bounce, -1
         with pytest.raises(OSError, match="Bad file descriptor"):
             mapped.load(buffers(bytes(512)), 0)
-        mapped._scratch = scratch
+        mapped._bounce = bounce
 
 
 @pytest.mark.parametrize("private", [False, True])

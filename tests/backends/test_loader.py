@@ -318,8 +318,8 @@ def test_a_file_that_is_not_there(tmp_path, how):
 
 
 def test_a_file_that_cannot_be_read(tmp_path):
-    (tmp_path / "folder.py").mkdir()
-    assert "cannot be read: Is a directory" in error_of(BackendError, str(tmp_path / "folder.py"))
+    (tmp_path / "dir.py").mkdir()
+    assert "cannot be read: Is a directory" in error_of(BackendError, str(tmp_path / "dir.py"))
 
 
 def test_a_syntax_error_names_its_line(write_file):

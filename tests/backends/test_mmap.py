@@ -155,7 +155,7 @@ def test_the_owner_of_the_image_makes_it_longer(image):
 
 
 def test_a_longer_image_that_cannot_be_mapped(image, monkeypatch):
-    """The disk goes on as it was."""
+    """The disk stays as it was."""
     disk = MmapBackend(image)
 
     def refuse(opened, *, private):

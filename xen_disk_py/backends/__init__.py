@@ -21,21 +21,21 @@ A disk is a class with a size, a read and a write::
 
 Save it as ``mydisk.py`` and try it, with no Xen at all, then in a guest::
 
-    python -m xen_disk_py demo --path ./mydisk.py
-    python -m xen_disk_py connect myvm --path ./mydisk.py
+    xen-disk demo --path ./mydisk.py
+    xen-disk connect myvm --path ./mydisk.py
 
 What holds for every call:
 
 * ``offset`` is in bytes, a multiple of ``sector_size``. ``buffers`` is a sequence of
   ``memoryview`` of unsigned bytes, each a multiple of ``sector_size`` long: mostly the guest's
-  own pages. Together they are one run of the disk, inside ``[0, size)``: the caller has checked
-  that. Those of a write may be read-only. Large requests of the guest that lie one behind the
-  other may come as one, of up to a mebibyte.
+  own pages. Together they are one extent of the disk, inside ``[0, size)``: the caller has checked
+  that. Those of a write may be read-only. Contiguous requests of the guest may be merged into
+  one of up to 1 MiB.
 * Fill (or take) the buffers. Return the number of bytes, as ``os.preadv`` does, or ``None`` for
   all of them; after fewer, in whole sectors, you are called again for the rest, none at all is
   an error. Any exception is an I/O error in the guest and a line in our log; the disk lives on.
 * The guest may change its pages during the call: copy first what must not change between
-  two looks. Keep no buffer after the call returns: its pages go back to the guest.
+  two reads of it. Keep no buffer after the call returns: its pages go back to the guest.
 * A write that returned is in the disk; a ``flush`` that returned is on stable storage.
 * All calls come from one thread, never two at once, unless ``threads`` says that more may;
   and but for ``resize``, see there.
@@ -88,12 +88,12 @@ class Backend:
 
     survives: bool = False
     """True: what the guest wrote does not end with this process (it is in a file, on a server):
-    if it is killed, another may open the same and go on. It then does again what was not
+    if it is killed, another may open the same and take over. That one repeats what was not
     answered, so that a request may be done twice, though never after a later one was answered
     that depends on it."""
 
     discard_granularity: int = 4096
-    """The smallest run, in bytes, whose discard frees something; a multiple of
+    """The smallest extent, in bytes, whose discard frees something; a multiple of
     ``sector_size``."""
 
     def read(self, buffers: Sequence[memoryview], offset: int) -> int | None:
@@ -133,14 +133,14 @@ class Backend:
     def resize(self, size: int | None) -> int:
         """Become ``size`` bytes long; None asks how long the disk could be, and changes nothing.
 
-        With None, say how large the storage is by now, in bytes (``self.size`` where it cannot
+        With None, return the storage's current size in bytes (``self.size`` where it cannot
         change by itself). If the guest is to have that, a call with that size follows; so does
         one with what the user asked for. Then make room (or give it up), set ``size`` and
         return it; any exception means that the disk is as it was. What this does not define
         keeps its size.
 
-        This call comes from another thread, and requests go on in theirs meanwhile: all of them
-        inside the old size and the new one.
+        This call comes from another thread while requests run in theirs, all of them inside both
+        the old size and the new one.
         """
         raise NotImplementedError
 
@@ -149,7 +149,7 @@ class Backend:
 
     @property
     def memory(self) -> int:
-        """Bytes of host memory that the guest's writes hold (copy-on-write); 0 if none."""
+        """Bytes of host memory that the guest's writes occupy (copy-on-write); 0 if none."""
         return 0
 
     @property

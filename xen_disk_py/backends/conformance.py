@@ -127,17 +127,17 @@ def call(disk: Backend, what: str, views: Sequence[memoryview], offset: int) -> 
 
 def move_all(disk: Backend, what: str, views: list[memoryview], offset: int) -> None:
     """Call ``read`` or ``write`` (``what``), and again for the rest, until all is moved."""
-    left = sum(map(len, views))
-    while left:
+    rest = sum(map(len, views))
+    while rest:
         done = call(disk, what, views, offset)
         if done is None:
             return
-        if not isinstance(done, int) or not 0 < done <= left or done % disk.sector_size:
+        if not isinstance(done, int) or not 0 < done <= rest or done % disk.sector_size:
             pytest.fail(
-                f"{what} returned {done!r}: return the number of bytes, {left} here or fewer in "
+                f"{what} returned {done!r}: return the number of bytes, {rest} here or fewer in "
                 "whole sectors, or None"
             )
-        left -= done
+        rest -= done
         offset += done
         while views and done >= len(views[0]):
             done -= len(views.pop(0))
@@ -162,7 +162,7 @@ def write(disk: Backend, offset: int, parts: Sequence[tuple[int, int]], content:
     move_all(disk, "write", [view.toreadonly() for view in pages.views()], offset)
 
 
-def read_run(disk: Backend, offset: int, length: int) -> bytes:
+def read_extent(disk: Backend, offset: int, length: int) -> bytes:
     """Read any length, in whole pages."""
     most = MOST_BUFFERS * PAGE
     return b"".join(
@@ -237,9 +237,9 @@ class BackendConformance:
             one = read(disk, offset, parts, 0x55)
             two = read(disk, offset, parts, 0xAA)
             for start in range(0, len(one), 16):
-                left = one[start : start + 16] == b"\x55" * 16
-                assert not (left and two[start : start + 16] == b"\xaa" * 16), (
-                    f"a read of {len(one)} bytes at {offset} left byte {start} as it was: "
+                unfilled = one[start : start + 16] == b"\x55" * 16
+                assert not (unfilled and two[start : start + 16] == b"\xaa" * 16), (
+                    f"a read of {len(one)} bytes at {offset} did not fill byte {start}: "
                     "the guest would see old memory"
                 )
 
@@ -269,7 +269,7 @@ class BackendConformance:
         write(writable, writable.size - length, whole_pages(length), content)
         if writable.keeps_data:
             offset = writable.size - length
-            compare(content, read_run(writable, offset, length), offset)
+            compare(content, read_extent(writable, offset, length), offset)
 
     def test_what_was_written_is_read_and_the_neighbours_are_spared(self, keeping: Backend) -> None:
         dice = random.Random(4)
@@ -278,11 +278,11 @@ class BackendConformance:
             content = dice.randbytes(sum(length for _, length in parts))
             start = max(0, offset - PAGE)
             end = min(keeping.size, offset + len(content) + PAGE)
-            before = read_run(keeping, start, end - start)
+            before = read_extent(keeping, start, end - start)
             write(keeping, offset, parts, content)
             expected = before[: offset - start] + content
             expected += before[len(expected) :]
-            compare(expected, read_run(keeping, start, end - start), start)
+            compare(expected, read_extent(keeping, start, end - start), start)
 
     def test_what_was_written_is_read_after_a_flush(self, keeping: Backend) -> None:
         content = random.Random(5).randbytes(keeping.sector_size)
@@ -301,7 +301,7 @@ class BackendConformance:
         sector = keeping.sector_size
         length = min(REGION, keeping.size)
         base = dice.choice((0, keeping.size - length))
-        model = bytearray(read_run(keeping, base, length))
+        model = bytearray(read_extent(keeping, base, length))
         done = 0
         for _ in range(STEPS):
             at = dice.randrange(length // sector) * sector
@@ -313,7 +313,7 @@ class BackendConformance:
                 try:
                     write(keeping, base + at, parts, content)
                 except OSError:
-                    found = read_run(keeping, base + at, size)
+                    found = read_extent(keeping, base + at, size)
                     for start in range(0, size, sector):
                         assert found[start : start + sector] in (
                             content[start : start + sector],
@@ -327,11 +327,11 @@ class BackendConformance:
                 compare(model[at : at + size], read(keeping, base + at, parts), base + at)
             elif action < 0.95 and keeping.can_discard:
                 keeping.discard(base + at, size)
-                model[at : at + size] = read_run(keeping, base + at, size)
+                model[at : at + size] = read_extent(keeping, base + at, size)
             else:
                 keeping.flush()
             assert keeping.memory >= 0, f"memory is {keeping.memory}"
-        compare(model, read_run(keeping, base, length), base)
+        compare(model, read_extent(keeping, base, length), base)
         assert done, "every write failed"
 
     def test_a_discard_spares_its_neighbours(self, writable: Backend) -> None:
@@ -346,7 +346,7 @@ class BackendConformance:
             before = dice.randbytes(end - start)
             write(writable, start, whole_pages(end - start), before)
             writable.discard(offset, length)
-            after = read_run(writable, start, end - start)
+            after = read_extent(writable, start, end - start)
             if writable.keeps_data:
                 compare(before[: offset - start], after[: offset - start], start)
                 past = offset - start + length
@@ -413,7 +413,7 @@ class BackendConformance:
         sector = disk.sector_size
         sectors = min(disk.size, 64 << 10) // sector
         threads = min(disk.threads, THREADS, sectors)
-        model = bytearray(read_run(disk, 0, sectors * sector))
+        model = bytearray(read_extent(disk, 0, sectors * sector))
         start = threading.Barrier(threads)
 
         def run(number: int) -> None:
@@ -439,7 +439,7 @@ class BackendConformance:
             for done in [pool.submit(run, number) for number in range(threads)]:
                 done.result()
         if disk.keeps_data:
-            compare(model, read_run(disk, 0, len(model)), 0)
+            compare(model, read_extent(disk, 0, len(model)), 0)
 
     def test_a_resize(self, disk: Backend) -> None:
         """To what can be had, or to nothing; in either case the content stays."""
@@ -447,7 +447,7 @@ class BackendConformance:
             pytest.skip("the disk has no resize")
         before = disk.size
         kept = min(before, REGION)
-        content = read_run(disk, before - kept, kept)
+        content = read_extent(disk, before - kept, kept)
         for size in (None, before + (1 << 20), before):
             expected = disk.size
             try:
@@ -464,7 +464,7 @@ class BackendConformance:
             if disk.size > before:
                 self._use_the_last_sector(disk)
             if disk.keeps_data:
-                compare(content, read_run(disk, before - kept, kept), before - kept)
+                compare(content, read_extent(disk, before - kept, kept), before - kept)
 
     def _use_the_last_sector(self, disk: Backend) -> None:
         parts, last = [(0, disk.sector_size)], disk.size - disk.sector_size
@@ -550,13 +550,13 @@ def main(arguments: Sequence[str]) -> int:
         opener = _Opener(given.backend, options)
         opener.open().close()  # what is wrong here is said once, and without a traceback
     except XenDiskError as error:
-        print(f"xen_disk_py: error: {error}", file=sys.stderr)
+        print(f"xen-disk: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as directory:
         # A configuration file of its own, or pytest would take the one of the current project.
-        settings = os.path.join(folder, "pytest.ini")
+        settings = os.path.join(directory, "pytest.ini")
         Path(settings).write_text("[pytest]\n", encoding="ascii")
-        ours = ["-c", settings, "--rootdir", folder, "--noconftest", "-p", "no:cacheprovider"]
+        ours = ["-c", settings, "--rootdir", directory, "--noconftest", "-p", "no:cacheprovider"]
         tests = f"{os.path.abspath(__file__)}::TestBackend"
         return int(pytest.main([*ours, "-rs", *for_pytest, tests], [opener]))
 

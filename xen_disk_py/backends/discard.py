@@ -26,7 +26,7 @@ class DiscardBackend(Backend):
         self.sector_size = sector_size
 
     def read(self, buffers: Sequence[memoryview], offset: int) -> None:
-        """Give zeros: a buffer left alone would show the guest memory of its own past."""
+        """Give zeros: an unfilled buffer would show the guest stale memory of its own."""
         for buffer in buffers:
             buffer[:] = bytes(len(buffer))
 
@@ -39,4 +39,4 @@ class DiscardBackend(Backend):
         return self.size
 
     def discard(self, offset: int, length: int) -> None:
-        """Do nothing. Zeros are read afterwards, as ever."""
+        """Do nothing. Zeros are read afterwards, as before."""

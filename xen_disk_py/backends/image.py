@@ -31,8 +31,8 @@ _BLKSSZGET = 0x1268  # linux/fs.h: the logical block size of a device
 class Image(Closing):
     """An open image, locked until it is closed.
 
-    Writers hold it alone, readers share it. The lock is ``flock``'s: it ends with the process,
-    however that ends.
+    A writer locks it exclusively, readers share it. The lock is ``flock``'s: it ends with the
+    process, however that ends.
 
     Attributes:
         fd: the descriptor, not inherited by programs we start.
@@ -132,7 +132,7 @@ class Image(Closing):
         return os.pwritev(self.fd, buffers[:IOV_MAX], offset)
 
     def measure(self) -> int:
-        """Return how many bytes long the image is by now; somebody may have changed that."""
+        """Return the image's current size in bytes; another program may have changed it."""
         return os.lseek(self.fd, 0, os.SEEK_END)
 
     def resize(self, size: int) -> None:
@@ -174,9 +174,9 @@ class MappedImage(Closing):
 
     A page of it may be impossible to have at any moment: somebody cuts the image short, a sector
     is bad, there is no room for a hole that is filled. Touching it ourselves would then be a
-    signal that kills the process (SIGBUS), and no look beforehand helps, since the image can be
+    signal that kills the process (SIGBUS), and no check beforehand helps, since the image can be
     cut short right after it. So :meth:`load` and :meth:`store` have the system copy, through a
-    piece of memory of their own: that fails politely.
+    memory file (memfd): that fails with EFAULT instead.
 
     Args:
         image: stays the caller's to close, after this.
@@ -197,7 +197,7 @@ class MappedImage(Closing):
                 f"{reason} ({hint})"
             ) from error
         self._view = memoryview(self.memory)
-        self._scratch = os.memfd_create("xen_disk_py")
+        self._bounce = os.memfd_create("xen_disk_py")
         self._lock = threading.Lock()
 
     def load(self, buffers: Sequence[memoryview], offset: int) -> int:
@@ -208,8 +208,8 @@ class MappedImage(Closing):
         """
         length = sum(map(len, buffers))
         with self._lock, self._view[offset : offset + length] as source:
-            self._politely(os.pwritev, [source], 0, length, f"{length} bytes at {offset}")
-            transfer_all(os.preadv, self._scratch, buffers, 0)
+            self._transfer(os.pwritev, [source], 0, length, f"{length} bytes at {offset}")
+            transfer_all(os.preadv, self._bounce, buffers, 0)
         return length
 
     def store(self, buffers: Sequence[memoryview], offset: int) -> int:
@@ -220,15 +220,15 @@ class MappedImage(Closing):
         """
         length = sum(map(len, buffers))
         with self._lock, self._view[offset : offset + length] as target:
-            transfer_all(os.pwritev, self._scratch, buffers, 0)
-            self._politely(os.preadv, [target], 0, length, f"{length} bytes at {offset}")
+            transfer_all(os.pwritev, self._bounce, buffers, 0)
+            self._transfer(os.preadv, [target], 0, length, f"{length} bytes at {offset}")
         return length
 
-    def _politely(
+    def _transfer(
         self, transfer: _Transfer, views: list[memoryview], at: int, length: int, what: str
     ) -> None:
         try:
-            done = transfer(self._scratch, views, at)
+            done = transfer(self._bounce, views, at)
         except OSError as error:
             if error.errno != errno.EFAULT:
                 raise
@@ -244,7 +244,7 @@ class MappedImage(Closing):
         if not self.memory.closed:
             self._view.release()
             self.memory.close()
-            os.close(self._scratch)
+            os.close(self._bounce)
 
 
 _Transfer = Callable[[int, "Sequence[memoryview]", int], int]
@@ -337,7 +337,7 @@ def _file_system(fd: int) -> str | None:
 
 def _check_kind(path: str, mode: int) -> None:
     if stat.S_ISDIR(mode):
-        raise ImageError(f"{path}: a folder: give the image file in it, or a block device")
+        raise ImageError(f"{path}: a directory: give the image file in it, or a block device")
     if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
         raise ImageError(f"{path}: neither a file nor a block device: it cannot be a disk")
 
@@ -387,7 +387,7 @@ def lock(fd: int, path: str, writable: bool, is_block_device: bool) -> None:
         ImageError: somebody else has it; the message says who.
     """
     operation = (fcntl.LOCK_EX if writable else fcntl.LOCK_SH) | fcntl.LOCK_NB
-    # udev locks a device for the blink of an eye when it looks into it: try for a second.
+    # udev locks a device for some milliseconds while it probes it: try for a second.
     deadline = time.monotonic() + is_block_device
     while True:
         try:

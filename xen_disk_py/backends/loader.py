@@ -207,7 +207,7 @@ def _from_module(name: str) -> type[Backend]:
         if error.name and f"{module_name}.".startswith(f"{error.name}."):
             raise BackendError(
                 f"{name}: there is no module {error.name}: "
-                "install it, or add its folder to PYTHONPATH"
+                "install it, or add its directory to PYTHONPATH"
             ) from error
         raise BackendError(f"{name} cannot be imported: {_where(error)}") from error
     except Exception as error:
@@ -276,9 +276,9 @@ def _run_file(path: str) -> ModuleType:
     path = os.path.abspath(path)
     module = ModuleType(path)  # a name that no other module has
     module.__file__ = path
-    folder = os.path.dirname(path)
-    if folder not in sys.path:
-        sys.path.append(folder)  # its neighbours can be imported; at the end, to hide nothing
+    directory = os.path.dirname(path)
+    if directory not in sys.path:
+        sys.path.append(directory)  # its neighbours can be imported; at the end, to hide nothing
     sys.modules[module.__name__] = module  # dataclasses and pickle look for it there
     try:
         exec(compile(source, path, "exec", dont_inherit=True), module.__dict__)

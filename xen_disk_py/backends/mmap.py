@@ -14,8 +14,8 @@ class MmapBackend(Backend):
     """An image, persistent, through a mapping.
 
     Writes go into the mapping: less work for the file system, at each of them, than ``raw``
-    makes. Reads come from the page cache that the mapping shows, which is where ``preadv`` looks
-    as well, at less cost than reading the mapping, and without its dangers (see
+    makes. Reads use ``preadv``: the same page cache that the mapping
+    shows, at less cost than reading the mapping, and without its dangers (see
     :class:`~.image.MappedImage`). A disk that is only read needs no mapping then.
 
     Args:
@@ -79,7 +79,7 @@ class MmapBackend(Backend):
         return size
 
     def close(self) -> None:
-        """Unmap, close and unlock; the kernel writes back what is left, in its own time."""
+        """Unmap, close and unlock; the kernel writes back the remaining dirty pages later."""
         while self._outgrown:
             self._outgrown.pop().close()
         if self._mapped is not None:

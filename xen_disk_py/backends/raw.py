@@ -123,8 +123,8 @@ class RawBackend(Backend):
 def _queue_attribute(fd: int, name: str) -> int:
     """Read a number from the device's request queue in sysfs; 0 if it has none."""
     device = os.fstat(fd).st_rdev
-    folder = f"/sys/dev/block/{os.major(device)}:{os.minor(device)}"
-    for queue in (f"{folder}/queue", f"{folder}/../queue"):  # a partition's is its disk's
+    directory = f"/sys/dev/block/{os.major(device)}:{os.minor(device)}"
+    for queue in (f"{directory}/queue", f"{directory}/../queue"):  # a partition's is its disk's
         try:
             with open(f"{queue}/{name}", encoding="ascii") as attribute:
                 return int(attribute.read())
