@@ -83,21 +83,34 @@ def env():
 def test_usage(env, argv, said):
     assert main(argv, env) is ExitStatus.USAGE
     (line,) = env.stderr.getvalue().splitlines()
-    assert line.startswith("xen_disk_py: error: ")
+    assert line.startswith("xen-disk: error: ")
     assert said in line
     assert env.stdout.getvalue() == ""
 
 
-def test_a_mistake_names_the_help(env):
-    main(["connect", "vm", "--timeout", "soon"], env)
-    assert "(try: xen_disk_py connect --help)" in env.stderr.getvalue()
+@pytest.mark.parametrize(
+    ("argv", "program"),
+    [
+        ([], "xen-disk"),
+        (["fly"], "xen-disk"),
+        (["connect", "vm", "--timeout", "soon"], "xen-disk connect"),
+        (["demo", "extra"], "xen-disk demo"),
+        (["demo", "--colour"], "xen-disk demo"),
+        (["demo", "--bytes", "100"], "xen-disk demo"),
+        (["resize", "vm", "xvda", "--force", "huge"], "xen-disk resize"),
+        (["connect", "vm", "--user", "no such user"], "xen-disk connect"),
+    ],
+)
+def test_a_mistake_names_the_help_of_the_command_that_was_wrong(env, argv, program):
+    main(argv, env)
+    assert env.stderr.getvalue().endswith(f" (try: {program} --help)\n")
 
 
 @pytest.mark.parametrize("argv", [["--version"], ["--help"], ["connect", "--help"]])
 def test_help_and_version(env, argv, capsys):
     assert main(argv, env) is ExitStatus.OK
     printed = capsys.readouterr().out
-    assert (f"xen_disk_py {__version__}" if argv == ["--version"] else "usage:") in printed
+    assert (f"xen-disk {__version__}" if argv == ["--version"] else "usage:") in printed
     assert env.stderr.getvalue() == ""
 
 
@@ -120,8 +133,12 @@ def failing(error):
 @pytest.mark.parametrize(
     ("error", "status", "said"),
     [
-        (UsageError("do it like this"), 2, "xen_disk_py: error: do it like this\n"),
-        (DeviceError("it broke"), 1, "xen_disk_py: error: it broke\n"),
+        (
+            UsageError("do it like this"),
+            2,
+            "xen-disk: error: do it like this (try: xen-disk list --help)\n",
+        ),
+        (DeviceError("it broke"), 1, "xen-disk: error: it broke\n"),
         (KeyboardInterrupt(), 130, ""),
         (BrokenPipeError(), 1, ""),
         (SystemExit(0), 0, ""),
@@ -131,7 +148,7 @@ def failing(error):
         (
             ZeroDivisionError("by zero"),
             1,
-            "xen_disk_py: error: ZeroDivisionError: by zero "
+            "xen-disk: error: ZeroDivisionError: by zero "
             "(a bug, or a broken system: see --debug)\n",
         ),
     ],
@@ -210,7 +227,7 @@ def test_as_a_program():
         check=False,
     )
     assert (2, "") == (done.returncode, done.stdout)
-    assert done.stderr.startswith("xen_disk_py: error: the following arguments are required: VM")
+    assert done.stderr.startswith("xen-disk: error: the following arguments are required: VM")
 
 
 def test_run_exits_with_the_status(monkeypatch):

@@ -13,6 +13,8 @@ from .commands.environment import Environment
 from .errors import UsageError, XenDiskError
 from .exit_status import ExitStatus
 
+log = logging.getLogger("xen_disk_py")
+
 
 def main(argv: Sequence[str], env: Environment | None = None) -> ExitStatus:
     """Run one command; never raises for anything a user can cause.
@@ -28,12 +30,15 @@ def main(argv: Sequence[str], env: Environment | None = None) -> ExitStatus:
         level=logging.DEBUG if debug else logging.INFO,
         format=f"{PROGRAM}: %(message)s",
     )
+    program = PROGRAM
     try:
         args = parse(argv)
+        program = f"{PROGRAM} {args.command}"
         command = importlib.import_module(f"xen_disk_py.commands.{args.command}")
         return ExitStatus(command.run(args, env))
     except UsageError as error:
-        return _fail(env, error, ExitStatus.USAGE, debug)
+        hint = f"{error} (try: {error.program or program} --help)"
+        return _fail(env, UsageError(hint), ExitStatus.USAGE, debug)
     except XenDiskError as error:
         return _fail(env, error, ExitStatus.ERROR, debug)
     except KeyboardInterrupt:
@@ -51,7 +56,7 @@ def main(argv: Sequence[str], env: Environment | None = None) -> ExitStatus:
 
 def _fail(env: Environment, error: Exception, status: ExitStatus, debug: bool) -> ExitStatus:
     if debug:
-        logging.getLogger(PROGRAM).debug("traceback", exc_info=error)
+        log.debug("traceback", exc_info=error)
     env.tell(f"{PROGRAM}: error: {error}")
     return status
 

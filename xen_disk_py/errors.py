@@ -28,7 +28,16 @@ class XenDiskError(Exception):
 
 
 class UsageError(XenDiskError):
-    """The command line asks for something that cannot be done."""
+    """The command line asks for something that cannot be done.
+
+    Args:
+        message: what, and what to do.
+        program: whose ``--help`` tells more, with its command; None for the command that is done.
+    """
+
+    def __init__(self, message: str, program: str | None = None) -> None:
+        super().__init__(message)
+        self.program = program
 
 
 class XenUnavailable(XenDiskError):

@@ -292,7 +292,7 @@ class Xen(Closing):
         if not runs_under_xen():
             raise XenUnavailable(
                 "this machine does not run under Xen: boot the Xen hypervisor, or try "
-                "'python -m xen_disk_py demo', which needs none"
+                "'xen-disk demo', which needs none"
             )
         self._gnttab = GNTTAB.load()
         self._evtchn = EVTCHN.load()

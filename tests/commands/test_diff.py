@@ -92,7 +92,7 @@ def test_it_needs_no_image_and_changes_nothing(diff, image, overlay):
 def test_what_is_no_overlay(diff, image, tmp_path):
     status, out, err = diff(image)
     assert (ExitStatus.ERROR, "") == (status, out)
-    assert f"xen_disk_py: error: {image}: not an overlay" in err
+    assert f"xen-disk: error: {image}: not an overlay" in err
     status, _, err = diff(str(tmp_path / "nothing"))
     assert ExitStatus.ERROR is status
     assert "No such file" in err

@@ -108,7 +108,7 @@ def take_fence(machine):
 @pytest.mark.parametrize(
     ("take", "status", "said"),
     [
-        (take_xen, 1, "python -m xen_disk_py demo"),
+        (take_xen, 1, "xen-disk demo"),
         (take_root, 1, "sudo, or run as root"),
         (take_device, 1, "modprobe xen-gntdev"),
         (take_allocator, 0, "absent   kernel module xen-gntalloc"),

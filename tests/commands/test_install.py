@@ -49,7 +49,7 @@ def test_somebody_elses_file(run, tmp_path, argv):
     script.write_text("mine\n")
     status, out, err = run(*argv)
     assert (ExitStatus.ERROR, "") == (status, out)
-    assert err.startswith(f"xen_disk_py: error: {script} is there and differs")
+    assert err.startswith(f"xen-disk: error: {script} is there and differs")
     assert len(err.splitlines()) == 1
     assert "mine\n" == script.read_text()
     assert run(*argv, "--force")[0] is ExitStatus.OK

@@ -192,7 +192,7 @@ def test_states_that_are_not_there(listing, host):
         (row,) = json.loads(listing("--json")[1])
         assert (None, None) == (row["state"], row["frontend_state"])
         assert listing()[0] is ExitStatus.OK
-    serving.session._clean_up(forced=True)
+    serving.session._clean_up(serving.observer, forced=True)
 
 
 def test_address_is_what_it_was(host):

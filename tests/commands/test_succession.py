@@ -246,8 +246,9 @@ def test_whoever_started_it_is_told(host, run, orphan, image, monkeypatch, adopt
     assert [
         ("X_DEVICE=5 xvdb", str(DEAD), "2") if adopts else ("X_DEVICE=5 xvdb", None, None),
         ("READY=1", ours, "4"),
-        ("STOPPING=1", ours, "4"),
-    ] == told
+    ] == told[:2]
+    # asked first, told then; the guest may have been quick
+    assert [("STOPPING=1", ours, True)] == [(*pair, state in "56") for *pair, state in told[2:]]
 
 
 def change_file(image):

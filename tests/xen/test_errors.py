@@ -18,7 +18,7 @@ import pytest
 from .disk import PROGRAM, Disk, gained, lost, xenstore_snapshot
 from .guest import PATIENCE, Dom0, Guest, Shell, sh
 
-ERROR = "xen_disk_py: error: "
+ERROR = "xen-disk: error: "
 RUNTIME, USAGE = 1, 2
 RECORDS = Path("/run/xen_disk_py")
 NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")

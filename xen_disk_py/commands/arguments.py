@@ -10,7 +10,7 @@ from .. import __version__
 from ..errors import UsageError
 from ..units import parse_size
 
-PROGRAM = "xen_disk_py"
+PROGRAM = "xen-disk"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -19,7 +19,7 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(*args, **options)
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} (try: {self.prog} --help)")
+        raise UsageError(message, self.prog)
 
 
 def _size(text: str) -> int:
@@ -163,14 +163,14 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser = build_parser()
     args, rest = parser.parse_known_args(words)
     if len(rest) == 1 and not rest[0].startswith("-"):
-        rest = _place(parser, args, rest[0])
+        rest = _place(args, rest[0])
     if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        raise UsageError(f"unrecognized arguments: {' '.join(rest)}", f"{PROGRAM} {args.command}")
     args.words = list(words)
     return args
 
 
-def _place(parser: _Parser, args: argparse.Namespace, word: str) -> list[str]:
+def _place(args: argparse.Namespace, word: str) -> list[str]:
     """Put a word behind an option where it belongs; return it if it belongs nowhere.
 
     argparse takes a positional argument that may be left out for left out if an option stands
@@ -182,7 +182,7 @@ def _place(parser: _Parser, args: argparse.Namespace, word: str) -> list[str]:
         try:
             args.size = _size(word)
         except argparse.ArgumentTypeError as error:
-            parser.error(str(error))
+            raise UsageError(f"argument SIZE: {error}", f"{PROGRAM} resize") from None
     else:
         return [word]
     return []

@@ -60,7 +60,7 @@ def examine(env: Environment) -> Iterator[Check]:
         True,
         "this kernel runs under Xen" if xen else "this kernel does not run under Xen",
         "boot this host with Xen (Debian: apt install xen-system-amd64, then reboot); "
-        "without Xen, try: python -m xen_disk_py demo",
+        "without Xen, try: xen-disk demo",
     )
     root = os.geteuid() == 0
     yield Check("privilege", root, True, "root" if root else "not root", "sudo, or run as root")
