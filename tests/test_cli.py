@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import itertools
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 
 from xen_disk_py import __version__, cli
 from xen_disk_py.cli import main
-from xen_disk_py.commands.arguments import build_parser, parse
+from xen_disk_py.commands.arguments import build_parser, commands_of, parse
 from xen_disk_py.commands.environment import Environment
 from xen_disk_py.errors import DeviceError, GuestNotFound, UsageError
 from xen_disk_py.exit_status import ExitStatus
@@ -31,7 +32,9 @@ def env():
     ("argv", "said"),
     [
         ([], "required: COMMAND"),
-        (["fly"], "invalid choice: 'fly'"),
+        (["fly"], "no command 'fly' (try: xen-disk --help)"),
+        (["--debug", "conect"], "no command 'conect': do you mean connect? (try: xen-disk"),
+        (["help", "demon"], "no command 'demon': do you mean demo? (try: xen-disk --help)"),
         (["connect"], "required: VM"),
         (["connect", "vm", "--size", "lots"], "'lots' is not a size"),
         (["connect", "vm", "--size", "100"], "100 bytes is not a positive multiple of 512"),
@@ -106,11 +109,25 @@ def test_a_mistake_names_the_help_of_the_command_that_was_wrong(env, argv, progr
     assert env.stderr.getvalue().endswith(f" (try: {program} --help)\n")
 
 
-@pytest.mark.parametrize("argv", [["--version"], ["--help"], ["connect", "--help"]])
+@pytest.mark.parametrize("command", [None, *commands_of(build_parser())])
+def test_help_says_what_the_option_says(env, command, capsys):
+    words = [] if command is None else [command]
+    assert main(["help", *words], env) is ExitStatus.OK
+    assert main([*words, "--help"], env) is ExitStatus.OK
+    assert capsys.readouterr().out == env.stdout.getvalue()
+
+
+def test_the_ten_options_that_people_need_first_come_first():
+    first = commands_of(build_parser())["connect"]._optionals._group_actions
+    shown = {action.option_strings[0] for action in first if action.help != argparse.SUPPRESS}
+    assert 10 == len(shown - {"-h", "--debug"})
+
+
+@pytest.mark.parametrize("argv", [["-V"], ["--version"], ["--help"], ["connect", "--help"]])
 def test_help_and_version(env, argv, capsys):
     assert main(argv, env) is ExitStatus.OK
     printed = capsys.readouterr().out
-    assert (f"xen-disk {__version__}" if argv == ["--version"] else "usage:") in printed
+    assert (f"xen-disk {__version__}" if argv[0] in ("-V", "--version") else "usage:") in printed
     assert env.stderr.getvalue() == ""
 
 

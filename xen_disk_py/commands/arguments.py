@@ -1,9 +1,15 @@
-"""What can be asked on the command line: the commands, their arguments, their help."""
+"""The command line: its commands, their arguments, their help.
+
+The first group of a command's options holds what most people need; the groups after it are for the
+rest. Help, man page (``manual``) and completion (``completion``) all come from this parser.
+"""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import difflib
+import textwrap
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from .. import __version__
@@ -14,12 +20,27 @@ PROGRAM = "xen-disk"
 
 
 class _Parser(argparse.ArgumentParser):
+    """A parser that raises ``UsageError``, which names the help of the command that was wrong."""
+
     def __init__(self, *args: Any, **options: Any) -> None:
         options.setdefault("allow_abbrev", False)  # scripts outlive abbreviations
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        for name in ("description", "epilog"):
+            if options.get(name):
+                options[name] = _filled(options[name])
         super().__init__(*args, **options)
+        self._positionals.title = "arguments"
+        self._optionals.title = "options"  # what Python 3.10 and newer call it
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message, self.prog)
+
+
+def _filled(text: str) -> str:
+    """Fill the paragraphs of a text; one that is indented stays as it is."""
+    return "\n\n".join(
+        part if part.startswith(" ") else textwrap.fill(part, 78) for part in text.split("\n\n")
+    )
 
 
 def _size(text: str) -> int:
@@ -63,94 +84,103 @@ def _sector_size(text: str) -> int:
     return int(text)
 
 
-def _add_backend_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_backend_arguments(parser: _Parser) -> None:
     parser.add_argument(
         "--path",
         metavar="PATH",
-        help="an image or block device; or a Python file that defines a disk",
+        help="an image, a block device, or a Python file that defines a disk",
     )
     parser.add_argument(
         "--backend",
         metavar="NAME",
-        help="discard, raw, mmap, cow, overlay, FILE.py, package.module:Class, or an installed one "
-        "(default: overlay with --overlay, else cow with --path, else discard)",
+        help="discard, raw, mmap, cow, overlay, FILE.py, package.module:Class, or one that another "
+        "package installs (default: overlay with --overlay, else cow with --path, else discard)",
     )
     parser.add_argument(
         "--overlay",
         metavar="PATH",
-        help="a file that keeps the changes, made if there is none; the image stays as it is "
-        "(without --path: the image that the file was made for)",
+        help="keep the changes in this file, which is created if it does not exist; the image is "
+        "not changed (default for --path: the image that the overlay was made for)",
     )
-    parser.add_argument("--size", type=_size, help="of a discard disk: bytes, or 10M, 1G, 2T")
-    parser.add_argument("--read-only", action="store_true", help="refuse all writes")
     parser.add_argument(
+        "--size", type=_size, help="size of a discard disk: bytes, or 10M, 1G, 2T (default: 1G)"
+    )
+    parser.add_argument("--read-only", action="store_true", help="refuse all writes")
+
+
+def _add_disk_arguments(parser: _Parser) -> argparse._ArgumentGroup:
+    disk = parser.add_argument_group("the disk")
+    disk.add_argument(
         "--cow-limit",
         type=_size,
         metavar="SIZE",
-        help="what a cow disk's changes may take of host memory (default: half of what is free), "
-        "an overlay's of its file system (default: all)",
+        help="how much the changes of a cow disk may take of this host's memory (default: half of "
+        "what is free), or those of an overlay of its file system (default: all)",
     )
-    parser.add_argument(
+    disk.add_argument(
         "--sector-size",
         type=_sector_size,
         metavar="BYTES",
-        help="the disk's logical sector: 512 to 4096 (default: the device's own; of a file 512)",
+        help="logical sector size, 512 to 4096 (default: the block device's own; for a file 512)",
     )
-    parser.add_argument(
+    disk.add_argument(
         "--option",
         action="append",
         default=[],
         metavar="KEY=VALUE",
         help="an option of the backend's own; may be given several times",
     )
+    return disk
 
 
-def _add_overlay_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("overlay", metavar="OVERLAY", help="a file that --overlay has made")
+def _add_disk_of_a_guest(parser: _Parser) -> None:
+    parser.add_argument("vm", metavar="VM", help="the guest's domain id, UUID or name")
+    parser.add_argument("vdev", metavar="VDEV", help="the disk's name in the guest, such as xvdb")
 
 
-def _add_result_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="say the result as JSON")
-    parser.add_argument("--quiet", "-q", action="store_true", help="do not show how far it is")
+def _add_overlay_argument(parser: _Parser) -> None:
+    parser.add_argument("overlay", metavar="OVERLAY", help="a file made by connect --overlay")
 
 
-def _add_overlay_commands(commands: argparse._SubParsersAction[_Parser], common: _Parser) -> None:
+def _add_result_arguments(parser: _Parser) -> None:
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("--quiet", "-q", action="store_true", help="show no progress")
+
+
+def _add_overlay_commands(commands: argparse._SubParsersAction[_Parser]) -> None:
     diff = commands.add_parser(
         "diff",
-        parents=[common],
-        help="say what an overlay holds",
-        description="Print a line for each run of bytes that OVERLAY holds in place of its "
-        "image's: where it starts on the disk, and its length. Nothing is changed; while a disk "
-        "uses the overlay, the lines may be out of date when they are read.",
+        help="list what an overlay has changed",
+        description="Print a line for each extent that OVERLAY holds instead of its image: its "
+        "offset on the disk and its length, in bytes. Changes nothing. While a disk uses the "
+        "overlay, the list may be out of date as soon as it is printed.",
     )
     _add_overlay_argument(diff)
-    diff.add_argument("--json", action="store_true", help="as JSON")
+    diff.add_argument("--json", action="store_true", help="print JSON")
 
     commit = commands.add_parser(
         "commit",
-        parents=[common],
-        help="put an overlay's changes into its image",
-        description="Put what OVERLAY holds into its image, wholly or not at all, and remove "
-        "OVERLAY. A complete new image is made beside the old one and takes its place, so the "
-        "folder must have room for it; nobody may use either file meanwhile, and other overlays of "
-        "the image fit it no more.",
+        help="write an overlay's changes into its image",
+        description="Write the changes in OVERLAY into its image, all or none of them, and remove "
+        "OVERLAY. The command makes a complete new image next to the old one and then puts it in "
+        "its place, so the directory needs room for both. Nobody may use either file meanwhile. "
+        "Other overlays of the same image do not fit the new image.",
     )
     _add_overlay_argument(commit)
     commit.add_argument(
-        "--keep", action="store_true", help="leave an empty overlay of the new image in its place"
+        "--keep", action="store_true", help="leave an empty overlay of the new image behind"
     )
     _add_result_arguments(commit)
 
     export = commands.add_parser(
         "export",
-        parents=[common],
-        help="make a new image of an overlay and its image",
-        description="Make a new, sparse image NEW of OVERLAY and its image, which stay as they "
-        "are. It is for its owner alone (mode 0600).",
+        help="make a new image from an overlay and its image",
+        description="Make NEW, a sparse image of what a guest would read from OVERLAY. OVERLAY and "
+        "its image are not changed. Only the owner can read NEW (mode 0600).",
     )
     _add_overlay_argument(export)
-    export.add_argument("new", metavar="NEW", help="the new image")
-    export.add_argument("--force", action="store_true", help="replace a file of that name")
+    export.add_argument("new", metavar="NEW", help="the image to make")
+    export.add_argument("--force", action="store_true", help="replace NEW if it exists")
     _add_result_arguments(export)
 
 
@@ -161,6 +191,11 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         UsageError: it asks for something that is not there.
     """
     parser = build_parser()
+    commands = commands_of(parser)
+    for word in words:
+        if not word.startswith("-"):
+            find_command(parser, commands, word)
+            break
     args, rest = parser.parse_known_args(words)
     if len(rest) == 1 and not rest[0].startswith("-"):
         rest = _place(args, rest[0])
@@ -188,120 +223,138 @@ def _place(args: argparse.Namespace, word: str) -> list[str]:
     return []
 
 
-def _add_connect(commands: argparse._SubParsersAction[_Parser], common: _Parser) -> None:
+def _add_connect(commands: argparse._SubParsersAction[_Parser]) -> None:
     connect = commands.add_parser(
         "connect",
-        parents=[common],
-        help="give a guest a disk until Ctrl-C",
-        description="Give the running guest VM a disk and serve it until Ctrl-C, which unplugs "
-        "it politely; a second Ctrl-C forces it. SIGTERM is the same, and SIGHUP when started in "
-        "a terminal (stdin or stderr is one); otherwise SIGHUP resizes the disk to what its image "
-        "has become.",
+        help="give a guest a disk and serve it until Ctrl-C",
+        usage="%(prog)s [OPTIONS] VM\n       %(prog)s --adopt [OPTIONS] VM VDEV",
+        description="Give the running guest VM a disk and serve it until Ctrl-C. The guest sees "
+        "the disk appear as /dev/xvdb or the like. Ctrl-C asks the guest to release the disk; a "
+        "second Ctrl-C does not wait for the guest. SIGTERM does the same. So does SIGHUP if stdin "
+        "or stderr is a terminal; otherwise SIGHUP gives the disk the current size of its image."
+        + _EXAMPLES,
     )
-    connect.add_argument("vm", metavar="VM", help="domain id, UUID or name")
+    connect.add_argument("vm", metavar="VM", help="the guest's domain id, UUID or name")
+    connect.add_argument(
+        "device", metavar="VDEV", nargs="?", help="with --adopt: the disk's name, such as xvdb"
+    )
     _add_backend_arguments(connect)
     connect.add_argument(
-        "--vdev", metavar="DEV", help="such as xvdc (default: the guest's first free one)"
+        "--vdev",
+        metavar="DEV",
+        help="the disk's name in the guest, such as xvdc (default: the first free one)",
     )
     connect.add_argument(
-        "--indirect-segments",
-        type=_segments,
-        default=256,
-        metavar="N",
-        help="largest request to offer, in pages of 4 KiB; 0: do not offer (default: 256)",
+        "--user",
+        metavar="NAME[:GROUP]",
+        help="serve the disk as this user, without any privilege, once everything is open",
     )
     connect.add_argument(
-        "--queues",
-        type=_queues,
-        default=1,
-        metavar="N",
-        help="queues to offer, each with a thread; fewer for a disk that lets in fewer threads "
-        "(default: 1)",
+        "--supervise",
+        action="store_true",
+        help="if the process that serves the disk dies or hangs, start another that takes over: "
+        "the guest sees a pause, no error. A cow disk then keeps its changes in /dev/shm",
     )
-    connect.add_argument(
-        "--grants",
-        choices=("auto", "copy", "map"),
-        default="auto",
-        help="how to get at the guest's pages; auto: keep them mapped if the guest offers that "
-        "(persistent grants), else copy, else map for each request (default: auto)",
+    connect.add_argument("--json", action="store_true", help="describe the disk as JSON")
+    connect.add_argument("--quiet", "-q", action="store_true", help="no status line, no totals")
+
+    disk = _add_disk_arguments(connect)
+    disk.add_argument(
+        "--cdrom",
+        action="store_true",
+        help="a CD-ROM, which is read-only; Linux accepts one in PV guests only",
     )
-    connect.add_argument(
-        "--persistent-grants",
-        type=_count,
-        default=8224,
-        metavar="N",
-        help="pages of the guest to keep mapped at most (default: 8224)",
+
+    failure = connect.add_argument_group("when something fails")
+    failure.add_argument(
+        "--on-error",
+        choices=("report", "hold"),
+        default="report",
+        help="when the storage fails: report an I/O error to the guest, or hold the request and "
+        "retry until it succeeds, while the guest waits (default: report)",
     )
-    connect.add_argument(
+    failure.add_argument(
         "--timeout",
         type=_seconds,
         default=30,
         metavar="SECONDS",
         help="how long the guest may take to connect (default: 30)",
     )
-    connect.add_argument(
-        "--cdrom",
-        action="store_true",
-        help="present it as a CD-ROM, which is read-only; Linux takes one in PV guests only",
-    )
-    connect.add_argument(
-        "--user",
-        metavar="NAME[:GROUP]",
-        help="whom to become when all is open, without any privilege (such as nobody)",
-    )
-    connect.add_argument(
-        "--on-error",
-        choices=("report", "hold"),
-        default="report",
-        help="what to do with a request that the storage cannot do: report an error to the guest, "
-        "or hold it and try again until it can, while the guest waits (default: report)",
-    )
-    connect.add_argument(
-        "--supervise",
-        action="store_true",
-        help="if the process that serves the disk dies or hangs, start another, which goes on: "
-        "the guest sees a pause. A cow disk gets an overlay in memory",
-    )
-    connect.add_argument(
+    failure.add_argument(
         "--watchdog",
         type=_seconds,
         default=60,
         metavar="SECONDS",
-        help="with --supervise: of silence, or for one request, that mean that it hangs; 0 for "
-        "never (default: 60)",
+        help="with --supervise: the process hangs if it gives no sign of life, or works on one "
+        "request, for this long; 0: never (default: 60)",
     )
-    connect.add_argument(
-        "--recover",
-        action="store_true",
-        help="if a process that served --vdev of this guest died, go on with its disk, else "
-        "connect one; if this one dies of an error, leave the disk to the next: for services",
-    )
-    connect.add_argument(
+    failure.add_argument(
         "--adopt",
         action="store_true",
-        help="go on with the disk VDEV of a process that died, with the arguments that it had",
+        help="take over disk VDEV of a process that died, with that process's options",
     )
-    connect.add_argument("device", metavar="VDEV", nargs="?", help="with --adopt: such as xvdb")
+    failure.add_argument(
+        "--recover",
+        action="store_true",
+        help="for services: take over the disk --vdev if the process that served it died, else "
+        "connect a new one; after an error of its own, leave the disk for the next process",
+    )
+
+    performance = connect.add_argument_group("performance")
+    performance.add_argument(
+        "--queues",
+        type=_queues,
+        default=1,
+        metavar="N",
+        help="offer N queues, 1 to 8, each with a thread; fewer if the backend allows fewer "
+        "threads (default: 1)",
+    )
+    performance.add_argument(
+        "--grants",
+        choices=("auto", "copy", "map"),
+        default="auto",
+        help="how to access the guest's pages: copy, map for each request, or auto: persistent "
+        "grants if the guest offers them, else copy, else map (default: auto)",
+    )
+    performance.add_argument(
+        "--persistent-grants",
+        type=_count,
+        default=8224,
+        metavar="N",
+        help="keep at most N pages of the guest mapped (default: 8224)",
+    )
+    performance.add_argument(
+        "--indirect-segments",
+        type=_segments,
+        default=256,
+        metavar="N",
+        help="offer requests of up to N pages of 4 KiB, at most 4096; 0: no indirect requests "
+        "(default: 256)",
+    )
     # No help, they are for processes that we start ourselves. --leave: with an error of our own,
     # leave the disk to a successor; --again: this is one, say nothing on stdout; --scratch: remove
     # the overlay at the end; --rehearse: only see whether --adopt would come so far.
     for flag in ("--leave", "--again", "--scratch", "--rehearse"):
         connect.add_argument(flag, action="store_true", help=argparse.SUPPRESS)
-    connect.add_argument("--json", action="store_true", help="say what is connected as JSON")
-    connect.add_argument("--quiet", "-q", action="store_true", help="no status line, no totals")
 
 
-def _add_upgrade(commands: argparse._SubParsersAction[_Parser], common: _Parser) -> None:
+_EXAMPLES = """
+
+  xen-disk connect myvm --path disk.raw                 throw the changes away
+  xen-disk connect myvm --path disk.raw --backend raw   write them to disk.raw
+  xen-disk connect myvm --path gold.raw --overlay web.changes --supervise"""
+
+
+def _add_upgrade(commands: argparse._SubParsersAction[_Parser]) -> None:
     upgrade = commands.add_parser(
         "upgrade",
-        parents=[common],
-        help="have the program that is installed by now go on with a disk",
-        description="Have the process that serves a disk become the program that is installed by "
-        "now (after `pip install`, say): the guest sees a pause of some tenths of a second. "
-        "Whether the new program comes up is seen first; if it does not, the old one goes on.",
+        help="serve a disk with the installed version of this program",
+        description="Have the process that serves a disk become the installed version of this "
+        "program, after `pip install --upgrade`, say, while the guest uses the disk. The guest "
+        "sees a pause of some tenths of a second. The command first checks that the installed "
+        "version starts; if it does not, the old one continues.",
     )
-    upgrade.add_argument("vm", metavar="VM", help="domain id, UUID or name")
-    upgrade.add_argument("vdev", metavar="VDEV", help="such as xvdb")
+    _add_disk_of_a_guest(upgrade)
     upgrade.add_argument(
         "--timeout",
         type=_seconds,
@@ -309,66 +362,80 @@ def _add_upgrade(commands: argparse._SubParsersAction[_Parser], common: _Parser)
         metavar="SECONDS",
         help="how long it may take (default: 60)",
     )
-    upgrade.add_argument("--json", action="store_true", help="say who serves it now as JSON")
+    upgrade.add_argument("--json", action="store_true", help="describe the disk as JSON")
+
+
+def commands_of(parser: argparse.ArgumentParser) -> dict[str, _Parser]:
+    """Return the parsers of a parser's commands, by name, in the order of the help."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            return dict(action.choices)
+    return {}
+
+
+def find_command(parser: _Parser, commands: Mapping[str, _Parser], name: str) -> _Parser:
+    """Find a command's parser by its name.
+
+    Raises:
+        UsageError: there is no such command; the message names one that is spelled like it.
+    """
+    if name not in commands:
+        near = difflib.get_close_matches(name, commands, 1)
+        parser.error(f"no command {name!r}" + (f": do you mean {near[0]}?" if near else ""))
+    return commands[name]
 
 
 def build_parser() -> _Parser:
     """Build the parser of the whole command line."""
-    # what every command takes; SUPPRESS lets it stand before or after the command's name
-    common = _Parser(add_help=False, argument_default=argparse.SUPPRESS)
-    common.add_argument("--debug", action="store_true", help="log everything; show tracebacks")
     parser = _Parser(
         prog=PROGRAM,
-        description="Hot-plug a disk into a running Xen guest and serve it from Python.",
-        parents=[common],
+        usage="%(prog)s COMMAND [OPTIONS]",
+        description="Give a running Xen guest a disk, and serve that disk from this process.",
+        epilog="`xen-disk help COMMAND` describes a command. Start with `xen-disk demo`, which "
+        "needs no Xen, or `xen-disk doctor`, which checks this host.",
     )
-    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    parser.add_argument("-V", "--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="COMMAND", parser_class=_Parser
+        dest="command", metavar="COMMAND", required=True, title="commands", prog=PROGRAM
     )
+    _add_connect(commands)
 
-    _add_connect(commands, common)
-
-    listing = commands.add_parser(
-        "list", parents=[common], help="show the disks that are connected"
-    )
-    listing.add_argument("vm", metavar="VM", nargs="?", help="only this guest's")
-    listing.add_argument("--json", action="store_true", help="as JSON")
+    listing = commands.add_parser("list", help="list the disks that are served")
+    listing.add_argument("vm", metavar="VM", nargs="?", help="only the disks of this guest")
+    listing.add_argument("--json", action="store_true", help="print JSON, with all counters")
 
     disconnect = commands.add_parser(
         "disconnect",
-        parents=[common],
-        help="take a disk away, from another terminal",
-        description="Take a disk away and wait until it is gone. Also cleans up behind a "
-        "process that was killed.",
+        help="take a disk away from a guest",
+        description="Take a disk away from a guest and wait until it is gone. This also cleans up "
+        "after a process that was killed.",
     )
-    disconnect.add_argument("vm", metavar="VM", help="domain id, UUID or name")
-    disconnect.add_argument("vdev", metavar="VDEV", help="such as xvdb")
-    disconnect.add_argument("--force", action="store_true", help="even if the guest uses it")
+    _add_disk_of_a_guest(disconnect)
+    disconnect.add_argument(
+        "--force", action="store_true", help="even if the guest still uses the disk"
+    )
     disconnect.add_argument(
         "--timeout",
         type=_seconds,
         default=30,
         metavar="SECONDS",
-        help="how long the guest may take to let go (default: 30)",
+        help="how long the guest may take to release the disk (default: 30)",
     )
 
     resize = commands.add_parser(
         "resize",
-        parents=[common],
-        help="give a disk another size while the guest uses it",
-        description="Give a disk another size while the guest uses it: SIZE, or, without it, the "
-        "size that its image has by now. With SIZE, an image file of a raw or mmap disk is made "
-        "that long; a cow disk keeps its size. SIGHUP to the process that serves the disk does "
-        "what this does without SIZE, unless that process was started in a terminal.",
+        help="change the size of a disk while the guest uses it",
+        description="Change the size of a disk while the guest uses it: to SIZE, or, without SIZE, "
+        "to the current size of its image. With SIZE, the image file of a raw or mmap disk is "
+        "made that long. A cow disk keeps its size. SIGHUP to the process that serves the disk "
+        "does the same as this command without SIZE, unless that process has a terminal.",
     )
-    resize.add_argument("vm", metavar="VM", help="domain id, UUID or name")
-    resize.add_argument("vdev", metavar="VDEV", help="such as xvdb")
+    _add_disk_of_a_guest(resize)
     resize.add_argument(
         "size", metavar="SIZE", nargs="?", type=_size, help="bytes, or 512M, 10G, 2T"
     )
     resize.add_argument(
-        "--force", action="store_true", help="allow a smaller size; what lies beyond is lost"
+        "--force", action="store_true", help="allow a smaller size: the data beyond it is lost"
     )
     resize.add_argument(
         "--timeout",
@@ -377,49 +444,49 @@ def build_parser() -> _Parser:
         metavar="SECONDS",
         help="how long the process that serves the disk may take (default: 30)",
     )
-    resize.add_argument("--json", action="store_true", help="say the new size as JSON")
+    resize.add_argument("--json", action="store_true", help="print the new size as JSON")
 
-    _add_upgrade(commands, common)
-    _add_overlay_commands(commands, common)
+    _add_upgrade(commands)
+    _add_overlay_commands(commands)
 
     commands.add_parser(
         "serve",
-        parents=[common],
-        help="serve the disks that xl's configurations ask for",
-        description="Wait for disks that guests' configurations (or xl block-attach) ask for with "
-        "backendtype=tap,script=block-xen-disk, and start a process for each. Ctrl-C ends the "
-        "waiting, not the disks. Needs Xen 4.19; see docs/xl.md.",
+        help="serve the disks in xl's guest configurations",
+        description="Wait for disks that a guest's configuration or `xl block-attach` asks for "
+        "with backendtype=tap,script=block-xen-disk, and start a process for each. Ctrl-C ends "
+        "the waiting, not the disks. Needs Xen 4.19 or newer, and what `xen-disk install` "
+        "installs.",
     )
 
     install = commands.add_parser(
         "install",
-        parents=[common],
-        help="put the hotplug script and the services where xl and systemd look for them",
-        description="Put the hotplug script for `serve` into /etc/xen/scripts, the services "
-        "xen-disk-serve and xen-disk@ into /etc/systemd/system.",
+        help="install the hotplug script and the systemd services",
+        description="Install the files that other programs look for at fixed places: the hotplug "
+        "script of `serve` in /etc/xen/scripts, the services xen-disk-serve and xen-disk@ in "
+        "/etc/systemd/system. All of them are installed, or none.",
     )
     install.add_argument(
-        "--prefix", default="/", metavar="FOLDER", help="the system's root (default: /)"
+        "--prefix", default="/", metavar="DIRECTORY", help="the system's root (default: /)"
     )
-    install.add_argument("--remove", action="store_true", help="take them away again")
+    install.add_argument("--remove", action="store_true", help="remove these files again")
     install.add_argument(
-        "--force", action="store_true", help="also where a file of that name differs"
+        "--force", action="store_true", help="also replace or remove files that differ"
     )
 
     # no help: it is what serve starts, not for people
-    adopt = commands.add_parser("adopt", parents=[common])
+    adopt = commands.add_parser("adopt")
     adopt.add_argument("domid", type=int)
     adopt.add_argument("devid", type=int)
 
-    doctor = commands.add_parser(
-        "doctor", parents=[common], help="check that this host can connect a disk"
-    )
-    doctor.add_argument("--json", action="store_true", help="as JSON")
+    doctor = commands.add_parser("doctor", help="check whether this host can serve disks")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
 
     demo = commands.add_parser(
         "demo",
-        parents=[common],
-        help="try a disk without Xen: a second process plays the guest",
+        help="try a disk without Xen: another process plays the guest",
+        usage="%(prog)s [OPTIONS]",
+        description="Try a disk without Xen and without root. Another process plays the guest: it "
+        "writes and reads the disk, checks what it reads, and measures how fast that is.",
     )
     _add_backend_arguments(demo)
     demo.add_argument(
@@ -432,8 +499,20 @@ def build_parser() -> _Parser:
     demo.add_argument(
         "--overwrite",
         action="store_true",
-        help="let a raw or mmap disk's image, or an overlay that exists, be overwritten (otherwise "
-        "it is only read)",
+        help="allow the demo to overwrite the image of a raw or mmap disk, or an existing overlay; "
+        "otherwise it only reads them",
     )
-    demo.add_argument("--json", action="store_true", help="the results as JSON")
+    demo.add_argument("--json", action="store_true", help="print the results as JSON")
+    _add_disk_arguments(demo)
+
+    asked = commands.add_parser("help", help="describe a command")
+    asked.add_argument("about", metavar="COMMAND", nargs="?", help="the command (default: all)")
+
+    for each in (parser, *commands.choices.values()):  # SUPPRESS: it may stand in either place
+        each.add_argument(
+            "--debug",
+            action="store_true",
+            default=argparse.SUPPRESS,
+            help="log everything, and show tracebacks",
+        )
     return parser

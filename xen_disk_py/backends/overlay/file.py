@@ -86,7 +86,7 @@ class Header:
         if version != VERSION:
             raise ImageError(
                 f"{name}: an overlay of version {version}, this program knows {VERSION}: use the "
-                "xen_disk_py that made it"
+                "xen-disk that made it"
             )
         path, rest = page[_FIELDS.size :][:length], page[_FIELDS.size + length :]
         sane = (
