@@ -1,4 +1,4 @@
-"""A simulated host with one guest, and a look at what a test left behind."""
+"""A simulated host with one guest, and a check of what a test leaves behind."""
 
 from __future__ import annotations
 
@@ -321,7 +321,7 @@ class Host:
         )
 
     def end_sessions(self):
-        """Have the guest let go of all disks, then wait for their sessions."""
+        """Have the guest release all disks, then wait for their sessions."""
         for serving in self._servings:
             serving.unplug()
         for frontend in self._frontends:

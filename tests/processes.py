@@ -65,9 +65,9 @@ sys.exit(main(sys.argv[3:], env))
 class Process:
     """One of them."""
 
-    def __init__(self, host, command, folder):
+    def __init__(self, host, command, directory):
         self._host = host
-        self._out, self._err = folder / "stdout", folder / "stderr"
+        self._out, self._err = directory / "stdout", directory / "stderr"
         with self._out.open("w") as out, self._err.open("w") as err:
             self._process = subprocess.Popen(
                 command,
@@ -75,7 +75,7 @@ class Process:
                 stdout=out,
                 stderr=err,
                 pass_fds=host.machine.descriptors,
-                cwd=folder,
+                cwd=directory,
             )
         self.pid = self._process.pid
 
@@ -112,11 +112,11 @@ class Process:
 class Processes:
     """Starts them; none is left at the end."""
 
-    def __init__(self, host, folder):
+    def __init__(self, host, directory):
         self._host = host
-        self._folder = folder
+        self._directory = directory
         self._all = []
-        self.program = folder / "python"
+        self.program = directory / "python"
         self.install()
 
     def install(self, hook=""):
@@ -136,10 +136,10 @@ class Processes:
         os.replace(new, self.program)
 
     def start(self, *argv):
-        folder = self._folder / f"process{len(self._all)}"
-        folder.mkdir()
+        directory = self._directory / f"process{len(self._all)}"
+        directory.mkdir()
         command = [str(self.program), "-m", "xen_disk_py", *argv]
-        self._all.append(Process(self._host, command, folder))
+        self._all.append(Process(self._host, command, directory))
         return self._all[-1]
 
     def close(self):

@@ -99,7 +99,7 @@ def backend_state(host, serving):
     return State.parse(host.tree().get(f"{serving.address.backend}/state"))
 
 
-def test_polite_unplug(host):
+def test_unplug(host):
     backend = host.memory()
     serving = host.serving(backend)
     frontend = serving.frontend()
@@ -302,7 +302,7 @@ def test_ticks(host, monkeypatch):
 
 
 def test_waiting_costs_no_cpu(host, monkeypatch, clock):
-    """Also when the guest does not let go and its time to connect is over."""
+    """Also when the guest does not release the disk and its time to connect is over."""
     serving = host.serving(host.memory(), start=False)
     rounds = watch_rounds(monkeypatch, serving)
     serving.start()
@@ -342,7 +342,7 @@ def test_a_xenstore_that_stays_away_is_told_of_once(host, monkeypatch, caplog):
                 assert bytes(4096) == frontend.read(0, 4096)
             host.until(lambda: "connected to xenstore again" in caplog.text)
             (away,) = (line for line in caplog.messages if "xenstore is away" in line)
-            assert away.endswith("run this as root; serving goes on, nobody can detach it")
+            assert away.endswith("run this as root; served, but cannot be detached")
     frontend._store.reconnect()
 
 
@@ -443,7 +443,7 @@ def test_a_detach_that_xenstored_restarts_in(host):
 
 
 def test_xenstored_is_gone_for_good(host, caplog):
-    """A forced end does not wait for it for ever, and says what is left."""
+    """A forced end does not wait for it indefinitely, and says what remains."""
     serving = host.serving(host.memory())
     frontend = serving.frontend()
     assert serving.connected.wait(PATIENCE)
@@ -703,7 +703,7 @@ def test_serving_is_said_when_xenstore_has_been_looked_at(host):
     assert [False] == said
 
 
-def test_another_program_is_to_go_on(host):
+def test_another_program_is_to_take_over(host):
     serving = host.serving(host.memory(), start=False)
     asked = threading.Event()
     serving.observer.upgrade_requested = asked.set
@@ -722,18 +722,18 @@ def test_another_program_is_to_go_on(host):
     assert not asked.is_set()  # too late
 
 
-class Trouble(Backend):
-    """A disk whose storage is gone until it is mended."""
+class Failing(Backend):
+    """A disk whose storage is gone until it is fixed."""
 
     size = 1 << 20
 
     def __init__(self):
         self.tried = threading.Event()
-        self.mended = False
+        self.fixed = False
 
     def read(self, buffers, offset):
         self.tried.set()
-        if not self.mended:
+        if not self.fixed:
             raise OSError("the storage is gone")
 
     def write(self, buffers, offset):
@@ -762,8 +762,8 @@ def watchdog(host, tmp_path, monkeypatch):
         yield signs
 
 
-def test_a_request_that_is_held_is_no_reason_to_be_killed(host, watchdog, caplog):
-    backend = Trouble()
+def test_a_request_that_is_queued_for_retry_is_no_reason_to_be_killed(host, watchdog, caplog):
+    backend = Failing()
     serving = host.serving(backend, start=False)
     serving.disk._holds = True
     serving.start()
@@ -773,7 +773,7 @@ def test_a_request_that_is_held_is_no_reason_to_be_killed(host, watchdog, caplog
     assert backend.tried.wait(PATIENCE)
     host.until(lambda: serving.disk.statistics.as_dict()["held"] == 1)
     assert {b"WATCHDOG=1"} == watchdog(6)  # for thrice as long as it takes to be killed
-    backend.mended = True
+    backend.fixed = True
     frontend.drain()
 
 

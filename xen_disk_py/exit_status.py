@@ -13,6 +13,6 @@ class ExitStatus(IntEnum):
     ERROR = 1
     USAGE = 2
     CRASHED = 70
-    """Serving failed and the disk was left as it was, for a successor (EX_SOFTWARE, sysexits.h)."""
+    """Serving failed; a successor can take the disk over (EX_SOFTWARE, sysexits.h)."""
     INTERRUPTED = 130
     """Ended by force: a second Ctrl-C."""

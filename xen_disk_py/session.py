@@ -29,7 +29,7 @@ from .xenbus.xenstore import Store
 log = logging.getLogger("xen_disk_py")
 
 TICK = 0.5
-"""Seconds between two looks of whoever wants to show progress."""
+"""Seconds between two updates of a progress display."""
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
 _TOOLSTACK_PATIENCE = 5.0
@@ -53,8 +53,8 @@ class Interrupts:
     """What comes to a session from outside: the user's signals, a failure of the queue.
 
     SIGINT, SIGTERM and SIGHUP: the first asks, the second forces. With ``hangup_resizes``,
-    SIGHUP sets ``resize`` instead: the disk is to have the size that its storage has by now.
-    SIGUSR2 sets ``upgrade``: another program is to go on with the disk.
+    SIGHUP sets ``resize`` instead: the disk is to have its storage's current size.
+    SIGUSR2 sets ``upgrade``: another program is to take the disk over.
 
     The first makes ``fileno`` readable and sets ``asked``; the second raises
     :class:`Forced` in the main thread wherever it is, unless ``calm`` is set; a session
@@ -332,7 +332,9 @@ class Session:
         except XenDiskError as error:
             level = logging.DEBUG if self._is_away_said else logging.WARNING
             self._is_away_said = True
-            log.log(level, "xenstore is away: %s; serving goes on, nobody can detach it", error)
+            log.log(
+                level, "xenstore is away: %s; the disk is served, but cannot be detached", error
+            )
             return
         self._is_away_said = False
         log.info("connected to xenstore again")
@@ -371,7 +373,7 @@ class Session:
                 self._remove_nodes()
         except XenDiskError as error:
             log.error(
-                "%s; what is left in xenstore goes with: xen-disk disconnect %d %s",
+                "%s; to remove what remains in xenstore: xen-disk disconnect %d %s",
                 error,
                 device.address.frontend_domid,
                 self._vdev,

@@ -28,12 +28,12 @@ def healthy(monkeypatch):
     monkeypatch.setattr(doctor_module.os, "geteuid", lambda: machine.uid)
     for name in ("GNTDEV", "EVTCHN_DEVICE", "GNTALLOC"):
         device = getattr(doctor_module, name)
-        stand_in = SimpleNamespace(
+        device_of_the_machine = SimpleNamespace(
             module=device.module,
             path=device.path,
             trouble=lambda name=name: machine.trouble.get(name),
         )
-        monkeypatch.setattr(doctor_module, name, stand_in)
+        monkeypatch.setattr(doctor_module, name, device_of_the_machine)
     survey = libxen.survey()
 
     def found():

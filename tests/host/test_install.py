@@ -20,11 +20,11 @@ def files(tmp_path):
     ]
 
 
-def there(folder):
-    """All files under a folder."""
+def there(directory):
+    """All files under a directory."""
     return {
-        str(path.relative_to(folder)): (path.read_bytes(), stat.S_IMODE(path.stat().st_mode))
-        for path in folder.rglob("*")
+        str(path.relative_to(directory)): (path.read_bytes(), stat.S_IMODE(path.stat().st_mode))
+        for path in directory.rglob("*")
         if path.is_file()
     }
 
@@ -77,11 +77,11 @@ def test_a_file_that_differs(tmp_path, files, change, other):
 
 
 @pytest.mark.parametrize("change", [install, remove])
-@pytest.mark.parametrize("kind", ["folder", "link"])
+@pytest.mark.parametrize("kind", ["directory", "link"])
 def test_what_is_no_file_is_left_alone(tmp_path, files, change, kind):
     path = tmp_path / "b/second"
     path.parent.mkdir()
-    if kind == "folder":
+    if kind == "directory":
         path.mkdir()
     else:
         path.symlink_to("/nowhere")

@@ -111,10 +111,10 @@ class Kernel:
         self.show(11, STATUS)
 
     def show(self, task, status):
-        folder = self.tasks / str(task)
-        folder.mkdir(exist_ok=True)
+        directory = self.tasks / str(task)
+        directory.mkdir(exist_ok=True)
         lines = [f"{name}:\t{value}\n" for name, value in status.items()]
-        (folder / "status").write_text("".join(lines), encoding="ascii")
+        (directory / "status").write_text("".join(lines), encoding="ascii")
 
     def system_call(self, name):
         def call(*arguments):
@@ -194,8 +194,8 @@ def test_a_thread_that_has_just_ended_has_nothing_left(kernel):
 
 
 def test_a_system_that_shows_nothing_is_refused(kernel, monkeypatch):
-    monkeypatch.setattr(privileges, "_TASKS", "/no/such/folder")
-    with pytest.raises(PrivilegeError, match="/no/such/folder cannot be read"):
+    monkeypatch.setattr(privileges, "_TASKS", "/no/such/directory")
+    with pytest.raises(PrivilegeError, match="/no/such/directory cannot be read"):
         become(SOMEBODY)
 
 
@@ -365,7 +365,7 @@ os._exit(0)
 
 
 @REALLY
-@pytest.mark.parametrize(("end", "status"), [("polite", 0), ("forced", 130)])
+@pytest.mark.parametrize(("end", "status"), [("unplugged", 0), ("forced", 130)])
 def test_a_disk_is_served_and_cleaned_up_by_nobody(roots_image, tmp_path, end, status):
     records = tmp_path / "records"
     shown = run_python(CONNECT, records, roots_image, end, TMPDIR=tmp_path)

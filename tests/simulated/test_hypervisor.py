@@ -459,7 +459,7 @@ class TestAcrossProcesses:
         assert end.acknowledge() is False
 
     def test_no_event_is_lost_in_many(self, backend, child):
-        # Ping-pong: one lost event and both sides wait for ever.
+        # Ping-pong: one lost event and both sides wait indefinitely.
         rounds = 2000
         child("import select")
         child("channel = guest.bind_unbound(1)")

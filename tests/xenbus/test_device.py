@@ -689,7 +689,7 @@ def test_a_flood_of_writes(host, guest):
     for index in range(300):
         guest.write(**{f"junk{index % 50}": "x" * 1000})
         guest.store.write(f"/local/domain/{host.DOMID}/data/junk", str(index))
-    store.read("domid")  # what fired before that is here by now
+    store.read("domid")  # what fired before that has arrived
     assert not store.pending()
     for _ in range(300):
         guest.switch(S.INITIALISING)
@@ -854,7 +854,7 @@ def test_a_size_that_the_guest_has_not_been_told(host, make):
     guest.store.watch(f"{guest.address.backend}/state")
     guest.store.pending()
     guest.device.update()
-    guest.store.read("domid")  # what fired before that is here by now
+    guest.store.read("domid")  # what fired before that has arrived
     assert [f"{guest.address.backend}/state"] == guest.store.pending()
     assert str((3 << 20) // 512) == guest.store.read(f"{guest.address.backend}/sectors")
 

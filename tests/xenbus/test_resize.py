@@ -19,7 +19,7 @@ from xen_disk_py.errors import BackendError, DeviceError, StoreLost, XenDiskErro
 from xen_disk_py.session import Interrupts
 from xen_disk_py.simulated.frontend import RequestFailed
 from xen_disk_py.xenbus import resize, toolstack
-from xen_disk_py.xenbus.resize import Wish
+from xen_disk_py.xenbus.resize import ResizeRequest
 from xen_disk_py.xenbus.states import State
 
 MIB = 1 << 20
@@ -58,21 +58,21 @@ def is_refused(disk, sector, sectors=1):
 
 @pytest.mark.parametrize("force", [False, True])
 @pytest.mark.parametrize("size", [None, 1, 512, 3 << 60])
-def test_a_wish_is_read_as_it_was_written(size, force):
-    assert Wish(size, force) == Wish.parse(str(Wish(size, force)))
+def test_a_request_is_read_as_it_was_written(size, force):
+    assert ResizeRequest(size, force) == ResizeRequest.parse(str(ResizeRequest(size, force)))
 
 
 @pytest.mark.parametrize(
     "text",
     [None, "", "current", "current 2", "current  0", "CURRENT 0", "0 0", "-1 0", "+1 0", "1_0 0"],
 )
-def test_what_is_no_wish(text):
-    assert Wish.parse(text) is None
+def test_what_is_no_request(text):
+    assert ResizeRequest.parse(text) is None
 
 
 @pytest.mark.parametrize("text", ["1 0 ", " 1 0", "1 0\n", "01 0", "٤ 0", "1e9 0", "9" * 20 + " 0"])
 def test_what_is_no_size(text):
-    assert Wish.parse(text) is None
+    assert ResizeRequest.parse(text) is None
 
 
 def test_an_answer_is_read_as_it_was_written():
@@ -225,7 +225,7 @@ def served(host):
 
 
 def ask(host, serving, text, name="1"):
-    """Leave a wish and return the answer."""
+    """Make a request and return the answer."""
     path = f"{serving.address.backend}/resize/{name}"
     host.store.write(path, text)
     host.until(lambda: host.tree()[path] != text, what="an answer")

@@ -65,7 +65,7 @@ class TestReact:
 
 
 def backend_after(backend, action):
-    """Say what the backend publishes for an action; None: it has left."""
+    """Say what the backend publishes for an action; None: it has gone."""
     return {
         Action.STAY: backend,
         Action.CONNECT: CONNECTED,
@@ -135,7 +135,7 @@ class TestLife:
         assert {INIT_WAIT, CONNECTED, CLOSING, CLOSED} == {backend for backend, _ in reachable()}
 
     @pytest.mark.parametrize(("backend", "frontend"), reachable())
-    def test_a_polite_detach_ends_whatever_the_order_of_steps(self, backend, frontend):
+    def test_a_detach_ends_whatever_the_order_of_steps(self, backend, frontend):
         def follow(backend, frontend, steps):
             """Take every path; on each the backend must be gone before the steps are."""
             if backend is None:

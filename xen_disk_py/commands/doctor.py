@@ -1,4 +1,4 @@
-"""``doctor``: check each thing that ``connect`` needs, and say how to mend what is missing."""
+"""``doctor``: check each thing that ``connect`` needs, and say how to fix what is missing."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
                 f"the process that served {vdev}, {disk.pid}, has ended: "
                 f"take the disk away with: disconnect {args.vm} {vdev}"
             )
-        size = _ask(store, disk, resize.Wish(args.size, args.force), args.timeout)
+        size = _ask(store, disk, resize.ResizeRequest(args.size, args.force), args.timeout)
     if args.json:
         facts = {
             "domid": domain.domid,
@@ -48,8 +48,8 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
     return ExitStatus.OK
 
 
-def _ask(store: Store, disk: Attached, wish: resize.Wish, timeout: float) -> int:
-    """Leave the wish, wait for the answer, take both away; the result is the size in bytes."""
+def _ask(store: Store, disk: Attached, request: resize.ResizeRequest, timeout: float) -> int:
+    """Leave the request, wait for the answer, take both away; the result is the size in bytes."""
     back = disk.address.backend
     directory = f"{back}/{resize.DIRECTORY}"
     path = f"{directory}/{os.getpid()}"
@@ -62,11 +62,11 @@ def _ask(store: Store, disk: Attached, wish: resize.Wish, timeout: float) -> int
         transaction.mkdir(directory)
         # What is made in it is not the guest's to read either.
         transaction.set_permissions(directory, [f"n{disk.address.backend_domid}"])
-        transaction.write(path, str(wish))
+        transaction.write(path, str(request))
 
     def answered() -> bool:
         answers[:] = [store.read(path) or ""]
-        return answers[0] != str(wish)
+        return answers[0] != str(request)
 
     store.transact(leave)
     try:

@@ -124,13 +124,13 @@ class Library:
         """Tell of the library and of each function whether it is here; never raises."""
         try:
             shared_object: ctypes.CDLL | None = self._open()
-            trouble = ""
+            reason = ""
         except XenUnavailable as error:
-            shared_object, trouble = None, str(error)
-        yield Finding(self.name, None, shared_object is not None, self.required, trouble)
+            shared_object, reason = None, str(error)
+        yield Finding(self.name, None, shared_object is not None, self.required, reason)
         for name, signature in self.functions.items():
             found = getattr(shared_object, name, None) is not None
-            remedy = "" if found else trouble or self._no_symbol(name)
+            remedy = "" if found else reason or self._no_symbol(name)
             required = self.required and not signature.optional
             yield Finding(self.name, name, found, required, remedy)
 

@@ -33,7 +33,7 @@ def ours(prefix: str) -> list[File]:
     """List what belongs outside this package: libxl's hotplug script, systemd's units.
 
     Args:
-        prefix: the root folder of the system that they are for.
+        prefix: the root directory of the system that they are for.
     """
     data = resources.files("xen_disk_py").joinpath("data")
     root, python = os.path.abspath(prefix), os.fsencode(sys.executable)
@@ -136,9 +136,9 @@ def _put(path: str, file: File | None) -> None:
     if file is None:
         os.unlink(path)
         return
-    folder, name = os.path.split(path)
-    os.makedirs(folder, exist_ok=True)
-    fd, temporary = tempfile.mkstemp(prefix=f".{name}-", dir=folder)
+    directory, name = os.path.split(path)
+    os.makedirs(directory, exist_ok=True)
+    fd, temporary = tempfile.mkstemp(prefix=f".{name}-", dir=directory)
     try:
         with open(fd, "wb") as stream:
             stream.write(file.content)

@@ -44,7 +44,7 @@ class MappedPages(Closing):
         """Unmap the pages.
 
         Raises:
-            BackendError: somebody still holds a view of them. They stay mapped; closing again
+            BackendError: somebody still has a view of them. They stay mapped; closing again
                 later, when the view is gone, unmaps them.
         """
         if self._unmap is None:

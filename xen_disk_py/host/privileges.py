@@ -7,7 +7,7 @@ becomes somebody who may open nothing:
 1. :func:`forbid_gains`, before any thread is started: it holds for threads born later.
 2. Open everything; :meth:`~.xenstore.Store.reserve` and :meth:`~.hypervisor.Hypervisor.reserve`
    open what is needed later only.
-3. :func:`become`, which looks afterwards whether anything is left.
+3. :func:`become`, which looks afterwards whether anything remains.
 
 What stays is what is open. The event channels' handles reach one guest only; the grant device's
 reaches what any guest grants us, and xenstore takes its connections for domain 0's.
@@ -89,7 +89,7 @@ def become(user: User) -> None:
     user look into this one, which holds descriptors of what root may open.
 
     Raises:
-        PrivilegeError: the system refuses, or something is left. The process is to end then: it
+        PrivilegeError: the system refuses, or something remains. The process is to end then: it
             may be half somebody else.
     """
     os.umask(0o077)
@@ -101,9 +101,9 @@ def become(user: User) -> None:
         raise PrivilegeError(f"cannot become {user.name}: {error.strerror}") from error
     _drop_capabilities()
     _prctl(_PR_SET_DUMPABLE, 0)
-    left = _left(user)
-    if left is not None:
-        raise PrivilegeError(f"not everything was given up on becoming {user.name}: {left}")
+    remaining = _remaining(user)
+    if remaining is not None:
+        raise PrivilegeError(f"not everything was given up on becoming {user.name}: {remaining}")
 
 
 def _prctl(option: int, value: int) -> None:
@@ -121,7 +121,7 @@ def _drop_capabilities() -> None:
         raise PrivilegeError(f"cannot give up the capabilities: {reason}")
 
 
-def _left(user: User) -> str | None:
+def _remaining(user: User) -> str | None:
     """Say what the kernel shows of our threads that should be otherwise; None if nothing."""
     wanted = {
         "Uid": [str(user.uid)] * 4,  # real, effective, saved, file system

@@ -22,7 +22,7 @@ _PATIENCE = 5.0  # seconds for a listener whose queue is full: one that has been
 def notify(*assignments: str) -> None:
     """Send ``READY=1``, ``STATUS=…`` and the like; nothing where nobody listens.
 
-    Never waits for ever: what is not taken in a few seconds is lost.
+    Waits a few seconds at most: what is not taken in a few seconds is lost.
     """
     path = os.environ.get(NOTIFY_SOCKET)
     if not path:

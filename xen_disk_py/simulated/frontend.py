@@ -51,7 +51,7 @@ class RequestFailed(OSError):
 
 
 class Frontend(Closing):
-    """The frontend half of one device.
+    """The frontend of one device.
 
     Args:
         store: xenstore, as the guest sees it.
@@ -300,7 +300,7 @@ class Frontend(Closing):
         self.drain()
 
     def disconnect(self) -> None:
-        """Close politely: Closing, wait for the backend, Closed, give the pages back."""
+        """Close in order: Closing, wait for the backend, Closed, give the pages back."""
         self._switch(State.CLOSING)
         self._await(State.CLOSING, State.CLOSED)
         self._switch(State.CLOSED)

@@ -335,7 +335,7 @@ class SimulatedXenstored(Closing):
     """
 
     def __init__(self) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="xenstored-"))
+        self._directory = Path(tempfile.mkdtemp(prefix="xenstored-"))
         self._selector = selectors.DefaultSelector()
         self._bell, self._rope = socket.socketpair()
         self._selector.register(self._bell, selectors.EVENT_READ)
@@ -357,7 +357,7 @@ class SimulatedXenstored(Closing):
     def socket_path(self, domid: int = 0) -> str:
         """Return where to connect with the rights of a domain, there being one or not."""
         self._do(lambda: self._listen(domid))
-        return str(self._folder / f"domain-{domid}")
+        return str(self._directory / f"domain-{domid}")
 
     def add_domain(self, domid: int, name: str, uuid: str) -> None:
         """Write what a toolstack writes for a new domain; fires ``@introduceDomain``."""
@@ -489,7 +489,7 @@ class SimulatedXenstored(Closing):
                 listener.close()
             self._selector.close()
             self._bell.close()
-            shutil.rmtree(self._folder)
+            shutil.rmtree(self._directory)
 
     def _serve(self) -> None:
         for connection in list(self._connections.values()):
@@ -507,7 +507,7 @@ class SimulatedXenstored(Closing):
             listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             self._listeners[domid] = listener
             listener.setblocking(False)
-            listener.bind(str(self._folder / f"domain-{domid}"))
+            listener.bind(str(self._directory / f"domain-{domid}"))
             listener.listen()
             self._selector.register(listener, selectors.EVENT_READ, domid)
 
@@ -517,7 +517,7 @@ class SimulatedXenstored(Closing):
         if listener is not None:
             self._selector.unregister(listener)
             listener.close()
-            (self._folder / f"domain-{domid}").unlink()
+            (self._directory / f"domain-{domid}").unlink()
 
     def _accept(self, domid: int) -> None:
         with contextlib.suppress(BlockingIOError):

@@ -1,6 +1,6 @@
 """One block device as its backend: from InitWait to Closed, as often as the guest likes.
 
-The device reads both halves' states from xenstore, asks :func:`~xen_disk_py.xenbus.states.react`
+The device reads both ends' states from xenstore, asks :func:`~xen_disk_py.xenbus.states.react`
 what follows, and does it. It is driven from outside: whoever owns it waits for xenstore to
 have something to say and calls :meth:`Device.update`. Requests are served by the queue's own
 thread meanwhile and never wait for xenstore.
@@ -33,7 +33,7 @@ MAX_RING_PAGE_ORDER = 4
 
 
 class Device:
-    """The backend half of one device.
+    """The backend of one device.
 
     Args:
         store: xenstore.
@@ -48,7 +48,7 @@ class Device:
         on_resize: called with the new size, in bytes, when the disk has become that long.
         journals: what outlives this process, one for each queue; private ones by default.
         adopts: the device is there already, and the process that served it has died: the first
-            :meth:`update` goes on where that was.
+            :meth:`update` takes it over.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Device:
         self._adopts = adopts
         self._step = disk.backend.physical_sector_size  # of which any size is a multiple (blkif.h)
         self._queues: list[Queue] = []
-        self._adrift = False
+        self._is_orphaned = False
 
     def __repr__(self) -> str:
         return (
@@ -92,7 +92,7 @@ class Device:
 
     @property
     def connected(self) -> bool:
-        """Both halves are connected, or the guest reads the disk all the same: it has it.
+        """Both ends are connected, or the guest reads the disk all the same: it has it.
 
         GRUB's driver (``grub-core/disk/xen/xendisk.c``) never goes beyond Initialised.
         """
@@ -103,7 +103,7 @@ class Device:
 
     @property
     def busy(self) -> float:
-        """For how many seconds the oldest request has been under way; what is held is not."""
+        """Seconds that the oldest request has been under way; those queued for retry are not."""
         return max((queue.busy for queue in self._queues), default=0.0)
 
     def keys(self) -> dict[str, str]:
@@ -126,12 +126,16 @@ class Device:
         self._store.watch("@releaseDomain")
 
     def update(self) -> None:
-        """Look at xenstore and do what follows, until nothing does."""
+        """Look at xenstore and do what follows."""
         if self._adopts:
-            self._adopt()
-        if not (self.finished or self._adrift):
-            self._answer_wishes()
-        while not (self.finished or self._adrift):
+            self._take_over()
+        if not (self.finished or self._is_orphaned):
+            self._answer_resize_requests()
+        self._follow_states()
+
+    def _follow_states(self) -> None:
+        """Do what the two ends' states ask for, until nothing follows."""
+        while not (self.finished or self._is_orphaned):
             asked = State.parse(self._store.read(f"{self.address.backend}/state"))
             if asked is State.CLOSING and self.state in (State.INIT_WAIT, State.CONNECTED):
                 self.state = State.CLOSING  # the toolstack detaches
@@ -149,8 +153,8 @@ class Device:
                 self._do(action)
 
     def unplug(self) -> None:
-        """Ask the guest to let go of the disk; it flushes, then closes (may take for ever)."""
-        if self._adrift:
+        """Ask the guest to release the disk; it flushes, then closes, in its own time."""
+        if self._is_orphaned:
             self._do(Action.FINISH)
             return
         self.ask_to_close()
@@ -210,7 +214,7 @@ class Device:
     def store_reconnected(self) -> None:
         """Xenstore was away and is back; its watches are set again.
 
-        If it has forgotten our nodes (a xenstored that kept nothing), serving goes on: that
+        If it has forgotten our nodes (a xenstored that kept nothing), the disk is served on: that
         is no reason to take a guest's disk away. Only :meth:`unplug` ends it then.
         """
         if self._adopts:
@@ -223,14 +227,14 @@ class Device:
             self._publish_size()
             self.update()
         elif not self.finished:
-            self._adrift = True
+            self._is_orphaned = True
             log.warning(
-                "xenstore was restarted and has lost this device; serving it goes on, "
-                "but nobody can see or detach it except by ending this process"
+                "xenstore was restarted and has lost this device; it is served, but nobody can see "
+                "it, and only ending this process detaches it"
             )
 
-    def _adopt(self) -> None:
-        """Take the place of the process that died, in whatever state it has left the device."""
+    def _take_over(self) -> None:
+        """Take the place of the process that died, in whatever state the device is in."""
         back, disk = self.address.backend, self._disk
         shown = State.parse(self._store.read(f"{back}/state"))
         frontend = State.parse(self._store.read(f"{self.address.frontend}/state"))
@@ -288,16 +292,16 @@ class Device:
 
         self._store.transact(write)
 
-    def _answer_wishes(self) -> None:
+    def _answer_resize_requests(self) -> None:
         """Do what ``resize`` commands ask for, and write the answers."""
         directory = f"{self.address.backend}/{resize.DIRECTORY}"
         for name in self._store.list(directory):
             path = f"{directory}/{name}"
-            wish = resize.Wish.parse(self._store.read(path))
-            if wish is None:
+            request = resize.ResizeRequest.parse(self._store.read(path))
+            if request is None:
                 continue
             try:
-                answer = resize.granted(self.resize(wish.size, force=wish.force))
+                answer = resize.granted(self.resize(request.size, force=request.force))
             except StoreLost:
                 raise
             except XenDiskError as error:
@@ -318,7 +322,7 @@ class Device:
             self._publish(State.INIT_WAIT)
         elif action is Action.FINISH:
             self._disconnect()
-            if not self._adrift:
+            if not self._is_orphaned:
                 self._publish(State.CLOSED)
             self.finished = True
 

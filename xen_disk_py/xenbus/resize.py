@@ -16,12 +16,12 @@ from .xenstore import quote, unquote
 DIRECTORY = "resize"
 """The name under the backend's directory."""
 
-_WISH = re.compile(r"(current|[1-9][0-9]{0,18}) ([01])", re.ASCII)
+_REQUEST = re.compile(r"(current|[1-9][0-9]{0,18}) ([01])", re.ASCII)
 _ANSWER = re.compile(r"(?:ok ([1-9][0-9]{0,18})|error (.*))", re.ASCII)
 _LONGEST = 3000  # characters of a quoted error; with its path it fits into one request
 
 
-class Wish(NamedTuple):
+class ResizeRequest(NamedTuple):
     """What is asked for: ``size`` in bytes, or None for what the storage has become.
 
     ``force`` allows a smaller size.
@@ -34,9 +34,9 @@ class Wish(NamedTuple):
         return f"{self.size or 'current'} {int(self.force)}"
 
     @classmethod
-    def parse(cls, text: str | None) -> Wish | None:
-        """Read a node's value; None if it is no wish (an answer, say)."""
-        match = _WISH.fullmatch(text or "")
+    def parse(cls, text: str | None) -> ResizeRequest | None:
+        """Read a node's value; None if it is no request (an answer, say)."""
+        match = _REQUEST.fullmatch(text or "")
         if match is None:
             return None
         return cls(None if match[1] == "current" else int(match[1]), match[2] == "1")

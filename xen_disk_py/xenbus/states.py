@@ -1,6 +1,6 @@
-"""The handshake between the two halves of a device, as a table; and where its keys live.
+"""The handshake between a device's frontend and backend, as a table; and where its keys live.
 
-Each half publishes one state and watches the other's. What the backend does next depends
+Each end publishes one state and watches the other's. What the backend does next depends
 only on its own state, the frontend's, and whether the toolstack still wants the device
 (``online``): :func:`react` says it, and does nothing itself.
 
@@ -54,7 +54,7 @@ class Action(Enum):
 
     STAY = "nothing"
     CONNECT = "map the ring, bind the event channel, publish Connected"
-    CLOSE = "publish Closing; go on serving"
+    CLOSE = "publish Closing; serve until the frontend has closed"
     DISCONNECT = "finish all requests, unmap and unbind everything, then publish Closed"
     REOPEN = "as DISCONNECT if need be, then publish InitWait"
     FINISH = "as DISCONNECT, then leave for good"

@@ -1,4 +1,4 @@
-"""Xenstore as text, and never waiting for ever: the one module that knows pyxs.
+"""Xenstore as text, and no wait without a deadline: the one module that knows pyxs.
 
 pyxs speaks the protocol; this module decides how to wait. Its ``Client`` takes an injected
 router, and ours has no thread: who asks, reads until the answer is there, keeps the watch
