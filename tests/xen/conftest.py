@@ -1,4 +1,4 @@
-"""Fixtures of the tests in dom0; on any other machine every test of this folder is skipped."""
+"""Fixtures of the tests in dom0; on any other machine every test of this directory is skipped."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark every test of this folder, and skip it outside the lab."""
+    """Mark every test of this directory, and skip it outside the lab."""
     for item in items:
         if HERE in Path(str(item.path)).parents:
             item.add_marker(pytest.mark.xen)

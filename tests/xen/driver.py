@@ -18,7 +18,7 @@ from .guest import PATIENCE, Dom0
 Driver = Callable[..., Frontend]
 
 
-def directory(disk: Disk) -> str:
+def frontend_path(disk: Disk) -> str:
     """Return dom0's half of a disk, of which there is one, as soon as it is there."""
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline and disk.process.poll() is None:
@@ -42,7 +42,7 @@ def drivers(dom0: Dom0) -> Iterator[Driver]:
         store, xen = stack.enter_context(Store.open(timeout=PATIENCE)), stack.enter_context(Xen())
 
         def start(disk: Disk, kind: type[Frontend] = Frontend, **options: Any) -> Frontend:
-            front = directory(disk)
+            front = frontend_path(disk)
             store.write(f"{front}/state", str(int(State.INITIALISING)))
             # few buffers: the kernel grants 1024 pages on behalf of programs, no more
             driver = kind(store, xen, front, depth=8, timeout=PATIENCE, **options)

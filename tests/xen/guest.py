@@ -246,9 +246,9 @@ class Guest(Shell):
             "on_reboot": "destroy",
             "disk": list(disks),
         }
-        folder = Path("/run/lab/guests")
-        folder.mkdir(parents=True, exist_ok=True)
-        config = folder / f"{self.name}.cfg"
+        directory = Path("/run/lab/guests")
+        directory.mkdir(parents=True, exist_ok=True)
+        config = directory / f"{self.name}.cfg"
         config.write_text("".join(f"{key} = {value!r}\n" for key, value in settings.items()))
         self._create(config, paused)
 

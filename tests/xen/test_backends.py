@@ -66,9 +66,9 @@ def read(guest: Dom0, disk: Disk, offset: int, length: int) -> bytes:
     return result.stdout
 
 
-def write(guest: Dom0, disk: Disk, data: bytes, offset: int, folder: Path) -> tuple[int, str]:
+def write(guest: Dom0, disk: Disk, data: bytes, offset: int, directory: Path) -> tuple[int, str]:
     """Write in the guest, past its page cache, MiB by MiB; return status and what dd said."""
-    source = folder / "data"
+    source = directory / "data"
     source.write_bytes(data)
     return guest.run(
         f"dd if={source} of=/dev/{disk.device} bs=1M oflag=direct,seek_bytes seek={offset}"

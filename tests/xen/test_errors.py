@@ -82,8 +82,8 @@ def refused() -> Iterator[Refused]:
 
 
 @pytest.fixture
-def folder() -> Iterator[Path]:
-    """Return a folder that everybody may look into, which pytest's own is not."""
+def directory() -> Iterator[Path]:
+    """Return a directory that everybody may look into, which pytest's own is not."""
     path = Path(tempfile.mkdtemp(prefix="errors-"))
     path.chmod(0o755)
     yield path
@@ -93,7 +93,7 @@ def folder() -> Iterator[Path]:
 def privately(script: str) -> tuple[str, ...]:
     """Return what runs a program in mounts of its own, changed by a script that nobody else sees.
 
-    ``$d`` is an empty folder in it.
+    ``$d`` is an empty directory in it.
     """
     prepare = "set -e; d=$(mktemp -d); mount -t tmpfs none $d"
     return ("unshare", "--mount", "sh", "-c", f'{prepare}; {script}; exec "$@"', "sh")
@@ -156,36 +156,38 @@ def test_guest_without_a_block_frontend(new_guest: Callable[..., Guest]) -> None
 # -- the image -------------------------------------------------------------------------------------
 
 
-def test_no_such_file(refused: Refused, folder: Path) -> None:
+def test_no_such_file(refused: Refused, directory: Path) -> None:
     """The file is named."""
-    path = folder / "absent.raw"
+    path = directory / "absent.raw"
     refused("connect", "0", "--path", path, says=[str(path), "no such file", "truncate"])
 
 
-def test_folder(refused: Refused, folder: Path) -> None:
-    """A folder is no disk."""
-    refused("connect", "0", "--path", folder, says=[str(folder), "a folder", "give the image"])
+def test_directory(refused: Refused, directory: Path) -> None:
+    """A directory is no disk."""
+    refused(
+        "connect", "0", "--path", directory, says=[str(directory), "a directory", "give the image"]
+    )
 
 
-def test_empty_file(refused: Refused, folder: Path) -> None:
+def test_empty_file(refused: Refused, directory: Path) -> None:
     """An image has a size."""
-    path = folder / "empty.raw"
+    path = directory / "empty.raw"
     path.touch()
     says = [str(path), "empty", "truncate -s"]
     refused("connect", "0", "--path", path, "--backend", "raw", says=says)
 
 
-def test_odd_size(refused: Refused, folder: Path) -> None:
+def test_odd_size(refused: Refused, directory: Path) -> None:
     """A disk has whole sectors."""
-    path = folder / "odd.raw"
+    path = directory / "odd.raw"
     path.write_bytes(b"x" * 1000)
     says = [str(path), "1000 bytes", "multiple of 512", "truncate -s %512"]
     refused("connect", "0", "--path", path, says=says)
 
 
-def test_file_without_permission(refused: Refused, folder: Path) -> None:
+def test_file_without_permission(refused: Refused, directory: Path) -> None:
     """An unprivileged user is told about the file before anything else."""
-    path = folder / "secret.raw"
+    path = directory / "secret.raw"
     path.write_bytes(bytes(4096))
     path.chmod(0o600)
     says = [str(path), "no permission to read", "run as its owner or root"]
@@ -218,9 +220,9 @@ OPENS = "\n    def __init__(self):\n        raise RuntimeError('no tape in the d
     ],
     ids=["syntax error", "missing method", "exception in open", "negative size"],
 )
-def test_broken_backend(refused: Refused, folder: Path, source: str, says: list[str]) -> None:
+def test_broken_backend(refused: Refused, directory: Path, source: str, says: list[str]) -> None:
     """The author is told what is wrong, and the line where there is one."""
-    path = folder / "broken.py"
+    path = directory / "broken.py"
     path.write_text(source)
     refused("connect", "0", "--path", path, says=says)
 
@@ -269,9 +271,9 @@ def test_xenstore_that_does_not_answer(refused: Refused) -> None:
     check_refusal(result, RUNTIME, ["xenstore", "does not answer", "xenstored"])
 
 
-def test_nobody_at_the_socket(refused: Refused, folder: Path) -> None:
+def test_nobody_at_the_socket(refused: Refused, directory: Path) -> None:
     """A xenstored that has died is told from one that is slow."""
-    path = folder / "socket"
+    path = directory / "socket"
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(path))
     says = ["cannot connect to xenstore", str(path), "refused", "start xenstored"]

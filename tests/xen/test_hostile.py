@@ -41,7 +41,7 @@ from xen_disk_py.xenbus.states import State
 from xen_disk_py.xenbus.xenstore import Store
 
 from .disk import Disk, block_nodes, mapped_grants, open_files, resident
-from .driver import directory
+from .driver import frontend_path
 from .guest import PATIENCE, RESULTS, Dom0, Guest
 
 MIB = 1 << 20
@@ -87,7 +87,7 @@ class Attacker:
     def __init__(self, disk: Disk, *, persistent: bool) -> None:
         self.disk = disk
         self.persistent = persistent
-        self.front = directory(disk)
+        self.front = frontend_path(disk)
         self._undo = ExitStack()
         self.store = self._undo.enter_context(Store.open(timeout=PATIENCE))
         self.xen = self._undo.enter_context(Xen())

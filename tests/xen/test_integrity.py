@@ -41,15 +41,15 @@ def leave(guest: Guest, disk: Disk) -> None:
 
 
 @contextmanager
-def mounted(image: Path, folder: Path) -> Iterator[Path]:
+def mounted(image: Path, directory: Path) -> Iterator[Path]:
     """Mount an image in dom0, without changing it."""
-    folder.mkdir()
+    directory.mkdir()
     sh("modprobe", "loop")
-    sh("mount", "-t", "ext4", "-o", "ro,noload,loop", str(image), str(folder))
+    sh("mount", "-t", "ext4", "-o", "ro,noload,loop", str(image), str(directory))
     try:
-        yield folder
+        yield directory
     finally:
-        sh("umount", str(folder))
+        sh("umount", str(directory))
 
 
 @contextmanager
@@ -124,8 +124,8 @@ def test_ext4_stays_clean(
     leave(pv_guest, disk)
 
     sh("e2fsck", "-fn", str(image))
-    with mounted(image, tmp_path / "mnt") as folder:
-        assert files == sh("sh", "-c", f"cd {folder} && {listing}")
+    with mounted(image, tmp_path / "mnt") as directory:
+        assert files == sh("sh", "-c", f"cd {directory} && {listing}")
 
 
 def test_two_guests_on_one_gold_image(

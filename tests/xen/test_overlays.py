@@ -31,15 +31,15 @@ def test_a_guests_files(
     sh("mkfs.ext4", "-q", str(gold))
     before = digest(gold)
     seen = ""
-    for folder in ("first", "second"):
+    for directory in ("first", "second"):
         disk = connect(pv_guest, "--path", gold, "--overlay", overlay)
         pv_guest.wait_for_device(disk.device)
         if seen:
             assert guest_digest(pv_guest, disk.device) == seen
         with mounted_in(pv_guest, f"/dev/{disk.device}"):
-            if folder == "second":
+            if directory == "second":
                 pv_guest.check("cd /mnt && rm -r first/1 && sed -i '/first.1$/d' sums")
-            pv_guest.check(WRITE_FILES.format(folder))
+            pv_guest.check(WRITE_FILES.format(directory))
         seen = guest_digest(pv_guest, disk.device)
         leave(pv_guest, disk)
     assert digest(gold) == before

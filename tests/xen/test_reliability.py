@@ -315,16 +315,16 @@ def test_adopted_by_one_of_two(quiet_guest: Guest, connect: Connect, image: Path
 
 
 @contextmanager
-def full(folder: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
+def full(directory: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
     """Have an image of 12 MiB where there is room for 4; also return what makes room for all."""
-    folder.mkdir()
-    sh("mount", "-t", "tmpfs", "-o", "size=4M", "tmpfs", str(folder))
+    directory.mkdir()
+    sh("mount", "-t", "tmpfs", "-o", "size=4M", "tmpfs", str(directory))
     try:
-        image = folder / "disk.raw"
+        image = directory / "disk.raw"
         sh("truncate", "-s", "12M", str(image))
-        yield image, lambda: print(sh("mount", "-o", "remount,size=32M", str(folder)))
+        yield image, lambda: print(sh("mount", "-o", "remount,size=32M", str(directory)))
     finally:
-        sh("umount", "--lazy", str(folder))
+        sh("umount", "--lazy", str(directory))
 
 
 def wait_held(disk: Disk) -> None:

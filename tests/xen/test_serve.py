@@ -39,9 +39,9 @@ LIBXL_PATIENCE = 10.0  # seconds, before it uses force
 class Daemon:
     """A running ``serve`` with the capabilities that its unit leaves it, and its systemd."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, directory: Path) -> None:
         self.log = RESULTS / "serve.log"
-        self._path = str(folder / "notify")
+        self._path = str(directory / "notify")
         self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.listener.bind(self._path)
         self.start()

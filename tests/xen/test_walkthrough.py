@@ -10,15 +10,15 @@ from collections.abc import Iterator
 import pytest
 
 from .guest import Guest
-from .walkthrough import FOLDER, make_image, walk
+from .walkthrough import DIRECTORY, make_image, walk
 
 
 @pytest.fixture(autouse=True)
 def image() -> Iterator[None]:
-    """The image of the walkthrough, fresh, and its folder gone afterwards."""
+    """The image of the walkthrough, fresh, and its directory gone afterwards."""
     make_image()
     yield
-    shutil.rmtree(FOLDER)
+    shutil.rmtree(DIRECTORY)
 
 
 def test_walkthrough_in_pv_guest(pv_guest: Guest, xenstore_unchanged: None) -> None:

@@ -19,8 +19,8 @@ if not __package__:  # started by its file name
 from .disk import Disk
 from .guest import Guest, sh
 
-FOLDER = Path("/tmp/walkthrough")
-IMAGE = FOLDER / "disk.raw"
+DIRECTORY = Path("/tmp/walkthrough")
+IMAGE = DIRECTORY / "disk.raw"
 STARTED = time.monotonic()
 
 
@@ -133,8 +133,8 @@ def walk(guest: Guest) -> None:
 
 def make_image(size: str = "128M") -> None:
     """Make an image with a file system and two files in it."""
-    FOLDER.mkdir(exist_ok=True)
-    content = FOLDER / "content"
+    DIRECTORY.mkdir(exist_ok=True)
+    content = DIRECTORY / "content"
     content.mkdir(exist_ok=True)
     (content / "hello").write_text("hello from the gold image\n")
     (content / "numbers").write_text("".join(f"{number}\n" for number in range(1, 501)))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-if not __package__:  # started by the folder's name: give the relative imports a package to stand in
+if (
+    not __package__
+):  # started by the directory's name: give the relative imports a package to stand in
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     __package__ = "lab"
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-LIBRARY_FOLDERS = (
+LIBRARY_DIRECTORIES = (
     "usr/lib/x86_64-linux-gnu",
     "usr/lib/x86_64-linux-gnu/ceph",
     "usr/lib",
@@ -28,8 +28,8 @@ class Tree:
     entries: dict[str, tuple[int, bytes]] = field(default_factory=dict)
     devices: dict[str, tuple[int, int]] = field(default_factory=dict)
 
-    def folder(self, path: str) -> None:
-        """Add a folder and the ones above it."""
+    def directory(self, path: str) -> None:
+        """Add a directory and the ones above it."""
         parts = path.split("/")
         for depth in range(1, len(parts) + 1):
             self.entries.setdefault("/".join(parts[:depth]), (stat.S_IFDIR | 0o755, b""))
@@ -37,18 +37,18 @@ class Tree:
     def file(self, path: str, content: bytes, mode: int = 0o755) -> None:
         """Add a file."""
         if "/" in path:
-            self.folder(path.rpartition("/")[0])
+            self.directory(path.rpartition("/")[0])
         self.entries[path] = (stat.S_IFREG | mode, content)
 
     def link(self, path: str, target: str) -> None:
         """Add a symbolic link."""
         if "/" in path:
-            self.folder(path.rpartition("/")[0])
+            self.directory(path.rpartition("/")[0])
         self.entries[path] = (stat.S_IFLNK | 0o777, target.encode())
 
     def console(self) -> None:
         """Add /dev/console, which the kernel opens before init can mount anything."""
-        self.folder("dev")
+        self.directory("dev")
         self.entries["dev/console"] = (stat.S_IFCHR | 0o600, b"")
         self.devices["dev/console"] = (5, 1)
 
@@ -60,10 +60,10 @@ class Tree:
         out += _cpio_entry(0, "TRAILER!!!", 0, b"", (0, 0))
         return bytes(out)
 
-    def write_to(self, folder: Path) -> None:
-        """Write files, folders and links (no device nodes) below a folder."""
+    def write_to(self, directory: Path) -> None:
+        """Write files, directories and links (no device nodes) below a directory."""
         for path, (mode, content) in sorted(self.entries.items()):
-            target = folder / path
+            target = directory / path
             if stat.S_ISDIR(mode):
                 target.mkdir(parents=True, exist_ok=True)
             elif stat.S_ISLNK(mode):
@@ -100,7 +100,7 @@ def add_programs(tree: Tree, root: Path, programs: Iterable[str]) -> None:
     them.
     """
     loader = root / LOADER
-    search = ":".join(str(root / folder) for folder in LIBRARY_FOLDERS)
+    search = ":".join(str(root / directory) for directory in LIBRARY_DIRECTORIES)
     tree.file(LOADER, loader.read_bytes())
     for program in programs:
         tree.file(f"opt/bin/{program.rpartition('/')[2]}", (root / program).read_bytes())
@@ -129,20 +129,21 @@ class Modules:
     """The kernel modules of a root: who needs whom, and their bytes, decompressed."""
 
     def __init__(self, root: Path) -> None:
-        folders = sorted((root / "usr/lib/modules").iterdir())
-        if len(folders) != 1:
+        directories = sorted((root / "usr/lib/modules").iterdir())
+        if len(directories) != 1:
             raise RuntimeError(
-                f"expected one kernel in {root}/usr/lib/modules, found {[f.name for f in folders]}"
+                f"expected one kernel in {root}/usr/lib/modules, "
+                f"found {[f.name for f in directories]}"
             )
-        self.folder = folders[0]
-        self.version = self.folder.name
+        self.directory = directories[0]
+        self.version = self.directory.name
         self._needs: dict[str, list[str]] = {}
         self._paths: dict[str, Path] = {}
-        for line in (self.folder / "modules.dep").read_text().splitlines():
+        for line in (self.directory / "modules.dep").read_text().splitlines():
             path, _, needs = line.partition(":")
             self._needs[_module_name(path)] = [_module_name(need) for need in needs.split()]
-            self._paths[_module_name(path)] = self.folder / path
-        builtin = (self.folder / "modules.builtin").read_text().split()
+            self._paths[_module_name(path)] = self.directory / path
+        builtin = (self.directory / "modules.builtin").read_text().split()
         self._builtin = {_module_name(path) for path in builtin}
 
     def add(self, tree: Tree, names: Iterable[str], optional: Iterable[str] = ()) -> None:

@@ -1,9 +1,9 @@
-"""Packages to a bootable machine, once: the cached folder of a suite.
+"""Packages to a bootable machine, once: the cached directory of a suite.
 
 A build holds ``xen`` and ``vmlinuz`` (both unpacked), ``initrd``, ``disk`` (dom0's root, never
 written again) and, when saving worked, ``memory`` and ``state``: the machine as it stood when its
-services were up. It is made in a temporary folder beside its place and renamed when whole, under a
-lock, so that a killed build leaves nothing that looks finished.
+services were up. It is made in a temporary directory beside its place and renamed when whole, under
+a lock, so that a killed build leaves nothing that looks finished.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 
 from .archive import Modules, Tree, add_busybox, add_programs, unpack_kernel
 from .machine import LabError, save_machine
-from .recipe import EXCLUDED_PATHS, HERE, Suite, build_folder, cache_root
+from .recipe import EXCLUDED_PATHS, HERE, Suite, build_directory, cache_root
 
 KEEP_BUILDS = 2
 DISK_SIZE = "3G"
@@ -83,8 +83,8 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def ensure_build(suite: Suite) -> Path:
-    """Return the folder of a finished build, making it first when it is not there."""
-    place = build_folder(suite)
+    """Return the directory of a finished build, making it first when it is not there."""
+    place = build_directory(suite)
     if (place / "disk").exists():
         return place
     ensure_host_packages()
@@ -155,10 +155,12 @@ def _install_packages(suite: Suite, root: Path, work: Path) -> None:
         raise LabError(f"mmdebstrap could not make {suite.name}:\n{tail}{hint}")
 
 
-def _only(folder: Path, pattern: str) -> Path:
-    found = sorted(folder.glob(pattern))
+def _only(directory: Path, pattern: str) -> Path:
+    found = sorted(directory.glob(pattern))
     if len(found) != 1:
-        raise LabError(f"expected one {pattern} in {folder}, found {[path.name for path in found]}")
+        raise LabError(
+            f"expected one {pattern} in {directory}, found {[path.name for path in found]}"
+        )
     return found[0]
 
 
@@ -177,8 +179,8 @@ def _fill(root: Path, build: Path, work: Path) -> None:
     modules.add(initrd, DOM0_MODULES, optional=CHECKSUMS)
     initrd.console()
     initrd.file("init", (image / "dom0-initrd").read_bytes())
-    for folder in ("proc", "sys", "root"):
-        initrd.folder(folder)
+    for directory in ("proc", "sys", "root"):
+        initrd.directory(directory)
     (build / "initrd").write_bytes(initrd.cpio())
 
     lab = root / "opt/lab"
@@ -212,15 +214,15 @@ def _guest_tree(root: Path, programs: tuple[str, ...]) -> Tree:
     add_busybox(tree, root)
     add_programs(tree, root, programs)
     tree.console()
-    for folder in ("proc", "sys", "root", "tmp", "mnt", "etc"):
-        tree.folder(folder)
+    for directory in ("proc", "sys", "root", "tmp", "mnt", "etc"):
+        tree.directory(directory)
     # busybox runs an applet of its own, such as its mke2fs (ext2 only), whatever the path says; it
     # has no mkfs.ext4.
     tree.link("opt/bin/mkfs.ext4", "mke2fs")
     return tree
 
 
-def _make_image(folder: Path, image: Path, size: str) -> None:
+def _make_image(directory: Path, image: Path, size: str) -> None:
     command = [
         "mkfs.ext4",
         "-q",
@@ -230,7 +232,7 @@ def _make_image(folder: Path, image: Path, size: str) -> None:
         "-E",
         "root_owner=0:0",
         "-d",
-        str(folder),
+        str(directory),
         str(image),
         size,
     ]

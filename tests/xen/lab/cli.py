@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
         help="dom0's processors (default: 1; waking another one costs most under emulation)",
     )
     common.add_argument(
-        "--results", type=Path, help="folder for logs (default: build/xen/SUITE-COMMAND)"
+        "--results", type=Path, help="directory for logs (default: build/xen/SUITE-COMMAND)"
     )
     common.add_argument(
         "--timeout",
@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _job_folder(share: Path, mode: str, command: str, environment: dict[str, str]) -> None:
+def _job_directory(share: Path, mode: str, command: str, environment: dict[str, str]) -> None:
     job = share / "job"
     job.mkdir()
     (share / "results").mkdir()
@@ -126,8 +126,8 @@ def _follow(machine: Machine, mode: str, deadline: float | None) -> int:
 
 
 def _results(arguments: argparse.Namespace) -> Path:
-    folder: Path | None = arguments.results
-    return folder or CHECKOUT / "build/xen" / f"{arguments.suite}-{arguments.command}"
+    directory: Path | None = arguments.results
+    return directory or CHECKOUT / "build/xen" / f"{arguments.suite}-{arguments.command}"
 
 
 def _run_job(
@@ -141,7 +141,7 @@ def _run_job(
     build = ensure_build(SUITES[arguments.suite])
     share = Path(tempfile.mkdtemp(prefix="xen-lab-share-"))
     try:
-        _job_folder(share, mode, command, {**environment, "LAB_CPUS": str(arguments.cpus)})
+        _job_directory(share, mode, command, {**environment, "LAB_CPUS": str(arguments.cpus)})
         write_stage(share, install=not arguments.copy)
         deadline = None if mode == "shell" else time.monotonic() + arguments.timeout * 60
         resume = not arguments.cold and (build / "state").exists()

@@ -70,9 +70,9 @@ class Machine:
     ) -> None:
         self.build = build
         self.resumed = resume
-        self.folder = Path(tempfile.mkdtemp(prefix="xen-lab-"))
-        self.log = log or self.folder / "console.log"
-        self._share = share or self.folder
+        self.directory = Path(tempfile.mkdtemp(prefix="xen-lab-"))
+        self.log = log or self.directory / "console.log"
+        self._share = share or self.directory
         self._save = save
         self._sockets: dict[str, socket.socket] = {}
         self._process: subprocess.Popen[bytes] | None = None
@@ -101,7 +101,7 @@ class Machine:
             self._process.wait()
         for sock in self._sockets.values():
             sock.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.rmtree(self.directory, ignore_errors=True)
 
     def _command(self) -> list[str]:
         memory = f"memory-backend-ram,id=ram,size={MACHINE_MEMORY}"
@@ -127,14 +127,14 @@ class Machine:
             *("-device", "virtio-rng-pci", "-device", "virtio-serial-pci"),
             *(
                 "-chardev",
-                f"socket,id=qmp,path={self.folder}/qmp",
+                f"socket,id=qmp,path={self.directory}/qmp",
                 "-mon",
                 "chardev=qmp,mode=control",
             ),
         ]
         for port in PORTS:
             device = "virtconsole" if port == "console" else "virtserialport"
-            command += ["-chardev", f"socket,id={port},path={self.folder}/{port}"]
+            command += ["-chardev", f"socket,id={port},path={self.directory}/{port}"]
             command += ["-device", f"{device},chardev={port},name=lab.{port}"]
         if self.resumed:
             command += ["-incoming", "defer"]
@@ -144,10 +144,10 @@ class Machine:
         listeners = {}
         for name in (*PORTS, "qmp"):
             listener = socket.socket(socket.AF_UNIX)
-            listener.bind(str(self.folder / name))
+            listener.bind(str(self.directory / name))
             listener.listen(1)
             listeners[name] = listener
-        errors = self.folder / "qemu.log"
+        errors = self.directory / "qemu.log"
         with errors.open("wb") as handle:
             self._process = subprocess.Popen(
                 self._command(),
@@ -178,7 +178,7 @@ class Machine:
 
     def _check_alive(self) -> None:
         if self._process is not None and self._process.poll() is not None:
-            said = (self.folder / "qemu.log").read_text(errors="replace").strip()
+            said = (self.directory / "qemu.log").read_text(errors="replace").strip()
             raise BootError(
                 f"QEMU ended with status {self._process.returncode}: {said or self.console_tail()}"
             )
@@ -350,7 +350,7 @@ class Relay:
 
 
 def save_machine(build: Path) -> None:
-    """Boot the build until dom0's services are up and save that state in its folder."""
+    """Boot the build until dom0's services are up and save that state in its directory."""
     for attempt in (1, 2, 3):
         try:
             with Machine(build, save=True, log=build / "boot.log") as machine:

@@ -48,6 +48,7 @@ PACKAGES = (
     "fio",
     "busybox-static",
     "e2fsprogs",
+    "dmsetup",
     "strace",
 )
 
@@ -60,9 +61,9 @@ EXCLUDED_PATHS = (
     "/usr/share/iso-codes/*",
     "/boot/System.map*",
     *(
-        f"{lib}/modules/*/kernel/{folder}/*"
+        f"{lib}/modules/*/kernel/{directory}/*"
         for lib in ("/lib", "/usr/lib")
-        for folder in (
+        for directory in (
             "sound",
             "net/wireless",
             "net/mac80211",
@@ -115,13 +116,13 @@ RECIPE_FILES = (
 
 
 def cache_root() -> Path:
-    """Return the folder that holds every build, under the user's cache folder."""
+    """Return the directory that holds every build, under the user's cache directory."""
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(base) / "xen_disk_py" / "lab"
 
 
-def build_folder(suite: Suite) -> Path:
-    """Return the folder that the build of this suite by this recipe has or will have."""
+def build_directory(suite: Suite) -> Path:
+    """Return the directory that the build of this suite by this recipe has or will have."""
     digest = hashlib.sha256()
     for name in RECIPE_FILES:
         digest.update(name.encode() + b"\0" + (HERE / name).read_bytes() + b"\0")

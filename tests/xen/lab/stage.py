@@ -54,7 +54,7 @@ def _pip(*arguments: str) -> None:
 
 
 def installed_site(checkout: Path, install: bool) -> Path:
-    """Return a folder with the product and its dependency; the same while the files are.
+    """Return a directory with the product and its dependency; the same while the files are.
 
     Args:
         checkout: where the product's files are. install: let pip build and install a wheel, as
@@ -69,8 +69,8 @@ def installed_site(checkout: Path, install: bool) -> Path:
     with tempfile.TemporaryDirectory(prefix=".site-", dir=sites) as work:
         site = Path(work) / "site"
         if install:
-            # From a copy: a build in the checkout leaves folders behind that the next build would
-            # pick up.
+            # From a copy: a build in the checkout leaves directories behind that the next build
+            # would pick up.
             source = Path(work) / "source"
             for name in PRODUCT_FILES:
                 for path in _files(checkout / name):
