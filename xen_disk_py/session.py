@@ -332,9 +332,7 @@ class Session:
         except XenDiskError as error:
             level = logging.DEBUG if self._is_away_said else logging.WARNING
             self._is_away_said = True
-            log.log(
-                level, "xenstore is away: %s; the disk is served, but cannot be detached", error
-            )
+            log.log(level, "xenstore is away: %s; served, but cannot be detached", error)
             return
         self._is_away_said = False
         log.info("connected to xenstore again")

@@ -259,7 +259,7 @@ def test_a_driver_that_comes_back(adopt, steps, host, libxl, image):
     ("target", "changed", "said"),
     [
         ("/nowhere/x.raw", {}, "/nowhere/x.raw: "),
-        ("/", {}, "/: a folder"),
+        ("/", {}, "/: a directory"),
         ("disk.raw", {}, "give an absolute path"),
         ("IMAGE,colour=blue", {}, "there is no option colour="),
         ("IMAGE,backend=magnetic", {}, "there is no backend magnetic"),
