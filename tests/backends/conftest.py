@@ -32,21 +32,35 @@ def image(make_image):
 
 
 @pytest.fixture
-def loop_device(make_image):
+def attach_loop():
+    """Makes a loop device of a file, with options of losetup."""
+    devices = []
+
+    def attach(path, *options):
+        if os.geteuid():
+            pytest.skip("a loop device needs root")
+        if shutil.which("losetup") is None:
+            pytest.skip("a loop device needs losetup")
+        made = subprocess.run(
+            ["losetup", "--find", "--show", *options, path],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if made.returncode:
+            pytest.skip(f"no loop device here: {made.stderr.strip()}")
+        devices.append(made.stdout.strip())
+        return devices[-1]
+
+    yield attach
+    for device in reversed(devices):
+        subprocess.run(["losetup", "--detach", device], check=True)
+
+
+@pytest.fixture
+def loop_device(make_image, attach_loop):
     """A block device of 4 MiB."""
-    if os.geteuid():
-        pytest.skip("a loop device needs root")
-    if shutil.which("losetup") is None:
-        pytest.skip("a loop device needs losetup")
-    path = make_image(4 << 20, name="loop.img")
-    made = subprocess.run(
-        ["losetup", "--find", "--show", path], capture_output=True, text=True, check=False
-    )
-    if made.returncode:
-        pytest.skip(f"no loop device here: {made.stderr.strip()}")
-    device = made.stdout.strip()
-    yield device
-    subprocess.run(["losetup", "--detach", device], check=True)
+    return attach_loop(make_image(4 << 20, name="loop.img"))
 
 
 @pytest.fixture

@@ -200,7 +200,9 @@ def test_a_file_system_without_locks_is_refused(image, monkeypatch):
         raise OSError(37, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    assert "cannot be locked: No locks available" in refused(image)
+    message = refused(image)
+    assert "cannot be locked: No locks available" in message
+    assert "rpc.statd" in message
 
 
 def test_a_block_device_is_opened(loop_device):
@@ -268,12 +270,29 @@ def test_a_size_that_is_not_made_of_large_sectors_is_refused_with_a_remedy(make_
         assert 8192 == opened.size
 
 
-def test_sectors_smaller_than_the_devices_own_are_refused(loop_device, monkeypatch):
-    monkeypatch.setattr(image_module, "_logical_block_size", lambda fd: 4096)
-    with Image.open(loop_device, writable=False) as opened:
+def test_sectors_smaller_than_the_devices_own_can_be_asked_for(make_image, attach_loop):
+    device = attach_loop(make_image(4 << 20), "--sector-size", "4096")
+    with Image.open(device, writable=False) as opened:
         assert 4096 == opened.sector_size
-    with pytest.raises(ImageError, match="a device of 4096-byte sectors: --sector-size must not"):
-        Image.open(loop_device, writable=False, sector_size=512)
+    with Image.open(device, writable=True, sector_size=512) as opened:
+        assert (512, 4096) == (opened.sector_size, opened.device_sector_size)
+
+
+@pytest.mark.parametrize("how", ["losetup -r", "blockdev --setro"])
+def test_a_read_only_device_is_refused_to_writers(image, attach_loop, how):
+    if how == "losetup -r":
+        device = attach_loop(image, "--read-only")
+    else:
+        device = attach_loop(image)
+        subprocess.run([*how.split(), device], check=True)
+    try:
+        message = refused(device, writable=True)
+        with Image.open(device, writable=False) as opened:
+            assert 1 << 20 == opened.size
+    finally:
+        if how == "blockdev --setro":  # it would be so for the next image, too
+            subprocess.run(["blockdev", "--setrw", device], check=True)
+    assert f"{device}: read-only here: add --read-only, or use --backend cow" == message
 
 
 @pytest.mark.parametrize("private", [False, True])

@@ -26,6 +26,34 @@ def test_what_is_written_is_in_the_file(image):
     assert before[:512] + b"x" * 8192 + before[8704:] == content(image)
 
 
+@pytest.mark.parametrize("where", ["file", "device"])
+def test_a_discard_frees_the_space_and_zeros_are_read(make_image, attach_loop, where):
+    image = make_image(1 << 20)
+    path = attach_loop(image) if where == "device" else image
+    disk = MmapBackend(path)
+    if not disk.can_discard:
+        pytest.skip("this file system punches no holes")
+    write(disk, 0, b"x" * (1 << 20))
+    disk.flush()
+    used = os.stat(image).st_blocks
+    disk.discard(8192 + 512, 512 << 10)
+    expected = b"x" * 8704 + bytes(512 << 10) + b"x" * ((1 << 20) - (512 << 10) - 8704)
+    assert expected == read(disk, 0, 1 << 20)
+    write(disk, 65536, b"y" * 512)
+    disk.flush()
+    disk.close()
+    assert expected[:65536] + b"y" * 512 + expected[66048:] == content(path)
+    assert os.stat(image).st_blocks < used
+
+
+def test_a_read_only_disk_offers_no_discard(image):
+    disk = MmapBackend(image, read_only=True)
+    assert not disk.can_discard
+    with pytest.raises(OSError, match="not supported"):
+        disk.discard(0, 4096)
+    disk.close()
+
+
 def test_flush_syncs_the_mapping(image):
     class Memory:
         flushed = 0

@@ -7,7 +7,8 @@ import subprocess
 import pytest
 
 from backends.blocks import buffers, make_cold, read, write
-from xen_disk_py.backends import raw as raw_module
+from xen_disk_py.backends import trim as trim_module
+from xen_disk_py.backends.mmap import MmapBackend
 from xen_disk_py.backends.raw import RawBackend
 from xen_disk_py.errors import ImageError
 
@@ -130,7 +131,7 @@ def test_a_file_system_that_punches_no_holes_offers_no_discard(image, monkeypatc
     def refuse(fd, offset, length):
         raise OSError(errno.EOPNOTSUPP, "Operation not supported")
 
-    monkeypatch.setattr(raw_module, "punch_hole", refuse)
+    monkeypatch.setattr(trim_module, "punch_hole", refuse)
     disk = RawBackend(image)
     assert not disk.can_discard
     with pytest.raises(OSError, match="not supported") as caught:
@@ -141,7 +142,7 @@ def test_a_file_system_that_punches_no_holes_offers_no_discard(image, monkeypatc
 
 def test_a_hole_that_cannot_be_punched_raises_with_its_errno():
     with pytest.raises(OSError, match="Bad file descriptor") as caught:
-        raw_module.punch_hole(-1, 0, 4096)
+        trim_module.punch_hole(-1, 0, 4096)
     assert errno.EBADF == caught.value.errno
 
 
@@ -158,7 +159,7 @@ def test_a_closed_disk_does_nothing_to_the_descriptor_that_came_after(image):
 
 
 def test_a_block_device_is_written_and_discarded(loop_device, monkeypatch):
-    monkeypatch.setattr(raw_module, "_DISCARD_CHUNK", 64 << 10)
+    monkeypatch.setattr(trim_module, "_CHUNK", 64 << 10)
     disk = RawBackend(loop_device)
     try:
         data = os.urandom(256 << 10)
@@ -175,6 +176,23 @@ def test_a_block_device_is_written_and_discarded(loop_device, monkeypatch):
         assert data[rest:] == read(disk, rest + 512, len(data) - rest)
     finally:
         disk.close()
+
+
+@pytest.mark.parametrize("backend", [RawBackend, MmapBackend])
+def test_sectors_smaller_than_the_devices_own_are_served(make_image, attach_loop, backend):
+    device = attach_loop(make_image(1 << 20), "--sector-size", "4096")
+    before = content(device)
+    disk = backend(device, sector_size=512)
+    assert (512, 4096) == (disk.sector_size, disk.physical_sector_size)
+    write(disk, 512, b"x" * 1024, 512)
+    disk.flush()
+    assert b"x" * 512 == read(disk, 1024, 512)
+    if disk.can_discard:
+        disk.discard(8192 - 512, 8192)  # whole sectors of the device: one
+    disk.close()
+    zeros = bytes(4096) if disk.can_discard else before[8192:12288]
+    expected = before[:512] + b"x" * 1024 + before[1536:8192] + zeros + before[12288:]
+    assert expected == content(device)
 
 
 def test_a_read_only_block_device_offers_no_discard(loop_device):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import mmap
 import os
 import stat
@@ -19,13 +20,18 @@ from collections.abc import Callable, Sequence
 from ..errors import ImageError
 from ..hypervisor import Closing
 from ..units import format_size
+from .signatures import Signature, recognise
+
+log = logging.getLogger("xen_disk_py")
 
 PAGE = mmap.PAGESIZE
 SECTOR = 512
 IOV_MAX = 1024  # linux/uio.h: buffers in one system call
 
+_READ_ONLY = "read-only here: add --read-only, or use --backend cow"
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # in Python's mmap from 3.11 on
-_BLKSSZGET = 0x1268  # linux/fs.h: the logical block size of a device
+_BLKROGET = 0x125E  # linux/fs.h: whether a device is read-only
+_BLKSSZGET = 0x1268  # its logical block size
 
 
 class Image(Closing):
@@ -40,6 +46,7 @@ class Image(Closing):
         size: bytes, a positive multiple of ``sector_size``.
         sector_size: the logical sector in bytes: what was asked for, else the device's own,
             512 for a file.
+        device_sector_size: the device's own, in bytes; 512 for a file.
         read_only: opened for reading only.
         is_block_device: a block device, not a file.
     """
@@ -51,6 +58,7 @@ class Image(Closing):
         size: int,
         *,
         sector_size: int,
+        device_sector_size: int = SECTOR,
         read_only: bool,
         is_block_device: bool,
     ) -> None:
@@ -58,6 +66,7 @@ class Image(Closing):
         self.path = path
         self.size = size
         self.sector_size = sector_size
+        self.device_sector_size = device_sector_size
         self.read_only = read_only
         self.is_block_device = is_block_device
         self._nowait = _nowait_flags(fd)
@@ -86,16 +95,22 @@ class Image(Closing):
             raise ImageError(f"{path}: {_reason(error, path, writable)}") from error
         try:
             _check_kind(path, os.fstat(fd).st_mode)
+            if writable and is_block_device:
+                _check_writable(fd, path)
             lock(fd, path, writable, is_block_device)
             size = os.lseek(fd, 0, os.SEEK_END)
             own = _logical_block_size(fd) if is_block_device else SECTOR
             sector_size = sector_size or own
-            _check_size(path, size, sector_size, own)
+            container = recognise(fd, path, size)
+            _check_size(path, size, sector_size, container)
+            if container is not None:
+                _warn_of(container, path)
             return cls(
                 fd,
                 os.path.abspath(path),
                 size,
                 sector_size=sector_size,
+                device_sector_size=own,
                 read_only=not writable,
                 is_block_device=is_block_device,
             )
@@ -342,18 +357,31 @@ def _check_kind(path: str, mode: int) -> None:
         raise ImageError(f"{path}: neither a file nor a block device: it cannot be a disk")
 
 
-def _check_size(path: str, size: int, sector_size: int, own: int) -> None:
-    """See that a disk of such sectors fits an image whose own sectors have ``own`` bytes."""
+def _warn_of(container: Signature, path: str) -> None:
+    """Warn of an image that looks like one in another format; refuse an overlay of ours."""
+    if container.is_overlay:
+        raise ImageError(
+            f"{path}: an overlay, whose own structure a guest would see: {container.remedy}"
+        )
+    log.warning(
+        "%s: looks like %s, whose own structure the guest will see; if it is to see the disk "
+        "inside, convert it first: %s",
+        path,
+        container.name,
+        container.remedy,
+    )
+
+
+def _check_size(path: str, size: int, sector_size: int, container: Signature | None) -> None:
+    """See that a disk of such sectors fits an image."""
     if not size:
         raise ImageError(f"{path}: empty: give it a size first, such as: truncate -s 1G {path}")
-    if sector_size < own:
-        raise ImageError(
-            f"{path}: a device of {own}-byte sectors: --sector-size must not be less; "
-            "leave it out to offer the device's own"
-        )
     if size % sector_size:
-        remedy = "leave out --sector-size"
-        if own == SECTOR:  # never round down: what a file system has at the end would be lost
+        if container is not None:
+            remedy = f"it looks like {container.name}: {container.remedy}"
+        elif sector_size != SECTOR and not size % SECTOR:
+            remedy = f"use --sector-size 512, or pad it with: truncate -s %{sector_size} {path}"
+        else:  # never round down: what a file system has at the end would be lost
             remedy = f"pad it with: truncate -s %{sector_size} {path}"
         raise ImageError(
             f"{path}: its size, {size} bytes, is not a multiple of {sector_size}: {remedy}"
@@ -365,14 +393,42 @@ def _reason(error: OSError, path: str, writable: bool) -> str:
     if error.errno == errno.ENOENT:
         return f"no such file: check the name, or make it with: truncate -s 1G {path}"
     if error.errno in (errno.EACCES, errno.EPERM):
+        if writable and _is_read_only_device(path):  # a loop device's own answer is EPERM
+            return _READ_ONLY
         if writable:
             return "no permission to write it: run as its owner or root, or add --read-only"
         return "no permission to read it: run as its owner or root"
     if error.errno == errno.EROFS:
-        return "read-only here: add --read-only, or use --backend cow"
+        return _READ_ONLY
     if error.errno == errno.EBUSY:
         return f"in use by this system (lsblk {path} tells how): unmount or release it first"
     return error.strerror or str(error)
+
+
+def _is_read_only(fd: int) -> bool:
+    """Ask a block device; a write-protected one may be open for writing all the same."""
+    (answer,) = struct.unpack("i", fcntl.ioctl(fd, _BLKROGET, bytes(4)))
+    return bool(answer)
+
+
+def _check_writable(fd: int, path: str) -> None:
+    if _is_read_only(fd):
+        raise ImageError(f"{path}: {_READ_ONLY}")
+
+
+def _is_read_only_device(path: str) -> bool:
+    try:
+        if not stat.S_ISBLK(os.stat(path).st_mode):
+            return False
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        return _is_read_only(fd)
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
 
 
 def _logical_block_size(fd: int) -> int:
@@ -397,7 +453,7 @@ def lock(fd: int, path: str, writable: bool, is_block_device: bool) -> None:
                 break
             time.sleep(0.1)
         except OSError as error:
-            raise ImageError(f"{path}: cannot be locked: {error.strerror}") from error
+            raise ImageError(f"{path}: cannot be locked: {_no_lock(error)}") from error
     holder = ", ".join(_holders(os.fstat(fd))) or "another process"
     if writable:
         raise ImageError(
@@ -405,6 +461,15 @@ def lock(fd: int, path: str, writable: bool, is_block_device: bool) -> None:
             "disconnect the other first"
         )
     raise ImageError(f"{path}: being written by {holder}: disconnect that disk first")
+
+
+def _no_lock(error: OSError) -> str:
+    if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+        return error.strerror or str(error)
+    return (
+        f"{error.strerror}: on NFS, start the lock service (rpc.statd) of both sides or mount it "
+        "as version 4, or with -o local_lock=flock where no other host uses the image"
+    )
 
 
 def _holders(status: os.stat_result) -> list[str]:

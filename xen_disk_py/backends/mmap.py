@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from . import Backend
 from .image import Image, MappedImage
+from .trim import Trim
 
 
 class MmapBackend(Backend):
@@ -17,6 +18,9 @@ class MmapBackend(Backend):
     makes. Reads use ``preadv``: the same page cache that the mapping
     shows, at less cost than reading the mapping, and without its dangers (see
     :class:`~.image.MappedImage`). A disk that is only read needs no mapping then.
+
+    A discard frees the space of a file, or is passed on to a device, as with ``raw``; the kernel
+    takes the pages out of the mapping.
 
     Args:
         path: the image; locked for us alone, or shared with other readers if ``read_only``.
@@ -41,6 +45,9 @@ class MmapBackend(Backend):
         self.size = image.size
         self.sector_size = image.sector_size
         self.read_only = read_only
+        self._trim = trim = Trim(image)
+        self.discard_granularity = trim.granularity
+        self.physical_sector_size = trim.physical_sector_size or self.physical_sector_size
 
     def read(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Read with ``preadv``."""
@@ -62,6 +69,15 @@ class MmapBackend(Backend):
         """``msync`` the whole mapping; the kernel knows which pages are dirty."""
         if self._mapped is not None:
             self._mapped.memory.flush()
+
+    def discard(self, offset: int, length: int) -> None:
+        """Free the space: zeros are read there in a file, on a device what it makes of it."""
+        self._trim.discard(offset, length)
+
+    @property
+    def can_discard(self) -> bool:
+        """Whether the file system or the device can; asked when the image was opened."""
+        return self._trim.supported
 
     def resize(self, size: int | None) -> int:
         """Make a file longer or shorter, and map what was added; see :meth:`Image.resize`.

@@ -6,36 +6,27 @@ Data goes straight between the image and the guest's pages, through the page cac
 
 from __future__ import annotations
 
-import ctypes
-import errno
-import fcntl
 import os
-import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from . import Backend
 from .image import Image
-
-_FALLOC_FL_KEEP_SIZE = 0x01  # linux/falloc.h
-_FALLOC_FL_PUNCH_HOLE = 0x02
-_BLKDISCARD = 0x1277  # linux/fs.h
-_DISCARD_CHUNK = 1 << 30  # a device may take long; nothing can interrupt one request to it
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_fallocate = getattr(_libc, "fallocate64", None) or _libc.fallocate  # musl has one name only
-_fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong]
+from .trim import Trim
 
 
 class RawBackend(Backend):
     """An image, persistent.
 
     A discard makes a hole in a file, whose disk space is free again: zeros are read there.
-    On a block device it is passed on; what is read afterwards is up to the device.
+    On a block device it is passed on, in whole sectors of the device; what is read afterwards is
+    up to the device.
 
     Args:
         path: the image; locked for us alone, or shared with other readers if ``read_only``.
         read_only: open it for reading only.
-        sector_size: the logical sector in bytes; by default the device's own, 512 for a file.
+        sector_size: the logical sector in bytes; by default the device's own, 512 for a file. One
+            that is smaller than the device's own is served from the page cache, which reads the
+            rest of the device's sector before it writes it.
     """
 
     threads = 16
@@ -50,23 +41,9 @@ class RawBackend(Backend):
         self.size = image.size
         self.sector_size = image.sector_size
         self.read_only = read_only
-        self._discard: Callable[[int, int], None] | None = None
-        if image.is_block_device:
-            limit = _queue_attribute(image.fd, "discard_max_bytes")
-            physical = _queue_attribute(image.fd, "physical_block_size")
-            self.physical_sector_size = max(physical, image.sector_size)
-            granularity = _queue_attribute(image.fd, "discard_granularity")
-            self.discard_granularity = _rounded_up(granularity, image.sector_size)
-            if limit and not read_only:
-                self._discard = self._discard_device
-        elif not read_only:
-            self.discard_granularity = _rounded_up(os.fstat(image.fd).st_blksize, image.sector_size)
-            try:
-                punch_hole(image.fd, image.size, 4096)  # nothing is there: a harmless question
-            except OSError:
-                pass
-            else:
-                self._discard = self._discard_file
+        self._trim = trim = Trim(image)
+        self.discard_granularity = trim.granularity
+        self.physical_sector_size = trim.physical_sector_size or self.physical_sector_size
 
     def read(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Read with ``preadv``."""
@@ -89,22 +66,12 @@ class RawBackend(Backend):
 
     def discard(self, offset: int, length: int) -> None:
         """Free the space; see the class for what is read there afterwards."""
-        if self._discard is None:
-            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
-        self._discard(offset, length)
+        self._trim.discard(offset, length)
 
     @property
     def can_discard(self) -> bool:
         """Whether the file system or the device can; asked when the image was opened."""
-        return self._discard is not None
-
-    def _discard_file(self, offset: int, length: int) -> None:
-        punch_hole(self._fd, offset, length)
-
-    def _discard_device(self, offset: int, length: int) -> None:
-        for start in range(offset, offset + length, _DISCARD_CHUNK):
-            chunk = min(_DISCARD_CHUNK, offset + length - start)
-            fcntl.ioctl(self._fd, _BLKDISCARD, struct.pack("QQ", start, chunk))
+        return self._trim.supported
 
     def resize(self, size: int | None) -> int:
         """Make a file longer or shorter; see :meth:`Image.resize`."""
@@ -118,33 +85,3 @@ class RawBackend(Backend):
         """Close and unlock the image."""
         self._fd = -1
         self._image.close()
-
-
-def _queue_attribute(fd: int, name: str) -> int:
-    """Read a number from the device's request queue in sysfs; 0 if it has none."""
-    device = os.fstat(fd).st_rdev
-    directory = f"/sys/dev/block/{os.major(device)}:{os.minor(device)}"
-    for queue in (f"{directory}/queue", f"{directory}/../queue"):  # a partition's is its disk's
-        try:
-            with open(f"{queue}/{name}", encoding="ascii") as attribute:
-                return int(attribute.read())
-        except OSError:
-            continue
-    return 0
-
-
-def _rounded_up(number: int, step: int) -> int:
-    """Return the positive multiple of ``step`` that is nearest above, or ``number`` itself."""
-    return max(1, -(-number // step)) * step
-
-
-def punch_hole(fd: int, offset: int, length: int) -> None:
-    """Give the disk space of a part of a file back: zeros are read there (fallocate(2)).
-
-    Raises:
-        OSError: the file system cannot do that, or fails.
-    """
-    mode = _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE
-    if _fallocate(fd, mode, offset, length):
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))

@@ -33,12 +33,12 @@ from dataclasses import dataclass
 from ...errors import ImageError
 from ...hypervisor import Closing
 from ..image import Image, lock, transfer_all
-from ..raw import punch_hole
+from ..signatures import OVERLAY
+from ..trim import punch_hole
 
 BLOCK = 4096
 VERSION = 1
 
-_MAGIC = b"xen-disk overlay"
 # version, block, size, sector size, boot id, st_dev, st_ino, st_mtime_ns, length of the path
 _FIELDS = struct.Struct("<16sIIQI36sQQqH")
 _ANONYMOUS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
@@ -80,7 +80,7 @@ class Header:
         Raises:
             ImageError: it is no header, or not one that can be understood.
         """
-        if len(page) < BLOCK or not page.startswith(_MAGIC):
+        if len(page) < BLOCK or not page.startswith(OVERLAY):
             raise ImageError(f"{name}: not an overlay: give a file that --overlay has made")
         _, version, block, size, sector_size, boot, *identity, length = _FIELDS.unpack_from(page)
         if version != VERSION:
@@ -114,7 +114,7 @@ class Header:
         if len(path) > BLOCK - _FIELDS.size:
             raise ImageError(f"{self.path}: too long a path for an overlay: use a shorter one")
         fields = (VERSION, BLOCK, self.size, self.sector_size, self.boot_id.encode())
-        page = _FIELDS.pack(_MAGIC, *fields, *self.identity, len(path)) + path
+        page = _FIELDS.pack(OVERLAY, *fields, *self.identity, len(path)) + path
         return page.ljust(BLOCK, b"\0")
 
     def check(self, image: Image, name: str) -> None:

@@ -1,0 +1,98 @@
+"""Giving back the space of what a guest discards: holes in files, BLKDISCARD on devices."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import struct
+
+from .image import Image
+
+_FALLOC_FL_KEEP_SIZE = 0x01  # linux/falloc.h
+_FALLOC_FL_PUNCH_HOLE = 0x02
+_BLKDISCARD = 0x1277  # linux/fs.h
+_CHUNK = 1 << 30  # a device may take long; nothing can interrupt one request to it
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_fallocate = getattr(_libc, "fallocate64", None) or _libc.fallocate  # musl has one name only
+_fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong]
+
+
+class Trim:
+    """Discards in an open image.
+
+    Attributes:
+        supported: whether the file system or the device can; asked once.
+        granularity: the smallest extent, in bytes, whose discard frees something.
+        physical_sector_size: what the storage likes best, in bytes; None if unknown.
+    """
+
+    def __init__(self, image: Image) -> None:
+        self._image = image
+        self.supported = False
+        self.granularity = 4096
+        self.physical_sector_size: int | None = None
+        step = image.sector_size
+        if image.is_block_device:
+            physical = queue_attribute(image.fd, "physical_block_size")
+            self.physical_sector_size = max(physical, image.sector_size)
+            self.granularity = _rounded_up(queue_attribute(image.fd, "discard_granularity"), step)
+            limit = queue_attribute(image.fd, "discard_max_bytes")
+            self.supported = limit > 0 and not image.read_only
+        elif not image.read_only:
+            self.granularity = _rounded_up(os.fstat(image.fd).st_blksize, step)
+            try:
+                punch_hole(image.fd, image.size, 4096)  # nothing is there: a harmless question
+            except OSError:
+                pass
+            else:
+                self.supported = True
+
+    def discard(self, offset: int, length: int) -> None:
+        """Free ``length`` bytes at ``offset``; on a device, the whole sectors of it in there.
+
+        Raises:
+            OSError: ``EOPNOTSUPP``, this storage cannot; or its own.
+        """
+        if not self.supported:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        if not self._image.is_block_device:
+            punch_hole(self._image.fd, offset, length)
+            return
+        step = self._image.device_sector_size  # the device takes nothing less (EINVAL)
+        first, end = -(-offset // step) * step, (offset + length) // step * step
+        for start in range(first, end, _CHUNK):
+            extent = struct.pack("QQ", start, min(_CHUNK, end - start))
+            fcntl.ioctl(self._image.fd, _BLKDISCARD, extent)
+
+
+def queue_attribute(fd: int, name: str) -> int:
+    """Read a number from the device's request queue in sysfs; 0 if it has none."""
+    device = os.fstat(fd).st_rdev
+    directory = f"/sys/dev/block/{os.major(device)}:{os.minor(device)}"
+    for queue in (f"{directory}/queue", f"{directory}/../queue"):  # a partition's is its disk's
+        try:
+            with open(f"{queue}/{name}", encoding="ascii") as attribute:
+                return int(attribute.read())
+        except OSError:
+            continue
+    return 0
+
+
+def _rounded_up(number: int, step: int) -> int:
+    """Return the positive multiple of ``step`` that is nearest above, or ``number`` itself."""
+    return max(1, -(-number // step)) * step
+
+
+def punch_hole(fd: int, offset: int, length: int) -> None:
+    """Give the disk space of a part of a file back: zeros are read there (fallocate(2)).
+
+    Raises:
+        OSError: the file system cannot do that, or fails.
+    """
+    mode = _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE
+    if _fallocate(fd, mode, offset, length):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
