@@ -17,6 +17,10 @@ PATHS = [
     "etc/xen/scripts/block-xen-disk",
     "etc/systemd/system/xen-disk-serve.service",
     "etc/systemd/system/xen-disk@.service",
+    "usr/local/share/bash-completion/completions/xen-disk",
+    "usr/local/share/zsh/site-functions/_xen-disk",
+    "etc/fish/completions/xen-disk.fish",
+    "usr/local/share/man/man8/xen-disk.8",
 ]
 
 

@@ -37,13 +37,21 @@ def test_what_belongs_elsewhere():
         ("/etc/xen/scripts/block-xen-disk", 0o755),
         ("/etc/systemd/system/xen-disk-serve.service", 0o644),
         ("/etc/systemd/system/xen-disk@.service", 0o644),
-    ] == [(file.path, file.mode) for file in ours("/")]
-    script, *units = ours("/opt/x/")
+        ("/usr/local/share/bash-completion/completions/xen-disk", 0o644),
+        ("/usr/local/share/zsh/site-functions/_xen-disk", 0o644),
+        ("/etc/fish/completions/xen-disk.fish", 0o644),
+        ("/usr/local/share/man/man8/xen-disk.8", 0o644),
+    ] == [(file.path, file.mode) for file in ours("/", "")]
+    script, *units, bash, zsh, fish, manual = ours("/opt/x/", ".TH ⇄")
     assert "/opt/x/etc/xen/scripts/block-xen-disk" == script.path
     assert script.content.startswith(b"#!/bin/sh\n")
     for unit in units:
         assert f"\nExecStart={sys.executable} -m xen_disk_py " in unit.content.decode()
         assert b"@PYTHON@" not in unit.content
+    assert bash.content.endswith(b"\ncomplete -F _xen_disk xen-disk\n")
+    assert zsh.content.startswith(b"#compdef xen-disk\n")
+    assert b"complete -c xen-disk" in fish.content
+    assert ".TH ⇄" == manual.content.decode()
 
 
 def test_install_and_remove(tmp_path, files):

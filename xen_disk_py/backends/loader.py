@@ -181,6 +181,11 @@ def _fault(backend: Backend) -> str | None:
     return None
 
 
+def builtin_names() -> list[str]:
+    """Name the backends of this package."""
+    return sorted(_OURS)
+
+
 def find_class(name: str) -> tuple[type[Backend], str]:
     """Find the class of that name (see :func:`choose`), and what to call it in messages.
 

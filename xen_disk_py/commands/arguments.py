@@ -187,9 +187,13 @@ def _add_overlay_commands(commands: argparse._SubParsersAction[_Parser]) -> None
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """Parse a command line; ``words`` of the result is that line, to be parsed once more.
 
+    ``complete``, which shells call, takes any words, half ones too: they are ``line``.
+
     Raises:
         UsageError: it asks for something that is not there.
     """
+    if words[:1] == ["complete"]:
+        return argparse.Namespace(command="complete", line=list(words[1:]))
     parser = build_parser()
     commands = commands_of(parser)
     for word in words:
@@ -365,6 +369,15 @@ def _add_upgrade(commands: argparse._SubParsersAction[_Parser]) -> None:
     upgrade.add_argument("--json", action="store_true", help="describe the disk as JSON")
 
 
+def _arguments_of(parser: argparse.ArgumentParser) -> list[str]:
+    """Name a command's arguments that are not options, as a usage line does."""
+    return [
+        f"[{action.metavar}]" if action.nargs == "?" else str(action.metavar)
+        for action in parser._actions
+        if not action.option_strings
+    ]
+
+
 def commands_of(parser: argparse.ArgumentParser) -> dict[str, _Parser]:
     """Return the parsers of a parser's commands, by name, in the order of the help."""
     for action in parser._actions:
@@ -400,7 +413,12 @@ def build_parser() -> _Parser:
     )
     _add_connect(commands)
 
-    listing = commands.add_parser("list", help="list the disks that are served")
+    listing = commands.add_parser(
+        "list",
+        help="list the disks that are served",
+        description="List the disks that processes on this host serve: a line for each. A disk "
+        "whose process has died is an `orphan` if `connect --adopt` can take it over, else `dead`.",
+    )
     listing.add_argument("vm", metavar="VM", nargs="?", help="only the disks of this guest")
     listing.add_argument("--json", action="store_true", help="print JSON, with all counters")
 
@@ -460,10 +478,11 @@ def build_parser() -> _Parser:
 
     install = commands.add_parser(
         "install",
-        help="install the hotplug script and the systemd services",
+        help="install the services, the man page and completion",
         description="Install the files that other programs look for at fixed places: the hotplug "
         "script of `serve` in /etc/xen/scripts, the services xen-disk-serve and xen-disk@ in "
-        "/etc/systemd/system. All of them are installed, or none.",
+        "/etc/systemd/system, completion for bash, zsh and fish, and the man page. All of them "
+        "are installed, or none.",
     )
     install.add_argument(
         "--prefix", default="/", metavar="DIRECTORY", help="the system's root (default: /)"
@@ -478,7 +497,12 @@ def build_parser() -> _Parser:
     adopt.add_argument("domid", type=int)
     adopt.add_argument("devid", type=int)
 
-    doctor = commands.add_parser("doctor", help="check whether this host can serve disks")
+    doctor = commands.add_parser(
+        "doctor",
+        help="check whether this host can serve disks",
+        description="Check what this host needs to serve disks, and say how to get what is "
+        "missing.",
+    )
     doctor.add_argument("--json", action="store_true", help="print JSON")
 
     demo = commands.add_parser(
@@ -505,14 +529,18 @@ def build_parser() -> _Parser:
     demo.add_argument("--json", action="store_true", help="print the results as JSON")
     _add_disk_arguments(demo)
 
-    asked = commands.add_parser("help", help="describe a command")
+    asked = commands.add_parser(
+        "help", help="describe a command", description="Describe a command and its options."
+    )
     asked.add_argument("about", metavar="COMMAND", nargs="?", help="the command (default: all)")
 
-    for each in (parser, *commands.choices.values()):  # SUPPRESS: it may stand in either place
+    for name, each in (("", parser), *commands.choices.items()):
+        if each.usage is None and name != "adopt":
+            each.usage = " ".join(["%(prog)s [OPTIONS]", *_arguments_of(each)])
         each.add_argument(
             "--debug",
             action="store_true",
-            default=argparse.SUPPRESS,
+            default=argparse.SUPPRESS,  # it may stand before the command's name or after it
             help="log everything, and show tracebacks",
         )
     return parser

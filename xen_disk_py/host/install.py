@@ -26,18 +26,24 @@ _FILES = (
     ("etc/xen/scripts/block-xen-disk", 0o755),
     ("etc/systemd/system/xen-disk-serve.service", 0o644),
     ("etc/systemd/system/xen-disk@.service", 0o644),
+    # Where each shell looks for what is not in a package of the distribution.
+    ("usr/local/share/bash-completion/completions/xen-disk", 0o644),
+    ("usr/local/share/zsh/site-functions/_xen-disk", 0o644),
+    ("etc/fish/completions/xen-disk.fish", 0o644),
 )
+_MANUAL = "usr/local/share/man/man8/xen-disk.8"
 
 
-def ours(prefix: str) -> list[File]:
-    """List what belongs outside this package: libxl's hotplug script, systemd's units.
+def ours(prefix: str, manual: str) -> list[File]:
+    """List what belongs outside this package, where other programs look for it.
 
     Args:
         prefix: the root directory of the system that they are for.
+        manual: the man page.
     """
     data = resources.files("xen_disk_py").joinpath("data")
     root, python = os.path.abspath(prefix), os.fsencode(sys.executable)
-    return [
+    files = [
         File(
             os.path.join(root, path),
             data.joinpath(os.path.basename(path)).read_bytes().replace(b"@PYTHON@", python),
@@ -45,6 +51,7 @@ def ours(prefix: str) -> list[File]:
         )
         for path, mode in _FILES
     ]
+    return [*files, File(os.path.join(root, _MANUAL), manual.encode(), 0o644)]
 
 
 def install(files: Sequence[File], *, force: bool) -> list[str]:
