@@ -734,7 +734,7 @@ class Failing(Backend):
     def read(self, buffers, offset):
         self.tried.set()
         if not self.fixed:
-            raise OSError("the storage is gone")
+            raise OSError(errno.EIO, "the storage is gone")
 
     def write(self, buffers, offset):
         pass

@@ -958,6 +958,7 @@ def test_a_backend_that_fails(host, way):
         one(4, FLUSH, 0, ref),
         Discard(5, DISCARD, 0, 8, secure=False),
     ]
+    backend.repeats_flush = True
     for fault, failing in [("raise", 5), ("exit", 5), ("short", 3), ("memory", 0), (None, 0)]:
         backend.fault = fault
         errors = line.disk.statistics.as_dict()["errors"]
@@ -2195,7 +2196,7 @@ def test_it_is_told_that_the_storage_fails_and_that_it_works_again(
     # Each is known to be held, in a thread or not, when it is tried for the second time.
     host.until(lambda: all(backend.tries.count(sector) > 1 for sector in range(20)))
     (said,) = caplog.messages
-    assert "write waits for Ailing, which failed" in said
+    assert "write failed in Ailing, to be retried" in said
     backend.repair()
     line.responses(20)
     assert [said, "the storage works again"] == caplog.messages

@@ -116,7 +116,7 @@ class TestCounters:
             expected[1 + number][1] = 1 << number
         expected[2][14 + 1] = 1
         expected[3][27 + 3] = 1
-        assert [word for block in expected for word in block] == list(
+        assert [*(word for block in expected for word in block), 0] == list(
             struct.unpack(f"={WORDS}Q", memory)
         )
         again = Statistics(memoryview(memory).cast("Q"))

@@ -58,6 +58,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
+class StorageError(OSError):
+    """The storage cannot do it now, but may later: a server is away, say.
+
+    For a backend to raise where no errno of :class:`OSError` says so. Under ``--on-error hold``
+    such a request is queued for retry. So is one that fails with ENOSPC, EDQUOT, EIO, ETIMEDOUT,
+    ENOLINK, ENOMEM, or an error of a connection; everything else is an I/O error at once.
+    """
+
+
 class Backend:
     """A disk: subclasses set ``size``, define ``read`` and ``write``; the rest is optional."""
 
@@ -91,6 +100,12 @@ class Backend:
     if it is killed, another may open the same and take over. That one repeats what was not
     answered, so that a request may be done twice, though never after a later one was answered
     that depends on it."""
+
+    repeats_flush: bool = False
+    """True: a ``flush`` that failed may be called again and tells the truth then, because the
+    disk has not let go of what it could not store. Linux' files are not like that: after an error
+    the next ``fdatasync`` succeeds without the data. By default a flush that failed is the last
+    that is tried, or what was written is written again first (``--on-error hold``)."""
 
     discard_granularity: int = 4096
     """The smallest extent, in bytes, whose discard frees something; a multiple of

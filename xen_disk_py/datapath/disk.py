@@ -11,7 +11,6 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
-from typing import Callable, Optional
 
 from ..backends import Backend
 from ..backends.loader import user_line
@@ -29,15 +28,13 @@ from ..blkif import (
 )
 from ..errors import BackendError, DeviceError, XenDiskError
 from . import statistics as count
+from .durability import Durability, Move, passes
 from .statistics import Statistics
 
 log = logging.getLogger("xen_disk_py")
 
-_Move = Callable[["Sequence[memoryview]", int], Optional[int]]
-
-TROUBLE = -99
-"""What a request's status is when the storage has failed and the disk holds such requests: it is
-not for the guest; try it again."""
+RETRY = -99
+"""A status that is not for the guest: the storage failed, and such requests are tried again."""
 
 SETTLING = 5.0
 """Seconds that the requests under way may take before a disk becomes smaller."""
@@ -49,15 +46,16 @@ class Disk:
     Args:
         backend: open and checked; only :meth:`close` closes it.
         statistics: where to count.
-        holds: a request that fails for the storage's sake (any ``OSError`` of the backend's) is
-            not answered with an error, but reported as :data:`TROUBLE`.
+        holds: a request that fails for the storage's sake (see
+            :class:`~xen_disk_py.backends.StorageError`) is not answered with an error, but
+            reported as :data:`RETRY`.
     """
 
     def __init__(
         self, backend: Backend, statistics: Statistics | None = None, *, holds: bool = False
     ) -> None:
         self.backend = backend
-        self.statistics = statistics if statistics is not None else Statistics()
+        self._statistics = statistics if statistics is not None else Statistics()
         self.read_only = backend.read_only
         self.sectors = backend.size // SECTOR
         self.alignment = backend.sector_size // SECTOR
@@ -65,12 +63,28 @@ class Disk:
         self.can_discard = backend.can_discard and not self.read_only
         self.can_discard_securely = self.can_discard and backend.can_discard_securely
         self._is_concurrent = backend.threads > 1
-        self._read_first: _Move = backend.read_nowait if self._is_concurrent else backend.read
-        self._write_first: _Move = backend.write_nowait if self._is_concurrent else backend.write
+        durability = Durability(backend, self._statistics, keeps=holds and not self.read_only)
+        self._durability = durability
+        self._read = durability.reading(backend.read)
+        self._write = durability.writing(backend.write, may_wait=True)
+        if self._is_concurrent:
+            self._read_first = durability.reading(backend.read_nowait)
+            self._write_first = durability.writing(backend.write_nowait, may_wait=False)
+        else:
+            self._read_first, self._write_first = self._read, self._write
         self._lock = threading.Lock()
         self._holds = holds
         self._quiet_until = 0.0
         self._unsaid = 0
+
+    @property
+    def statistics(self) -> Statistics:
+        """Where it counts; a record's, once there is one."""
+        return self._statistics
+
+    @statistics.setter
+    def statistics(self, statistics: Statistics) -> None:
+        self._statistics = self._durability.statistics = statistics
 
     def features(
         self,
@@ -198,13 +212,13 @@ class Disk:
             done = self._read_first(buffers, offset)
         except BaseException as error:  # noqa: BLE001 - whatever an author's code raises, exit() too
             status = self._failed("read", error)
-            return None if status == TROUBLE else status
+            return None if status == RETRY else status
         if done is None or done == length:
             return OKAY
         if self._is_concurrent:
             return None
-        status = self._go_on("read", self.backend.read, buffers, offset, length, done)
-        return None if status == TROUBLE else status
+        status = self._finish("read", self._read, buffers, offset, length, done)
+        return None if status == RETRY else status
 
     def write(self, buffers: Sequence[memoryview], offset: int, length: int) -> int | None:
         """Write ``length`` bytes from ``buffers`` at ``offset``; returns as :meth:`read` does."""
@@ -212,13 +226,13 @@ class Disk:
             done = self._write_first(buffers, offset)
         except BaseException as error:  # noqa: BLE001 - whatever an author's code raises, exit() too
             status = self._failed("write", error)
-            return None if status == TROUBLE else status
+            return None if status == RETRY else status
         if done is None or done == length:
             return OKAY
         if self._is_concurrent:
             return None
-        status = self._go_on("write", self.backend.write, buffers, offset, length, done)
-        return None if status == TROUBLE else status
+        status = self._finish("write", self._write, buffers, offset, length, done)
+        return None if status == RETRY else status
 
     def transfer(self, request: Transfer, buffers: Sequence[memoryview]) -> int:
         """Do a read, write, flush or barrier, however long it takes; the result is its status.
@@ -229,45 +243,48 @@ class Disk:
         offset, length = request.sector * SECTOR, request.sectors * SECTOR
         status = OKAY
         if operation == READ:
-            return self._move("read", self.backend.read, buffers, offset, length)
+            return self._move("read", self._read, buffers, offset, length)
         if operation == WRITE_BARRIER:
             status = self._flush()
         if status == OKAY and length:
-            status = self._move("write", self.backend.write, buffers, offset, length)
+            status = self._move("write", self._write, buffers, offset, length)
         if status == OKAY and operation != WRITE:
             status = self._flush()
         return status
 
     def discard(self, request: Discard) -> int:
         """Do a discard that :meth:`refusal` let pass."""
+        if not request.sectors:
+            return OKAY
         backend = self.backend
         discard = backend.discard_securely if request.secure else backend.discard
+        offset, length = request.sector * SECTOR, request.sectors * SECTOR
         try:
-            discard(request.sector * SECTOR, request.sectors * SECTOR)
+            self._durability.discarding(discard, offset, length)
         except BaseException as error:  # noqa: BLE001 - as above
             return self._failed("discard", error)
         return OKAY
 
     def _flush(self) -> int:
         try:
-            self.backend.flush()
+            self._durability.flush()
         except BaseException as error:  # noqa: BLE001 - as above
             return self._failed("flush", error)
         return OKAY
 
     def _move(
-        self, what: str, move: _Move, buffers: Sequence[memoryview], offset: int, length: int
+        self, what: str, move: Move, buffers: Sequence[memoryview], offset: int, length: int
     ) -> int:
         try:
             moved = move(buffers, offset)
         except BaseException as error:  # noqa: BLE001 - as above
             return self._failed(what, error)
-        return self._go_on(what, move, buffers, offset, length, moved)
+        return self._finish(what, move, buffers, offset, length, moved)
 
-    def _go_on(
+    def _finish(
         self,
         what: str,
-        move: _Move,
+        move: Move,
         buffers: Sequence[memoryview],
         offset: int,
         length: int,
@@ -289,9 +306,9 @@ class Disk:
 
     def _failed(self, what: str, error: BaseException) -> int:
         reason = user_line(error, self.backend)
-        if self._holds and isinstance(error, OSError):
-            self._say(logging.ERROR, f"{what} waits for {self.backend}, which failed: {reason}")
-            return TROUBLE
+        if self._holds and passes(error):
+            self._say(logging.ERROR, f"{what} failed in {self.backend}, to be retried: {reason}")
+            return RETRY
         self.statistics.add(count.ERRORS)
         self._say(logging.ERROR, f"{what} failed in {self.backend}: {reason}")
         return ERROR

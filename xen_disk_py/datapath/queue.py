@@ -57,7 +57,7 @@ from ..errors import GuestMisbehaved, HypervisorError, XenDiskError
 from ..hypervisor import PAGE_SIZE, EventChannel, Hypervisor, Mapping
 from ..ring import BackRing
 from . import statistics as count
-from .disk import TROUBLE, Disk
+from .disk import RETRY, Disk
 from .grants import PERSISTENT_LIMIT, Grants, GuestPages, Loan, Plan
 from .journal import Journal
 from .polling import Pace
@@ -558,7 +558,7 @@ class Queue:
 
     def _end(self, begun: _Begun, status: int) -> None:
         """Give a request's pages back, count it, and put its answer; or hold it."""
-        if status == TROUBLE:
+        if status == RETRY:
             if not self._stopping:
                 self._hold(begun)
                 return
@@ -609,7 +609,7 @@ class Queue:
         self._pause = min(2 * self._pause, _PAUSES[1])
         while held:
             begun = held.pop(0)
-            status = TROUBLE if self._stopping else self._do(begun)
+            status = RETRY if self._stopping else self._do(begun)
             if status is not None:
                 self._end(begun, status)
             if self._held:  # no better than before: spare the storage the others

@@ -32,8 +32,8 @@ _COUNTERS = (
     "memory",
 )
 _BLOCK = len(_COUNTERS) + 2 * _BUCKETS
-WORDS = _BLOCK * (1 + MAX_QUEUES)
-"""How many 64-bit words the counters take."""
+WORDS = _BLOCK * (1 + MAX_QUEUES) + 1
+"""How many 64-bit words the counters take, and what a successor must know of flushes."""
 
 _U64 = 0xFFFF_FFFF_FFFF_FFFF
 
@@ -94,7 +94,8 @@ class Statistics:
 
     def __init__(self, words: memoryview | None = None) -> None:
         words = words if words is not None else memoryview(bytearray(8 * WORDS)).cast("Q")
-        self._blocks = [Counters(words[at : at + _BLOCK]) for at in range(0, WORDS, _BLOCK)]
+        self._blocks = [Counters(words[at : at + _BLOCK]) for at in range(0, WORDS - 1, _BLOCK)]
+        self._flush_failed = words[WORDS - 1 : WORDS]
         self._lock = threading.Lock()
 
     def of_queue(self, number: int) -> Counters:
@@ -105,6 +106,18 @@ class Statistics:
         """Add to one of the disk's own counters; from any thread."""
         with self._lock:
             self._blocks[0].add(counter, amount)
+
+    @property
+    def flush_failed(self) -> bool:
+        """Whether a flush has failed: what was written before it may be lost.
+
+        It is one word of the record, so that no successor takes its own flush for a good one.
+        """
+        return bool(self._flush_failed[0])
+
+    @flush_failed.setter
+    def flush_failed(self, failed: bool) -> None:
+        self._flush_failed[0] = failed
 
     def set_memory(self, amount: int) -> None:
         """Note how many bytes of memory the guest's writes hold."""

@@ -1,0 +1,325 @@
+"""What a flush may answer, when the last one failed.
+
+Linux tells of a write-back error once for each open file, and marks the pages clean that it could
+not write: the next ``fdatasync`` succeeds, and the data is gone. So a flush that failed is not
+asked again as if nothing had happened:
+
+* By default the disk remembers. Every later flush fails, of whatever queue or thread, and of the
+  process that takes the disk over: the record says so. QEMU's file driver does the same, and
+  PostgreSQL ends itself.
+* A disk that retries (``--on-error hold``) keeps copies of what was written since the last good
+  flush. After a failed one it writes them again, and flushes that; until then nobody reads there,
+  for the page cache may have dropped it. Copies die with the process: a successor has none, and
+  does as above.
+
+One flush is under way at a time, since the error is told to one of several.
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Callable, Optional
+
+from ..backends import Backend, StorageError
+from .statistics import Statistics
+
+COPIES = 64 << 20
+"""Bytes of copies that are kept; when there are as many, the disk is flushed before more is
+written."""
+
+Move = Callable[["Sequence[memoryview]", int], Optional[int]]
+
+Piece = tuple[int, bytes]
+"""Where it begins on the disk, in bytes, and what is there."""
+
+_PASSING = frozenset(
+    (
+        errno.EAGAIN,
+        errno.ECONNABORTED,
+        errno.ECONNREFUSED,
+        errno.ECONNRESET,
+        errno.EDQUOT,
+        errno.EHOSTDOWN,
+        errno.EHOSTUNREACH,
+        errno.EIO,
+        errno.ENETDOWN,
+        errno.ENETRESET,
+        errno.ENETUNREACH,
+        errno.ENOBUFS,
+        errno.ENOLINK,
+        errno.ENOMEM,
+        errno.ENOSPC,
+        errno.ENOTCONN,
+        errno.EPIPE,
+        errno.ESHUTDOWN,
+        errno.ETIMEDOUT,
+        getattr(errno, "EREMOTEIO", errno.EIO),
+    )
+)
+
+
+class FlushFailed(OSError):
+    """An earlier flush failed, and what it was for may be lost."""
+
+
+def passes(error: BaseException) -> bool:
+    """Tell whether the storage may be able to do later what failed with ``error``."""
+    if isinstance(error, FlushFailed):
+        return False
+    return isinstance(error, (StorageError, ConnectionError, TimeoutError)) or (
+        isinstance(error, OSError) and error.errno in _PASSING
+    )
+
+
+class Durability:
+    """The flushes of one disk.
+
+    Args:
+        backend: open; whatever moves data does so through :meth:`reading` and :meth:`writing`.
+        statistics: where it is noted that a flush has failed, for a successor.
+        keeps: keep copies, to write them again.
+    """
+
+    def __init__(self, backend: Backend, statistics: Statistics, *, keeps: bool) -> None:
+        self.statistics = statistics
+        self._backend = backend
+        self._flushing = threading.Lock()
+        self._started = 0  # flushes
+        self._last_good = 0  # the number of the last that succeeded
+        self._copies = _Copies() if keeps and not backend.repeats_flush else None
+
+    def reading(self, move: Move) -> Move:
+        """Wrap a way to read, so that it fails where the storage may have lost something."""
+        copies = self._copies
+        if copies is None:
+            return move
+
+        def read(buffers: Sequence[memoryview], offset: int) -> int | None:
+            if copies.lost and copies.is_lost(offset, offset + sum(map(len, buffers))):
+                raise StorageError(errno.EIO, "what was written here is not on the storage yet")
+            return move(buffers, offset)
+
+        return read
+
+    def writing(self, move: Move, *, may_wait: bool) -> Move:
+        """Wrap a way to write, so that what it writes is kept.
+
+        Args:
+            move: writes.
+            may_wait: where it would have to wait for a flush, it does; else nothing is written.
+        """
+        copies = self._copies
+        if copies is None:
+            return move
+
+        def write(buffers: Sequence[memoryview], offset: int) -> int | None:
+            if copies.size >= COPIES:
+                if not may_wait:
+                    return 0
+                self.flush()
+            if not copies.enter(may_wait=may_wait):
+                return 0
+            try:
+                moved = move(buffers, offset)
+                copies.add(buffers, offset, moved)
+            finally:
+                copies.leave()
+            return moved
+
+        return write
+
+    def discarding(self, discard: Callable[[int, int], None], offset: int, length: int) -> None:
+        """Discard an extent with ``discard``; what was written there must not come back."""
+        copies = self._copies
+        if copies is None:
+            discard(offset, length)
+            return
+        copies.enter()
+        try:
+            discard(offset, length)
+            copies.forget(offset, length)
+        finally:
+            copies.leave()
+
+    def flush(self) -> None:
+        """Return when everything that was written before is on stable storage.
+
+        Raises:
+            FlushFailed: nobody can say that any longer.
+            Exception: the backend's own, if it cannot be had now.
+        """
+        seen = self._started
+        with self._flushing:
+            if self._last_good > seen:
+                return  # one that began after we asked was for us as well
+            copies = self._copies
+            if self.statistics.flush_failed and not (copies and copies.are_all_there):
+                raise FlushFailed(
+                    errno.EIO,
+                    "an earlier flush failed, and what was written before it may be lost: no "
+                    "flush succeeds until the disk is connected anew",
+                )
+            self._started += 1
+            end = 0
+            if copies is not None:
+                copies.write_again(self._backend.write)
+                end = copies.end
+            try:
+                self._backend.flush()
+            except BaseException as error:
+                if not self._backend.repeats_flush:
+                    # Noted before anybody hears of it: nobody may take the next for a good one.
+                    self.statistics.flush_failed = True
+                    if copies is not None:
+                        copies.lose(for_good=not passes(error))
+                raise
+            self._last_good = self._started
+            if copies is not None:
+                copies.flushed(end)
+                self.statistics.flush_failed = False
+
+
+class _Copies:
+    """What was written and not flushed, oldest first; several threads write.
+
+    Attributes:
+        size: bytes.
+        lost: what a failed flush may have lost, the newest of each sector, until it is written
+            again; in no order, no two overlap.
+        are_all_there: nothing that was written before a flush failed is missing here.
+    """
+
+    def __init__(self) -> None:
+        self.size = 0
+        self.lost: list[Piece] = []
+        self.are_all_there = False
+        self._first = 0  # the number of the oldest, counted from the first ever
+        self._copies: deque[list[Piece]] = deque()  # of one write each, in pieces
+        self._changed = threading.Condition()
+        self._writers = 0
+        self._is_alone = False
+
+    @property
+    def end(self) -> int:
+        """The number that the next copy will have."""
+        with self._changed:
+            return self._first + len(self._copies)
+
+    def enter(self, *, may_wait: bool = True) -> bool:
+        """Begin to write, once nothing is written again; False if that would take waiting."""
+        with self._changed:
+            while self._is_alone:
+                if not may_wait:
+                    return False
+                self._changed.wait()
+            self._writers += 1
+            return True
+
+    def leave(self) -> None:
+        """End what :meth:`enter` began."""
+        with self._changed:
+            self._writers -= 1
+            self._changed.notify_all()
+
+    def add(self, buffers: Sequence[memoryview], offset: int, moved: int | None) -> None:
+        """Copy what was written: ``moved`` bytes of ``buffers``, or all of them."""
+        data = bytes(buffers[0]) if len(buffers) == 1 else b"".join(buffers)
+        if moved is not None:
+            data = data[: max(0, moved)]
+        if data:
+            with self._changed:
+                self._copies.append([(offset, data)])
+                self.size += len(data)
+                self._found(offset, offset + len(data))
+
+    def forget(self, offset: int, length: int) -> None:
+        """Cut an extent out of all copies."""
+        end = offset + length
+        with self._changed:
+            for copy in self._copies:
+                copy[:] = [left for piece in copy for left in _cut(piece, offset, end)]
+            self.size = sum(len(data) for copy in self._copies for _, data in copy)
+            self._found(offset, end)
+
+    def _found(self, start: int, end: int) -> None:
+        if self.lost:
+            self.lost = [left for piece in self.lost for left in _cut(piece, start, end)]
+
+    def is_lost(self, start: int, end: int) -> bool:
+        """Tell whether some of an extent is."""
+        with self._changed:
+            return any(at < end and at + len(data) > start for at, data in self.lost)
+
+    def flushed(self, end: int) -> None:
+        """Drop the copies before number ``end``."""
+        with self._changed:
+            self.are_all_there = False
+            while self._first < end:
+                self.size -= sum(len(data) for _, data in self._copies.popleft())
+                self._first += 1
+
+    def lose(self, *, for_good: bool) -> None:
+        """Note that nothing of this may be on the storage."""
+        with self._changed:
+            self.are_all_there = not for_good
+            self.lost = [] if for_good else list(_newest(self._copies))
+
+    def write_again(self, write: Move) -> None:
+        """Write what was lost, while nobody else writes; what cannot be written stays lost."""
+        if not self.lost:
+            return
+        with self._changed:
+            while self._writers:
+                self._changed.wait()
+            self._is_alone = True
+        try:
+            while self.lost:
+                offset, data = self.lost[-1]
+                view, done = memoryview(data), 0
+                while done < len(data):
+                    moved = write([view[done:]], offset + done)
+                    if moved is None:
+                        break
+                    if moved <= 0:
+                        raise OSError(errno.EIO, f"{done} of {len(data)} bytes written again")
+                    done += moved
+                self.lost.pop()
+        finally:
+            with self._changed:
+                self._is_alone = False
+                self._changed.notify_all()
+
+
+def _cut(piece: Piece, start: int, end: int) -> Iterator[Piece]:
+    """What is left of a piece without what lies from ``start`` to ``end``."""
+    offset, data = piece
+    if start >= offset + len(data) or end <= offset:
+        yield piece
+        return
+    if start > offset:
+        yield offset, data[: start - offset]
+    if end < offset + len(data):
+        yield end, data[end - offset :]
+
+
+def _newest(copies: Sequence[Sequence[Piece]]) -> Iterator[Piece]:
+    """What was written last of each byte."""
+    bounds: list[int] = []  # where what is known begins and ends, by turns
+    for copy in reversed(copies):
+        for offset, data in copy:
+            at, end = offset, offset + len(data)
+            first = bisect_right(bounds, offset)
+            last = bisect_right(bounds, end)
+            inner = bounds[first:last]
+            edges = [*([] if first % 2 else [offset]), *inner, *([] if last % 2 else [end])]
+            for at, stop in zip(edges[::2], edges[1::2]):
+                if stop > at:
+                    yield at, data[at - offset : stop - offset]
+            bounds[first:last] = [
+                *([] if first % 2 else [offset]),
+                *([] if last % 2 else [end]),
+            ]
