@@ -1,6 +1,6 @@
 """Programs of ours as real processes on a simulated host: to be killed, and to follow each other.
 
-Each is ``PROGRAM -m xen_disk_py …``, as Python is started, and so is each that it starts itself.
+Each is started as the program starts itself, but with PROGRAM in the place of Python.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import xen_disk_py
+from xen_disk_py.host.program import own_command
 
 # What a busy machine may take longer for than the product would wait.
 PATIENT = """
@@ -42,7 +43,7 @@ from xen_disk_py.commands.environment import Environment
 from xen_disk_py.simulated.hypervisor import SimulatedHypervisor, SimulatedMachine
 from xen_disk_py.xenbus.xenstore import Store
 
-assert sys.argv[1:3] == ["-m", "xen_disk_py"]
+assert sys.argv[1] == "-I"  # how is shown in tests/host/test_program.py
 sys.executable = __file__
 machine = SimulatedMachine.attach({machine!r})
 if "--adopt" in sys.argv and "--rehearse" not in sys.argv:
@@ -58,7 +59,7 @@ env = Environment(
 )
 {patient}
 {hook}
-sys.exit(main(sys.argv[3:], env))
+sys.exit(main(sys.argv[4 if sys.argv[2] == "-m" else 3 :], env))
 """
 
 
@@ -119,11 +120,15 @@ class Processes:
         self.program = directory / "python"
         self.install()
 
-    def install(self, hook=""):
-        """Write the program anew; ``hook`` is Python that runs in each before ``main``."""
+    def install(self, hook="", place=Path(xen_disk_py.__file__).parents[1]):
+        """Write the program anew.
+
+        ``hook`` is Python that runs in each before ``main``; ``place`` is what is put into Python's
+        path, to import the program from.
+        """
         text = PROGRAM.format(
             python=sys.executable,
-            package=str(Path(xen_disk_py.__file__).parents[1]),
+            package=str(place),
             machine=self._host.machine.address,
             socket=self._host.xenstored.socket_path(0),
             records=self._host.records,
@@ -138,7 +143,7 @@ class Processes:
     def start(self, *argv):
         directory = self._directory / f"process{len(self._all)}"
         directory.mkdir()
-        command = [str(self.program), "-m", "xen_disk_py", *argv]
+        command = [str(self.program), *own_command(*argv)[1:]]
         self._all.append(Process(self._host, command, directory))
         return self._all[-1]
 

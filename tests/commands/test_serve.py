@@ -27,7 +27,7 @@ from xen_disk_py.xenbus.states import Address, State
 ADDRESS = Address(0, 5, 51728, "vbd3")
 NEW = b"new" * 4096
 
-# Stands in for Python as ``serve`` starts it: ``… -m xen_disk_py adopt 5 51728``, on this host.
+# Stands in for Python as ``serve`` starts it: ``… adopt 5 51728``, on this host.
 PROGRAM = """#!{python}
 import sys
 
@@ -37,7 +37,7 @@ from xen_disk_py.cli import main
 from xen_disk_py.commands.environment import Environment
 from xen_disk_py.simulated.hypervisor import SimulatedHypervisor, SimulatedMachine
 
-assert sys.argv[1:3] == ["-m", "xen_disk_py"]
+assert sys.argv[1] == "-I"
 if {dies!r} in sys.argv:
     raise SystemExit(3)
 {patient}
@@ -46,7 +46,7 @@ machine = SimulatedMachine.attach({machine!r})
 env = Environment(
     record_directory={records!r}, open_hypervisor=lambda: SimulatedHypervisor(machine)
 )
-sys.exit(main(sys.argv[3:], env))
+sys.exit(main(sys.argv[4 if sys.argv[2] == "-m" else 3 :], env))
 """
 
 

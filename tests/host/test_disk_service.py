@@ -51,16 +51,16 @@ def test_the_documented_configuration_makes_a_command_line():
         command = re.sub(rf"\$\{{{name}\}}", shlex.quote(value), command)
         command = command.replace(f"${name}", value)
     assert "$" not in command
-    python, *words = shlex.split(command)
-    assert ["@PYTHON@", "-m", "xen_disk_py"] == [python, *words[:2]]
-    args = build_parser().parse_args(words[2:])
+    program, *words = shlex.split(command)
+    assert "@PROGRAM@" == program
+    args = build_parser().parse_args(words)
     assert ("connect", "web", "nobody", True) == (args.command, args.vm, args.user, args.quiet)
     assert ("raw", "xvdb", True) == (args.backend, args.vdev, args.recover)
 
 
 def test_a_guest_whose_name_looks_like_an_option_is_a_guest():
     command = Unit()["Service"]["ExecStart"].replace("${VM}", "--debug").replace("$OPTIONS", "")
-    assert "--debug" == build_parser().parse_args(shlex.split(command)[3:]).vm
+    assert "--debug" == build_parser().parse_args(shlex.split(command)[1:]).vm
 
 
 def test_starting_waits_longer_than_the_guest_may_take():
@@ -93,7 +93,7 @@ def test_systemd_takes_it(tmp_path):
     if shutil.which("systemd-analyze") is None:
         pytest.skip("needs systemd-analyze")
     path = tmp_path / "xen-disk@web.service"
-    path.write_text(UNIT.replace("@PYTHON@", "/bin/true"), encoding="utf-8")
+    path.write_text(UNIT.replace("@PROGRAM@", "/bin/true"), encoding="utf-8")
     done = subprocess.run(
         ["systemd-analyze", "verify", str(path)], capture_output=True, text=True, check=False
     )

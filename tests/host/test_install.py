@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import stat
-import sys
 
 import pytest
 
 from xen_disk_py.errors import InstallError
 from xen_disk_py.host.install import File, install, ours, remove
+from xen_disk_py.host.program import unit_command
 
 
 @pytest.fixture
@@ -46,8 +46,8 @@ def test_what_belongs_elsewhere():
     assert "/opt/x/etc/xen/scripts/block-xen-disk" == script.path
     assert script.content.startswith(b"#!/bin/sh\n")
     for unit in units:
-        assert f"\nExecStart={sys.executable} -m xen_disk_py " in unit.content.decode()
-        assert b"@PYTHON@" not in unit.content
+        assert f"\nExecStart={unit_command()} " in unit.content.decode()
+        assert b"@PROGRAM@" not in unit.content
     assert bash.content.endswith(b"\ncomplete -F _xen_disk xen-disk\n")
     assert zsh.content.startswith(b"#compdef xen-disk\n")
     assert b"complete -c xen-disk" in fish.content

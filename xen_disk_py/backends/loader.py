@@ -212,7 +212,7 @@ def _from_module(name: str) -> type[Backend]:
         if error.name and f"{module_name}.".startswith(f"{error.name}."):
             raise BackendError(
                 f"{name}: there is no module {error.name}: "
-                "install it, or add its directory to PYTHONPATH"
+                "install it, or add the absolute path of its directory to PYTHONPATH"
             ) from error
         raise BackendError(f"{name} cannot be imported: {_where(error)}") from error
     except Exception as error:

@@ -527,6 +527,7 @@ def build_parser() -> _Parser:
         "otherwise it only reads them",
     )
     demo.add_argument("--json", action="store_true", help="print the results as JSON")
+    demo.add_argument("--guest", help=argparse.SUPPRESS)  # for the process that plays the guest
     _add_disk_arguments(demo)
 
     asked = commands.add_parser(

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -22,8 +21,10 @@ from typing import Any
 from ..datapath.disk import Disk
 from ..errors import DeviceError, UsageError
 from ..exit_status import ExitStatus
+from ..host.program import own_command
 from ..session import Interrupts, Observer, Outcome, Session
 from ..simulated.guest import Plan, pattern
+from ..simulated.guest import main as play_guest
 from ..simulated.hypervisor import SimulatedHypervisor, SimulatedMachine
 from ..simulated.xenstored import SimulatedXenstored
 from ..units import format_size
@@ -41,6 +42,8 @@ _BLOCKS = 20_000
 
 def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
     """Connect the disk to the second process and print what it measured."""
+    if args.guest is not None:
+        return ExitStatus(play_guest(args.guest))
     with ExitStack() as stack:
         kept = args.overlay is not None and os.path.lexists(args.overlay)  # somebody's changes
         file_backends = (None, "cow", "raw", "mmap")
@@ -154,7 +157,7 @@ def _expected(disk: Disk, name: str) -> str:
 
 def _start_guest(plan: Plan, machine: SimulatedMachine) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "xen_disk_py.simulated.guest", json.dumps(asdict(plan))],
+        own_command("demo", "--guest", json.dumps(asdict(plan))),
         stdout=subprocess.PIPE,
         text=True,
         pass_fds=machine.descriptors,

@@ -6,7 +6,6 @@ import argparse
 import logging
 import os
 import stat
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,11 +26,6 @@ log = logging.getLogger("xen_disk_py")
 
 TOLD = ["domid", "domain", "vdev", "number", "device", "size", "backend", "path", "mode", "pid"]
 """Those of the facts about a disk that are for scripts; the others are for a successor."""
-
-
-def own_command(*words: str) -> list[str]:
-    """Return the command line by which we start ourselves, as ``words`` say."""
-    return [sys.executable, "-m", "xen_disk_py", *words]
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import subprocess
 
 from ..errors import XenDiskError, XenUnavailable
 from ..exit_status import ExitStatus
+from ..host.program import own_command
 from ..host.systemd import NOTIFY_SOCKET, notify
 from ..libxl.attachment import SCRIPT
 from ..libxl.daemon import Supervisor
@@ -18,7 +19,6 @@ from ..session import Interrupts
 from ..xenbus.states import Address
 from ..xenbus.xenstore import Store
 from .environment import Environment
-from .opening import own_command
 
 log = logging.getLogger("xen_disk_py")
 

@@ -11,6 +11,7 @@ from contextlib import suppress
 from ..backends.loader import choose
 from ..errors import XenDiskError
 from ..exit_status import ExitStatus
+from ..host.program import own_command
 from ..recovery import record
 from ..recovery.record import Found
 from ..recovery.supervisor import Supervisor
@@ -18,7 +19,6 @@ from ..xenbus import toolstack
 from ..xenbus.states import Address
 from ..xenbus.vdev import parse
 from .environment import Environment
-from .opening import own_command
 from .succession import scratch_of
 
 _MEMORY = "/dev/shm"

@@ -20,6 +20,7 @@ from typing import Callable
 from ..backends.loader import find_class
 from ..errors import DeviceError
 from ..exit_status import ExitStatus
+from ..host.program import own_command
 from ..host.systemd import notify
 from ..recovery.record import FORMAT, Record
 from ..xenbus.toolstack import Domain
@@ -27,7 +28,6 @@ from ..xenbus.vdev import VirtualDevice
 from .arguments import parse
 from .backend_arguments import backend_name
 from .environment import Environment
-from .opening import own_command
 
 log = logging.getLogger("xen_disk_py")
 

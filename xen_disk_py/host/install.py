@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-import sys
 import tempfile
 from collections.abc import Sequence
 from importlib import resources
 from typing import NamedTuple
 
 from ..errors import InstallError
+from .program import unit_command
 
 
 class File(NamedTuple):
@@ -42,11 +42,11 @@ def ours(prefix: str, manual: str) -> list[File]:
         manual: the man page.
     """
     data = resources.files("xen_disk_py").joinpath("data")
-    root, python = os.path.abspath(prefix), os.fsencode(sys.executable)
+    root, program = os.path.abspath(prefix), os.fsencode(unit_command())
     files = [
         File(
             os.path.join(root, path),
-            data.joinpath(os.path.basename(path)).read_bytes().replace(b"@PYTHON@", python),
+            data.joinpath(os.path.basename(path)).read_bytes().replace(b"@PROGRAM@", program),
             mode,
         )
         for path, mode in _FILES

@@ -1,15 +1,14 @@
 """A guest in a process of its own: connects a disk, tries it, says how it went.
 
-``python -m xen_disk_py.simulated.guest PLAN`` is what ``demo`` starts; PLAN and each line
-that it prints are JSON objects. A line is one finished phase: its name, the bytes moved, the
-requests it took, the seconds; or ``{"error": …}``, the last line then.
+``demo --guest PLAN`` is what ``demo`` starts; PLAN and each line that it prints are JSON objects.
+A line is one finished phase: its name, the bytes moved, the requests it took, the seconds; or
+``{"error": …}``, the last line then.
 """
 
 from __future__ import annotations
 
 import json
 import random
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -148,7 +147,3 @@ def main(text: str) -> int:
 def _report(error: Exception) -> int:
     print(json.dumps({"error": str(error)}), flush=True)
     return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))

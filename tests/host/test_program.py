@@ -1,0 +1,81 @@
+"""How the program starts itself: isolated, by where it is; and that it comes up so."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import site
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import xen_disk_py
+from xen_disk_py import __version__
+from xen_disk_py.host.program import _how, _quoted, own_command, unit_command
+
+PLACE = Path(xen_disk_py.__file__).parents[1]
+
+
+def test_how(tmp_path):
+    one_file = tmp_path / "xen-disk.pyz"
+    one_file.touch()
+    assert ["-m", "xen_disk_py"] == _how("/opt/x", ["/usr/lib", "/opt/x"])
+    assert ["/opt/x/xen_disk_py/__main__.py"] == _how("/opt/x", ["/usr/lib", "/opt"])
+    assert [str(one_file)] == _how(str(one_file), [str(tmp_path)])
+
+
+def run(command, folder, **environment):
+    return subprocess.run(
+        command,
+        cwd=folder,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.fixture
+def strangers(tmp_path):
+    """A directory where somebody waits for a Python that looks into it."""
+    folder = tmp_path / "stranger"
+    (folder / "xen_disk_py").mkdir(parents=True)
+    for name in ("argparse.py", "pyxs.py", "json.py", "xen_disk_py/__init__.py"):
+        (folder / name).write_text("raise SystemExit('a stranger was here')\n")
+    return folder
+
+
+def test_nothing_of_the_current_directory_is_run(strangers):
+    done = run(own_command("--version"), strangers, PYTHONPATH=f".::{strangers.name}")
+    assert (0, f"xen-disk {__version__}\n", "") == (done.returncode, done.stdout, done.stderr)
+
+
+def test_by_a_path(strangers, tmp_path):
+    """A checkout, say: what is nowhere in Python's own path."""
+    shutil.copytree(PLACE / "xen_disk_py", tmp_path / "copy" / "xen_disk_py")
+    how = _how(str(tmp_path / "copy"), site.getsitepackages())
+    done = run([sys.executable, "-I", *how, "--version"], strangers)
+    assert (0, f"xen-disk {__version__}\n", "") == (done.returncode, done.stdout, done.stderr)
+
+
+def test_what_pythonpath_names_is_found(strangers, tmp_path):
+    """A disk of somebody's own, which the processes that take over need as well."""
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "mine.py").write_text(
+        "from xen_disk_py.backends.discard import DiscardBackend as Disk\n"
+    )
+    command = own_command("demo", "--backend", "mine:Disk", "--size", "64K", "--bytes", "64K")
+    done = run(command, strangers, PYTHONPATH=f".:{tmp_path / 'own'}")
+    assert (0, "") == (done.returncode, done.stderr)
+    done = run(command, tmp_path / "own", PYTHONPATH=".")
+    assert (1, "") == (done.returncode, done.stdout)
+    assert "there is no module mine: install it" in done.stderr
+
+
+def test_a_units_words():
+    assert " ".join(own_command()) == unit_command()
+    assert "/opt/a-b/python3" == _quoted("/opt/a-b/python3")
+    assert '"/opt/a b%%$$\\\\c/python3"' == _quoted("/opt/a b%$\\c/python3")
