@@ -10,6 +10,7 @@ import pytest
 
 from backends.blocks import buffers, drop_from_cache, make_cold
 from xen_disk_py.backends import image as image_module
+from xen_disk_py.backends import locks as locks_module
 from xen_disk_py.backends.image import Image, MappedImage, transfer_all
 from xen_disk_py.errors import ImageError
 
@@ -190,7 +191,7 @@ def test_a_lock_ends_with_its_holder(image, lock_elsewhere):
 
 
 def test_a_holder_that_nothing_is_known_of_is_another_process(image, monkeypatch):
-    monkeypatch.setattr(image_module, "_holders", lambda status: [])
+    monkeypatch.setattr(locks_module, "_holders", lambda status: [])
     with Image.open(image, writable=True):
         assert "in use by another process" in refused(image, writable=True)
 

@@ -9,6 +9,7 @@ from backends.blocks import read
 from xen_disk_py.backends import Backend, loader
 from xen_disk_py.backends.cow import CowBackend
 from xen_disk_py.backends.discard import DiscardBackend
+from xen_disk_py.backends.image import Image
 from xen_disk_py.backends.loader import check, choose, open_backend, parse_options, user_line
 from xen_disk_py.backends.mmap import MmapBackend
 from xen_disk_py.backends.overlay.backend import OverlayBackend
@@ -315,6 +316,17 @@ def test_a_file_that_is_not_there(tmp_path, how):
     else:
         message = error_of(BackendError, path)
     assert f"{path}: no such file: check the name" == message
+
+
+def test_force_opens_an_image_that_another_uses(make_image):
+    image = make_image()
+    options = {"path": image}
+    with Image.open(image, writable=True):
+        with pytest.raises(ImageError, match="or --force to use it all the same"):
+            open_backend("raw", options)
+        open_backend("raw", {**options, "force": True}).close()
+    with pytest.raises(UsageError, match="--option force=1: use --force for that"):
+        parse_options(["force=1"])
 
 
 def test_a_file_that_cannot_be_read(tmp_path):

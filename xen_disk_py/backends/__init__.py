@@ -57,6 +57,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from .sharing import Storage
+
 
 class StorageError(OSError):
     """The storage cannot do it now, but may later: a server is away, say.
@@ -166,6 +168,11 @@ class Backend:
     def memory(self) -> int:
         """Bytes of host memory that the guest's writes occupy (copy-on-write); 0 if none."""
         return 0
+
+    @property
+    def storage(self) -> Sequence[Storage]:
+        """The files and devices that the disk is in, to find others who use them; see there."""
+        return ()
 
     @property
     def can_discard(self) -> bool:

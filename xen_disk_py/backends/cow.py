@@ -16,6 +16,7 @@ from ..errors import DeviceError, UsageError
 from ..units import format_size
 from . import Backend
 from .image import PAGE, Image, MappedImage
+from .sharing import Storage
 
 log = logging.getLogger("xen_disk_py")
 
@@ -145,6 +146,11 @@ class CowBackend(Backend):
     def memory(self) -> int:
         """Bytes of the pages that were written."""
         return self._used * PAGE
+
+    @property
+    def storage(self) -> Sequence[Storage]:
+        """The image."""
+        return [self._image.storage]
 
     def close(self) -> None:
         """Forget every change."""

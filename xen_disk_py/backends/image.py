@@ -14,12 +14,14 @@ import os
 import stat
 import struct
 import threading
-import time
 from collections.abc import Callable, Sequence
 
 from ..errors import ImageError
 from ..hypervisor import Closing
 from ..units import format_size
+from . import sharing
+from .locks import claim
+from .locks import lock as lock  # noqa: PLC0414 - of files that are no images, too
 from .signatures import Signature, recognise
 
 log = logging.getLogger("xen_disk_py")
@@ -37,7 +39,7 @@ _BLKSSZGET = 0x1268  # its logical block size
 class Image(Closing):
     """An open image, locked until it is closed.
 
-    A writer locks it exclusively, readers share it. The lock is ``flock``'s: it ends with the
+    A writer locks it exclusively, readers share it (see :mod:`~.locks`). The locks end with the
     process, however that ends.
 
     Attributes:
@@ -61,6 +63,7 @@ class Image(Closing):
         device_sector_size: int = SECTOR,
         read_only: bool,
         is_block_device: bool,
+        locks: Sequence[int] = (),
     ) -> None:
         self.fd = fd
         self.path = path
@@ -69,6 +72,7 @@ class Image(Closing):
         self.device_sector_size = device_sector_size
         self.read_only = read_only
         self.is_block_device = is_block_device
+        self._locks = locks
         self._nowait = _nowait_flags(fd)
 
     @classmethod
@@ -88,16 +92,17 @@ class Image(Closing):
             is_block_device = stat.S_ISBLK(mode)
             _check_kind(path, mode)
             flags = os.O_RDWR if writable else os.O_RDONLY
-            if writable and is_block_device:
+            if writable and is_block_device and not sharing.is_forced():
                 flags |= os.O_EXCL  # the kernel then refuses a device that is mounted
             fd = os.open(path, flags)
         except OSError as error:
             raise ImageError(f"{path}: {_reason(error, path, writable)}") from error
+        locks: Sequence[int] = ()
         try:
             _check_kind(path, os.fstat(fd).st_mode)
             if writable and is_block_device:
                 _check_writable(fd, path)
-            lock(fd, path, writable, is_block_device)
+            locks = claim(fd, path, writable=writable)
             size = os.lseek(fd, 0, os.SEEK_END)
             own = _logical_block_size(fd) if is_block_device else SECTOR
             sector_size = sector_size or own
@@ -113,13 +118,19 @@ class Image(Closing):
                 device_sector_size=own,
                 read_only=not writable,
                 is_block_device=is_block_device,
+                locks=locks,
             )
-        except OSError as error:
-            os.close(fd)
-            raise ImageError(f"{path}: {error.strerror}") from error
-        except BaseException:
-            os.close(fd)
+        except BaseException as error:
+            for each in (*locks, fd):
+                os.close(each)
+            if isinstance(error, OSError):
+                raise ImageError(f"{path}: {error.strerror}") from error
             raise
+
+    @property
+    def storage(self) -> sharing.Storage:
+        """Where the bytes are, to compare with what others use."""
+        return sharing.storage_of(os.fstat(self.fd), self.path, writable=not self.read_only)
 
     def read(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Fill ``buffers`` from ``offset`` bytes into the image on.
@@ -182,6 +193,8 @@ class Image(Closing):
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
+            for lock_fd in self._locks:
+                os.close(lock_fd)
 
 
 class MappedImage(Closing):
@@ -401,7 +414,8 @@ def _reason(error: OSError, path: str, writable: bool) -> str:
     if error.errno == errno.EROFS:
         return _READ_ONLY
     if error.errno == errno.EBUSY:
-        return f"in use by this system (lsblk {path} tells how): unmount or release it first"
+        how = sharing.explain_busy(path) or f"lsblk {path} tells how"
+        return f"in use by this system ({how}): unmount or release it first{sharing.or_force()}"
     return error.strerror or str(error)
 
 
@@ -434,64 +448,3 @@ def _is_read_only_device(path: str) -> bool:
 def _logical_block_size(fd: int) -> int:
     (size,) = struct.unpack("i", fcntl.ioctl(fd, _BLKSSZGET, bytes(4)))
     return int(size)
-
-
-def lock(fd: int, path: str, writable: bool, is_block_device: bool) -> None:
-    """Lock an open file: for us alone if ``writable``, else shared with other readers.
-
-    Raises:
-        ImageError: somebody else has it; the message says who.
-    """
-    operation = (fcntl.LOCK_EX if writable else fcntl.LOCK_SH) | fcntl.LOCK_NB
-    # udev locks a device for some milliseconds while it probes it: try for a second.
-    deadline = time.monotonic() + is_block_device
-    while True:
-        try:
-            return fcntl.flock(fd, operation)
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                break
-            time.sleep(0.1)
-        except OSError as error:
-            raise ImageError(f"{path}: cannot be locked: {_no_lock(error)}") from error
-    holder = ", ".join(_holders(os.fstat(fd))) or "another process"
-    if writable:
-        raise ImageError(
-            f"{path}: in use by {holder}: a disk that writes needs its image alone, "
-            "disconnect the other first"
-        )
-    raise ImageError(f"{path}: being written by {holder}: disconnect that disk first")
-
-
-def _no_lock(error: OSError) -> str:
-    if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
-        return error.strerror or str(error)
-    return (
-        f"{error.strerror}: on NFS, start the lock service (rpc.statd) of both sides or mount it "
-        "as version 4, or with -o local_lock=flock where no other host uses the image"
-    )
-
-
-def _holders(status: os.stat_result) -> list[str]:
-    """Name the processes that hold a lock on a file, as far as /proc tells."""
-    # 1: FLOCK  ADVISORY  WRITE 1234 fd:01:5678 0 EOF      (the device in hex; -> waits only)
-    device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
-    where = f"{device}:{status.st_ino}"
-    try:
-        with open("/proc/locks", encoding="ascii") as locks:
-            fields = [line.split() for line in locks]
-    except OSError:
-        return []
-    pids = {int(f[4]) for f in fields if len(f) > 5 and f[1] == "FLOCK" and f[5] == where}
-    return [_process(pid) for pid in sorted(pids) if pid > 0]
-
-
-def _process(pid: int) -> str:
-    command: str | None = None
-    try:
-        with open(f"/proc/{pid}/cmdline", "rb") as cmdline:
-            words = cmdline.read(200).rstrip(b"\0").replace(b"\0", b" ").decode(errors="replace")
-        command = "".join(letter if letter.isprintable() else "?" for letter in words)
-    except OSError:
-        pass  # gone, or not ours to look at
-    return f"process {pid} ({command})" if command else f"process {pid}"

@@ -20,7 +20,7 @@ from types import ModuleType
 
 from ..errors import BackendError, UsageError, XenDiskError
 from ..units import parse_size
-from . import Backend
+from . import Backend, sharing
 
 ENTRY_POINTS = "xen_disk_py.backends"
 
@@ -39,6 +39,7 @@ _FLAGS = {
     "cow_limit": "--cow-limit",
     "overlay": "--overlay",
     "sector_size": "--sector-size",
+    "force": "--force",
 }
 _SIZES = ("size", "cow_limit", "sector_size")
 _INT_ANNOTATIONS = {"int", "Optional[int]", "Union[int,None]", "int|None", "None|int"}
@@ -80,6 +81,8 @@ def open_backend(backend: str | None, options: Mapping[str, object]) -> Backend:
             mean that it was not given. Text becomes a number where the parameter is annotated
             ``int``.
 
+    ``force`` is no constructor's: with it images are opened though somebody else uses them.
+
     Asked for ``read_only``, a class whose constructor has no such parameter is opened as usual
     and its *instance* gets ``read_only = True``: whoever serves the disk refuses writes then.
 
@@ -94,10 +97,12 @@ def open_backend(backend: str | None, options: Mapping[str, object]) -> Backend:
     if backend is None and name == path:
         del given["path"]
     read_only = bool(given.pop("read_only", False))
+    force = bool(given.pop("force", False))
     cls, label = find_class(name)
     arguments = _arguments(cls, label, given, read_only)
     try:
-        disk = cls(**arguments)
+        with sharing.forced(force):
+            disk = cls(**arguments)
         if read_only and not disk.read_only:
             disk.read_only = True
     except XenDiskError:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from . import Backend
 from .image import Image, MappedImage
+from .sharing import Storage
 from .trim import Trim
 
 
@@ -93,6 +94,11 @@ class MmapBackend(Backend):
             self._mapped = larger
         self.size = size
         return size
+
+    @property
+    def storage(self) -> Sequence[Storage]:
+        """The image."""
+        return [self._image.storage]
 
     def close(self) -> None:
         """Unmap, close and unlock; the kernel writes back the remaining dirty pages later."""

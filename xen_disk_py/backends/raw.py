@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from . import Backend
 from .image import Image
+from .sharing import Storage
 from .trim import Trim
 
 
@@ -80,6 +81,11 @@ class RawBackend(Backend):
         self._image.resize(size)
         self.size = size
         return size
+
+    @property
+    def storage(self) -> Sequence[Storage]:
+        """The image."""
+        return [self._image.storage]
 
     def close(self) -> None:
         """Close and unlock the image."""

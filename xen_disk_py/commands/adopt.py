@@ -20,7 +20,7 @@ from ..recovery.orphan import stand_in
 from ..recovery.record import Record
 from ..session import Interrupts, Observer, Session
 from ..units import format_size
-from ..xenbus import toolstack
+from ..xenbus import other_backends, toolstack
 from ..xenbus.states import Address, State
 from ..xenbus.toolstack import PID_KEY, Domain
 from ..xenbus.vdev import VirtualDevice, from_number
@@ -80,7 +80,7 @@ def _serve(env: Environment, store: Store, address: Address) -> None:
             wish = attachment.read_wish(store, address)
             options = parse(["connect", str(domain.domid), *wish.arguments])
             own_record = stack.enter_context(_claimed(env, store, address, options.queues))
-            disk = _open(options, wish, stack)
+            disk = _open(options, wish, store, stack)
             hypervisor = stack.enter_context(opened_hypervisor(env))
         except XenDiskError as error:
             reason = str(error)
@@ -101,7 +101,7 @@ def _go_on(env: Environment, store: Store, address: Address) -> ExitStatus:
             succession.check_files(facts, str(vdev), f"xl block-detach {domid} {vdev}")
             wish = attachment.read_wish(store, address)
             options = parse(["connect", str(domid), *wish.arguments])
-            disk = _open(options, wish, stack)
+            disk = _open(options, wish, store, stack)
             succession.check_size(facts, str(vdev), disk.backend)
             hypervisor = stack.enter_context(opened_hypervisor(env))
             toolstack.pass_on(store, address, os.getpid())
@@ -114,9 +114,10 @@ def _go_on(env: Environment, store: Store, address: Address) -> ExitStatus:
     return ExitStatus.OK
 
 
-def _open(options: argparse.Namespace, wish: Wish, stack: ExitStack) -> Disk:
+def _open(options: argparse.Namespace, wish: Wish, store: Store, stack: ExitStack) -> Disk:
     disk = Disk(backend_from(options))
     stack.callback(disk.close)
+    other_backends.check(store, disk.backend.storage, force=options.force)
     if not wish.discard:
         disk.can_discard = disk.can_discard_securely = False
     return disk

@@ -130,6 +130,12 @@ def _add_disk_arguments(parser: _Parser) -> argparse._ArgumentGroup:
         metavar="KEY=VALUE",
         help="an option of the backend's own; may be given several times",
     )
+    disk.add_argument(
+        "--force",
+        action="store_true",
+        help="use the image even if something else does (another disk, a mount, a loop device, "
+        "QEMU); this destroys data unless they all only read",
+    )
     return disk
 
 

@@ -26,8 +26,9 @@ def backend_from(args: argparse.Namespace) -> Backend:
     for name in ("path", "size", "cow_limit", "sector_size", "overlay"):
         if getattr(args, name) is not None:
             given[name] = getattr(args, name)
-    if args.read_only:
-        given["read_only"] = True
+    for name in ("read_only", "force"):
+        if getattr(args, name):
+            given[name] = True
     given.update(parse_options(args.option))
     return open_backend(args.backend, given)
 

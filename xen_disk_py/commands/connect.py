@@ -23,7 +23,7 @@ from ..hypervisor import Hypervisor
 from ..recovery.record import Record
 from ..session import Interrupts, Observer, Outcome, Session
 from ..units import format_size
-from ..xenbus import toolstack
+from ..xenbus import other_backends, toolstack
 from ..xenbus.device import Device
 from ..xenbus.states import Address
 from ..xenbus.toolstack import Domain
@@ -126,6 +126,7 @@ def _open(
     disk = Disk(backend_from(args), holds=args.on_error == "hold")
     stack.callback(disk.close)
     store = stack.enter_context(env.open_store())
+    other_backends.check(store, disk.backend.storage, force=args.force)
     hypervisor = stack.enter_context(opened_hypervisor(env))
     domain = domain or toolstack.find_domain(store, args.vm)
     interrupts = stack.enter_context(Interrupts(hangup_resizes=not env.in_terminal).installed())

@@ -20,6 +20,7 @@ from ...errors import DeviceError, UsageError
 from ...units import format_size
 from .. import Backend
 from ..image import Image
+from ..sharing import Storage
 from .file import BLOCK, Header, OverlayFile
 
 log = logging.getLogger("xen_disk_py")
@@ -170,6 +171,11 @@ class OverlayBackend(Backend):
             f"(commit {self._file.path}), change that (truncate -s SIZE {self.path}), and connect "
             "it with a new overlay"
         )
+
+    @property
+    def storage(self) -> Sequence[Storage]:
+        """The image, which is only read."""
+        return [self._image.storage]
 
     def close(self) -> None:
         """Close both, with the changes on stable storage."""
