@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import itertools
 import json
@@ -308,7 +309,7 @@ class Trouble(Backend):
     size = 1 << 20
 
     def read(self, buffers, offset):
-        raise OSError("the storage is gone")
+        raise OSError(errno.EIO, "the storage is gone")
 
     write = read
 
