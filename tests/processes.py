@@ -38,7 +38,10 @@ import sys
 from functools import partial
 
 sys.path.insert(0, {package!r})
-from xen_disk_py.cli import main
+from xen_disk_py.host.output import open_standard_descriptors
+
+open_standard_descriptors()
+from xen_disk_py.cli import main, run
 from xen_disk_py.commands.environment import Environment
 from xen_disk_py.simulated.hypervisor import SimulatedHypervisor, SimulatedMachine
 from xen_disk_py.xenbus.xenstore import Store
@@ -59,24 +62,22 @@ env = Environment(
 )
 {patient}
 {hook}
-sys.exit(main(sys.argv[4 if sys.argv[2] == "-m" else 3 :], env))
+run(sys.argv[4 if sys.argv[2] == "-m" else 3 :], env)
 """
 
 
 class Process:
     """One of them."""
 
-    def __init__(self, host, command, directory):
+    def __init__(self, host, command, directory, **streams):
         self._host = host
         self._out, self._err = directory / "stdout", directory / "stderr"
         with self._out.open("w") as out, self._err.open("w") as err:
             self._process = subprocess.Popen(
                 command,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=err,
                 pass_fds=host.machine.descriptors,
                 cwd=directory,
+                **{"stdin": subprocess.DEVNULL, "stdout": out, "stderr": err, **streams},
             )
         self.pid = self._process.pid
 
@@ -140,11 +141,12 @@ class Processes:
         new.chmod(0o755)
         os.replace(new, self.program)
 
-    def start(self, *argv):
+    def start(self, *argv, prefix=(), **streams):
+        """Start one: ``prefix`` is what starts it, ``streams`` are options of Popen's."""
         directory = self._directory / f"process{len(self._all)}"
         directory.mkdir()
-        command = [str(self.program), *own_command(*argv)[1:]]
-        self._all.append(Process(self._host, command, directory))
+        command = [*prefix, str(self.program), *own_command(*argv)[1:]]
+        self._all.append(Process(self._host, command, directory, **streams))
         return self._all[-1]
 
     def close(self):

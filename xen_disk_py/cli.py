@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from typing import NoReturn
 
 from .commands.arguments import PROGRAM, parse
 from .commands.environment import Environment
 from .errors import UsageError, XenDiskError
 from .exit_status import ExitStatus
+from .host.logs import LineHandler
+from .host.output import open_standard_descriptors
 
 log = logging.getLogger("xen_disk_py")
 
@@ -23,19 +27,26 @@ def main(argv: Sequence[str], env: Environment | None = None) -> ExitStatus:
         argv: the arguments, without the program's name.
         env: the machine to run on.
     """
-    env = env if env is not None else Environment()
+    return _main(argv, env if env is not None else Environment(), is_program=False)
+
+
+def _main(argv: Sequence[str], env: Environment, *, is_program: bool) -> ExitStatus:
     debug = "--debug" in argv
     logging.basicConfig(
-        stream=env.stderr,
+        handlers=[LineHandler(env.err, PROGRAM)],
         level=logging.DEBUG if debug else logging.INFO,
-        format=f"{PROGRAM}: %(message)s",
     )
     program = PROGRAM
     try:
         args = parse(argv)
         program = f"{PROGRAM} {args.command}"
         command = importlib.import_module(f"xen_disk_py.commands.{args.command}")
-        return ExitStatus(command.run(args, env))
+        with ExitStack() as stack:
+            if is_program:
+                # What a disk's author prints is no data of ours, and must not fail in his disk.
+                stack.enter_context(redirect_stdout(env.err))
+                stack.enter_context(redirect_stderr(env.err))
+            return ExitStatus(command.run(args, env))
     except UsageError as error:
         hint = f"{error} (try: {error.program or program} --help)"
         return _fail(env, UsageError(hint), ExitStatus.USAGE, debug)
@@ -57,10 +68,26 @@ def main(argv: Sequence[str], env: Environment | None = None) -> ExitStatus:
 def _fail(env: Environment, error: Exception, status: ExitStatus, debug: bool) -> ExitStatus:
     if debug:
         log.debug("traceback", exc_info=error)
-    env.tell(f"{PROGRAM}: error: {error}")
+    env.tell(f"{PROGRAM}: error: {error}", logging.ERROR)
     return status
 
 
-def run() -> NoReturn:
-    """Run the program: what ``xen-disk`` and ``python -m xen_disk_py`` do."""
-    sys.exit(main(sys.argv[1:]))
+def run(argv: Sequence[str] | None = None, env: Environment | None = None) -> NoReturn:
+    """Run the program: what ``xen-disk`` and ``python -m xen_disk_py`` do.
+
+    Args:
+        argv: the arguments, if they are not those of this process.
+        env: the machine to run on, if it is not this one.
+    """
+    open_standard_descriptors()
+    env = env if env is not None else Environment()
+    try:
+        status = _main(sys.argv[1:] if argv is None else argv, env, is_program=True)
+    finally:
+        env.drain()
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:  # it has been told; Python would tell once more, with a status of its own
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.exit(status)

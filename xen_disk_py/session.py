@@ -324,7 +324,7 @@ class Session:
         except StoreLost:
             raise
         except XenDiskError as error:
-            log.error("%s: not resized: %s", self._vdev, error)
+            log.error("not resized: %s", error)
 
     def _reconnect(self) -> None:
         try:

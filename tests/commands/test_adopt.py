@@ -118,8 +118,8 @@ def test_a_persistent_disk(adopt, steps, image, host, caplog):
     assert adopt(script, image) is ExitStatus.OK
     assert NEW == image.read_bytes()[4096 : 4096 + len(NEW)]
     assert [line.getMessage() for line in caplog.records] == [
-        f"xvdb of domain 5: connected: 1 MiB raw rw {image}",
-        "xvdb of domain 5: detached by the toolstack or with the guest",
+        f"connected: 1 MiB raw rw {image}",
+        "detached by the toolstack or with the guest",
     ]
 
 

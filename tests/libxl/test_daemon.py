@@ -128,7 +128,7 @@ def test_a_process_that_comes_to_nothing(host, libxl, supervisor, spawner, statu
     why = f"process {process.pid} ended with status {status}"
     told = host.tree()[f"{address.backend}/hotplug-error"]
     assert f"{why}; see the log of xen-disk serve" == told
-    assert f"xvdb of domain 5: {why}" == caplog.records[0].getMessage()
+    assert f"guest/xvdb: {why}" == caplog.records[0].getMessage()
     libxl.ask_to_detach(address)
     supervisor.look()
     libxl.finish_detach(address)
@@ -180,7 +180,7 @@ def test_a_process_that_died(host, libxl, supervisor, spawner, caplog):
     supervisor.look()
     (line,) = caplog.records
     assert (
-        "xvdb of domain 5: its process 123 has died; the guest waits for its requests until you "
+        "guest/xvdb: its process 123 has died; the guest waits for its requests until you "
         "take the disk away: xl block-detach 5 xvdb" == line.getMessage()
     )
     assert ([], 0) == (spawner.started, supervisor.served)
@@ -254,7 +254,7 @@ def test_another_process_goes_on(host, supervisor, spawner, orphan, clock, caplo
         die(supervisor, spawner, status)
     assert [None, 0.1, 0.2, 0.5, 1, 2, 5, 5, 5, 5] == pytest.approx(waits)
     assert (None, 0) == (supervisor.pause, supervisor.served)
-    assert "xvdb of domain 5: another process goes on in place of 123" in caplog.messages
+    assert "guest/xvdb: another process goes on in place of 123" in caplog.messages
 
 
 def test_a_calm_minute_forgives(supervisor, spawner, orphan, clock):

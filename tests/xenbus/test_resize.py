@@ -395,7 +395,7 @@ def test_a_session_that_is_asked_by_a_signal(host, served, caplog):
     served.backend.storage = MIB
     served.interrupts.resize = True
     served.interrupts.wake()
-    host.until(lambda: "xvda: not resized: " in caplog.text)
+    host.until(lambda: "not resized: " in caplog.text)
     assert "use --force" in caplog.text
     assert 2 * MIB == served.disk.sectors * 512
     assert served.device.state is State.CONNECTED

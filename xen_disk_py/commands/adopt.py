@@ -6,12 +6,12 @@ import argparse
 import logging
 import os
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 
 from ..datapath.disk import Disk
 from ..errors import DeviceError, DeviceTaken, XenDiskError
 from ..exit_status import ExitStatus
+from ..host.logs import about
 from ..hypervisor import Hypervisor
 from ..libxl import attachment
 from ..libxl.attachment import AdoptedDevice, Wish
@@ -42,8 +42,10 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
 
     Where nobody can go on with it, stand in until the guest has let go.
     """
-    with env.open_store() as store, _named(args.devid, args.domid):
+    with ExitStack() as stack:
+        store = stack.enter_context(env.open_store())
         address = Address(toolstack.own_domid(store), args.domid, args.devid, attachment.KIND)
+        stack.enter_context(about(toolstack.disk_name(store, address)))
         found = record.find(env.record_directory, address)
         if not store.exists(f"{address.backend}/{PID_KEY}"):
             _serve(env, store, address)
@@ -55,21 +57,6 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
         elif _is_closing(store, address):
             _stand_in(env, store, address)
     return ExitStatus.OK
-
-
-@contextmanager
-def _named(devid: int, domid: int) -> Iterator[None]:
-    """Have each line of the log, which many disks share, begin with whose it is."""
-
-    def name(line: logging.LogRecord) -> bool:
-        line.msg = f"{from_number(devid)} of domain {domid}: {line.msg}"
-        return True
-
-    log.addFilter(name)
-    try:
-        yield
-    finally:
-        log.removeFilter(name)
 
 
 def _serve(env: Environment, store: Store, address: Address) -> None:

@@ -17,6 +17,7 @@ from ..datapath.statistics import Statistics, histogram
 from ..errors import DeviceTaken, UsageError
 from ..exit_status import ExitStatus
 from ..host import privileges
+from ..host.logs import about
 from ..host.privileges import User
 from ..host.systemd import notify
 from ..hypervisor import Hypervisor
@@ -221,7 +222,7 @@ class _Connection:
             adopts=args.adopt,
         )
         status_line = _StatusLine(env, vdev, disk.statistics)
-        live = not args.quiet and env.stderr.isatty()
+        live = not args.quiet and env.err.isatty()
         successor = Upgrade(args, self._domain, vdev, record, status_line.clear)
         session = Session(
             self._store,
@@ -277,7 +278,8 @@ class _Connection:
                     succession.crash(error)
 
         try:
-            outcome = session.run(Life())
+            with about(toolstack.disk_name(self._store, address)):
+                outcome = session.run(Life())
         finally:
             status_line.clear()
             record.close()
@@ -303,9 +305,9 @@ class _Connection:
             self._env.tell("{vdev}: process {pid} goes on".format(**facts))
             return
         if self._args.json:
-            self._env.say(json.dumps({name: facts[name] for name in TOLD}))
+            self._env.announce(json.dumps({name: facts[name] for name in TOLD}))
         else:
-            self._env.say(
+            self._env.announce(
                 "{vdev} {number} {device} {length} {backend} {mode}".format(
                     length=format_size(facts["size"]), **facts
                 )
@@ -358,15 +360,13 @@ class _StatusLine:
             text += f", {counters['held']} held"
         if counters["memory"]:
             text += f", {format_size(counters['memory'])} changed"
-        self._env.stderr.write(f"\r\x1b[K{text}")
-        self._env.stderr.flush()
+        self._env.draw(text)
         self._shown = True
 
     def clear(self) -> None:
         """Take the line away."""
         if self._shown:
-            self._env.stderr.write("\r\x1b[K")
-            self._env.stderr.flush()
+            self._env.draw("")
             self._shown = False
 
 

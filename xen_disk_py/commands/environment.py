@@ -6,13 +6,22 @@ them a simulated Xen and reads what they print.
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Callable, TextIO
 
+from ..errors import XenDiskError
+from ..host.logs import is_journal, priority
+from ..host.output import Output
 from ..hypervisor import Hypervisor
 from ..recovery import record
+from ..text import printable
 from ..xenbus.xenstore import Store
+
+_PATIENCE = 1.0  # seconds that a reader gets at the end
 
 
 def _xen() -> Hypervisor:
@@ -39,15 +48,58 @@ class Environment:
     record_directory: str = record.DIRECTORY
     stdin: TextIO | None = field(default_factory=lambda: sys.stdin)
 
+    @cached_property
+    def out(self) -> Output:
+        """Stdout, for one who serves a disk: writing never fails and never waits."""
+        return Output(self.stdout)
+
+    @cached_property
+    def err(self) -> Output:
+        """Stderr, likewise."""
+        return Output(self.stderr)
+
     @property
     def in_terminal(self) -> bool:
         """Whether somebody sits in front of us: stdin or stderr is a terminal."""
-        return any(stream is not None and stream.isatty() for stream in (self.stdin, self.stderr))
+        return Output(self.stdin).isatty() or self.err.isatty()
 
     def say(self, text: str) -> None:
-        """Print a line of data on stdout."""
-        print(text, file=self.stdout, flush=True)
+        """Print lines of data on stdout; not while a disk is served, since it may wait or fail.
 
-    def tell(self, text: str) -> None:
+        Raises:
+            BrokenPipeError: nobody reads it any longer.
+            XenDiskError: it cannot be written.
+        """
+        lines = "\n".join(map(printable, text.split("\n")))
+        encoding = getattr(self.stdout, "encoding", None) or "utf-8"
+        try:
+            print(
+                lines.encode(encoding, "backslashreplace").decode(encoding),
+                file=self.stdout,
+                flush=True,
+            )
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise XenDiskError(f"cannot write to stdout: {error.strerror}") from error
+
+    def announce(self, text: str) -> None:
+        """Print a line of data on stdout while a disk is served."""
+        self.out.write(f"{printable(text)}\n")
+        if self.out.failure is not None:
+            self.tell(f"cannot write to stdout: {os.strerror(self.out.failure)}", logging.WARNING)
+
+    def tell(self, text: str, level: int = logging.INFO) -> None:
         """Print a line for a person on stderr."""
-        print(text, file=self.stderr, flush=True)
+        prefix = f"<{priority(level)}>" if is_journal(self.err) else ""
+        self.err.write(f"{prefix}{printable(text)}\n")
+
+    def draw(self, text: str) -> None:
+        """Put a line in the place of the one that was drawn last on a terminal; empty: erase it."""
+        if not self.err.is_behind:
+            self.err.write(f"\r\x1b[K{printable(text)}")
+
+    def drain(self) -> None:
+        """Let readers take what has been written, for a moment at most; before the end."""
+        self.out.drain(_PATIENCE)
+        self.err.drain(_PATIENCE)

@@ -7,7 +7,7 @@ import time
 from ..hypervisor import Closing
 from .environment import Environment
 
-_INTERVAL = 0.2  # seconds between two looks of the line
+_INTERVAL = 0.2  # seconds between two updates
 
 
 class ProgressLine(Closing):
@@ -20,9 +20,9 @@ class ProgressLine(Closing):
     """
 
     def __init__(self, env: Environment, what: str, *, quiet: bool) -> None:
-        self._stderr = env.stderr
+        self._env = env
         self._what = what
-        self._live = not quiet and env.stderr.isatty()
+        self._live = not quiet and env.err.isatty()
         self._next = 0.0
         self._shown = False
 
@@ -32,13 +32,11 @@ class ProgressLine(Closing):
         if not self._live or now < self._next:
             return
         self._next = now + _INTERVAL
-        self._stderr.write(f"\r\x1b[K{self._what}: {done * 100 // total}%")
-        self._stderr.flush()
+        self._env.draw(f"{self._what}: {done * 100 // total}%")
         self._shown = True
 
     def close(self) -> None:
         """Erase the line."""
         if self._shown:
             self._shown = False
-            self._stderr.write("\r\x1b[K")
-            self._stderr.flush()
+            self._env.draw("")

@@ -32,7 +32,7 @@ def notify(*assignments: str) -> None:
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
             channel.settimeout(_PATIENCE)
-            channel.sendto("\n".join(assignments).encode(), path)
+            channel.sendto("\n".join(assignments).encode(errors="backslashreplace"), path)
     except OSError as error:
         log.debug("cannot notify systemd: %s", error)
 

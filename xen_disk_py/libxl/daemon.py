@@ -94,7 +94,7 @@ class Supervisor:
             del self._processes[address]
             if process.returncode:
                 why = f"process {process.pid} ended with status {process.returncode}"
-                log.error("%s: %s", _name(address), why)
+                log.error("%s: %s", self._name(address), why)
                 attachment.refuse(self._store, address, f"{why}; see the log of xen-disk serve")
             restarts = self._restarts.setdefault(address, _Restarts())
             if process.returncode > 0 and process.returncode != ExitStatus.CRASHED:
@@ -133,7 +133,7 @@ class Supervisor:
             if found is not None and found.is_orphan:
                 restarts = self._restarts.setdefault(address, _Restarts())
                 if restarts.plan(self._delays, now) <= now:
-                    log.info("%s: another process goes on in place of %s", _name(address), pid)
+                    log.info("%s: another process goes on in place of %s", self._name(address), pid)
                     return self._start(address)
                 if restarts.due < math.inf:
                     return False
@@ -141,7 +141,7 @@ class Supervisor:
             log.error(
                 "%s: its process %s has died; the guest waits for its requests until you take "
                 "the disk away: xl block-detach %d %s",
-                _name(address),
+                self._name(address),
                 pid,
                 address.frontend_domid,
                 from_number(address.devid),
@@ -152,11 +152,14 @@ class Supervisor:
         try:
             self._processes[address] = self._spawn(address)
         except OSError as error:
-            log.error("%s: cannot start a process: %s", _name(address), error)
+            log.error("%s: cannot start a process: %s", self._name(address), error)
             attachment.refuse(self._store, address, f"cannot start a process: {error}")
             return False
         self._restarts.setdefault(address, _Restarts()).started = time.monotonic()
         return True
+
+    def _name(self, address: Address) -> str:
+        return toolstack.disk_name(self._store, address)
 
 
 class _Restarts:
@@ -173,7 +176,3 @@ class _Restarts:
             self.due = now + delays[self.count]
             self.count += 1
         return self.due
-
-
-def _name(address: Address) -> str:
-    return f"{from_number(address.devid)} of domain {address.frontend_domid}"

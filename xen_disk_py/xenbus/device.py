@@ -23,7 +23,6 @@ from ..errors import GuestMisbehaved, HypervisorError, StoreLost, XenDiskError
 from ..hypervisor import Hypervisor
 from . import resize
 from .states import Action, Address, State, react
-from .vdev import from_number
 from .xenstore import Store
 
 log = logging.getLogger("xen_disk_py")
@@ -177,8 +176,7 @@ class Device:
         disk, before = self._disk, self._disk.sectors
         try:
             size = disk.resize(size, force=force, step=self._step)
-            name = from_number(self.address.devid)
-            log.info("%s: %d bytes long now, %d before", name, size, before * SECTOR)
+            log.info("%d bytes long now, %d before", size, before * SECTOR)
             return size
         finally:
             if disk.sectors != before:

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import NamedTuple
 
-from ..errors import DeviceError, DeviceTaken, GuestNotFound
+from ..errors import DeviceError, DeviceTaken, GuestNotFound, StoreError
 from .states import Address, State
-from .vdev import VirtualDevice, first_free
+from .vdev import VirtualDevice, first_free, from_number
 from .xenstore import Store, quote, unquote
 
 KINDS = ("vbd3", "qdisk")
@@ -36,6 +37,14 @@ class Domain(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.name or '(no name)'} (domain {self.domid})"
+
+
+def disk_name(store: Store, address: Address) -> str:
+    """Name a disk for people: ``myvm/xvdb``; by the guest's id if its name cannot be had."""
+    name = None
+    with suppress(StoreError):
+        name = store.read(f"/local/domain/{address.frontend_domid}/name")
+    return f"{name or address.frontend_domid}/{from_number(address.devid)}"
 
 
 def domains(store: Store) -> list[Domain]:
