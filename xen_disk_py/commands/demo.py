@@ -43,7 +43,7 @@ _BLOCKS = 20_000
 def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
     """Connect the disk to the second process and print what it measured."""
     if args.guest is not None:
-        return ExitStatus(play_guest(args.guest))
+        return ExitStatus(play_guest(args.guest, env.say))
     with ExitStack() as stack:
         kept = args.overlay is not None and os.path.lexists(args.overlay)  # somebody's changes
         file_backends = (None, "cow", "raw", "mmap")

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from typing import Callable
 
 from ..blkif import READ, WRITE
 from ..errors import XenDiskError
@@ -120,8 +121,8 @@ def _difference(expected: bytes, got: bytes) -> str:
     )
 
 
-def main(text: str) -> int:
-    """Carry out the plan in ``text``; the result is the exit status."""
+def main(text: str, say: Callable[[str], None]) -> int:
+    """Carry out the plan in ``text`` and ``say`` how it goes; the result is the exit status."""
     plan = Plan(**json.loads(text))
     status = 0
     try:
@@ -135,15 +136,15 @@ def main(text: str) -> int:
             frontend.connect()
             try:
                 for phase in work(frontend, plan):
-                    print(json.dumps(asdict(phase)), flush=True)
+                    say(json.dumps(asdict(phase)))
             except (XenDiskError, RequestFailed) as error:
-                status = _report(error)
+                status = _report(error, say)
             frontend.disconnect()  # after an error, too: until then its pages are mapped
     except XenDiskError as error:
-        status = _report(error)
+        status = _report(error, say)
     return status
 
 
-def _report(error: Exception) -> int:
-    print(json.dumps({"error": str(error)}), flush=True)
+def _report(error: Exception, say: Callable[[str], None]) -> int:
+    say(json.dumps({"error": str(error)}))
     return 1
