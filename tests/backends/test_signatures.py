@@ -92,7 +92,17 @@ def test_a_container_is_served_as_it_is_with_one_line_of_warning(tmp_path, caplo
         assert os.path.getsize(path) == image.size
     (line,) = caplog.messages
     assert line.startswith(f"{path}: looks like qcow2, ")
-    assert f"qemu-img convert -f qcow2 -O raw {path} {path}.raw" in line
+    assert f"convert it first: qemu-img convert -f qcow2 -O raw {path} {path}.raw" in line
+
+
+@pytest.mark.parametrize("subformat", ["dynamic", "fixed"])
+def test_a_vhd_can_be_served_as_one(tmp_path, caplog, subformat):
+    path = tmp_path / "disk.vhd"
+    run("qemu-img", "create", "-f", "vpc", "-o", f"subformat={subformat}", str(path), "4M")
+    with caplog.at_level(logging.WARNING), Image.open(str(path), writable=False):
+        pass
+    (line,) = caplog.messages
+    assert line.endswith("inside, use --format vhd")
 
 
 def test_a_container_of_an_odd_size_is_not_told_to_be_padded(tmp_path, caplog):

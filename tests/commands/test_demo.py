@@ -127,6 +127,37 @@ def test_by_default(demo):
     assert err == ""
 
 
+def test_a_vhd(demo, tmp_path):
+    path = tmp_path / "disk.vhd"
+    assert ExitStatus.OK is main(["create", str(path), "--size", "1M"], demo.env)
+    before = path.read_bytes()
+    status, out, err = demo("--path", str(path), "--format", "vhd")
+    assert status is ExitStatus.OK
+    assert "only reading: vhd would change" in err
+    assert before == path.read_bytes()
+    status, out, err = demo("--path", str(path), "--format", "vhd", "--overwrite")
+    assert status is ExitStatus.OK
+    assert names(out) == FOUR
+    assert err == ""
+    assert before != path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--format", "vhd"], "needs --path"),
+        (["--format", "vhd", "--path", "x", "--backend", "raw"], "leave out one of them"),
+        (["--format", "raw", "--path", "x", "--backend", "vhd"], "leave out one of them"),
+        (["--format", "vhd", "--path", "x", "--overlay", "y"], "takes no --overlay"),
+        (["--format", "qcow2", "--path", "x"], "invalid choice"),
+    ],
+)
+def test_formats_that_do_not_fit(demo, words, text):
+    status, _, err = demo(*words)
+    assert status is ExitStatus.USAGE
+    assert text in err
+
+
 @pytest.mark.parametrize("backend", ["discard", "raw", "mmap"])
 def test_backends_without_an_image(demo, backend):
     status, out, err = demo("--backend", backend)

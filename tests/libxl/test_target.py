@@ -25,6 +25,8 @@ from xen_disk_py.libxl.target import arguments
         ("/mine.py:Second,option.a=1", ["--path=/mine.py:Second", "--option=a=1"]),
         ("/d.raw,backend=/mine.py", ["--path=/d.raw", "--backend=/mine.py"]),
         ("/d.raw,backend=", ["--path=/d.raw", "--backend="]),
+        ("/d.raw,format=raw", ["--path=/d.raw", "--format=raw", "--backend=raw"]),
+        ("/d.vhd,format=vhd", ["--path=/d.vhd", "--format=vhd"]),
     ],
 )
 def test_what_is_meant(text, expected):

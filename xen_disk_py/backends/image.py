@@ -73,7 +73,7 @@ class Image(Closing):
         self.read_only = read_only
         self.is_block_device = is_block_device
         self._locks = locks
-        self._nowait = _nowait_flags(fd)
+        self._nowait = nowait_flags(fd)
 
     @classmethod
     def open(cls, path: str, *, writable: bool, sector_size: int | None = None) -> Image:
@@ -332,7 +332,18 @@ def transfer_all(
     return offset - start
 
 
-def _nowait_flags(fd: int) -> int | None:
+def cut(buffers: Sequence[memoryview], start: int, stop: int) -> list[memoryview]:
+    """Return what lies from ``start`` to ``stop`` in the buffers, as parts of them."""
+    parts = []
+    for buffer in buffers:
+        if start < len(buffer) and stop > 0:
+            parts.append(buffer[max(start, 0) : stop])
+        start -= len(buffer)
+        stop -= len(buffer)
+    return parts
+
+
+def nowait_flags(fd: int) -> int | None:
     """Return the flags with which a read does not wait; None if there are none."""
     flags = getattr(os, "RWF_NOWAIT", 0)  # not where Python was built without preadv2
     try:
@@ -378,10 +389,10 @@ def _warn_of(container: Signature, path: str) -> None:
         )
     log.warning(
         "%s: looks like %s, whose own structure the guest will see; if it is to see the disk "
-        "inside, convert it first: %s",
+        "inside, %s",
         path,
         container.name,
-        container.remedy,
+        f"use {container.option}" if container.option else f"convert it first: {container.remedy}",
     )
 
 

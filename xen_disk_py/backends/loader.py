@@ -2,7 +2,7 @@
 
 A backend is named by
 
-* a word: one of ours (``discard``, ``raw``, ``mmap``, ``cow``, ``overlay``), or an
+* a word: one of ours (``discard``, ``raw``, ``mmap``, ``cow``, ``overlay``, ``vhd``), or an
   installed entry point of the group ``xen_disk_py.backends``;
 * ``package.module:Class``;
 * ``file.py`` or ``file.py:Class``, as the backend or, with no backend given, as the path.
@@ -30,6 +30,7 @@ _OURS = {
     "mmap": "MmapBackend",
     "overlay": "OverlayBackend",
     "raw": "RawBackend",
+    "vhd": "VhdBackend",
 }
 _FILE = re.compile(r"(?P<file>.+\.py)(?::(?P<name>\w+))?")
 _FLAGS = {

@@ -26,11 +26,13 @@ class Signature(NamedTuple):
         name: the format, as people call it.
         remedy: how to get a raw image out of it.
         is_overlay: a file that ``--overlay`` has made.
+        option: what has a guest see the disk inside without converting; None if nothing does.
     """
 
     name: str
     remedy: str
     is_overlay: bool = False
+    option: str | None = None
 
 
 def _converted(qemu: str) -> Callable[[str], str]:
@@ -77,9 +79,11 @@ def recognise(fd: int, path: str, size: int) -> Signature | None:
         return Signature("an overlay", f"connect it with --overlay {quoted}", is_overlay=True)
     for offset, magic, name, remedy in _HEADS:
         if head.startswith(magic, offset):
-            return Signature(name, remedy(path))
+            option = "--format vhd" if magic == _VHD else None
+            return Signature(name, remedy(path), option=option)
     for before_end in _VHD_FOOTERS:
         at = size - before_end
         if at > 0 and os.pread(fd, len(_VHD), at) == _VHD:
-            return Signature("a VHD of fixed size", _converted("vpc")(path))
+            converted = _converted("vpc")(path)
+            return Signature("a VHD of fixed size", converted, option="--format vhd")
     return None

@@ -93,8 +93,9 @@ def _add_backend_arguments(parser: _Parser) -> None:
     parser.add_argument(
         "--backend",
         metavar="NAME",
-        help="discard, raw, mmap, cow, overlay, FILE.py, package.module:Class, or one that another "
-        "package installs (default: overlay with --overlay, else cow with --path, else discard)",
+        help="discard, raw, mmap, cow, overlay, vhd, FILE.py, package.module:Class, or one that "
+        "another package installs (default: overlay with --overlay, else cow with --path, else "
+        "discard)",
     )
     parser.add_argument(
         "--overlay",
@@ -110,6 +111,12 @@ def _add_backend_arguments(parser: _Parser) -> None:
 
 def _add_disk_arguments(parser: _Parser) -> argparse._ArgumentGroup:
     disk = parser.add_argument_group("the disk")
+    disk.add_argument(
+        "--format",
+        choices=("raw", "vhd"),
+        help="what the image is: raw, the bytes of the disk, or a VHD, in which writes stay "
+        "(default: raw)",
+    )
     disk.add_argument(
         "--cow-limit",
         type=_size,
@@ -188,6 +195,58 @@ def _add_overlay_commands(commands: argparse._SubParsersAction[_Parser]) -> None
     export.add_argument("new", metavar="NEW", help="the image to make")
     export.add_argument("--force", action="store_true", help="replace NEW if it exists")
     _add_result_arguments(export)
+
+
+def _add_vhd_argument(parser: _Parser) -> None:
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="parents=DIR[:DIR]",
+        help="directories where its parents may be, besides the one that it is in",
+    )
+
+
+def _add_image_commands(commands: argparse._SubParsersAction[_Parser]) -> None:
+    create = commands.add_parser(
+        "create",
+        help="make an empty VHD, or one that holds the changes to another image",
+        description="Make FILE, a VHD: an empty one of --size, or one that reads as --parent and "
+        "keeps what is written, while the parent is not changed. Only the owner can read FILE "
+        "(mode 0600).",
+    )
+    create.add_argument("file", metavar="FILE", help="the image to make")
+    what = create.add_mutually_exclusive_group(required=True)
+    what.add_argument("--size", type=_size, help="size of the disk: bytes, or 512M, 10G, 2T")
+    what.add_argument("--parent", metavar="IMAGE", help="the image whose changes FILE is to hold")
+    create.add_argument(
+        "--format", choices=("vhd",), default="vhd", help="what to make (default: vhd)"
+    )
+    create.add_argument(
+        "--fixed",
+        action="store_true",
+        help="a fixed VHD, as large as the disk from the start (default: dynamic, which grows)",
+    )
+    create.add_argument(
+        "--parent-format", choices=("vhd", "raw"), help="what the parent is (default: vhd)"
+    )
+    _add_vhd_argument(create)
+    create.add_argument("--json", action="store_true", help="print the result as JSON")
+
+    check = commands.add_parser(
+        "check",
+        help="say what is wrong with a VHD",
+        description="Check the structures of FILE and of its parents, and print a line for each "
+        "thing that is wrong: an error if FILE cannot be used or programs read different things "
+        "in it, a warning if only some program complains. The exit status is 1 if there are "
+        "errors. Changes nothing. No disk may be writing to FILE meanwhile.",
+    )
+    check.add_argument("file", metavar="FILE", help="a VHD")
+    check.add_argument(
+        "--format", choices=("vhd",), default="vhd", help="what FILE is (default: vhd)"
+    )
+    _add_vhd_argument(check)
+    check.add_argument("--json", action="store_true", help="print JSON")
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
@@ -472,6 +531,7 @@ def build_parser() -> _Parser:
 
     _add_upgrade(commands)
     _add_overlay_commands(commands)
+    _add_image_commands(commands)
 
     commands.add_parser(
         "serve",

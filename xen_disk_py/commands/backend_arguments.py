@@ -20,6 +20,7 @@ def backend_from(args: argparse.Namespace) -> Backend:
         ImageError: the image cannot be used.
         BackendError: the backend's own code is broken.
     """
+    _apply_format(args)
     if args.overlay is not None:
         _complete(args)
     given: dict[str, object] = {}
@@ -31,6 +32,21 @@ def backend_from(args: argparse.Namespace) -> Backend:
             given[name] = True
     given.update(parse_options(args.option))
     return open_backend(args.backend, given)
+
+
+def _apply_format(args: argparse.Namespace) -> None:
+    """Have the backend that reads ``--format``; the format is never guessed from the content."""
+    if args.format is None:
+        return
+    if args.format != "raw" and args.path is None:
+        raise UsageError(f"--format {args.format} needs --path: name the file")
+    if args.backend is not None and (args.backend == "vhd") != (args.format == "vhd"):
+        raise UsageError(
+            f"--backend {args.backend} does not read --format {args.format}: leave out one of them"
+        )
+    if args.format == "raw":
+        return
+    args.backend = args.format
 
 
 def _complete(args: argparse.Namespace) -> None:

@@ -47,7 +47,8 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
     with ExitStack() as stack:
         kept = args.overlay is not None and os.path.lexists(args.overlay)  # somebody's changes
         file_backends = (None, "cow", "raw", "mmap")
-        if args.path is None and args.overlay is None and args.backend in file_backends:
+        is_raw = args.format in (None, "raw")
+        if args.path is None and args.overlay is None and is_raw and args.backend in file_backends:
             args.path = stack.enter_context(_temporary_image(args.bytes))
             args.backend = args.backend or "cow"
             args.overwrite = True
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
         name = backend_name(args)
         length = min(args.bytes, disk.backend.size)
         write = not disk.read_only
-        if write and (name in ("raw", "mmap") or kept) and not args.overwrite:
+        if write and (name in ("raw", "mmap", "vhd") or kept) and not args.overwrite:
             write = False
             changed = args.overlay if kept else args.path
             env.tell(f"only reading: {name} would change {changed} (to allow that: --overwrite)")

@@ -20,6 +20,7 @@ _RAW = "aio:"  # what libxl makes of format=raw (libxl__device_disk_string_of_fo
 _OPTIONS = (
     "backend",
     "cow-limit",
+    "format",
     "grants",
     "indirect-segments",
     "persistent-grants",
@@ -64,6 +65,6 @@ def arguments(params: str) -> list[str]:
             raise UsageError(f"target=: {key} is given twice")
         else:
             given[key] = value
-    if choose(None, path) == "cow":
+    if choose(None, path) == "cow" and given.get("format", "raw") == "raw":
         given.setdefault("backend", "raw")
     return [f"--path={path}", *(f"--{key}={value}" for key, value in given.items()), *own]

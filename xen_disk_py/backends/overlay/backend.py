@@ -19,7 +19,7 @@ from typing import Callable
 from ...errors import DeviceError, UsageError
 from ...units import format_size
 from .. import Backend
-from ..image import Image
+from ..image import Image, cut
 from ..sharing import Storage
 from .file import BLOCK, Header, OverlayFile
 
@@ -89,7 +89,7 @@ class OverlayBackend(Backend):
         length, done = sum(map(len, buffers)), 0
         for start, stop, held in self._file.runs(offset, offset + length):
             whole = stop - start == length
-            part = buffers if whole else _cut(buffers, start - offset, stop - offset)
+            part = buffers if whole else cut(buffers, start - offset, stop - offset)
             moved = readers[held](part, start)
             done += moved
             if moved < stop - start:
@@ -225,14 +225,3 @@ def _fill(buffer: memoryview, offset: int, read: _Read) -> bool:
             return False
         buffer, offset = buffer[done:], offset + done
     return True
-
-
-def _cut(buffers: Sequence[memoryview], start: int, stop: int) -> list[memoryview]:
-    """Return what lies from ``start`` to ``stop`` in the buffers, as parts of them."""
-    parts = []
-    for buffer in buffers:
-        if start < len(buffer) and stop > 0:
-            parts.append(buffer[max(start, 0) : stop])
-        start -= len(buffer)
-        stop -= len(buffer)
-    return parts

@@ -1,0 +1,241 @@
+"""What a crash leaves: every prefix of the writes, and every part of those not flushed yet."""
+
+import contextlib
+import itertools
+import os
+import random
+
+import pytest
+
+from xen_disk_py.backends.vhd import VhdBackend, layout
+from xen_disk_py.backends.vhd.create import create
+
+from .conftest import (
+    OTHER_UUID,
+    UUID,
+    build,
+    content_of,
+    needs,
+    qemu_content,
+    read,
+    write,
+)
+
+SIZE = 32 << 10
+BLOCK = 4096
+PARENT = b"p" * SIZE
+
+
+class Recorder:
+    """Notes what is done to one file, and what the guest knows of it."""
+
+    def __init__(self, monkeypatch):
+        self.events = []
+        self._file = None
+        pwritev, fdatasync, ftruncate = os.pwritev, os.fdatasync, os.ftruncate
+
+        def is_ours(fd):
+            return self._file is not None and os.path.samestat(os.fstat(fd), self._file)
+
+        def note_write(fd, buffers, offset):
+            if is_ours(fd):
+                self.events.append(("write", offset, b"".join(buffers)))
+            return pwritev(fd, buffers, offset)
+
+        def note_sync(fd):
+            if is_ours(fd):
+                self.events.append(("sync",))
+            fdatasync(fd)
+
+        def note_truncate(fd, length):
+            if is_ours(fd):
+                self.events.append(("truncate", length))
+            ftruncate(fd, length)
+
+        monkeypatch.setattr(os, "pwritev", note_write)
+        monkeypatch.setattr(os, "fdatasync", note_sync)
+        monkeypatch.setattr(os, "ftruncate", note_truncate)
+
+    def watch(self, path):
+        self._file = os.stat(path)
+
+
+def make(tmp_path, kind, gap):
+    """A VHD that has a block, partly, with something stale where its bits are clear."""
+    stale = b"s" * BLOCK
+    if kind == layout.DYNAMIC:
+        return build(
+            tmp_path / "a.vhd", SIZE, block_size=BLOCK, blocks=[(2, {0, 1}, stale)], gap=gap
+        ), bytes(SIZE)
+    build(
+        tmp_path / "base.vhd",
+        SIZE,
+        block_size=BLOCK,
+        blocks=[(number, set(range(8)), b"p" * BLOCK) for number in range(8)],
+    )
+    path = build(
+        tmp_path / "a.vhd",
+        SIZE,
+        block_size=BLOCK,
+        kind=layout.DIFFERENCING,
+        uuid=OTHER_UUID,
+        blocks=[(2, {0, 1}, stale)],
+        gap=gap,
+        parent_uuid=UUID,
+        parent_name="base.vhd",
+    )
+    return path, PARENT
+
+
+def record(tmp_path, monkeypatch, kind, seed):
+    """Have a guest write and flush; return the file before, the events, what it read before."""
+    # With this gap the next block starts where the footer is.
+    path, model = make(tmp_path, kind, gap=1024 if seed % 2 else 0)
+    with contextlib.closing(VhdBackend(path, read_only=True)) as disk:
+        before = read(disk)
+    assert model[:BLOCK] == before[:BLOCK]
+    start = content_of(path)
+    recorder = Recorder(monkeypatch)
+    recorder.watch(path)
+    dice = random.Random(seed)
+    disk = VhdBackend(path)
+    for step in range(9):
+        first = dice.choice((0, 1, 7, 8, 16, 17, 18, 19, 23, 40, dice.randrange(60)))
+        count = dice.choice((1, 1, 2, 4))
+        content = bytes([65 + step]) * 512 * count
+        recorder.events.append(("begin", first, count, content[:512]))
+        write(disk, first * 512, content)
+        recorder.events.append(("answered",))
+        if dice.random() < 0.3:
+            disk.flush()
+            recorder.events.append(("flushed",))
+    disk.close()
+    monkeypatch.undo()
+    return start, recorder.events, before
+
+
+class Known:
+    """What may be read of each sector."""
+
+    def __init__(self, content):
+        self.answered = [{content[at : at + 512]} for at in range(0, len(content), 512)]
+        self.after_a_crash = [set(each) for each in self.answered]
+        self._begun = None
+
+    def see(self, event):
+        if event[0] == "begin":
+            self._begun = event
+            _, first, count, content = event
+            for sector in range(first, first + count):
+                self.answered[sector] = self.answered[sector] | {content}
+                self.after_a_crash[sector] = self.after_a_crash[sector] | {content}
+        elif event[0] == "answered":
+            _, first, count, content = self._begun
+            for sector in range(first, first + count):
+                self.answered[sector] = {content}
+        elif event[0] == "flushed":
+            self.after_a_crash = [set(each) for each in self.answered]
+
+
+def apply(content, operations):
+    content = bytearray(content)
+    for operation in operations:
+        if operation[0] == "truncate":
+            length = operation[1]
+            content = content[:length] + bytes(max(0, length - len(content)))
+        else:
+            _, offset, data = operation
+            content += bytes(max(0, offset + len(data) - len(content)))
+            content[offset : offset + len(data)] = data
+    return bytes(content)
+
+
+def check(path, content, allowed, what):
+    with open(path, "wb") as file:
+        file.write(content)
+    with contextlib.closing(VhdBackend(path, read_only=True)) as disk:
+        found = read(disk)
+    for sector, each in enumerate(allowed):
+        assert found[sector * 512 : sector * 512 + 512] in each, (what, sector)
+
+
+@pytest.mark.parametrize("kind", [layout.DYNAMIC, layout.DIFFERENCING])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_process_that_ends_anywhere(tmp_path, monkeypatch, kind, seed):
+    content, events, before = record(tmp_path, monkeypatch, kind, seed)
+    known = Known(before)
+    path = str(tmp_path / "a.vhd")
+    for number, event in enumerate(events):
+        if event[0] in ("write", "truncate"):
+            content = apply(content, [event])
+        known.see(event)
+        check(path, content, known.answered, (number, event[:2]))
+
+
+@pytest.mark.parametrize("kind", [layout.DYNAMIC, layout.DIFFERENCING])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_host_that_crashes_anywhere(tmp_path, monkeypatch, kind, seed):
+    """Of what was not flushed any part may be on storage, by writes and by single sectors."""
+    flushed, events, before = record(tmp_path, monkeypatch, kind, seed)
+    known = Known(before)
+    path = str(tmp_path / "a.vhd")
+    dice = random.Random(seed)
+    loose = []
+    for number, event in enumerate(events):
+        known.see(event)
+        if event[0] == "sync":
+            flushed, loose = apply(flushed, loose), []
+        elif event[0] in ("write", "truncate"):
+            loose.append(event)
+            for kept in some_parts(loose, dice):
+                check(path, apply(flushed, kept), known.after_a_crash, (number, kept))
+
+
+def some_parts(operations, dice):
+    """All parts of a few operations, some of many; and some of their sectors."""
+    if len(operations) <= 5:
+        for count in range(len(operations) + 1):
+            yield from itertools.combinations(operations, count)
+    else:
+        for _ in range(24):
+            yield [each for each in operations if dice.random() < 0.5]
+    sectors = []
+    for operation in operations:
+        if operation[0] == "truncate":
+            sectors.append(operation)
+        else:
+            _, offset, data = operation
+            cuts = range(0, len(data), 512)
+            sectors += [("write", offset + at, data[at : at + 512]) for at in cuts]
+    if len(sectors) > len(operations):
+        for _ in range(8):
+            yield [each for each in sectors if dice.random() < 0.5]
+
+
+@needs("qemu-img")
+def test_qemu_reads_what_a_process_leaves_that_ends_anywhere(tmp_path, monkeypatch):
+    path = str(tmp_path / "a.vhd")
+    create(path, 8 << 20)
+    content = content_of(path)
+    recorder = Recorder(monkeypatch)
+    recorder.watch(path)
+    disk = VhdBackend(path)
+    for sector in (5, 6, 4095, 9000):
+        recorder.events.append(("begin", sector, 1, bytes([sector % 251]) * 512))
+        write(disk, sector * 512, bytes([sector % 251]) * 512)
+        recorder.events.append(("answered",))
+    disk.close()
+    monkeypatch.undo()
+    known = Known(bytes(8 << 20))
+    states = 0
+    for event in recorder.events:
+        known.see(event)
+        if event[0] in ("write", "truncate"):
+            content = apply(content, [event])
+            with open(path, "wb") as file:
+                file.write(content)
+            found = qemu_content(path, tmp_path)
+            states += 1
+            for sector in (0, 5, 6, 7, 4095, 4096, 9000, 16383):
+                assert found[sector * 512 : sector * 512 + 512] in known.answered[sector]
+    assert states > 8

@@ -1,0 +1,95 @@
+import io
+import json
+import os
+
+import pytest
+
+from xen_disk_py.cli import main
+from xen_disk_py.commands.environment import Environment
+from xen_disk_py.exit_status import ExitStatus
+
+
+class Cli:
+    """Runs commands; keeps what the last one has said."""
+
+    out = err = ""
+
+    def __call__(self, *words):
+        env = Environment(stdout=io.StringIO(), stderr=io.StringIO())
+        status = main(words, env)
+        self.out, self.err = env.stdout.getvalue(), env.stderr.getvalue()
+        return status
+
+
+@pytest.fixture
+def cli():
+    return Cli()
+
+
+def test_a_dynamic_one(cli, tmp_path):
+    path = tmp_path / "a.vhd"
+    assert ExitStatus.OK == cli("create", str(path), "--size", "100M")
+    assert f"{path} 100 MiB\n" == cli.out
+    assert path.stat().st_size < 10_000
+    assert ExitStatus.OK == cli("check", str(path))
+    assert f"{path} has no errors\n" == cli.out
+
+
+def test_a_fixed_one(cli, tmp_path):
+    path = tmp_path / "a.vhd"
+    assert ExitStatus.OK == cli("create", str(path), "--size", "1M", "--fixed", "--json")
+    expected = {"path": str(path), "size": 1 << 20, "format": "vhd", "parent": None}
+    assert expected == json.loads(cli.out)
+    assert (1 << 20) + 512 == path.stat().st_size
+
+
+def test_a_child(cli, tmp_path):
+    base, path = tmp_path / "base.vhd", tmp_path / "a.vhd"
+    cli("create", str(base), "--size", "1M")
+    assert ExitStatus.OK == cli("create", str(path), "--parent", str(base), "--json")
+    expected = {"path": str(path), "size": 1 << 20, "format": "vhd", "parent": str(base)}
+    assert expected == json.loads(cli.out)
+    assert ExitStatus.OK == cli("check", str(path), "--json")
+    assert {"path": str(path), "errors": [], "warnings": []} == json.loads(cli.out)
+
+
+def test_a_child_of_a_raw_image(cli, tmp_path):
+    (tmp_path / "gold.img").write_bytes(bytes(1 << 20))
+    words = ["create", str(tmp_path / "a.vhd"), "--parent", str(tmp_path / "gold.img")]
+    assert ExitStatus.ERROR == cli(*words)
+    assert "not a VHD" in cli.err
+    assert ExitStatus.OK == cli(*words, "--parent-format", "raw")
+
+
+def test_a_parent_whose_own_is_elsewhere(cli, tmp_path):
+    os.makedirs(tmp_path / "under" / "more")
+    base, middle = tmp_path / "base.vhd", tmp_path / "under" / "middle.vhd"
+    leaf = tmp_path / "under" / "more" / "leaf.vhd"
+    allow = ("--option", f"parents={tmp_path}")
+    cli("create", str(base), "--size", "1M")
+    assert ExitStatus.OK == cli("create", str(middle), "--parent", str(base))
+    assert ExitStatus.ERROR == cli("create", str(leaf), "--parent", str(middle))
+    assert f"--option parents={tmp_path}" in cli.err
+    assert ExitStatus.OK == cli("create", str(leaf), "--parent", str(middle), *allow)
+    assert ExitStatus.ERROR == cli("check", str(leaf))
+    assert "error: its parent would be" in cli.out
+    assert ExitStatus.OK == cli("check", str(leaf), *allow)
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--size", "0"], "positive multiple of 512"),
+        (["--size", "1000"], "positive multiple of 512"),
+        (["--size", "3T"], "has 2 TiB at most"),
+        (["--size", "1M", "--parent-format", "raw"], "how to read --parent"),
+        (["--size", "1M", "--parent", "x"], "not allowed with"),
+        ([], "one of the arguments --size --parent is required"),
+        (["--parent", "x", "--fixed"], "cannot be fixed"),
+        (["--parent", "x", "--option", "a=b"], "there is only parents"),
+    ],
+)
+def test_what_cannot_be(cli, tmp_path, words, text):
+    assert ExitStatus.USAGE == cli("create", str(tmp_path / "a.vhd"), *words)
+    assert text in cli.err
+    assert [] == os.listdir(tmp_path)

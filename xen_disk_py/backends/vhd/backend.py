@@ -1,0 +1,123 @@
+"""The VHD as a disk."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterable, Sequence
+
+from ...errors import ImageError, UsageError
+from .. import Backend
+from ..image import Image
+from ..loader import parse_options
+from ..sharing import Storage
+from ..trim import punch_hole
+from .chain import open_chain
+from .stable import Stable
+
+
+class VhdBackend(Backend):
+    """A VHD: fixed, dynamic, or differencing with its parents, which are never changed.
+
+    A discard gives the space of what is in the file back to the file system: zeros are read there.
+    What a differencing VHD has not, its parent's, stays as it is. The file becomes no shorter.
+
+    Args:
+        path: the VHD; locked for us alone, or shared with other readers if ``read_only``. Its
+            parents are shared, too: no program that locks may write to them.
+        read_only: open it for reading only.
+        parents: directories where parents may lie besides that of ``path``, separated by colons.
+    """
+
+    threads = 16
+    survives = True
+
+    def __init__(self, path: str, *, read_only: bool = False, parents: str = "") -> None:
+        top = open_chain(path, writable=not read_only, directories=_directories(parents))
+        self._top = top
+        self.path = os.path.abspath(path)
+        self.size = top.size
+        self.read_only = read_only
+        self._can_discard = False
+        self._stable = Stable(top.fd) if isinstance(top, Image) else top.stable
+        if not read_only:
+            try:
+                self._prepare()
+            except BaseException:
+                top.close()
+                raise
+
+    def _prepare(self) -> None:
+        try:
+            if not isinstance(self._top, Image):
+                self._top.prepare()
+        except OSError as error:
+            raise ImageError(f"{self.path}: cannot be written: {error.strerror}") from error
+        try:  # nothing is there: a harmless question
+            punch_hole(self._top.fd, os.fstat(self._top.fd).st_size, 4096)
+        except OSError:
+            return
+        self._can_discard = True
+
+    def read(self, buffers: Sequence[memoryview], offset: int) -> int:
+        """Read from the file and its parents."""
+        return self._top.read(buffers, offset)
+
+    def read_nowait(self, buffers: Sequence[memoryview], offset: int) -> int:
+        """Read what is in the page cache."""
+        return self._top.read_nowait(buffers, offset)
+
+    def write(self, buffers: Sequence[memoryview], offset: int) -> int:
+        """Write into the file, which may take waiting for stable storage; see :mod:`.blocks`."""
+        return self._top.write(buffers, offset)
+
+    def write_nowait(self, buffers: Sequence[memoryview], offset: int) -> int:
+        """Write into the page cache, where the file has these sectors already."""
+        if isinstance(self._top, Image):
+            return self._top.write(buffers, offset)
+        return self._top.write_nowait(buffers, offset)
+
+    def flush(self) -> None:
+        """``fdatasync``; one that has failed stays failed."""
+        if not self.read_only:
+            self._stable.sync()
+
+    def discard(self, offset: int, length: int) -> None:
+        """Give space back; see the class."""
+        if not self._can_discard:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        if isinstance(self._top, Image):
+            punch_hole(self._top.fd, offset, length)
+        else:
+            self._top.discard(offset, length)
+
+    @property
+    def can_discard(self) -> bool:
+        """Whether the file system can; asked when the VHD was opened."""
+        return self._can_discard
+
+    @property
+    def storage(self) -> Sequence[Storage]:
+        """The VHD, and its parents, which are only read."""
+        return [self._top.storage] if isinstance(self._top, Image) else self._top.storages
+
+    def close(self) -> None:
+        """Close and unlock all files."""
+        self._top.close()
+
+
+def directories_from(pairs: Iterable[str]) -> list[str]:
+    """Read the ``--option`` of a command that looks at a VHD: where parents may lie.
+
+    Raises:
+        UsageError: there is no such option.
+    """
+    options = parse_options(pairs)
+    parents = options.pop("parents", "")
+    for name in options:
+        raise UsageError(f"--option {name}=…: there is only parents=DIR[:DIR]")
+    return _directories(parents)
+
+
+def _directories(text: str) -> list[str]:
+    return [each for each in text.split(":") if each]

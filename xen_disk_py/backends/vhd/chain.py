@@ -1,0 +1,229 @@
+"""A VHD with its parents: found by what the child says of them, confined, checked, opened.
+
+What names a parent stands in a file that anybody may have written, so a parent must lie in the
+directory of the VHD that the user has named, or in one that the user has named too; in either,
+however deep. Which file that is, is judged when links have been followed.
+
+A parent that is a VHD must have the UUID that its child says. A child that says none has a raw
+parent, as blktap has them. Time stamps are not looked at: no program does.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from typing import Union
+
+from ...errors import ImageError
+from ..image import Image
+from .blocks import BlockLayer
+from .layout import FOOTER, NO_UUID, SECTOR, Footer, Header, clean_name, decode_name, is_foreign
+from .opening import Vhd, examine, open_file, open_vhd
+
+DEEPEST = 64
+"""So many files make a chain at most; each takes a descriptor."""
+_ORDER = (b"W2ru", b"MacX", b"W2ku", b"Wi2r", b"Wi2k")
+_LONGEST = 8192  # bytes of a locator
+
+Top = Union[BlockLayer, Image]
+"""The layer that a guest writes to."""
+
+
+def open_chain(path: str, *, writable: bool, directories: Sequence[str] = ()) -> Top:
+    """Open a VHD and all its parents, these for reading only. Nothing is changed.
+
+    Args:
+        path: the VHD.
+        writable: open it for writing.
+        directories: where parents may lie, besides its own directory.
+
+    Raises:
+        ImageError: one of them cannot be used; the message says why and what to do.
+    """
+    vhds = [open_vhd(path, writable=writable)]
+    base: Image | None = None
+    try:
+        roots = [os.path.realpath(each) for each in (os.path.dirname(vhds[0].path), *directories)]
+        while base is None and vhds[-1].is_differencing:
+            if len(vhds) >= DEEPEST:
+                raise ImageError(  # noqa: TRY301 - what is open is closed below, whatever it is
+                    f"{path}: more than {DEEPEST} files deep: commit some of them first"
+                )
+            parent = _open_parent(vhds, roots)
+            if isinstance(parent, Vhd):
+                vhds.append(parent)
+            else:
+                base = parent
+        return _stack(vhds, base, writable=writable)
+    except BaseException:
+        for vhd in vhds:
+            os.close(vhd.fd)
+        if base is not None:
+            base.close()
+        raise
+
+
+def _stack(vhds: list[Vhd], base: Image | None, *, writable: bool) -> Top:
+    """Put the layers upon each other, the last one first."""
+    layer: Top | None = base
+    for vhd in reversed(vhds):
+        top = writable and vhd is vhds[0]
+        if vhd.blocks is None:
+            layer = Image(
+                vhd.fd,
+                vhd.path,
+                vhd.size,
+                sector_size=SECTOR,
+                read_only=not top,
+                is_block_device=False,
+            )
+        else:
+            layer = BlockLayer(vhd, vhd.blocks, layer, writable=top)
+    assert layer is not None
+    return layer
+
+
+def _open_parent(vhds: Sequence[Vhd], roots: Sequence[str]) -> Vhd | Image:
+    child = vhds[-1]
+    assert child.blocks is not None
+    header = child.blocks.header
+    seen = [os.fstat(vhd.fd) for vhd in vhds]
+    tried: list[str] = []
+    refused: ImageError | None = None
+    for candidate in candidates(child, roots):
+        try:
+            real, status = _look_up(candidate)
+        except (OSError, ValueError):
+            if candidate not in tried:
+                tried.append(candidate)
+            continue
+        if any(os.path.samestat(status, each) for each in seen):
+            refused = refused or ImageError(
+                f"{child.path}: its parent would be {_shown(real)}, which is a child of it itself: "
+                "restore the right parent"
+            )
+        elif not any(_is_within(real, root) for root in roots):
+            refused = refused or ImageError(
+                f"{child.path}: its parent would be {_shown(real)}, outside of "
+                f"{' and '.join(roots)}: if that is the right one, add --option "
+                f"parents={os.path.dirname(real)}"
+            )
+        else:
+            try:
+                return _open_checked(child, header, real, status)
+            except ImageError as error:
+                refused = refused or error
+    if refused is not None:
+        raise refused
+    names = ", ".join(map(_shown, tried)) or "it does not say where"
+    raise ImageError(
+        f"{child.path}: its parent is not there ({names}): put it back, or name its directory "
+        "with --option parents=DIR"
+    )
+
+
+def _open_checked(child: Vhd, header: Header, real: str, status: os.stat_result) -> Vhd | Image:
+    """Open a parent that has been found, and see that it is that and the right one."""
+    if header.parent_uuid == NO_UUID:
+        image = Image.open(real, writable=False)
+        try:
+            _check_same(image.fd, status, real)
+            _check_raw(child, image)
+        except BaseException:
+            image.close()
+            raise
+        return image
+    fd = open_file(real, writable=False)
+    try:
+        _check_same(fd, status, real)
+        vhd = examine(fd, real)
+        _check_uuid(child, header, vhd)
+    except BaseException:
+        os.close(fd)
+        raise
+    return vhd
+
+
+def _check_raw(child: Vhd, image: Image) -> None:
+    if Footer.parse(os.pread(image.fd, FOOTER, max(0, image.size - FOOTER))) is not None:
+        raise ImageError(
+            f"{child.path}: says that its parent, {_shown(image.path)}, is a raw image, but that "
+            "is a VHD: restore the right parent"
+        )
+
+
+def _check_uuid(child: Vhd, header: Header, parent: Vhd) -> None:
+    if parent.footer.uuid != header.parent_uuid:
+        raise ImageError(
+            f"{child.path}: its parent has the UUID {header.parent_uuid.hex()}, but "
+            f"{_shown(parent.path)} has {parent.footer.uuid.hex()}: it was replaced, or is another "
+            "one; restore the right parent"
+        )
+
+
+def _look_up(path: str) -> tuple[str, os.stat_result]:
+    """Return what a path leads to, links followed, without opening that for use."""
+    fd = os.open(path, os.O_PATH)
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) and not stat.S_ISBLK(status.st_mode):
+            raise ValueError
+        return os.readlink(f"/proc/self/fd/{fd}"), status
+    finally:
+        os.close(fd)
+
+
+def _check_same(fd: int, status: os.stat_result, path: str) -> None:
+    if not os.path.samestat(os.fstat(fd), status):
+        raise ImageError(f"{path}: was replaced while it was opened: try again")
+
+
+def candidates(child: Vhd, roots: Sequence[str] = ()) -> Iterator[str]:
+    """Name the paths where a parent may be, the likeliest first.
+
+    Args:
+        child: whose.
+        roots: directories in which its name is looked for, too.
+    """
+    assert child.blocks is not None
+    here = os.path.dirname(os.path.realpath(child.path))
+    names = [name for _, name in locators(child)]
+    title = clean_name(child.blocks.header.parent_name)
+    if title is not None:
+        names.append(title)
+    local = [name for name in names if not is_foreign(name)]
+    for name in local:
+        if not name.startswith("/"):
+            yield os.path.join(here, name)
+    bases = dict.fromkeys(os.path.basename(name) for name in reversed(names))
+    bases.pop("", None)
+    for base in bases:
+        yield os.path.join(here, base)
+    for name in local:
+        if name.startswith("/"):
+            yield name
+    for root in roots:
+        for base in bases:
+            yield os.path.join(root, base)
+
+
+def locators(child: Vhd) -> list[tuple[bytes, str]]:
+    """Return the code and the path of each locator that can be read, the best first."""
+    assert child.blocks is not None
+    found = []
+    for each in child.blocks.header.locators:
+        if each.code in _ORDER and 0 < each.length <= _LONGEST:
+            name = decode_name(each.code, os.pread(child.fd, each.length, each.offset))
+            if name is not None:
+                found.append((each.code, name))
+    return sorted(found, key=lambda pair: _ORDER.index(pair[0]))
+
+
+def _is_within(path: str, root: str) -> bool:
+    return path == root or path.startswith(root.rstrip("/") + "/")
+
+
+def _shown(path: str) -> str:
+    """Return a path out of a file as it may stand in one line of a message."""
+    return "".join(letter if letter.isprintable() else "?" for letter in path)

@@ -1,0 +1,152 @@
+"""Makes new VHDs: whole or not at all, and on stable storage when they have their name."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+
+from ...errors import ImageError, UsageError
+from ..image import Image, transfer_all
+from ..locks import lock
+from ..overlay.file import put_in_place, temporary_beside
+from .chain import open_chain
+from .layout import (
+    BLOCK,
+    DIFFERENCING,
+    DYNAMIC,
+    EPOCH,
+    FIXED,
+    FOOTER,
+    HEADER,
+    NO_UUID,
+    Footer,
+    Header,
+    Locator,
+    blocks_of,
+    check_size,
+    encode_name,
+    whole_sectors,
+)
+from .opening import open_vhd
+
+_WRITTEN = (b"MacX", b"W2ku", b"W2ru")  # what blktap writes, in its order
+
+
+def create(path: str, size: int, *, fixed: bool = False) -> None:
+    """Make an empty VHD.
+
+    Args:
+        path: no such file may exist.
+        size: of the disk, in bytes.
+        fixed: as long as the disk from the beginning, though sparse; else it grows with it.
+
+    Raises:
+        UsageError: that size cannot be.
+        ImageError: it cannot be made.
+    """
+    check_size(size)
+    footer = Footer.new(FIXED if fixed else DYNAMIC, size, os.urandom(16), _now())
+    if fixed:
+        _make(path, [(size, footer.raw)])
+    else:
+        header = Header.new(blocks_of(size, BLOCK))
+        _make(path, _pieces(footer, header, []))
+
+
+def create_child(
+    path: str, parent: str, *, is_raw: bool = False, directories: Sequence[str] = ()
+) -> int:
+    """Make a differencing VHD that has nothing yet: it reads as its parent.
+
+    Args:
+        path: no such file may exist.
+        parent: a VHD or a raw image, of which nothing is changed.
+        is_raw: the parent is the bytes of a disk, no more.
+        directories: where the parent's own parents may lie, besides its directory.
+
+    Returns:
+        The size of the disk, in bytes.
+
+    Raises:
+        UsageError: the parent's size cannot be.
+        ImageError: the parent cannot be used, or the child not made.
+    """
+    base = os.path.realpath(parent)
+    uuid = NO_UUID
+    if is_raw:
+        with Image.open(base, writable=False) as image:
+            size = image.size
+            if Footer.parse(os.pread(image.fd, FOOTER, size - FOOTER)) is not None:
+                raise ImageError(f"{parent}: is a VHD, no raw image: say so with --format vhd")
+    else:
+        open_chain(base, writable=False, directories=directories).close()  # all of it is there
+        vhd = open_vhd(base, writable=False)
+        os.close(vhd.fd)
+        size, uuid = vhd.size, vhd.footer.uuid
+        if uuid == NO_UUID:
+            raise ImageError(
+                f"{parent}: has no UUID, by which a child knows its parent: convert it "
+                "(qemu-img convert -O vpc)"
+            )
+    check_size(size)
+    modified = min(max(0, int(os.stat(base).st_mtime) - EPOCH), 0xFFFFFFFF)
+    footer = Footer.new(DIFFERENCING, size, os.urandom(16), _now())
+    here = os.path.dirname(os.path.realpath(path))
+    name = os.path.join(".", os.path.relpath(base, here))
+    entries = blocks_of(size, BLOCK)
+    at = FOOTER + HEADER + whole_sectors(4 * entries)
+    locators, texts = [], []
+    for code in _WRITTEN:
+        text = encode_name(code, name)
+        space = whole_sectors(len(text))
+        locators.append(Locator(code, space, len(text), at))
+        texts.append((at, text.ljust(space, b"\0")))
+        at += space
+    header = Header.new(
+        entries,
+        parent_uuid=uuid,
+        parent_time=modified,
+        parent_name=os.path.basename(base),
+        locators=tuple(locators),
+    )
+    _make(path, _pieces(footer, header, texts))
+    return size
+
+
+def _pieces(
+    footer: Footer, header: Header, texts: Sequence[tuple[int, bytes]]
+) -> list[tuple[int, bytes]]:
+    """Return what a VHD without blocks has, by where it stands."""
+    table = b"\xff" * whole_sectors(4 * header.entries)
+    pieces = [(0, footer.raw), (FOOTER, header.raw), (header.table, table), *texts]
+    last, content = pieces[-1]
+    return [*pieces, (last + len(content), footer.raw)]
+
+
+def _make(path: str, pieces: Sequence[tuple[int, bytes]]) -> None:
+    if os.path.lexists(path):
+        raise UsageError(f"{path}: there is such a file: give another name, or remove it")
+    try:
+        fd, temporary = temporary_beside(path)
+        try:
+            lock(fd, path, True, False)
+            for offset, content in pieces:
+                transfer_all(os.pwritev, fd, [memoryview(content)], offset)
+            os.fsync(fd)
+            put_in_place(temporary, path, replacing=False)
+        finally:
+            os.close(fd)
+            with suppress(FileNotFoundError):  # it has its name
+                os.unlink(temporary)
+    except FileExistsError as error:
+        raise UsageError(
+            f"{path}: there is such a file: give another name, or remove it"
+        ) from error
+    except OSError as error:
+        raise ImageError(f"{path}: cannot be made: {error.strerror}") from error
+
+
+def _now() -> int:
+    return max(0, int(time.time()) - EPOCH) & 0xFFFFFFFF

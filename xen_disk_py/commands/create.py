@@ -1,0 +1,39 @@
+"""``create``: make an image."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+
+from ..backends.vhd.backend import directories_from
+from ..backends.vhd.create import create, create_child
+from ..errors import UsageError
+from ..exit_status import ExitStatus
+from ..units import format_size
+from .environment import Environment
+
+
+def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
+    """Make it, and say what was made."""
+    if args.parent is None:
+        if args.parent_format is not None or args.option:
+            raise UsageError("--parent-format and --option say how to read --parent: give that")
+        create(args.file, args.size, fixed=args.fixed)
+        size = args.size
+    else:
+        if args.fixed:
+            raise UsageError("--fixed: what has a parent cannot be fixed: leave out one of them")
+        size = create_child(
+            args.file,
+            args.parent,
+            is_raw=args.parent_format == "raw",
+            directories=directories_from(args.option),
+        )
+    path = os.path.abspath(args.file)
+    if args.json:
+        parent = os.path.abspath(args.parent) if args.parent is not None else None
+        env.say(json.dumps({"path": path, "size": size, "format": "vhd", "parent": parent}))
+    else:
+        env.say(f"{path} {format_size(size)}")
+    return ExitStatus.OK
