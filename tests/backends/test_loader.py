@@ -10,7 +10,14 @@ from xen_disk_py.backends import Backend, loader
 from xen_disk_py.backends.cow import CowBackend
 from xen_disk_py.backends.discard import DiscardBackend
 from xen_disk_py.backends.image import Image
-from xen_disk_py.backends.loader import check, choose, open_backend, parse_options, user_line
+from xen_disk_py.backends.loader import (
+    check,
+    choose,
+    is_file,
+    open_backend,
+    parse_options,
+    user_line,
+)
 from xen_disk_py.backends.mmap import MmapBackend
 from xen_disk_py.backends.overlay.backend import OverlayBackend
 from xen_disk_py.backends.raw import RawBackend
@@ -527,3 +534,20 @@ def test_it_is_one_line_of_bounded_length():
     assert line.startswith("ValueError: a b?[31mx")
     assert 300 == len(line)
     assert "ValueError" == user_line(ValueError())
+
+
+@pytest.mark.parametrize(
+    ("path", "backend"),
+    [
+        ("nbd://host/disk", "nbd"),
+        ("nbds://host", "nbd"),
+        ("nbd+unix:///disk?socket=/s", "nbd"),
+        ("[ nbdkit memory 1M ]", "nbd"),
+        ("rbd:rbd/disk", "rbd"),
+        ("nbd/disk.raw", "cow"),
+        ("./rbd:x", "cow"),
+    ],
+)
+def test_a_path_that_names_a_servers_disk(path, backend):
+    assert backend == choose(None, path)
+    assert (backend == "cow") == is_file(path)

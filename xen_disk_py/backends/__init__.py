@@ -57,6 +57,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from .asynchronous import Asynchronous
 from .sharing import Storage
 
 
@@ -96,6 +97,11 @@ class Backend:
     that; the guest may use several queues, and a request is done in a thread of its own unless
     ``read_nowait`` or ``write_nowait`` does it at once: these two are called by one more thread
     for each queue."""
+
+    asynchronous: Asynchronous | None = None
+    """Where the disk's library does many requests at once by itself, as libnbd does: what begins
+    them and tells which are over. A queue then does so from its own thread, and ``threads`` is 1.
+    Such a disk has ``repeats_flush``."""
 
     survives: bool = False
     """True: what the guest wrote does not end with this process (it is in a file, on a server):

@@ -28,8 +28,10 @@ _OURS = {
     "cow": "CowBackend",
     "discard": "DiscardBackend",
     "mmap": "MmapBackend",
+    "nbd": "NbdBackend",
     "overlay": "OverlayBackend",
     "raw": "RawBackend",
+    "rbd": "RbdBackend",
     "vhd": "VhdBackend",
 }
 _FILE = re.compile(r"(?P<file>.+\.py)(?::(?P<name>\w+))?")
@@ -42,6 +44,11 @@ _FLAGS = {
     "sector_size": "--sector-size",
     "force": "--force",
 }
+_SCHEMES = {
+    "nbd": ("nbd://", "nbds://", "nbd+unix://", "nbds+unix://", "nbd+vsock://", "[ "),
+    "rbd": ("rbd:",),
+}
+"""How a path begins that names no file, by backend."""
 _SIZES = ("size", "cow_limit", "sector_size")
 _INT_ANNOTATIONS = {"int", "Optional[int]", "Union[int,None]", "int|None", "None|int"}
 
@@ -52,7 +59,15 @@ def choose(backend: str | None, path: str | None) -> str:
         return backend
     if path is None:
         return "discard"
+    for name, start in _SCHEMES.items():
+        if path.startswith(start):
+            return name
     return path if _FILE.fullmatch(path) else "cow"
+
+
+def is_file(path: str) -> bool:
+    """Tell whether a ``--path`` names a file of this host, rather than a server's disk."""
+    return not any(path.startswith(start) for start in _SCHEMES.values())
 
 
 def parse_options(pairs: Iterable[str]) -> dict[str, str]:
@@ -165,6 +180,8 @@ def _fault(backend: Backend) -> str | None:
     for method in needed:
         if getattr(getattr(backend, method), "__func__", None) is getattr(Backend, method):
             return f"defines no {method}(self, buffers, offset)"
+    if backend.asynchronous is not None and (backend.threads > 1 or not backend.repeats_flush):
+        return "is asynchronous, so threads must be 1 and repeats_flush True"
     if not hasattr(backend, "size"):
         return "has no size: set self.size, in bytes, in __init__"
     for name in ("size", "sector_size", "physical_sector_size", "discard_granularity"):

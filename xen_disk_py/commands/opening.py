@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from .. import __version__
+from ..backends.loader import is_file
 from ..datapath.disk import Disk
 from ..datapath.grants import Grants
 from ..datapath.queue import Options
@@ -50,7 +51,9 @@ def facts_about(
     args: argparse.Namespace, domain: Domain, vdev: VirtualDevice, disk: Disk
 ) -> dict[str, Any]:
     """Say who serves what: for ``list``, for scripts, and for whoever goes on if we are killed."""
-    path = os.path.abspath(args.path) if args.path else None
+    path = args.path
+    if path and is_file(path):
+        path = os.path.abspath(path)
     return {
         "domid": domain.domid,
         "domain": domain.name,
@@ -93,7 +96,8 @@ def facts_of_start(let_go: float | None) -> dict[str, object]:
 def _files(args: argparse.Namespace) -> list[str]:
     """Name what must be the same for whoever goes on: data, not the code of a backend."""
     path = None if backend_name(args) == args.path else args.path
-    return [os.path.abspath(name) for name in (path, args.overlay) if name is not None]
+    names = [name for name in (path, args.overlay) if name is not None and is_file(name)]
+    return [os.path.abspath(name) for name in names]
 
 
 def file_identity(path: str) -> list[int] | None:

@@ -12,11 +12,13 @@ import threading
 import time
 from collections.abc import Sequence
 
-from ..backends import Backend
+from ..backends import Backend, asynchronous
 from ..backends.loader import user_line
 from ..blkif import (
+    DISCARD,
     EOPNOTSUPP,
     ERROR,
+    FLUSH,
     OKAY,
     READ,
     SECTOR,
@@ -32,6 +34,8 @@ from .durability import Durability, Move, passes
 from .statistics import Statistics
 
 log = logging.getLogger("xen_disk_py")
+
+_NAMES = {READ: "read", WRITE: "write", FLUSH: "flush", DISCARD: "discard"}
 
 RETRY = -99
 """A status that is not for the guest: the storage failed, and such requests are tried again."""
@@ -62,7 +66,7 @@ class Disk:
         """Sectors of 512 bytes in one of the disk's own."""
         self.can_discard = backend.can_discard and not self.read_only
         self.can_discard_securely = self.can_discard and backend.can_discard_securely
-        self._is_concurrent = backend.threads > 1
+        self._is_concurrent = backend.threads > 1 or backend.asynchronous is not None
         durability = Durability(backend, self._statistics, keeps=holds and not self.read_only)
         self._durability = durability
         self._read = durability.reading(backend.read)
@@ -251,6 +255,33 @@ class Disk:
         if status == OKAY and operation != WRITE:
             status = self._flush()
         return status
+
+    def begin(
+        self, request: Transfer | Discard, buffers: Sequence[memoryview], token: object
+    ) -> bool:
+        """Have an asynchronous backend begin a request; False if :meth:`transfer` must do it."""
+        many = self.backend.asynchronous
+        if many is None or not (request.sectors or request.operation == FLUSH):
+            return False
+        offset, length = request.sector * SECTOR, request.sectors * SECTOR
+        if isinstance(request, Discard):
+            if request.secure:
+                return False
+            many.submit(asynchronous.DISCARD, (), offset, length, token)
+        elif request.operation == FLUSH:
+            if length:
+                return False
+            many.submit(asynchronous.FLUSH, (), 0, 0, token)
+        else:
+            operation = asynchronous.READ if request.operation == READ else asynchronous.WRITE
+            many.submit(operation, buffers, offset, length, token)
+        return True
+
+    def outcome(self, request: Transfer | Discard, error: BaseException | None) -> int:
+        """The status of a request that was begun, by how it ended."""
+        if error is None:
+            return OKAY
+        return self._failed(_NAMES.get(request.operation, "request"), error)
 
     def discard(self, request: Discard) -> int:
         """Do a discard that :meth:`refusal` let pass."""

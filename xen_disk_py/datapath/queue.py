@@ -196,6 +196,7 @@ class Queue:
             limit=options.persistent_limit // sharers,
             grants=options.grants,
         )
+        self._many = disk.backend.asynchronous
         self._is_concurrent = disk.backend.threads > 1
         largest = max(options.max_indirect_segments, MAX_SEGMENTS) * PAGE_SIZE
         self._most = max(1, MAX_IN_FLIGHT // sharers // largest)
@@ -216,6 +217,7 @@ class Queue:
             self._workers: Workers[_Begun] = undo.enter_context(Workers(workers))
             self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
             undo.pop_all()
+        self._with_backend = 0  # requests that an asynchronous backend has begun
         self._joined = _Run()
         self._unanswered: dict[int, _Begun] = {}  # in the order in which they were begun, by id()
         self._held: list[_Begun] = []  # of these, those that the storage could not do
@@ -328,14 +330,14 @@ class Queue:
         self._mapping.close()
 
     def _loop(self) -> None:
-        ring, workers = self._ring, self._workers
+        ring = self._ring
         sleeper = select.poll()
-        for descriptor in (self._channel.fileno(), workers.fileno(), self._wake_read):
+        for descriptor in (self._channel.fileno(), *self._ends(), self._wake_read):
             sleeper.register(descriptor, select.POLLIN)
         if self._left is not None:
             self._go_on(self._left)
         while not self._stopping:
-            finished = workers.unfinished and self._end_finished()
+            finished = self._is_any_elsewhere and self._end_finished()
             if self._held and perf_counter() >= self._retry_at:
                 self._retry()
             room = self._most - len(self._unanswered)
@@ -348,7 +350,8 @@ class Queue:
                 pass
             elif room <= 0:
                 self._await_workers()
-            elif not self._look_on() and not ring.arm():
+            # What is done elsewhere wakes poll when it ends, and must not wait for a busy-poll.
+            elif (self._is_any_elsewhere or not self._look_on()) and not ring.arm():
                 self._sleep(sleeper)
         self._publish()
 
@@ -523,6 +526,9 @@ class Queue:
         else:
             call = partial(disk.transfer, request, begun.loan.buffers)
         begun.since = perf_counter()
+        if disk.begin(request, begun.loan.buffers, begun):
+            self._with_backend += 1
+            return None
         if not self._is_concurrent or request.operation == WRITE_BARRIER:
             return call()
         self._workers.submit(call, begun)
@@ -582,8 +588,12 @@ class Queue:
 
     def _end_finished(self) -> bool:
         """Answer what the workers have done; False if that is nothing."""
-        finished = self._workers.collect()
         before = len(self._unanswered)
+        finished = self._workers.collect() if self._is_concurrent else []
+        if self._many is not None:
+            over = self._many.collect()
+            self._with_backend -= len(over)
+            finished += [(begun, self._disk.outcome(begun.request, error)) for begun, error in over]
         for begun, status in finished:
             self._end(begun, status)
         self._publish()
@@ -663,9 +673,18 @@ class Queue:
         """How long to sleep at most, for ``poll``: until what is held is to be tried again."""
         return max(0.0, self._retry_at - perf_counter()) * 1000 + 1 if self._held else None
 
+    def _ends(self) -> list[int]:
+        """What polls readable when a request ends that is not done in this thread."""
+        return [each.fileno() for each in (self._workers, self._many) if each is not None]
+
+    @property
+    def _is_any_elsewhere(self) -> bool:
+        return bool(self._workers.unfinished or self._with_backend)
+
     def _await_workers(self) -> None:
         poller = select.poll()
-        poller.register(self._workers.fileno(), select.POLLIN)
+        for descriptor in self._ends():
+            poller.register(descriptor, select.POLLIN)
         if not self._stopping:
             poller.register(self._wake_read, select.POLLIN)
         poller.poll(self._milliseconds())
@@ -673,7 +692,7 @@ class Queue:
     def _drain(self) -> None:
         """Wait until the workers have done what they were given, and nothing is held."""
         is_amid, self._is_amid = self._is_amid, False  # what is under way counts by itself
-        while self._workers.unfinished or self._held:
+        while self._is_any_elsewhere or self._held:
             if self._held and (self._stopping or perf_counter() >= self._retry_at):
                 self._retry()
             elif not self._end_finished():

@@ -13,7 +13,7 @@ options are those of ``connect``.
 
 from __future__ import annotations
 
-from ..backends.loader import choose
+from ..backends.loader import choose, is_file
 from ..errors import UsageError
 
 _RAW = "aio:"  # what libxl makes of format=raw (libxl__device_disk_string_of_format)
@@ -46,7 +46,7 @@ def arguments(params: str) -> list[str]:
             f"{params.partition(':')[0]!r} images are not served: write format=raw in the disk line"
         )
     path, *items = params[len(_RAW) :].split(",")
-    if not path.startswith("/"):
+    if not path.startswith("/") and is_file(path):
         raise UsageError(f"target={path}: give an absolute path, such as target=/images/disk.raw")
     given: dict[str, str] = {}
     own: list[str] = []

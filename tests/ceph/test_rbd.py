@@ -1,0 +1,194 @@
+"""A disk in a real Ceph cluster."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+from backends.blocks import read, write
+
+from xen_disk_py.backends import StorageError
+from xen_disk_py.backends.conformance import BackendConformance
+from xen_disk_py.backends.rbd import RbdBackend
+from xen_disk_py.errors import BackendError, UsageError
+
+MIB = 1 << 20
+
+
+class TestContract(BackendConformance):
+    @pytest.fixture(autouse=True)
+    def _image(self, cluster, image):
+        self.path, self.conf = f"rbd:rbd/{image}", str(cluster.conf)
+
+    def open_disk(self, tmp_path):
+        return RbdBackend(self.path, conf=self.conf)
+
+
+class TestReadOnlyContract(TestContract):
+    def open_disk(self, tmp_path):
+        return RbdBackend(self.path, conf=self.conf, read_only=True)
+
+
+@pytest.fixture
+def disk(cluster, image):
+    opened = []
+
+    def open_(**options):
+        options.setdefault("path", f"rbd:rbd/{image}")
+        opened.append(RbdBackend(conf=str(cluster.conf), **options))
+        return opened[-1]
+
+    yield open_
+    for each in opened:
+        each.close()
+
+
+def test_other_tools_read_what_was_written(cluster, image, disk, tmp_path):
+    writer = disk()
+    expected = bytearray(16 * MIB)
+    for number in range(40):
+        offset, data = number * 400 * 1024, os.urandom(16384)
+        write(writer, offset, data)
+        expected[offset : offset + len(data)] = data
+    exported = tmp_path / "exported"
+    cluster.rbd("export", f"rbd/{image}", str(exported))
+    assert expected == exported.read_bytes()
+
+
+def test_a_second_writer_is_refused_and_a_reader_is_not(image, disk):
+    writer = disk()
+    write(writer, 0, b"a" * 4096)
+    with pytest.raises(BackendError, match=rf"exclusive lock \(rbd lock ls rbd/{image}\)"):
+        disk()
+    reader = disk(read_only=True)
+    assert b"a" * 4096 == read(reader, 0, 4096)
+    writer.close()
+    assert disk()._image.is_locked
+
+
+def test_no_write_of_ours_after_another_has_broken_the_lock(cluster, image, disk):
+    first = disk()
+    write(first, 0, b"a" * 4096)
+    assert first._image.is_locked
+    locker, *lock, _ = cluster.rbd("lock", "ls", f"rbd/{image}").splitlines()[-1].split()
+    cluster.rbd("lock", "rm", f"rbd/{image}", " ".join(lock), locker)
+    second = disk()
+    write(second, 0, b"b" * 4096)
+    with pytest.raises(OSError, match="broke our lock") as caught:
+        write(first, 0, b"c" * 4096)
+    assert not isinstance(caught.value, (StorageError, ConnectionError))  # it is not to be retried
+    assert b"b" * 4096 == read(second, 0, 4096)
+
+
+def test_a_snapshot_is_what_it_was_and_read_only(cluster, image, disk):
+    writer = disk()
+    write(writer, 0, b"a" * 4096)
+    cluster.rbd("snap", "create", f"rbd/{image}@then")
+    write(writer, 0, b"b" * 4096)
+    then = disk(path=f"rbd:rbd/{image}@then")
+    assert (True, b"a" * 4096) == (then.read_only, read(then, 0, 4096))
+    assert b"b" * 4096 == read(writer, 0, 4096)
+    then.close()
+    cluster.rbd("snap", "rm", f"rbd/{image}@then")
+
+
+def test_sizes_follow_the_image(cluster, image, disk):
+    writer = disk()
+    assert 16 * MIB == writer.resize(None)
+    assert 24 * MIB == writer.resize(24 * MIB)
+    assert f"size {24} MiB" in cluster.rbd("info", f"rbd/{image}")
+
+
+def test_a_write_that_was_answered_survives_kill_9(cluster, image, disk):
+    program = (
+        "import sys\n"
+        "from xen_disk_py.backends.rbd import RbdBackend\n"
+        "disk = RbdBackend(sys.argv[1], conf=sys.argv[2])\n"
+        "disk.flush()\n"  # from here on a cache would be a write-back one
+        "for offset in range(0, 1 << 20, 4096):\n"
+        "    disk.write([memoryview(bytes([offset >> 12]) * 4096)], offset)\n"
+        "print('written', flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    path = f"rbd:rbd/{image}"
+    with subprocess.Popen(
+        [sys.executable, "-c", program, path, str(cluster.conf)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as writer:
+        assert b"written\n" == writer.stdout.readline()
+        writer.kill()
+    reader = disk(read_only=True)
+    expected = b"".join(bytes([number]) * 4096 for number in range(256))
+    assert expected == read(reader, 0, MIB)
+
+
+def test_an_osd_that_stops_is_a_passing_error_and_then_a_disk_again(cluster, disk):
+    writer = disk(timeout=2)
+    write(writer, 0, b"a" * 4096)
+    cluster.pause_osd()
+    try:
+        with pytest.raises(StorageError, match="timed out"):
+            write(writer, 4096, b"b" * 4096)
+    finally:
+        cluster.resume_osd()
+    write(writer, 4096, b"c" * 4096)
+    assert b"a" * 4096 + b"c" * 4096 == read(writer, 0, 8192)
+
+
+def test_many_requests_are_under_way_in_one_thread(disk):
+    device = disk()
+    many = device.asynchronous
+    expected = [os.urandom(4096) for _ in range(256)]
+    threads = threading.active_count()
+    for number, data in enumerate(expected):
+        many.submit(1, [memoryview(data)], number * 4096, 4096, number)
+    assert threads == threading.active_count()
+    done = set()
+    while len(done) < len(expected):
+        for token, error in many.collect():
+            assert error is None
+            done.add(token)
+    assert 0 == many.unfinished
+    assert b"".join(expected) == read(device, 0, MIB)
+
+
+@pytest.mark.parametrize("path", ["rbd:", "rbd:rbd", "rbd:rbd/", "rbd:a/b/c/d", "rbd:rbd/x@"])
+def test_a_path_that_is_none(path):
+    with pytest.raises(UsageError, match="rbd:POOL/IMAGE"):
+        RbdBackend(path)
+
+
+@pytest.mark.parametrize("path", ["rbd:rbd/missing", "rbd:missing/disk", "rbd:rbd/missing@snap"])
+def test_what_is_not_there(disk, path):
+    with pytest.raises(BackendError, match="no such pool, image or snapshot"):
+        disk(path=path)
+
+
+def test_a_file_of_settings_that_is_not_there(image):
+    with pytest.raises(BackendError, match="--option conf=PATH"):
+        RbdBackend(f"rbd:rbd/{image}", conf="/nonexistent/ceph.conf")
+
+
+def test_who_takes_over_from_a_killed_process_waits_for_its_lock(cluster, image, disk):
+    program = (
+        "import sys\n"
+        "from xen_disk_py.backends.rbd import RbdBackend\n"
+        "disk = RbdBackend(sys.argv[1], conf=sys.argv[2])\n"
+        "disk.write([memoryview(b'a' * 4096)], 0)\n"
+        "print('written', flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program, f"rbd:rbd/{image}", str(cluster.conf)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as owner:
+        assert b"written\n" == owner.stdout.readline()
+        owner.kill()
+    successor = disk()
+    assert successor._image.is_locked
+    assert b"a" * 4096 == read(successor, 0, 4096)

@@ -1,0 +1,118 @@
+"""A disk on an NBD server: ``nbd://host/export``, ``nbd+unix:///?socket=…``, or a server's command.
+
+Everything is one thread's work: requests go out as they come and are answered as they end. What
+is written goes to the server at once; how long it stays in a cache there is the server's affair,
+until a flush.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+
+from ...errors import BackendError, UsageError, XenDiskError
+from .. import Backend
+from ..asynchronous import DISCARD, FLUSH, READ, WRITE
+from .client import Client
+from .libnbd import Connection
+
+_SECTORS = (512, 1024, 2048, 4096)
+
+
+class NbdBackend(Backend):
+    """A disk that an NBD server has.
+
+    Args:
+        path: a URI, as libnbd takes it, or ``[ COMMAND … ]``: a server that is started with its
+            socket, as systemd would, and ends with the disk.
+        read_only: refuse writes; the server need not be read-only.
+        sector_size: the logical sector in bytes; by default 512, or the server's smallest request.
+        connections: how many to have at most. A server must say that several are one disk.
+
+    Raises:
+        UsageError: what is asked for contradicts itself.
+        BackendError: the server cannot be had, or has no disk that a guest could use.
+    """
+
+    survives = True
+    repeats_flush = True
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        read_only: bool = False,
+        sector_size: int | None = None,
+        connections: int = 4,
+    ) -> None:
+        self._name = path
+        where = _where(path)
+        try:
+            self._client = Client(lambda: Connection(where), max(1, connections))
+        except XenDiskError as error:
+            raise type(error)(f"{path}: {error}") from error
+        self.asynchronous = self._client
+        export = self._client.export
+        try:
+            self.size = export.size
+            self.sector_size = self._sector(sector_size, export.minimum)
+        except BaseException:
+            self._client.close()
+            raise
+        self.read_only = read_only or export.read_only
+        preferred = min(export.preferred, 1 << 20)
+        self.physical_sector_size = preferred if preferred in _SECTORS else 4096
+        self.discard_granularity = max(self.sector_size, 4096)
+
+    def _sector(self, wanted: int | None, minimum: int) -> int:
+        sector = wanted or max(minimum, 512)
+        if sector not in _SECTORS or sector % minimum:
+            raise BackendError(
+                f"{self._name}: the server's smallest request is {minimum} bytes, and a disk's "
+                "sector is 512 to 4096 and a multiple of that"
+            )
+        if not self.size or self.size % sector:
+            raise BackendError(
+                f"{self._name}: {self.size} bytes, not a positive multiple of the sector, "
+                f"{sector}: make the export longer (nbdkit: --filter=truncate round-up={sector}), "
+                "or choose --sector-size"
+            )
+        return sector
+
+    def read(self, buffers: Sequence[memoryview], offset: int) -> None:
+        """Fill ``buffers`` from the server's disk, from ``offset`` bytes on."""
+        self._client.call(READ, buffers, offset)
+
+    def write(self, buffers: Sequence[memoryview], offset: int) -> None:
+        """Send ``buffers`` to ``offset`` bytes into the server's disk."""
+        self._client.call(WRITE, buffers, offset)
+
+    def flush(self) -> None:
+        """Have the server put what it was sent on stable storage."""
+        if self._client.export.can_flush:
+            self._client.call(FLUSH)
+
+    def discard(self, offset: int, length: int) -> None:
+        """Trim: what is read there afterwards is up to the server."""
+        self._client.call(DISCARD, (), offset, length)
+
+    @property
+    def can_discard(self) -> bool:
+        """Whether the server can trim."""
+        return self._client.export.can_trim
+
+    def close(self) -> None:
+        """Disconnect; a server of our own ends."""
+        self._client.close()
+
+    def __str__(self) -> str:
+        return f"nbd {self._name}"
+
+
+def _where(path: str) -> str | list[str]:
+    if not path.startswith("["):
+        return path
+    words = shlex.split(path)
+    if len(words) < 3 or words[0] != "[" or words[-1] != "]":
+        raise UsageError(f"{path}: a server's command stands between '[ ' and ' ]'")
+    return words[1:-1]

@@ -1,0 +1,275 @@
+"""The requests of one disk over several connections, and what to do when a server goes away.
+
+A server that ends takes along what it has not flushed. So the client keeps a copy of what was
+written since the last flush, and writes it again to the next server before anything else goes
+there: a server that was restarted then has all that was answered, and the next flush is true. A
+flush that fails is the end of a server as well: whoever asks again must not be told of data that
+it has dropped.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import select
+import threading
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, Callable
+
+from ...errors import BackendError
+from .. import StorageError
+from ..asynchronous import DISCARD, FLUSH, WRITE, Asynchronous, Request
+from .libnbd import Connection
+
+log = logging.getLogger("xen_disk_py")
+
+UNFLUSHED = 64 << 20
+"""Bytes of writes that are kept. At half of it the client flushes by itself; beyond it, a write
+fails until a flush has succeeded."""
+
+_PAUSES = 0.1, 5.0  # seconds between two tries to connect: at first, and at most
+_DISCARD = 1 << 30  # bytes in one request, whose length has 32 bits
+_PATIENCE = 1.0  # seconds that closing waits for a try to connect
+
+
+class _Unflushed:
+    """Copies of the writes that no flush has covered yet, in the order of their answers."""
+
+    def __init__(self) -> None:
+        self.size = 0  # bytes
+        self.first = 0  # the number of the oldest, counted from the first ever
+        self._writes: deque[tuple[int, bytes]] = deque()
+
+    @property
+    def end(self) -> int:
+        """The number that the next will have."""
+        return self.first + len(self._writes)
+
+    def add(self, offset: int, data: bytes) -> None:
+        self._writes.append((offset, data))
+        self.size += len(data)
+
+    def flushed(self, end: int) -> None:
+        """Forget those before number ``end``."""
+        while self.first < end:
+            self.size -= len(self._writes.popleft()[1])
+            self.first += 1
+
+    def copies(self) -> list[tuple[int, bytes]]:
+        return list(self._writes)
+
+
+class Client(Asynchronous):
+    """Many requests at once, from one thread, without a thread for each.
+
+    Args:
+        connect: makes a connection; called again, from a thread, when a server has gone away.
+        connections: how many to have, if the server says that several are one disk.
+
+    Raises:
+        BackendError: the server cannot be had.
+    """
+
+    def __init__(self, connect: Callable[[], Connection], connections: int) -> None:
+        super().__init__()
+        self._connect = connect
+        first = connect()
+        self.export = first.export
+        self._count = connections if self.export.can_multi_conn else 1
+        self._is_logged = self.export.can_flush and not self.export.read_only
+        self._unflushed = _Unflushed()
+        self._is_flushing = False  # by ourselves
+        self._epoll = select.epoll()
+        self._connections: dict[int, Connection] = {}  # by socket
+        self._events: dict[int, int] = {}  # what each is polled for
+        self._epoll.register(self._wake_read, select.EPOLLIN)
+        self._returned: list[Connection] | None = None  # by the thread that connects again
+        self._closing = threading.Event()
+        self._thread: threading.Thread | None = None
+        try:
+            self._adopt([first, *(connect() for _ in range(self._count - 1))])
+        except BaseException:
+            first.close()
+            self.close()
+            raise
+
+    def fileno(self) -> int:
+        """Return a descriptor that polls readable when there is something to collect or do."""
+        return self._epoll.fileno()
+
+    def close(self) -> None:
+        """Disconnect. What is under way is given up."""
+        self._closing.set()
+        with self._lock:
+            thread, self._thread = self._thread, None
+        if thread is not None:
+            thread.join(_PATIENCE)  # it may wait for a server that does not answer
+        with self._lock:
+            for connection in [*self._connections.values(), *(self._returned or ())]:
+                connection.close()
+            self._connections.clear()
+            self._returned = None
+            self._epoll.close()
+            super().close()
+
+    # -- all below: with the lock --------------------------------------------------------
+
+    def _adopt(self, connections: Sequence[Connection]) -> None:
+        for connection in connections:
+            fd = connection.fileno()
+            self._connections[fd] = connection
+            self._events[fd] = connection.events
+            self._epoll.register(fd, self._events[fd])
+
+    def _begin(self, request: Request) -> None:
+        if request.operation == FLUSH:
+            request.covers = self._unflushed.end
+        elif request.operation == WRITE and self._unflushed.size + request.length > UNFLUSHED:
+            self._end(request, StorageError(errno.ENOBUFS, "too much that was not flushed"))
+            return
+        self._issue(request)
+        if self._unflushed.size > UNFLUSHED // 2 and not self._is_flushing:
+            self._is_flushing = True
+            flush = Request(FLUSH, (), 0, 0, self)
+            flush.covers = self._unflushed.end
+            self._issue(flush)
+
+    def _issue(self, request: Request) -> None:
+        """Give a request, in parts that are not too large, to the connection with least to do."""
+        if not self._connections:
+            self._end(request, StorageError(errno.ENOTCONN, "the NBD server is away"))
+            return
+        connection = min(self._connections.values(), key=lambda each: each.in_flight)
+        operation, memory, length = request.operation, request.memory, request.length
+        most = _DISCARD if operation == DISCARD else self.export.maximum
+        if length <= most:
+            self._issue_part(connection, request, memory, 0, length)
+        else:
+            for at in range(0, length, most):
+                part = memory and memoryview(memory)[at : at + most]
+                self._issue_part(connection, request, part, at, min(most, length - at))
+        self._watch(connection)
+
+    def _issue_part(
+        self, connection: Connection, request: Request, memory: Any, at: int, length: int
+    ) -> None:
+        request.parts += 1
+        if request.operation == WRITE and not isinstance(memory, bytes):
+            memory = bytes(memory)
+        error = connection.issue(request.operation, memory, request.offset + at, length, request)
+        if error is not None:
+            self._part_done(request, error)
+
+    def _watch(self, connection: Connection) -> None:
+        """Poll the connection for what it waits for; one that is lost waits for nothing."""
+        fd, events = connection.fileno(), connection.events
+        if fd not in self._events:
+            return  # lost since
+        if not events and not connection.is_alive:
+            for request, error in connection.completed():
+                self._part_done(request, error)
+            self._lose("it closed the connection")
+        elif events != self._events[fd]:
+            self._events[fd] = events
+            self._epoll.modify(fd, events)
+
+    def _progress(self) -> None:
+        for fd, events in self._epoll.poll(0):
+            if fd == self._wake_read:
+                self._woken()
+                continue
+            connection = self._connections.get(fd)
+            if connection is None:
+                continue  # lost since
+            connection.progress(events)
+            for request, error in connection.completed():
+                self._part_done(request, error)
+            self._watch(connection)
+
+    def _part_done(self, request: Request, error: OSError | None) -> None:
+        request.parts -= 1
+        request.error = request.error or error
+        if not request.parts:
+            self._end(request, request.error)
+
+    def _end(self, request: Request, error: OSError | None) -> None:
+        if request.operation == FLUSH:
+            if error is None:
+                self._unflushed.flushed(request.covers)
+            elif self._connections:
+                self._lose(f"it could not flush: {error.strerror}")
+            if request.token is self:
+                self._is_flushing = False
+                return
+        elif error is None and request.operation == WRITE and self._is_logged:
+            self._unflushed.add(request.offset, request.memory)
+        super()._end(request, error)
+
+    def _woken(self) -> None:
+        self._told()
+        returned, self._returned = self._returned, None
+        if returned is not None:
+            self._adopt(returned)
+            self._thread = None
+            log.info("connected to the NBD server again")
+
+    def _lose(self, why: str) -> None:
+        """Give the server up, on all connections: they are one server with one cache."""
+        connections, self._connections = self._connections, {}
+        if not connections:
+            return  # that is known
+        self._events.clear()
+        log.warning("the NBD server is away: %s; trying to connect again", why)
+        lost = StorageError(errno.ENOTCONN, "the NBD server went away")
+        for connection in connections.values():
+            for request in connection.abandon():
+                self._part_done(request, lost)
+        if not self._closing.is_set():
+            self._thread = threading.Thread(target=self._reconnect, name="nbd", daemon=True)
+            self._thread.start()
+
+    # -- the thread that connects again --------------------------------------------------
+
+    def _reconnect(self) -> None:
+        pause, said = _PAUSES[0], ""
+        while not self._closing.wait(pause):
+            pause = min(2 * pause, _PAUSES[1])
+            connections: list[Connection] = []
+            try:
+                connections.append(self._connect())
+                self._replay(connections[0])
+                connections += [self._connect() for _ in range(self._count - 1)]
+            except (BackendError, OSError) as error:
+                for connection in connections:
+                    connection.close()
+                if str(error) != said:
+                    said = str(error)
+                    log.warning("no NBD server yet: %s", said)
+                continue
+            with self._lock:
+                if not self._closing.is_set():
+                    self._returned = connections
+                    self._tell()
+                    return
+            for connection in connections:
+                connection.close()
+
+    def _replay(self, connection: Connection) -> None:
+        """Write again what may have gone with the other server, and flush.
+
+        Nothing else is under way meanwhile, and nothing is added to what is unflushed.
+        """
+        before, now = self.export, connection.export
+        if (now.size, now.read_only) != (before.size, before.read_only):
+            raise BackendError(
+                f"the server that answers now has another disk: {now.size} bytes, "
+                f"{'read-only' if now.read_only else 'writable'}"
+            )
+        writes = self._unflushed.copies()
+        for offset, data in writes:
+            for at in range(0, len(data), now.maximum):
+                connection.do(WRITE, data[at : at + now.maximum], offset + at)
+        if writes:
+            connection.do(FLUSH, b"", 0)
+            self._unflushed.flushed(self._unflushed.end)

@@ -1,0 +1,326 @@
+"""libnbd, as far as a disk needs it: one connection, many requests in flight, no thread.
+
+Every C function that is called stands in :data:`NBD`. Behaviour is that of ``libnbd(3)``: a handle
+is a state machine that moves when its socket is ready and never reconnects; a request is issued
+with ``nbd_aio_*``, which returns a *cookie*, and is over when ``nbd_aio_command_completed`` says
+so. Data goes from and to the caller's memory, without a copy.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import select
+from collections.abc import Iterator, Sequence
+from ctypes import POINTER, c_bool, c_char_p, c_int, c_int64, c_size_t, c_uint, c_uint32, c_uint64
+from functools import cache
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+from ...errors import BackendError
+from ...host.clibrary import Library, Signature
+from ...hypervisor import Closing
+from .. import StorageError
+from ..asynchronous import DISCARD, FLUSH, READ, Done
+
+_handle = ctypes.c_void_p
+
+
+class _Callback(ctypes.Structure):
+    """``nbd_completion_callback``; all NULL: none, the caller asks instead."""
+
+    _fields_ = (
+        ("callback", ctypes.c_void_p),
+        ("user_data", ctypes.c_void_p),
+        ("free", ctypes.c_void_p),
+    )
+
+
+_NO_CALLBACK = _Callback()
+
+FUA = 1
+"""``LIBNBD_CMD_FLAG_FUA``: the request is on stable storage when it is answered."""
+
+_TO_READ, _TO_WRITE = 1, 2  # LIBNBD_AIO_DIRECTION_*
+
+# Calls that do not wait hold the interpreter's lock: to give it up would cost more than they do.
+# Those that wait are a CDLL's; the two tables are of one library, which is loaded once.
+_PACKAGES = "libnbd0 (Debian, Ubuntu) or libnbd (Fedora)"
+
+NBD = Library(
+    "libnbd.so.0",
+    _PACKAGES,
+    {
+        "nbd_create": Signature(_handle, ()),
+        "nbd_close": Signature(None, (_handle,)),
+        "nbd_connect_uri": Signature(c_int, (_handle, c_char_p)),
+        "nbd_connect_systemd_socket_activation": Signature(c_int, (_handle, POINTER(c_char_p))),
+        "nbd_set_uri_allow_local_file": Signature(c_int, (_handle, c_bool)),
+        "nbd_get_error": Signature(c_char_p, ()),
+        "nbd_get_errno": Signature(c_int, ()),
+    },
+    required=False,
+)
+
+_AIO = Library(
+    "libnbd.so.0",
+    _PACKAGES,
+    {
+        "nbd_get_error": Signature(c_char_p, ()),
+        "nbd_get_errno": Signature(c_int, ()),
+        "nbd_get_size": Signature(c_int64, (_handle,)),
+        "nbd_get_block_size": Signature(c_int64, (_handle, c_int)),
+        "nbd_is_read_only": Signature(c_int, (_handle,)),
+        "nbd_can_flush": Signature(c_int, (_handle,)),
+        "nbd_can_fua": Signature(c_int, (_handle,)),
+        "nbd_can_trim": Signature(c_int, (_handle,)),
+        "nbd_can_multi_conn": Signature(c_int, (_handle,)),
+        "nbd_aio_pread": Signature(
+            c_int64, (_handle, ctypes.c_void_p, c_size_t, c_uint64, _Callback, c_uint32)
+        ),
+        "nbd_aio_pwrite": Signature(
+            c_int64, (_handle, ctypes.c_void_p, c_size_t, c_uint64, _Callback, c_uint32)
+        ),
+        "nbd_aio_flush": Signature(c_int64, (_handle, _Callback, c_uint32)),
+        "nbd_aio_trim": Signature(c_int64, (_handle, c_uint64, c_uint64, _Callback, c_uint32)),
+        "nbd_aio_get_fd": Signature(c_int, (_handle,)),
+        "nbd_aio_get_direction": Signature(c_uint, (_handle,)),
+        "nbd_aio_notify_read": Signature(c_int, (_handle,)),
+        "nbd_aio_notify_write": Signature(c_int, (_handle,)),
+        "nbd_aio_is_ready": Signature(c_int, (_handle,)),
+        "nbd_aio_is_processing": Signature(c_int, (_handle,)),
+        "nbd_aio_peek_command_completed": Signature(c_int64, (_handle,)),
+        "nbd_aio_command_completed": Signature(c_int, (_handle, c_uint64)),
+    },
+    loader=ctypes.PyDLL,
+    required=False,
+)
+
+
+@cache
+def _calls() -> SimpleNamespace:
+    """Load libnbd: the calls that wait, and those that do not, under one roof.
+
+    Raises:
+        XenUnavailable: there is no libnbd; the message names the package.
+    """
+    waiting, others = NBD.load(), _AIO.load()
+    return SimpleNamespace(
+        **{**vars(waiting), **vars(others), "last": (waiting.nbd_get_error, waiting.nbd_get_errno)}
+    )
+
+
+class Export(NamedTuple):
+    """What a server says of a disk."""
+
+    size: int
+    """Bytes."""
+    read_only: bool
+    can_flush: bool
+    can_fua: bool
+    can_trim: bool
+    can_multi_conn: bool
+    """Several connections see each other's writes, and a flush covers all."""
+    minimum: int
+    """Bytes: the smallest request and its alignment; 1 if the server does not say."""
+    preferred: int
+    """Bytes; 0 if the server does not say."""
+    maximum: int
+    """Bytes: the largest request; 32 MiB if the server does not say."""
+
+
+_PASSING = {
+    errno.ENOTCONN,
+    errno.ECONNRESET,
+    errno.ECONNREFUSED,
+    errno.EPIPE,
+    errno.ESHUTDOWN,
+    errno.ETIMEDOUT,
+    errno.EIO,
+    errno.ENOSPC,
+    errno.ENOMEM,
+}
+"""Errors that say nothing against the request: it may be done later, or by another server."""
+
+_MAXIMUM = 32 << 20  # the NBD protocol: what a client may assume where nothing is said
+
+
+class Connection(Closing):
+    """A connection to an NBD server, and the requests in flight on it; for one thread.
+
+    Args:
+        where: a URI (``nbd://``, ``nbds://``, ``nbd+unix://``), or the command line of a server
+            that is started with its socket (systemd's socket activation) and ends with the
+            connection.
+
+    Raises:
+        BackendError: the server cannot be had; the message says why.
+    """
+
+    def __init__(self, where: str | Sequence[str]) -> None:
+        self._nbd = _calls()
+        self._handle = self._nbd.nbd_create()
+        if not self._handle:
+            raise BackendError(f"libnbd: {self._why()[1]}")
+        self._in_flight: dict[int, tuple[Any, Any]] = {}  # by cookie: token, memory
+        try:
+            self._connect(where)
+            self.export = self._negotiated()
+        except BaseException:
+            self.close()
+            raise
+        self._fd = self._nbd.nbd_aio_get_fd(self._handle)
+
+    def _connect(self, where: str | Sequence[str]) -> None:
+        nbd = self._nbd
+        if isinstance(where, str):
+            # A certificate directory or key file that the URI names is the administrator's.
+            nbd.nbd_set_uri_allow_local_file(self._handle, True)
+            done = nbd.nbd_connect_uri(self._handle, where.encode())
+        else:
+            words = (c_char_p * (len(where) + 1))(*(os.fsencode(word) for word in where), None)
+            done = nbd.nbd_connect_systemd_socket_activation(self._handle, words)
+        if done < 0:
+            raise BackendError(self._why()[1])
+
+    def _negotiated(self) -> Export:
+        nbd, handle = self._nbd, self._handle
+        size = nbd.nbd_get_size(handle)
+        if size < 0:
+            raise BackendError(self._why()[1])
+        minimum, preferred, maximum = (max(0, nbd.nbd_get_block_size(handle, n)) for n in range(3))
+        return Export(
+            size=size,
+            read_only=nbd.nbd_is_read_only(handle) > 0,
+            can_flush=nbd.nbd_can_flush(handle) > 0,
+            can_fua=nbd.nbd_can_fua(handle) > 0,
+            can_trim=nbd.nbd_can_trim(handle) > 0,
+            can_multi_conn=nbd.nbd_can_multi_conn(handle) > 0,
+            minimum=minimum or 1,
+            preferred=preferred,
+            maximum=min(maximum or _MAXIMUM, _MAXIMUM),
+        )
+
+    def _why(self) -> tuple[int, str]:
+        """The last error of this thread: its number (EIO if there is none), and a line."""
+        get_error, get_errno = self._nbd.last
+        text = (get_error() or b"no reason given").decode(errors="replace")
+        number = get_errno() or errno.EIO
+        # "nbd_connect_uri: connect: Connection refused": the function helps nobody.
+        return number, text.partition(": ")[2] or text
+
+    @property
+    def in_flight(self) -> int:
+        """How many requests are under way."""
+        return len(self._in_flight)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether requests can be issued; a connection that is lost never comes back."""
+        nbd, handle = self._nbd, self._handle
+        return bool(nbd.nbd_aio_is_ready(handle) > 0 or nbd.nbd_aio_is_processing(handle) > 0)
+
+    def fileno(self) -> int:
+        """Return the socket."""
+        return int(self._fd)
+
+    @property
+    def events(self) -> int:
+        """What to poll the socket for."""
+        direction = self._nbd.nbd_aio_get_direction(self._handle)
+        return (select.POLLIN if direction & _TO_READ else 0) | (
+            select.POLLOUT if direction & _TO_WRITE else 0
+        )
+
+    def issue(
+        self, operation: int, memory: Any, offset: int, length: int, token: Any, flags: int = 0
+    ) -> OSError | None:
+        """Issue a request; :meth:`completed` says when it is over.
+
+        Args:
+            operation: as in :mod:`~xen_disk_py.backends.asynchronous`.
+            memory: where the data goes or comes from: a writable buffer, or bytes. It must stay
+                as it is until the request is over.
+            offset: bytes from the disk's beginning.
+            length: bytes.
+            token: what :meth:`completed` gives back.
+            flags: :data:`FUA`, for a write or trim.
+
+        Returns:
+            None, or why nothing was issued.
+        """
+        nbd, handle = self._nbd, self._handle
+        held: Any = None
+        address: Any
+        if operation == FLUSH:
+            cookie = nbd.nbd_aio_flush(handle, _NO_CALLBACK, 0)
+        elif operation == DISCARD:
+            cookie = nbd.nbd_aio_trim(handle, length, offset, _NO_CALLBACK, flags)
+        else:
+            if isinstance(memory, bytes):
+                held = address = memory
+            else:
+                held = ctypes.c_char.from_buffer(memory)
+                address = ctypes.addressof(held)
+            do = nbd.nbd_aio_pread if operation == READ else nbd.nbd_aio_pwrite
+            cookie = do(handle, address, length, offset, _NO_CALLBACK, flags)
+        if cookie < 0:
+            return self._error()
+        self._in_flight[cookie] = token, held
+        return None
+
+    def progress(self, revents: int) -> None:
+        """Let the connection move: its socket is ready as ``revents`` (of poll) says."""
+        nbd, handle = self._nbd, self._handle
+        direction = nbd.nbd_aio_get_direction(handle)
+        if direction & _TO_READ and revents & (select.POLLIN | select.POLLHUP | select.POLLERR):
+            nbd.nbd_aio_notify_read(handle)
+        elif direction & _TO_WRITE and revents & select.POLLOUT:
+            nbd.nbd_aio_notify_write(handle)
+
+    def completed(self) -> Iterator[Done]:
+        """Retire the requests that are over; of a connection that is lost, that is all of them."""
+        nbd, handle, in_flight = self._nbd, self._handle, self._in_flight
+        while in_flight:
+            cookie = nbd.nbd_aio_peek_command_completed(handle)
+            if cookie <= 0:
+                break
+            state = nbd.nbd_aio_command_completed(handle, cookie)
+            error = self._error() if state < 0 else None
+            token, _ = in_flight.pop(cookie)
+            yield Done(token, error)
+
+    def do(self, operation: int, memory: bytes, offset: int) -> None:
+        """Do one request and wait for it, where no other is in flight.
+
+        Raises:
+            OSError: it failed.
+        """
+        error = self.issue(operation, memory, offset, len(memory), None)
+        poller = select.poll()
+        while error is None and self._in_flight:
+            poller.register(self._fd, self.events)
+            for _, revents in poller.poll():
+                self.progress(revents)
+            for done in self.completed():
+                error = done.error
+        if error is not None:
+            raise error
+
+    def abandon(self) -> list[Any]:
+        """Disconnect, and return the tokens of the requests that were in flight."""
+        tokens = [token for token, _ in self._in_flight.values()]
+        self.close()
+        return tokens
+
+    def _error(self) -> OSError:
+        number, text = self._why()
+        return StorageError(number, text) if number in _PASSING else OSError(number, text)
+
+    def close(self) -> None:
+        """Disconnect; what is in flight is forgotten, and no memory is touched any longer."""
+        handle, self._handle = self._handle, None
+        if handle:
+            self._nbd.nbd_close(handle)
+            self._in_flight.clear()

@@ -1,0 +1,5 @@
+"""A disk in a Ceph cluster, through librbd."""
+
+from .backend import RbdBackend
+
+__all__ = ["RbdBackend"]
