@@ -17,6 +17,7 @@ from typing import NamedTuple
 from ..backends.loader import builtin_names
 from ..errors import XenDiskError
 from ..exit_status import ExitStatus
+from ..text import printable
 from ..xenbus import toolstack
 from .arguments import build_parser, commands_of
 from .environment import Environment
@@ -47,8 +48,8 @@ class Place(NamedTuple):
 
 def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
     """Print what could stand at the cursor."""
-    for line in answer(find_place(build_parser(), args.line), env):
-        env.say(line)
+    lines = answer(find_place(build_parser(), args.line), env)
+    env.stdout.write("".join(f"{line}\n" for line in lines))  # env.say prints no tab
     return ExitStatus.OK
 
 
@@ -123,7 +124,9 @@ def _values(action: argparse.Action, before: Sequence[str], env: Environment) ->
 
 def _lines(word: str, candidates: Candidates) -> list[str]:
     return [
-        f"{name}\t{text}" if text else name for name, text in candidates if name.startswith(word)
+        f"{name}\t{printable(text)}" if text else name
+        for name, text in candidates
+        if name.startswith(word)
     ]
 
 
