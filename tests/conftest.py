@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import io
 import os
 import select
+import sys
 import threading
 import time
 
@@ -15,6 +17,7 @@ from processes import Processes
 
 from xen_disk_py.backends import Backend
 from xen_disk_py.blkif import X86_64, Ring, decode_response
+from xen_disk_py.commands import arguments
 from xen_disk_py.commands.environment import Environment
 from xen_disk_py.datapath.disk import Disk
 from xen_disk_py.datapath.grants import PERSISTENT_LIMIT, Grants
@@ -338,9 +341,11 @@ class Host:
     def until(condition, seconds=PATIENCE, what="the condition"):
         """Wait until it holds."""
         deadline = time.monotonic() + seconds
+        pause = 0.001
         while not condition():
             assert time.monotonic() < deadline, f"{what} did not come true in {seconds} s"
-            time.sleep(0.002)
+            time.sleep(pause)
+            pause = min(1.2 * pause, 0.02)  # a condition may take a while to ask
 
 
 def _descriptors():
@@ -367,6 +372,14 @@ def patience():
             patch.setattr(f"xen_disk_py.{name}", PATIENCE)
         patch.setattr(Store.open.__func__, "__defaults__", (None, PATIENCE))
         patch.setattr(Device.force, "__defaults__", (PATIENCE,))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_parser():
+    """Build the parser of the command line once, not for each of a thousand command lines."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arguments, "build_parser", functools.cache(arguments.build_parser))
         yield
 
 
@@ -406,3 +419,17 @@ def host(tmp_path):
     if set(_descriptors().items()) - set(descriptors.items()):
         gc.collect()  # some may be in a cycle
         assert set(_descriptors().items()) <= set(descriptors.items()), "descriptors are left open"
+
+
+def pytest_runtest_logreport(report):
+    """Name a test that is run once more in the file that the environment names, if it does."""
+    if report.outcome == "rerun" and "XEN_DISK_RERUNS" in os.environ:
+        version = ".".join(map(str, sys.version_info[:2]))
+        with open(os.environ["XEN_DISK_RERUNS"], "a", encoding="utf-8") as file:
+            file.write(f"{report.nodeid} (Python {version})\n")
+
+
+def pytest_collection_finish():
+    """What was imported and collected stays: no collection of garbage looks through it again."""
+    gc.collect()
+    gc.freeze()

@@ -1,6 +1,7 @@
 """What the backend tests share."""
 
 import contextlib
+import functools
 import os
 import random
 import shutil
@@ -8,6 +9,11 @@ import subprocess
 import tempfile
 
 import pytest
+
+
+@functools.lru_cache(maxsize=8)
+def _noise(size):
+    return random.Random(size).randbytes(size)
 
 
 @pytest.fixture
@@ -20,7 +26,7 @@ def make_image(tmp_path):
             if sparse:
                 file.truncate(size)
             else:
-                file.write(random.Random(size).randbytes(size))
+                file.write(_noise(size))
         return str(path)
 
     return make

@@ -10,6 +10,7 @@ import sys
 import uuid
 
 import pytest
+from long_run import LONG
 
 from backends.blocks import read, write
 from xen_disk_py.backends.loader import open_backend
@@ -27,7 +28,8 @@ disk = open_backend(sys.argv[1], {"path": sys.argv[2]})
 dice = random.Random(1)
 done = failed = 0
 print("ready", flush=True)
-while done < 4000 or failed < 400:
+most = int(sys.argv[4])
+while done < most or failed < most // 10:
     pages = dice.choice((1, 1, 2, 32))
     offset = dice.randrange(0, disk.size - pages * 4096 + 1, 512)
     buffers = [memoryview(bytearray(4096)) for _ in range(pages)]
@@ -67,7 +69,7 @@ def opened():
 def test_an_image_that_is_cut_short_and_grows_all_the_time_kills_nobody(backend, make_image):
     path = make_image()
     root = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
-    command = [sys.executable, "-c", WORKER, backend, path, root]
+    command = [sys.executable, "-c", WORKER, backend, path, root, str(4000 if LONG else 1000)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as worker:
         assert b"ready\n" == worker.stdout.readline()
         while worker.poll() is None:

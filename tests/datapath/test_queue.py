@@ -13,6 +13,7 @@ import threading
 import time
 
 import pytest
+from long_run import repeat
 
 from xen_disk_py.backends import Backend
 from xen_disk_py.blkif import (
@@ -309,7 +310,7 @@ def test_model(host, monkeypatch, abi, way, threads, order):
     line = host.line(backend, abi, order=order, **way)
     lends = spy(monkeypatch, line.queue._pages, "lend")
     model = Model(line, backend, host.share(600), dice, overtaking=threads > 1)
-    for _ in range(15):
+    for _ in repeat(15 if way is SQUEEZED else 6, 15):  # until they are too many
         for _ in range(dice.choice([1, 5, line.ring.slots])):
             if not (line.ring.free and model.step()):
                 break

@@ -9,13 +9,15 @@ import select
 import struct
 import time
 
+import long_run
+
 from xen_disk_py.backends import Backend
 from xen_disk_py.blkif import X86_64, Ring, decode_response
 from xen_disk_py.datapath.disk import Disk
 from xen_disk_py.datapath.queue import Options, Queue
 from xen_disk_py.ring import FrontRing
 
-LONG = bool(os.environ.get("XEN_DISK_LONG"))
+LONG = long_run.LONG
 """Whether the storms are to have their full length."""
 
 DOMID = 5

@@ -353,8 +353,8 @@ def test_traffic(way, threads):
     run_state_machine_as_test(
         kind,
         settings=settings(
-            max_examples=300 if LONG else 8,
-            stateful_step_count=60 if LONG else 30,
+            max_examples=300 if LONG else 4,
+            stateful_step_count=60 if LONG else 25,
             deadline=None,
             database=None,
             derandomize=not LONG,

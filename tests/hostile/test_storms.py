@@ -39,7 +39,7 @@ from xen_disk_py.ring import FrontRing
 from xen_disk_py.xenbus.states import State
 
 READ, WRITE = 0, 1
-SECONDS = 10 if LONG else 0.3
+SECONDS = 10 if LONG else 0.15
 MEBIBYTE = 1 << 20
 
 ways = pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def wrong_requests(pages):
 @pytest.mark.parametrize("threads", [1, 4])
 def test_xsa_71_wrong_requests_without_end(host, wire, persistent, grants, threads, caplog):
     """Error paths release everything; what is said of them is rationed."""
-    total = 1_000_000 if LONG else 10_000
+    total = 1_000_000 if LONG else 5_000
     line = wire(
         Memory(threads=threads), order=4, persistent=persistent, options=Options(256, grants)
     )
