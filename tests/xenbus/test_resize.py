@@ -29,7 +29,7 @@ class Elastic(Backend):
     """A disk that can have any size; ``storage`` is what it finds when it looks."""
 
     def __init__(self, size=MIB):
-        self.size = self.storage = size
+        self.size = self.capacity = size
         self.resizes = []
 
     def read(self, buffers, offset):
@@ -43,8 +43,8 @@ class Elastic(Backend):
     def resize(self, size):
         self.resizes.append(size)
         if size is None:
-            return self.storage
-        self.size = self.storage = size
+            return self.capacity
+        self.size = self.capacity = size
         return size
 
 
@@ -105,7 +105,7 @@ def test_any_sequence_of_sizes():
         force = dice.random() < 0.3
         measured = dice.random() < 0.5
         if measured:
-            backend.storage = wanted
+            backend.capacity = wanted
         fine = wanted > 0 and wanted % 4096 == 0 and (force or wanted >= model)
         try:
             result = disk.resize(None if measured else wanted, force=force, step=4096)
@@ -263,9 +263,9 @@ def test_sectors_and_state_change_at_once(host, served):
 
 
 def test_what_the_storage_has_become(host, served):
-    served.backend.storage = 2 * MIB
+    served.backend.capacity = 2 * MIB
     assert f"ok {2 * MIB}" == ask(host, served, "current 0")
-    served.backend.storage = MIB
+    served.backend.capacity = MIB
     assert "less than the disk has" in ask(host, served, "current 0")
     assert 2 * MIB == served.disk.sectors * 512
     assert f"ok {MIB}" == ask(host, served, "current 1")
@@ -388,11 +388,11 @@ def test_hangup_resizes_or_unplugs():
 
 
 def test_a_session_that_is_asked_by_a_signal(host, served, caplog):
-    served.backend.storage = 2 * MIB
+    served.backend.capacity = 2 * MIB
     served.interrupts.resize = True
     served.interrupts.wake()
     host.until(lambda: served.front.look_again().sectors == 2 * MIB // 512)
-    served.backend.storage = MIB
+    served.backend.capacity = MIB
     served.interrupts.resize = True
     served.interrupts.wake()
     host.until(lambda: "not resized: " in caplog.text)
