@@ -1,9 +1,14 @@
+import contextlib
 import errno
 import hashlib
 import mmap
 import os
 import random
+import subprocess
+import sys
+import tempfile
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -12,9 +17,11 @@ from backends.blocks import buffers, make_cold, read, write
 from xen_disk_py.backends import cow as cow_module
 from xen_disk_py.backends.cow import CowBackend
 from xen_disk_py.backends.image import PAGE, Image
+from xen_disk_py.backends.loader import open_backend
 from xen_disk_py.backends.mmap import MmapBackend
 from xen_disk_py.backends.raw import RawBackend
 from xen_disk_py.errors import DeviceError, ImageError, UsageError
+from xen_disk_py.host import memory
 
 pytestmark = pytest.mark.skipif(PAGE != 4096, reason="the figures are of 4096-byte pages")
 
@@ -166,10 +173,120 @@ def test_a_negative_limit_is_refused(image):
         CowBackend(image, cow_limit=-1)
 
 
-def test_the_limit_is_half_of_theavailable_memory_by_default(open_cow, monkeypatch):
-    assert 0 < cow_module.available_memory() < 1 << 60
-    monkeypatch.setattr(cow_module, "available_memory", lambda: 1 << 20)
+def test_the_limit_is_half_of_what_may_be_taken_by_default(open_cow, monkeypatch):
+    monkeypatch.setattr(memory, "room", lambda: 1 << 20)
     assert 1 << 19 == open_cow().cow_limit
+
+
+def test_all_disks_together_take_no_more_than_the_host_can_spare(open_cow, monkeypatch, caplog):
+    disks = []
+    monkeypatch.setattr(memory, "room", lambda: (1 << 20) - sum(disk.memory for disk in disks))
+    disks += [open_cow(cow_limit=1 << 30) for _ in range(3)]
+    written, refused = 0, {}
+    while len(refused) < 3:
+        for disk in disks:
+            try:
+                write(disk, written, b"x" * 4096)
+            except OSError as error:
+                refused[disk] = error.errno
+        written += 4096
+    assert {errno.ENOSPC} == set(refused.values())
+    taken = sum(disk.memory for disk in disks)
+    assert (1 << 20) - 4096 < taken <= (1 << 20) + 2 * (64 << 10)  # a step of each of the others
+    write(disks[0], 0, b"y" * 4096)
+    assert ["the memory that this host can spare" in line for line in caplog.messages] == [True] * 3
+    disks[2].discard(0, disks[2].size)
+    write(disks[0], 256 * 4096 - 4096, b"y" * 4096)
+    assert b"y" * 4096 == read(disks[0], 256 * 4096 - 4096, 4096)
+
+
+FILL = """
+import sys
+sys.path.insert(0, sys.argv[2])
+from xen_disk_py.backends.cow import CowBackend
+sys.stdin.readline()
+disk = CowBackend(sys.argv[1])
+done = 0
+try:
+    for offset in range(0, disk.size, 65536):
+        disk.write([memoryview(b"x" * 65536)], offset)
+        done += 65536
+except OSError as error:
+    print(error.errno, done, flush=True)
+else:
+    print(0, done, flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.fixture
+def group():
+    """A control group of 256 MiB."""
+    for root, limit in (
+        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes"),
+        ("/sys/fs/cgroup", "memory.max"),
+    ):
+        path = os.path.join(root, f"xen-disk-test-{os.getpid()}")
+        try:
+            os.mkdir(path)
+            with open(os.path.join(path, limit), "w", encoding="ascii") as file:
+                file.write(str(256 << 20))
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.rmdir(path)
+            continue
+        yield path
+        for _ in range(1000):  # until the kernel has noticed that its processes have gone
+            try:
+                os.rmdir(path)
+            except OSError:
+                time.sleep(0.03)
+            else:
+                return
+        raise AssertionError(f"{path} cannot be removed")
+    pytest.skip("no control group for memory here")
+
+
+def test_disks_in_a_control_group_are_full_before_they_are_killed(make_image, group):
+    """Three of the default, each of which may take a half: none is killed."""
+    image = make_image(1 << 30, sparse=True)
+    root = os.path.abspath(os.path.join(os.path.dirname(cow_module.__file__), "..", ".."))
+    workers = []
+    try:
+        for _ in range(3):
+            command = [sys.executable, "-c", FILL, image, root]
+            worker = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
+            workers.append(worker)
+            with open(f"{group}/cgroup.procs", "w", encoding="ascii") as file:
+                file.write(str(worker.pid))
+        for worker in workers:
+            worker.stdin.write("\n")
+            worker.stdin.flush()
+        said = [worker.stdout.readline().split() for worker in workers]
+        assert [str(errno.ENOSPC)] * 3 == [words[0] for words in said]
+        assert 64 << 20 < sum(int(words[1]) for words in said) < 256 << 20
+    finally:
+        ends = [(worker.communicate("\n"), worker.returncode) for worker in workers]
+    assert [0, 0, 0] == [status for _, status in ends]
+
+
+@pytest.mark.parametrize("backend", ["cow", "mmap", "raw"])
+def test_holes_of_an_image_in_memory_stay_holes(backend):
+    """On tmpfs one that is read through a mapping is allocated (in the image's file)."""
+    with tempfile.NamedTemporaryFile(dir="/dev/shm") as file:
+        file.truncate(8 << 20)
+        disk = open_backend(backend, {"path": file.name})
+        for _ in range(2):
+            assert bytes(8 << 20) == read(disk, 0, 8 << 20)
+            assert 0 == os.stat(file.name).st_blocks
+            if backend != "cow":
+                break
+            for offset in range(512, 8 << 20, 65536):
+                write(disk, offset, bytes(512))
+        disk.close()
+        assert 0 == os.stat(file.name).st_blocks
 
 
 def test_after_a_discard_the_images_own_content_is_read(open_cow):
@@ -217,7 +334,7 @@ def test_a_huge_image_costs_nothing_until_it_is_written(make_image):
 
 
 def test_an_image_that_was_cut_short_is_an_io_error(make_image):
-    """The pages beyond its end have gone, written or not; the others are as they were."""
+    """What is not written has gone beyond its end; what is written stays."""
     path = make_image()
     disk = CowBackend(path)
     before = read(disk, 0, 8192)
@@ -226,30 +343,20 @@ def test_an_image_that_was_cut_short_is_an_io_error(make_image):
     os.truncate(path, 8192)
     with pytest.raises(EOFError, match="0 of 4096 bytes"):
         read(disk, 8192, 4096)
-    for offset, length in ((0, 12288), (65536, 512)):
-        for call in (disk.read, disk.read_nowait):
-            with pytest.raises(OSError, match=f"{length} bytes at {offset} of the image") as caught:
-                call(buffers(bytes(length)), offset)
-            assert errno.EIO == caught.value.errno
-    for call in (disk.write, disk.write_nowait):
-        with pytest.raises(OSError, match="512 bytes at 8192 of the image cannot be had"):
-            call(buffers(bytes(512)), 8192)
+    with pytest.raises(EOFError, match="8192 of 12288 bytes"):
+        read(disk, 0, 12288)
+    assert b"y" * 512 == read(disk, 65536, 512)
+    with pytest.raises(OSError, match="the image ends at 8192") as caught:
+        disk.write(buffers(bytes(512)), 8192)
+    assert errno.EIO == caught.value.errno
+    assert 0 == disk.write_nowait(buffers(bytes(512)), 8192)
+    assert 8192 == disk.memory
     assert b"x" * 512 + before[512:] == read(disk, 0, 8192)
-    write(disk, 4096, b"z" * 4096)
-    assert b"z" * 4096 == read(disk, 4096, 4096)
-    disk.close()
-
-
-def test_an_image_that_was_cut_short_takes_the_changes_with_it(make_image):
-    """When it is long enough again its own content is read there; what lay before stays."""
-    path = make_image()
-    disk = CowBackend(path)
-    write(disk, 0, b"x" * 65536)
-    os.truncate(path, 8192)
+    write(disk, 8192, b"z" * 4096)  # a whole page: nothing of it has to be read
+    assert b"z" * 4096 == read(disk, 8192, 4096)
     os.truncate(path, disk.size)
-    assert b"x" * 8192 + bytes(65536 - 8192) == read(disk, 0, 65536)
-    write(disk, 8192, b"y" * 512)
-    assert b"y" * 512 + bytes(3584) == read(disk, 8192, 4096)
+    assert bytes(512) == read(disk, 65536 - 512, 512)
+    assert b"y" * 512 == read(disk, 65536, 512)
     disk.close()
 
 
@@ -337,22 +444,22 @@ def test_a_discard_amid_a_write_leaves_no_page_that_is_not_counted(open_cow, mon
     """One of them is first: afterwards the whole page is written, and counted, or is not."""
     disk = open_cow()
     before = read(disk, 0, 4096)
-    store = disk._mapped.store
+    read_image = disk._image.read
     discard = threading.Thread(target=disk.discard, args=(0, 4096))
 
     def discarded_meanwhile(views, offset):
         discard.start()
         discard.join(0.05)  # it has its chance, and may have to wait for this write
-        return store(views, offset)
+        return read_image(views, offset)
 
-    monkeypatch.setattr(disk._mapped, "store", discarded_meanwhile)
-    write(disk, 0, b"x" * 4096)
+    monkeypatch.setattr(disk._image, "read", discarded_meanwhile)
+    write(disk, 0, b"x" * 512)
     discard.join()
     monkeypatch.undo()
     written = disk.memory // 4096
-    assert (b"x" * 4096 if written else before) == read(disk, 0, 4096)
+    assert (b"x" * 512 if written else before[:512]) + before[512:] == read(disk, 0, 4096)
     write(disk, 0, b"y" * 512)
-    assert b"y" * 512 + (b"x" * 3584 if written else before[512:]) == read(disk, 0, 4096)
+    assert b"y" * 512 + before[512:] == read(disk, 0, 4096)
     assert 4096 == disk.memory
 
 
@@ -364,17 +471,17 @@ def test_more_buffers_than_one_system_call_takes(open_cow):
     assert before[::-1] == read(disk, 512, 1500 * 512, 512)
 
 
-@pytest.mark.parametrize("what", ["image", "map of pages"])
-def test_an_image_that_cannot_be_mapped_is_unlocked_again(image, monkeypatch, what):
+@pytest.mark.parametrize("what", ["changes", "map of pages"])
+def test_where_there_is_no_room_for_changes_the_image_is_unlocked_again(image, monkeypatch, what):
     real = mmap.mmap
 
-    def refuse(fd, *args, **kwargs):
-        if (fd < 0) == (what == "map of pages"):
+    def refuse(fd, length, **kwargs):
+        if (length < 1 << 20) == (what == "map of pages"):
             raise OSError(errno.ENOMEM, "Cannot allocate memory")
-        return real(fd, *args, **kwargs)
+        return real(fd, length, **kwargs)
 
     monkeypatch.setattr(cow_module.mmap, "mmap", refuse)
-    with pytest.raises((ImageError, OSError), match="Cannot allocate memory"):
+    with pytest.raises(ImageError, match="Cannot allocate memory"):
         CowBackend(image)
     Image.open(image, writable=True).close()
 

@@ -133,7 +133,7 @@ def test_writes_of_many_threads(image):
 
 
 def test_an_image_that_cannot_be_mapped_is_unlocked_again(image, monkeypatch):
-    def refuse(opened, *, private):
+    def refuse(opened):
         raise ImageError("no")
 
     monkeypatch.setattr(mmap_module, "MappedImage", refuse)
@@ -186,7 +186,7 @@ def test_a_longer_image_that_cannot_be_mapped(image, monkeypatch):
     """The disk stays as it was."""
     disk = MmapBackend(image)
 
-    def refuse(opened, *, private):
+    def refuse(opened):
         raise ImageError("no")
 
     with monkeypatch.context() as patched:

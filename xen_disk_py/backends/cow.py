@@ -1,7 +1,8 @@
 """``cow``: copy-on-write. What the guest writes lives in memory and ends with the connection.
 
-The image is opened for reading only and mapped privately: the kernel copies a page when it is
-first written. What is not written is read from the file. Many such disks can share one image.
+The image is opened for reading only. A page that is written is copied into memory of our own; what
+is not written is read from the file, and never through a mapping of it: on tmpfs that would fill
+the holes of the image. Many such disks can share one image.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ import errno
 import logging
 import mmap
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from ..errors import DeviceError, UsageError
+from ..errors import DeviceError, ImageError, UsageError
+from ..host import memory
 from ..units import format_size
 from . import Backend
-from .image import PAGE, Image, MappedImage
+from .image import PAGE, Image
 from .sharing import Storage
 
 log = logging.getLogger("xen_disk_py")
@@ -25,25 +27,26 @@ _ANONYMOUS = (
 )  # no memory is set aside for it
 _DISCARD_PAGES = 4096  # looked at in one go: their bytes in the dirty map are a page or two
 
+_Read = Callable[[Sequence[memoryview], int], int]
+
 
 class CowBackend(Backend):
     """A throw-away copy of an image that is never changed.
 
-    Memory is counted by pages really written (4096 bytes each on x86) and bounded. A write
-    that would go beyond the bound fails whole, as a full disk (``ENOSPC``); pages that were
-    written before can always be written again.
+    Memory is counted by pages really written (4096 bytes each on x86) and bounded, for each disk by
+    ``cow_limit`` and for all together by what the host and our control group have left, which is
+    looked at again as memory is taken. A write that would go beyond a bound fails whole, as a full
+    disk (``ENOSPC``); pages that were written before can always be written again.
 
     A discard gives the pages that lie wholly inside it back to the system: the *image's own*
     content is read there afterwards, not zeros. What it covers of other pages stays as it is.
 
-    Whoever cuts the image short takes with it what the guest wrote beyond the new end: the system
-    drops those pages of a mapping, changed or not. Requests there are I/O errors until the image
-    is long enough again, and find its own content then.
+    Where somebody cuts the image short, requests for what is not written are I/O errors; what the
+    guest has written stays.
 
     Args:
         path: the image; its lock is shared: other readers may come, a writer may not.
-        cow_limit: the bound in bytes; by default half of the memory that is available
-            (``MemAvailable``) when the disk is opened.
+        cow_limit: the bound in bytes; by default half of what may be taken when the disk is opened.
         sector_size: the logical sector in bytes; by default the device's own, 512 for a file.
     """
 
@@ -54,70 +57,132 @@ class CowBackend(Backend):
         self, path: str, *, cow_limit: int | None = None, sector_size: int | None = None
     ) -> None:
         if cow_limit is None:
-            cow_limit = available_memory() // 2
+            cow_limit = memory.room() // 2
         elif cow_limit < 0:
             raise UsageError(f"--cow-limit: {cow_limit} bytes is less than nothing")
         self._image = image = Image.open(path, writable=False, sector_size=sector_size)
         self._pages = -(-image.size // PAGE)
         try:
-            self._dirty = mmap.mmap(-1, self._pages, flags=_ANONYMOUS)  # one byte a page: 0 or 1
-            self._mapped = MappedImage(image, private=True)
+            self._dirty = _reserve(self._pages, image)  # one byte a page: 0 or 1
+            self._copies = _reserve(self._pages * PAGE, image)
         except BaseException:
             image.close()
             raise
+        # A huge page would be 512 pages of which one is counted.
+        self._copies.madvise(mmap.MADV_NOHUGEPAGE)
+        self._view = memoryview(self._copies)
         self.path = image.path
         self.size = image.size
         self.sector_size = image.sector_size
         self.cow_limit = cow_limit
+        self._budget = memory.Budget(memory.room)
         self._used = 0  # pages
         self._lock = threading.Lock()
-        self._warned = False
+        self._warned: set[str] = set()
 
     def read(self, buffers: Sequence[memoryview], offset: int) -> int:
-        """Read from the image what is not written yet, from the mapping what is."""
-        if self._is_written(buffers, offset):
-            return self._mapped.load(buffers, offset)
-        return self._image.read(buffers, offset)
+        """Read from the image what is not written yet, from memory what is."""
+        end = offset + sum(map(len, buffers))
+        if self._dirty.find(b"\1", offset // PAGE, -(-end // PAGE)) < 0:
+            return self._image.read(buffers, offset)
+        return self._read(buffers, offset, end, self._image.read)
 
     def read_nowait(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Read what is in memory: written by the guest, or in the page cache."""
-        if self._is_written(buffers, offset):
-            return self._mapped.load(buffers, offset)
-        return self._image.read_nowait(buffers, offset)
-
-    def _is_written(self, buffers: Sequence[memoryview], offset: int) -> bool:
-        """Tell whether a page of this range was written."""
         end = offset + sum(map(len, buffers))
-        return self._dirty.find(b"\1", offset // PAGE, -(-end // PAGE)) >= 0
+        if self._dirty.find(b"\1", offset // PAGE, -(-end // PAGE)) < 0:
+            return self._image.read_nowait(buffers, offset)
+        return self._read(buffers, offset, end, self._image.read_nowait)
+
+    def _read(self, buffers: Sequence[memoryview], offset: int, end: int, read_image: _Read) -> int:
+        """Read what is written at least in part."""
+        last = -(-end // PAGE)
+        if self._dirty.find(b"\0", offset // PAGE, last) < 0:
+            return self._load(buffers, offset)
+        at, rest = offset, [*reversed(buffers)]
+        while at < end:  # one extent after the other, of what is written or is not
+            is_written = self._dirty[at // PAGE]
+            stop = self._dirty.find(b"\0" if is_written else b"\1", at // PAGE, last)
+            length = (end if stop < 0 else min(stop * PAGE, end)) - at
+            part = _take(rest, length)
+            done = self._load(part, at) if is_written else read_image(part, at)
+            at += done
+            if done < length:
+                break
+        return at - offset
+
+    def _load(self, buffers: Sequence[memoryview], offset: int) -> int:
+        at = offset
+        for buffer in buffers:
+            stop = at + len(buffer)
+            buffer[:] = self._view[at:stop]
+            at = stop
+        return at - offset
 
     def write(self, buffers: Sequence[memoryview], offset: int) -> int:
-        """Copy into the mapping, if the bound allows."""
-        end = offset + sum(map(len, buffers))
-        first, last = offset // PAGE, -(-end // PAGE)
+        """Copy into memory, if the bounds allow."""
         with self._lock:
-            fresh = self._dirty[first:last].count(0)
-            if fresh:
-                if (self._used + fresh) * PAGE > self.cow_limit:
-                    self._refuse()
-                self._used += fresh
-                self._dirty[first:last] = b"\1" * (last - first)
-            # Still locked: a discard in between would leave pages that nobody counts.
-            return self._mapped.store(buffers, offset)
+            self._write(buffers, offset, self._image.read)
+        return sum(map(len, buffers))
 
     def write_nowait(self, buffers: Sequence[memoryview], offset: int) -> int:
-        """Write: memory does not wait."""
-        return self.write(buffers, offset)
+        """Copy into memory, unless the rest of a page has to be read from storage first."""
+        if not self._lock.acquire(blocking=False):
+            return 0
+        try:
+            done = self._write(buffers, offset, self._image.read_nowait)
+        finally:
+            self._lock.release()
+        return done
 
-    def _refuse(self) -> None:
-        if not self._warned:
-            self._warned = True
-            log.warning(
-                "%s: the guest's changes fill the %s of memory that they may take: writes fail "
-                "from now on; connect with a larger --cow-limit",
-                self.path,
-                format_size(self.cow_limit),
-            )
-        raise OSError(errno.ENOSPC, f"copy-on-write memory is full ({format_size(self.cow_limit)})")
+    def _write(self, buffers: Sequence[memoryview], offset: int, read_image: _Read) -> int:
+        """Write; return 0 if ``read_image`` cannot read what it has to (yet)."""
+        end = offset + sum(map(len, buffers))
+        first, last = offset // PAGE, -(-end // PAGE)
+        dirty = self._dirty
+        fresh = dirty[first:last].count(0)
+        if fresh:
+            if (self._used + fresh) * PAGE > self.cow_limit:
+                self._refuse(
+                    f"the {format_size(self.cow_limit)} of memory that they may take: writes fail "
+                    "from now on; connect with a larger --cow-limit"
+                )
+            if not self._budget.take(fresh * PAGE):
+                self._refuse("the memory that this host can spare: writes fail until there is more")
+            cut = [first] if offset % PAGE else []
+            if end % PAGE and end != self.size and last - 1 not in cut:
+                cut.append(last - 1)
+            for page in cut:
+                if not dirty[page] and not self._fill(page, read_image):
+                    return 0
+        at = offset
+        for buffer in buffers:
+            stop = at + len(buffer)
+            self._view[at:stop] = buffer
+            at = stop
+        if fresh:  # only now: whoever reads meanwhile reads the image's
+            dirty[first:last] = b"\1" * (last - first)
+            self._used += fresh
+        return at - offset
+
+    def _fill(self, page: int, read_image: _Read) -> bool:
+        """Copy a page of the image that is written in part; False if it cannot be read (yet)."""
+        at, end = page * PAGE, min((page + 1) * PAGE, self.size)
+        while at < end:
+            with self._view[at:end] as target:
+                done = read_image([target], at)
+            if not done:
+                if read_image == self._image.read_nowait:
+                    return False
+                raise OSError(errno.EIO, f"the image ends at {at}: somebody made it shorter")
+            at += done
+        return True
+
+    def _refuse(self, what: str) -> None:
+        if what not in self._warned:
+            self._warned.add(what)
+            log.warning("%s: the guest's changes fill %s", self.path, what)
+        raise OSError(errno.ENOSPC, f"copy-on-write memory is full ({format_size(self.memory)})")
 
     def discard(self, offset: int, length: int) -> None:
         """Give memory back; the image's own content is read there afterwards."""
@@ -130,9 +195,8 @@ class CowBackend(Backend):
             with self._lock:
                 dirty = self._dirty[first:stop].count(1)
                 if dirty:
-                    start, length = first * PAGE, (stop - first) * PAGE
-                    self._mapped.memory.madvise(mmap.MADV_DONTNEED, start, length)
                     self._dirty[first:stop] = bytes(stop - first)
+                    self._copies.madvise(mmap.MADV_DONTNEED, first * PAGE, (stop - first) * PAGE)
                     self._used -= dirty
 
     def resize(self, size: int | None) -> int:
@@ -154,15 +218,32 @@ class CowBackend(Backend):
 
     def close(self) -> None:
         """Forget every change."""
-        self._mapped.close()
+        self._view.release()
+        self._copies.close()
         self._dirty.close()
         self._image.close()
 
 
-def available_memory() -> int:
-    """Return how many bytes of memory the system could give (MemAvailable)."""
-    with open("/proc/meminfo", encoding="ascii") as meminfo:
-        for line in meminfo:
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    raise OSError(errno.ENOENT, "/proc/meminfo has no MemAvailable")
+def _reserve(length: int, image: Image) -> mmap.mmap:
+    """Reserve addresses, not memory."""
+    try:
+        return mmap.mmap(-1, length, flags=_ANONYMOUS)
+    except (OSError, OverflowError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ImageError(
+            f"{image.path}: no address space for changes of {format_size(image.size)}: {reason} "
+            "(vm.overcommit_memory=2 forbids it)"
+        ) from error
+
+
+def _take(reversed_buffers: list[memoryview], length: int) -> list[memoryview]:
+    """Take ``length`` bytes from the front of what is left, whose last comes first."""
+    parts = []
+    while length:
+        buffer = reversed_buffers.pop()
+        if len(buffer) > length:
+            reversed_buffers.append(buffer[length:])
+            buffer = buffer[:length]
+        parts.append(buffer)
+        length -= len(buffer)
+    return parts

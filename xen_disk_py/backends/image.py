@@ -31,7 +31,6 @@ SECTOR = 512
 IOV_MAX = 1024  # linux/uio.h: buffers in one system call
 
 _READ_ONLY = "read-only here: add --read-only, or use --backend cow"
-_MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # in Python's mmap from 3.11 on
 _BLKROGET = 0x125E  # linux/fs.h: whether a device is read-only
 _BLKSSZGET = 0x1268  # its logical block size
 
@@ -203,42 +202,26 @@ class MappedImage(Closing):
     A page of it may be impossible to have at any moment: somebody cuts the image short, a sector
     is bad, there is no room for a hole that is filled. Touching it ourselves would then be a
     signal that kills the process (SIGBUS), and no check beforehand helps, since the image can be
-    cut short right after it. So :meth:`load` and :meth:`store` have the system copy, through a
-    memory file (memfd): that fails with EFAULT instead.
+    cut short right after it. So :meth:`store` has the system copy, through a memory file (memfd):
+    that fails with EFAULT instead. It is not for reading: on tmpfs a hole that is read through a
+    mapping is allocated.
 
     Args:
         image: stays the caller's to close, after this.
-        private: what is stored stays in memory, page by page (``ACCESS_COPY``), and the image
-            never changes; it may be open for reading only.
     """
 
-    def __init__(self, image: Image, *, private: bool) -> None:
+    def __init__(self, image: Image) -> None:
         try:
-            self.memory = _map(image, private)
+            self.memory = mmap.mmap(image.fd, image.size, access=mmap.ACCESS_WRITE)
         except (OSError, OverflowError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
-            hint = (
-                "vm.overcommit_memory=2 forbids it" if private else "--backend raw needs no mapping"
-            )
             raise ImageError(
                 f"{image.path}: {format_size(image.size)} cannot be mapped into memory: "
-                f"{reason} ({hint})"
+                f"{reason} (--backend raw needs no mapping)"
             ) from error
         self._view = memoryview(self.memory)
         self._bounce = os.memfd_create("xen_disk_py")
         self._lock = threading.Lock()
-
-    def load(self, buffers: Sequence[memoryview], offset: int) -> int:
-        """Fill ``buffers`` from ``offset`` bytes into the image on; return their length.
-
-        Raises:
-            OSError: ``EIO``, a page cannot be had.
-        """
-        length = sum(map(len, buffers))
-        with self._lock, self._view[offset : offset + length] as source:
-            self._transfer(os.pwritev, [source], 0, length, f"{length} bytes at {offset}")
-            transfer_all(os.preadv, self._bounce, buffers, 0)
-        return length
 
     def store(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Copy ``buffers`` to ``offset`` bytes into the image; return their length.
@@ -249,19 +232,17 @@ class MappedImage(Closing):
         length = sum(map(len, buffers))
         with self._lock, self._view[offset : offset + length] as target:
             transfer_all(os.pwritev, self._bounce, buffers, 0)
-            self._transfer(os.preadv, [target], 0, length, f"{length} bytes at {offset}")
+            self._copy_out(target, f"{length} bytes at {offset}")
         return length
 
-    def _transfer(
-        self, transfer: _Transfer, views: list[memoryview], at: int, length: int, what: str
-    ) -> None:
+    def _copy_out(self, target: memoryview, what: str) -> None:
         try:
-            done = transfer(self._bounce, views, at)
+            done = os.preadv(self._bounce, [target], 0)
         except OSError as error:
             if error.errno != errno.EFAULT:
                 raise
             done = 0
-        if done != length:
+        if done != len(target):
             raise OSError(
                 errno.EIO,
                 f"{what} of the image cannot be had (no space left, or somebody made it shorter)",
@@ -273,27 +254,6 @@ class MappedImage(Closing):
             self._view.release()
             self.memory.close()
             os.close(self._bounce)
-
-
-_Transfer = Callable[[int, "Sequence[memoryview]", int], int]
-
-
-def _map(image: Image, private: bool) -> mmap.mmap:
-    if not private:
-        return mmap.mmap(image.fd, image.size, access=mmap.ACCESS_WRITE)
-    try:
-        return mmap.mmap(image.fd, image.size, access=mmap.ACCESS_COPY)
-    except OSError as error:
-        if error.errno != errno.ENOMEM:
-            raise
-    # Larger than RAM and swap together, though hardly a page of it may ever be written: what
-    # ACCESS_COPY is, with a flag added, which it does not allow.
-    return mmap.mmap(
-        image.fd,
-        image.size,
-        flags=mmap.MAP_PRIVATE | _MAP_NORESERVE,
-        prot=mmap.PROT_READ | mmap.PROT_WRITE,
-    )
 
 
 def transfer_all(

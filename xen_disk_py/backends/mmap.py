@@ -38,7 +38,7 @@ class MmapBackend(Backend):
         self._image = image = Image.open(path, writable=not read_only, sector_size=sector_size)
         self._outgrown: list[MappedImage] = []
         try:
-            self._mapped = None if read_only else MappedImage(image, private=False)
+            self._mapped = None if read_only else MappedImage(image)
         except BaseException:
             image.close()
             raise
@@ -89,7 +89,7 @@ class MmapBackend(Backend):
             return self._image.measure()
         self._image.resize(size)
         if self._mapped is not None and size > len(self._mapped.memory):  # too long: no harm
-            larger = MappedImage(self._image, private=False)
+            larger = MappedImage(self._image)
             self._outgrown.append(self._mapped)  # a request may be using it
             self._mapped = larger
         self.size = size

@@ -37,9 +37,9 @@ def supervise(args: argparse.Namespace, env: Environment) -> ExitStatus:
         scratch = os.path.join(_MEMORY, name)
         options += ["--overlay", scratch, "--scratch"]
         if args.cow_limit is None:
-            from ..backends.cow import available_memory
+            from ..host import memory
 
-            options += ["--cow-limit", str(available_memory() // 2)]
+            options += ["--cow-limit", str(memory.room() // 2)]
     first = [*words[:at], *options, *words[at:]]
     shown = [word for word in ("--debug", "--quiet", "-q") if word in words]
 
