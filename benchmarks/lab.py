@@ -93,11 +93,11 @@ class Fio:
         """Read the report of the last run."""
         text = guest.check("cat /tmp/fio.json")
         job = json.loads(text[text.index("{") :])["jobs"][0]
-        halves = [job["read"], job["write"]]
+        directions = [job["read"], job["write"]]
         return Done(
-            sum(half["total_ios"] for half in halves),
-            sum(half["io_bytes"] for half in halves),
-            max(half["runtime"] for half in halves) / 1000,
+            sum(each["total_ios"] for each in directions),
+            sum(each["io_bytes"] for each in directions),
+            max(each["runtime"] for each in directions) / 1000,
         )
 
 

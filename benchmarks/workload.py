@@ -144,7 +144,7 @@ class Load(Frontend):
 
     def quiet(self) -> bool:
         """There is nothing to do for :meth:`turn`, and ``fileno`` will tell when there is."""
-        self._fence()  # our wish is visible before the last look
+        self._fence()  # our request for a notification is visible before the last look
         return (self._indices[_RSP_PROD] - self._consumed) & _MASK < self._half
 
     def fileno(self) -> int:

@@ -351,7 +351,7 @@ class Host:
 def _descriptors():
     found = {}
     for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):  # the one that lists them is closed by now
+        with contextlib.suppress(OSError):  # the one that lists them is closed already
             found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
     return found
 

@@ -39,7 +39,7 @@ def everywhere(act, modules, *, lines):
             try:
                 act(lambda: sys.settrace(trace))
                 sys.settrace(None)
-            except BaseException:  # pytest must not go on in the child
+            except BaseException:  # pytest must not continue in the child
                 os._exit(1)
             os._exit(0)
         status = os.waitpid(child, 0)[1]

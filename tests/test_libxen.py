@@ -267,15 +267,15 @@ class TestOpening:
 
     def test_a_missing_device_names_the_module(self, tmp_path):
         device = Device(str(tmp_path / "gntdev"), "xen-gntdev")
-        assert f"{device.path} does not exist: modprobe xen-gntdev" == device.trouble()
+        assert f"{device.path} does not exist: modprobe xen-gntdev" == device.problem()
 
     def test_a_device_without_permission_asks_for_root(self, monkeypatch, tmp_path):
         device = Device(str(tmp_path), "xen-gntdev")
         monkeypatch.setattr(os, "access", lambda path, mode: False)
-        assert f"no permission to use {device.path}: run as root" == device.trouble()
+        assert f"no permission to use {device.path}: run as root" == device.problem()
 
-    def test_a_usable_device_has_no_trouble(self, tmp_path):
-        assert Device(str(tmp_path), "xen-gntdev").trouble() is None
+    def test_a_usable_device_has_no_problem(self, tmp_path):
+        assert Device(str(tmp_path), "xen-gntdev").problem() is None
 
     @pytest.mark.parametrize(
         ("code", "remedy"),

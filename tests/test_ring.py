@@ -1,4 +1,4 @@
-"""The shared ring: both ends, what a guest may do to it, and that nobody sleeps for ever."""
+"""The shared ring: both ends, what a guest may do to it, and that nobody sleeps indefinitely."""
 
 from __future__ import annotations
 
@@ -279,7 +279,7 @@ class TestBothEnds:
 
 
 class TestNotification:
-    """Whoever publishes notifies exactly if the wish lies among what is published."""
+    """Whoever publishes notifies exactly if the index asked for is among what is published."""
 
     @staticmethod
     def back_at(old, event):
@@ -632,18 +632,18 @@ class TestFences:
         assert front.push()
         assert [(0, 77), (1, 77)] == seen
 
-    @pytest.mark.parametrize(("end", "wish", "index"), [(1, 12, 8), (2, 4, 0)])
-    def test_the_wish_is_written_before_the_last_look(self, end, wish, index):
+    @pytest.mark.parametrize(("end", "event", "index"), [(1, 12, 8), (2, 4, 0)])
+    def test_the_event_index_is_written_before_the_last_look(self, end, event, index):
         def fence():
-            wishes.append(get(rings[0], wish))
+            written.append(get(rings[0], event))
             put(rings[0], index, 1)
 
-        wishes = []
+        written = []
         rings = ends(fence=fence)
-        put(rings[0], wish, 99)
+        put(rings[0], event, 99)
 
         assert rings[end].arm()
-        assert [1] == wishes
+        assert [1] == written
 
 
 class TestFrontend:

@@ -514,7 +514,7 @@ def test_a_timeout_with_a_backend_that_hangs(host, monkeypatch):
         raise DeviceError("something else")
 
     serving.device.update = late_failure
-    go_round(host, monkeypatch, serving)  # no update goes on from before
+    go_round(host, monkeypatch, serving)  # no update is still under way
     write_state(host, serving, State.CLOSED)
     with pytest.raises(DeviceError, match="something else"):
         serving.wait()

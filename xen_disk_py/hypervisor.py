@@ -62,7 +62,7 @@ class Mapping(Handle, Protocol):
 
     @property
     def view(self) -> memoryview:
-        """All pages as one run of bytes: count * 4096, writable if mapped so."""
+        """All pages as one view: count * 4096, writable if mapped so."""
         ...
 
     def close(self) -> None:

@@ -224,7 +224,7 @@ class Device(NamedTuple):
     path: str
     module: str
 
-    def trouble(self) -> str | None:
+    def problem(self) -> str | None:
         """Say why it cannot be used and what to do, or None."""
         if not os.path.exists(self.path):
             return f"{self.path} does not exist: modprobe {self.module}"
@@ -250,9 +250,9 @@ def runs_under_xen() -> bool:
 
 def _open(function: Callable[[Any, int], int], device: Device) -> int:
     """Call one of the open functions; failing, say what would help."""
-    trouble = device.trouble()
-    if trouble is not None:
-        raise XenUnavailable(trouble)
+    problem = device.problem()
+    if problem is not None:
+        raise XenUnavailable(problem)
     try:
         return function(_logger_address(), 0)
     except HypervisorError as error:
@@ -297,9 +297,9 @@ class Xen(Closing):
         self._gnttab = GNTTAB.load()
         self._evtchn = EVTCHN.load()
         self.fence = load_fence().barrier
-        trouble = EVTCHN_DEVICE.trouble()  # now rather than when the first guest connects
-        if trouble is not None:
-            raise XenUnavailable(trouble)
+        problem = EVTCHN_DEVICE.problem()  # now rather than when the first guest connects
+        if problem is not None:
+            raise XenUnavailable(problem)
         self._gnttab_handle = _open(self._gnttab.xengnttab_open, GNTDEV)
 
     def map_grants(self, domid: int, refs: Sequence[int], *, writable: bool) -> MappedPages:

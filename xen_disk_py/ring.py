@@ -50,7 +50,7 @@ class _Ring:
         self._fence = fence
 
     def close(self) -> None:
-        """Let go of the pages, so that they can be unmapped."""
+        """Release the pages, so that they can be unmapped."""
         self._indices.release()
 
     def _copy(self, start: int, count: int) -> bytes:
@@ -94,7 +94,7 @@ class BackRing(_Ring):
         return f"<BackRing of {self.slots}: took {self._consumed}, answered {self._published}>"
 
     def resume(self, start: int, responses: Sequence[bytes], waiting: int) -> bool:
-        """Go on where a process was killed.
+        """Resume where a process was killed.
 
         Args:
             start: the index of the first response that it was about to publish.
@@ -178,7 +178,7 @@ class BackRing(_Ring):
         (RING_FINAL_CHECK_FOR_REQUESTS).
         """
         self._indices[_REQ_EVENT] = (self._consumed + 1) & _MASK
-        self._fence()  # our wish is visible before the last look
+        self._fence()  # our request for a notification is visible before the last look
         return self._indices[_REQ_PROD] != self._consumed
 
 

@@ -138,7 +138,7 @@ class Cluster:
         self._daemons["osd"].send_signal(signal.SIGSTOP)
 
     def resume_osd(self) -> None:
-        """Let it go on."""
+        """Let it continue."""
         self._daemons["osd"].send_signal(signal.SIGCONT)
 
     def close(self) -> None:

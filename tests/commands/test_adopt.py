@@ -409,8 +409,8 @@ def orphan(host, libxl):
     def orphan(target, **changed):
         keys = {"xen_disk_pid": DEAD, "hotplug_status": "connected", **changed}
         libxl.create(target, state="2", **keys)
-        wish = attachment.read_wish(host.store, ADDRESS)
-        options = parse(["connect", "5", *wish.arguments])
+        config = attachment.read_config(host.store, ADDRESS)
+        options = parse(["connect", "5", *config.arguments])
         disk = Disk(backend_from(options))
         vdev = VirtualDevice(ADDRESS.devid, "xvdb")
         with Record(host.records, ADDRESS, options.queues) as one:

@@ -69,7 +69,7 @@ class Player:
         os.kill(os.getpid(), signum)
 
     def unplug(self, frontend, signum=signal.SIGINT):
-        """Once it is connected, interrupt; then let go as a guest does."""
+        """Once it is connected, interrupt; then release the disk as a guest does."""
         self.host.until(self.env.stdout.getvalue)
         self.interrupt(signum)
         self.host.until(lambda: frontend.backend_state is State.CLOSING)
@@ -99,7 +99,7 @@ def connect(host):
 
 
 def session(player, vdev="xvda"):
-    """A short life: connect, write, read, and let go when asked."""
+    """A short life: connect, write, read, and release the disk when asked."""
     frontend = player.frontend(vdev)
     frontend.write(4096, b"new" * 4096)
     frontend.read(0, 65536)
@@ -119,7 +119,7 @@ def test_a_throwaway_disk(connect, signum):
     assert status is ExitStatus.OK
     assert out == "xvda 51712 /dev/xvda 1 GiB discard rw\n"
     lines = err.splitlines()
-    assert lines[0].startswith("xvda: asked the guest to let go")
+    assert lines[0].startswith("xvda: asked the guest to release the disk")
     assert lines[1] == "xvda: unplugged"
     assert ["reads", "1", "4", "KiB"] == lines[2].split()
     assert "segments per request" in lines
@@ -128,7 +128,7 @@ def test_a_throwaway_disk(connect, signum):
 
 @pytest.mark.parametrize("stream", ["stdin", "stderr"])
 def test_the_end_of_the_terminal(host, connect, monkeypatch, stream):
-    """Whoever started it there has gone: the guest is asked to let go."""
+    """Whoever started it there has gone: the guest is asked to release the disk."""
     if stream == "stdin":
         environment = host.environment
         monkeypatch.setattr(
@@ -303,7 +303,7 @@ def test_a_status_line_on_a_terminal(connect, image, monkeypatch):
     assert "\r" not in out
 
 
-class Trouble(Backend):
+class Failing(Backend):
     """A disk whose storage is gone."""
 
     size = 1 << 20
@@ -317,7 +317,7 @@ class Trouble(Backend):
 def test_requests_that_are_held(connect, monkeypatch):
     """A status line tells; and so does who is asked to end. Ctrl-C again gives them up."""
     monkeypatch.setattr("xen_disk_py.session.TICK", 0.01)
-    monkeypatch.setattr(connect_module, "backend_from", lambda args: Trouble())
+    monkeypatch.setattr(connect_module, "backend_from", lambda args: Failing())
     failed = []
 
     def script(player):
@@ -337,8 +337,8 @@ def test_requests_that_are_held(connect, monkeypatch):
     status, _, err = connect(script, "guest", "--on-error=hold", stderr=Terminal())
     assert (ExitStatus.INTERRUPTED, 1) == (status, len(failed))
     assert (
-        "xvda: asked the guest to let go, but the storage is in trouble and 2 of its requests are "
-        "held; Ctrl-C again answers them with errors\n" in err
+        "xvda: asked the guest to release the disk, but the storage fails and 2 requests are "
+        "queued for retry; Ctrl-C again answers them with errors\n" in err
     )
 
 
@@ -488,7 +488,7 @@ class Hanging(Backend):
 
 @pytest.mark.parametrize("closing", [False, True])
 def test_force_with_a_backend_that_hangs(connect, monkeypatch, caplog, closing):
-    """Also when the guest has let go and it is the backend alone that we wait for."""
+    """Also when the guest has released the disk and it is the backend alone that we wait for."""
     monkeypatch.setattr("xen_disk_py.xenbus.device.Device.force.__defaults__", (0.2,))
     monkeypatch.setattr(connect_module, "backend_from", lambda args: Hanging())
     queues = []

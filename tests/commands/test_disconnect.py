@@ -1,4 +1,4 @@
-"""``disconnect``: politely, by force, and behind a process that was killed."""
+"""``disconnect``: gracefully, by force, and behind a process that was killed."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def orphan(host):
 
 
 class Driver(threading.Thread):
-    """A guest that lets go when it is asked to."""
+    """A guest that releases the disk when it is asked to."""
 
     def __init__(self, host, frontend):
         super().__init__()
@@ -87,7 +87,7 @@ def test_a_guest_that_holds_on(disconnect, served, host):
     frontend = served.frontend()
     status, said = disconnect("guest", "xvdb", "--timeout", "0.2")
     assert status is ExitStatus.ERROR
-    assert "the guest has not let go of xvdb within 0.2 s" in said
+    assert "the guest has not released xvdb within 0.2 s" in said
     assert "--force" in said
     frontend.read(0, 4096)  # the disk is as it was
     assert served.address.backend in host.tree()
@@ -95,7 +95,7 @@ def test_a_guest_that_holds_on(disconnect, served, host):
 
 def test_force(disconnect, served, host, monkeypatch):
     """Two signals to the process; its first asks, its second forces."""
-    monkeypatch.setattr(disconnect_module, "_FORCE_POLITENESS", 0.1)
+    monkeypatch.setattr(disconnect_module, "_FORCE_PATIENCE", 0.1)
     frontend = served.frontend()
     signals = []
 
@@ -115,7 +115,7 @@ def test_force(disconnect, served, host, monkeypatch):
 
 def test_force_a_process_that_does_not_end(disconnect, served, monkeypatch):
     monkeypatch.setattr(disconnect_module.os, "kill", lambda pid, signum: None)
-    monkeypatch.setattr(disconnect_module, "_FORCE_POLITENESS", 0.1)
+    monkeypatch.setattr(disconnect_module, "_FORCE_PATIENCE", 0.1)
     monkeypatch.setattr(disconnect_module, "_FORCE_PATIENCE", 0.1)
     status, said = disconnect("guest", "xvdb", "--force")
     assert status is ExitStatus.ERROR
@@ -145,12 +145,12 @@ def test_a_dead_process_whose_guest_lets_go(disconnect, orphan, host):
     front = orphan.address.frontend
     host.store.write(f"{front}/state", "4")
 
-    def let_go():
+    def release():
         store = host.open_store(host.DOMID)
         host.until(lambda: store.read(f"{orphan.address.backend}/state") == "5")
         store.write(f"{front}/state", "6")
 
-    guest = threading.Thread(target=let_go)
+    guest = threading.Thread(target=release)
     guest.start()
     assert disconnect("guest", "xvdb")[0] is ExitStatus.OK
     guest.join()

@@ -20,7 +20,7 @@ def healthy(monkeypatch):
     machine = SimpleNamespace(
         xen=True,
         uid=0,
-        trouble={},
+        problem={},
         missing=set(),
         fence=lambda: SimpleNamespace(source="libatomic.so.1"),
     )
@@ -31,7 +31,7 @@ def healthy(monkeypatch):
         device_of_the_machine = SimpleNamespace(
             module=device.module,
             path=device.path,
-            trouble=lambda name=name: machine.trouble.get(name),
+            problem=lambda name=name: machine.problem.get(name),
         )
         monkeypatch.setattr(doctor_module, name, device_of_the_machine)
     survey = libxen.survey()
@@ -79,11 +79,11 @@ def take_root(machine):
 
 
 def take_device(machine):
-    machine.trouble["GNTDEV"] = "cannot open /dev/xen/gntdev: modprobe it"
+    machine.problem["GNTDEV"] = "cannot open /dev/xen/gntdev: modprobe it"
 
 
 def take_allocator(machine):
-    machine.trouble["GNTALLOC"] = "cannot open it: modprobe it"
+    machine.problem["GNTALLOC"] = "cannot open it: modprobe it"
 
 
 def take_library(machine):

@@ -240,7 +240,7 @@ def test_a_process_that_dies_at_once(serve, libxl, image):
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_process_that_is_killed(serve, host, libxl, image, caplog, when):
-    """Another goes on: also under a supervisor that was started after that."""
+    """Another takes over: also under a supervisor that was started after that."""
     kept = []
 
     def first():
@@ -267,7 +267,7 @@ def test_a_process_that_is_killed(serve, host, libxl, image, caplog, when):
     if when == "after":
         kill(serve.processes[0], host)
         assert serve(second) is ExitStatus.OK
-    assert "another process goes on in place of" in caplog.text
+    assert "another process takes over from" in caplog.text
     assert [-9, 0] == [process.wait(30) for process in serve.processes]
 
 
@@ -313,7 +313,7 @@ def test_an_image_that_is_away_for_a_while(serve, host, libxl, image, caplog):
 
 
 def test_xenstored_restarts(serve, host, libxl, image, caplog):
-    """The disks go on, and new ones are seen."""
+    """The disks stay, and new ones are seen."""
 
     def script():
         address = libxl.attach(f"{image},backend=cow")

@@ -18,7 +18,7 @@ from xen_disk_py.datapath.queue import Options, Queue
 from xen_disk_py.ring import FrontRing
 
 LONG = long_run.LONG
-"""Whether the storms are to have their full length."""
+"""Whether the event floods are to have their full length."""
 
 DOMID = 5
 PATIENCE = 30.0  # seconds for what must happen to happen

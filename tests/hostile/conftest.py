@@ -1,4 +1,4 @@
-"""Rings of a hostile guest on a simulated host; how long the attacks go on."""
+"""Rings of a hostile guest on a simulated host; how long the attacks last."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A fuzzer: bytes become slots, a page of descriptors and frontend keys, and the oracle looks on.
+"""A fuzzer: bytes become slots, a page of descriptors and frontend keys, and the oracle watches.
 
 With atheris (``pip install atheris``) it is guided by coverage, and takes libFuzzer's options;
 without, it changes the files of the corpus at random::
@@ -195,7 +195,7 @@ class Target:
 
 
 def mutations(dice):
-    """Give inputs made of those of the corpus, for ever."""
+    """Give inputs made of those of the corpus, without end."""
     corpus = [path.read_bytes() for path in sorted(CORPUS.iterdir())]
     known = [bytes([each]) for each in range(8, 8 + PAGES)]  # references, in their first byte
     while True:

@@ -472,7 +472,7 @@ def test_xsa_365_bad_references_at_each_place(host, wire, persistent, grants, th
 
 
 def test_xsa_396_nothing_is_mapped_when_closed_shows(host, attacked, monkeypatch):
-    """Linux says that a grant is still in use, and keeps the page for ever."""
+    """Linux says that a grant is still in use, and keeps the page indefinitely."""
     serving = attacked(Memory())
     frontend = serving.frontend(persistent=True)
     frontend.read(0, 65536)

@@ -1,4 +1,4 @@
-"""The fuzzer's corpus, and a few hundred inputs made of it; fuzz_slots.py goes on for longer."""
+"""The fuzzer's corpus, and a few hundred inputs made of it; fuzz_slots.py runs for longer."""
 
 from __future__ import annotations
 

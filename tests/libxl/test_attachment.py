@@ -49,9 +49,11 @@ def test_no_script_at_all(host, libxl):
 @pytest.mark.parametrize("discard", ["0", "1"])
 def test_the_wish(host, libxl, mode, discard):
     """Only what is clearly to be written is."""
-    wish = attachment.read_wish(host.store, libxl.create("/x", mode=mode, discard_enable=discard))
-    assert (mode != "w") is ("--read-only" in wish.arguments)
-    assert (discard == "1") is wish.discard
+    config = attachment.read_config(
+        host.store, libxl.create("/x", mode=mode, discard_enable=discard)
+    )
+    assert (mode != "w") is ("--read-only" in config.arguments)
+    assert (discard == "1") is config.discard
 
 
 def test_a_path_that_is_not_ascii(host, libxl):
@@ -59,7 +61,7 @@ def test_a_path_that_is_not_ascii(host, libxl):
     host.xenstored.nodes[f"{address.backend}/params"] = host.xenstored.nodes[
         f"{address.backend}/params"
     ]._replace(value="aio:/bilder/größe.raw".encode())
-    assert "--path=/bilder/größe.raw" == attachment.read_wish(host.store, address).arguments[0]
+    assert "--path=/bilder/größe.raw" == attachment.read_config(host.store, address).arguments[0]
 
 
 def test_what_is_published(host, libxl):

@@ -200,7 +200,7 @@ def test_a_process_that_died(host, libxl, supervisor, spawner, caplog):
 
 @pytest.fixture
 def orphan(host, libxl):
-    """Have a process leave a disk that another could go on with."""
+    """Have a process leave a disk that another could take over."""
 
     def orphan(vdev="xvdb", **changed):
         keys = {"state": "4", "xen_disk_pid": "123", "hotplug_status": "connected", **changed}
@@ -254,7 +254,7 @@ def test_another_process_goes_on(host, supervisor, spawner, orphan, clock, caplo
         die(supervisor, spawner, status)
     assert [None, 0.1, 0.2, 0.5, 1, 2, 5, 5, 5, 5] == pytest.approx(waits)
     assert (None, 0) == (supervisor.pause, supervisor.served)
-    assert "guest/xvdb: another process goes on in place of 123" in caplog.messages
+    assert "guest/xvdb: another process takes over from 123" in caplog.messages
 
 
 def test_a_calm_minute_forgives(supervisor, spawner, orphan, clock):

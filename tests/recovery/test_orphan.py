@@ -80,7 +80,7 @@ def test_a_guest_without_a_ring_needs_nobody(host, dead):
 
 
 def test_requests_that_were_overtaken_are_answered_too(host, dead):
-    """Nothing but the journal tells of them; without it this guest would wait for ever."""
+    """Nothing but the journal tells of them; without it this guest would wait indefinitely."""
     abi = X86_64
     pages, data = host.share(), host.share()
     channel = host.guest.bind_unbound(0)

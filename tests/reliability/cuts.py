@@ -153,7 +153,7 @@ class Frontend:
         assert self.after == os.pread(self.file, len(self.after), 0), "the disk"
 
     def backend(self, setting, cut):
-        """Be a backend, in a process of its own, until line ``cut``; or for ever."""
+        """Be a backend, in a process of its own, until line ``cut``; or indefinitely."""
         hypervisor = SimulatedHypervisor(self.machine)
         disk = Disk(FileDisk(self.file, 512 * self.SECTORS, setting["threads"]))
         noted = Journal(memoryview(self.journal))

@@ -260,7 +260,7 @@ class Disk:
         return status
 
     def disconnect(self, timeout: float = PATIENCE) -> int:
-        """Ask politely, as Ctrl-C does, and wait for the end."""
+        """Ask gracefully, as Ctrl-C does, and wait for the end."""
         self.interrupt()
         return self.wait(timeout)
 

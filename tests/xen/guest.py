@@ -324,11 +324,11 @@ class Guest(Shell):
         sh("xl", "pause", str(self.domid))
 
     def unpause(self) -> None:
-        """Let the guest's processors go on."""
+        """Let the guest's processors run again."""
         sh("xl", "unpause", str(self.domid))
 
     def checkpoint(self, path: Path) -> None:
-        """Write the guest to a file, for which it stands still; then it goes on."""
+        """Write the guest to a file, for which it stands still; then it continues."""
         sh("xl", "save", "-c", str(self.domid), str(path), timeout=SAVE_SECONDS)
 
     def save(self, path: Path) -> None:

@@ -23,7 +23,7 @@ def wait_offered(disk: Disk, timeout: float = PATIENCE) -> None:
 def test_guest_boots_from_a_gold_image(
     connect: Callable[..., Disk], new_guest: Callable[..., Guest]
 ) -> None:
-    """Created paused, connected, let go: root is our disk, and the image is not changed by it."""
+    """Created paused, connected, unpaused: root is our disk, and the image is not changed by it."""
     digest = sh("sha256sum", str(GOLD))
     before = xenstore_snapshot()
     guest = new_guest("pv", paused=True, cmdline="lab.root=xvda")

@@ -265,7 +265,7 @@ def test_no_xen(refused: Refused) -> None:
 
 
 def test_xenstore_that_does_not_answer(refused: Refused) -> None:
-    """It does not wait for ever."""
+    """It does not wait indefinitely."""
     with stopped(xenstored()):
         result = run(["connect", "0"])
     check_refusal(result, RUNTIME, ["xenstore", "does not answer", "xenstored"])

@@ -34,7 +34,7 @@ from .guest import PATIENCE, Dom0, Guest, GuestError, Job, Shell, sh
 
 MEBIBYTE = 1 << 20
 RECORDS = Path("/run/xen_disk_py")
-NO_MORE = 10  # seconds in which something that must not go on would have gone on
+NO_MORE = 10  # seconds in which something that must stop would have continued
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 Connect = Callable[..., Disk]
@@ -88,7 +88,7 @@ def usable(guest: Shell, disk: Disk, image: Path) -> None:
 
 
 def alive(disk: Disk) -> None:
-    """See that a process goes on."""
+    """See that a process is still there."""
     assert disk.process.poll() is None, disk.describe()
 
 
@@ -151,9 +151,9 @@ def test_process_killed_under_load(
     listed = xen_disk("list")
     (line,) = (line for line in listed.stdout.splitlines() if str(disk.pid) in line)
     assert " orphan " in line, listed
-    polite = xen_disk("disconnect", guest.name, disk.vdev)
-    if polite.returncode:
-        assert "--force" in polite.stderr, polite
+    graceful = xen_disk("disconnect", guest.name, disk.vdev)
+    if graceful.returncode:
+        assert "--force" in graceful.stderr, graceful
         forced = xen_disk("disconnect", guest.name, disk.vdev, "--force")
         assert forced.returncode == 0, forced
     nothing_left(guest)
@@ -191,12 +191,12 @@ def failing(guest: Shell) -> None:
 
 
 def test_interrupt_while_mounted(pv_guest: Guest, connect: Connect, image: Path) -> None:
-    """Linux lets go of a disk even if it is mounted (from 5.15 on); what was synced is there."""
+    """Linux releases a disk even if it is mounted (from 5.15 on); what was synced is there."""
     disk = connect(pv_guest, "--path", image, "--backend", "raw")
     with mounted(pv_guest, disk):
         disk.interrupt()
         assert disk.wait() == 0, disk.describe()
-        assert "asked the guest to let go" in disk.stderr, disk.describe()
+        assert "asked the guest to release the disk" in disk.stderr, disk.describe()
         nothing_left(pv_guest)
         failing(pv_guest)
     checked = sh("e2fsck", "-fy", str(image), check=False)
@@ -218,7 +218,7 @@ def test_interrupt_under_load(pv_guest: Guest, connect: Connect, image: Path) ->
 
 
 def test_interrupted_twice_while_mounted(pv_guest: Guest, connect: Connect, image: Path) -> None:
-    """A guest that is letting go when the second Ctrl-C comes can go on with a new disk.
+    """A guest that is releasing the disk when the second Ctrl-C comes can use a new disk.
 
     (One that has not noticed the first is forced, see below: in Linux, what is mounted may hang.)
     """
@@ -268,7 +268,7 @@ def test_forced_while_mounted(
 
 @pytest.fixture
 def frontend() -> Iterator[Callable[[Disk], Frontend]]:
-    """Return a function that plays dom0's block driver: one that lets go only when told."""
+    """Return a function that plays dom0's block driver, which releases a disk when told."""
     unload_driver()
     with Store.open(timeout=PATIENCE) as store, Xen() as xen:
         made: list[Frontend] = []
@@ -302,11 +302,11 @@ def frontend() -> Iterator[Callable[[Disk], Frontend]]:
 def test_interrupt_waits_for_the_guest(
     dom0: Dom0, connect: Connect, frontend: Callable[[Disk], Frontend], image: Path
 ) -> None:
-    """A driver that holds on to a disk in use is served until it lets go."""
+    """A driver that keeps a disk in use is served until it releases it."""
     disk = connect(dom0, "--path", image, "--backend", "raw", wait=False)
     driver = frontend(disk)
     disk.interrupt()
-    disk.wait_stderr("asked the guest to let go")
+    disk.wait_stderr("asked the guest to release the disk")
     deadline = time.monotonic() + PATIENCE
     while driver.backend_state is not State.CLOSING:  # it is asked after that is said
         assert time.monotonic() < deadline, disk.describe()

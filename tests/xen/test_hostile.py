@@ -47,7 +47,7 @@ from .guest import PATIENCE, RESULTS, Dom0, Guest
 MIB = 1 << 20
 SIZE = 8 * MIB
 SECTORS = SIZE // 512
-STORM = 5  # seconds
+FLOOD = 5  # seconds
 PAGES = 16  # few: the kernel grants 1024 pages on behalf of programs, no more
 BAD_REFERENCES = (0, 0x00FF_FFFF, 0xFFFF_FFFF)
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -436,7 +436,7 @@ def test_event_storm(
     before = min(took() for _ in range(3))
     stop, sent = threading.Event(), [0]
 
-    def storm() -> None:
+    def flood() -> None:
         while not stop.is_set():
             connected.channel.notify()
             sent[0] += 1
@@ -446,12 +446,12 @@ def test_event_storm(
     def share() -> float:
         stop.clear()
         sent[0] = 0
-        attack = threading.Thread(target=storm)
+        attack = threading.Thread(target=flood)
         spent, start = processor_time(pid), time.monotonic()
         attack.start()
         try:
             during = took()
-            time.sleep(max(0.0, STORM - (time.monotonic() - start)))
+            time.sleep(max(0.0, FLOOD - (time.monotonic() - start)))
         finally:
             stop.set()
             attack.join()

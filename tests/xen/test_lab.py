@@ -91,7 +91,7 @@ def test_blkback(dom0: Dom0, tmp_path: Path) -> None:
 
 
 def test_paused_guest(xenstore_unchanged: None) -> None:
-    """A guest made paused says nothing until it is let go; a destroyed one leaves nothing."""
+    """A guest made paused says nothing until it is unpaused; a destroyed one leaves nothing."""
     with Guest("pv", paused=True) as guest:
         assert guest.console == ""
         guest.unpause()

@@ -64,7 +64,7 @@ def wait_backend(disk: Disk, state: State, timeout: float = PATIENCE) -> None:
 
 
 def alive(disk: Disk) -> None:
-    """See that the process that serves a disk goes on."""
+    """See that the process that serves a disk is still there."""
     assert disk.process.poll() is None, disk.describe()
 
 
@@ -265,7 +265,7 @@ def test_guest_paused_under_io(
 def test_checkpoint(
     new_guest: Callable[..., Guest], connect: Connect, image: Path, tmp_path: Path
 ) -> None:
-    """A guest that is saved and goes on (``xl save -c``) does so with the connection it has."""
+    """A guest that is saved and continues (``xl save -c``) does so with the connection it has."""
     guest = new_guest("pv")
     disk = connect(guest, "--path", image, "--backend", "raw")
     guest.wait_for_device(disk.device)
@@ -286,8 +286,8 @@ def test_save_and_restore(
     image: Path,
     tmp_path: Path,
 ) -> None:
-    """A restored guest, which is another domain, gets its disk by the same name before it is let
-    go; then it goes on with what it has mounted, and with what it had not written yet.
+    """A restored guest, which is another domain, gets its disk by the same name before it is
+    unpaused; then it continues with what it has mounted, and with what it had not written yet.
     """
     guest = new_guest(kind)
     disk = connect(guest, "--path", image, "--backend", "raw")

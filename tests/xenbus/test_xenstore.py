@@ -615,7 +615,7 @@ class TestLoss:
 
     def test_a_reserve_ends_with_its_server(self, server, simulated, locked_out):
         simulated.reserve(1)
-        simulated.read("/")  # by now the server has accepted it
+        simulated.read("/")  # then the server has accepted it
         server.restart(keep=True)
         with locked_out():
             simulated.reconnect()

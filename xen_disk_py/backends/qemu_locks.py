@@ -4,7 +4,7 @@ QEMU locks single bytes of an image (since 2.10; the file may be shorter): byte 
 use permission *n*", byte 200 + *n* says "nobody else may use permission *n*". All of them are
 shared locks that belong to the open file (``F_OFD_SETLK``), which is why ``flock`` sees nothing of
 them. Whoever opens an image first takes its own bytes, then looks whether the opposite ones are
-locked by another; so of two that come at once, never both go on.
+locked by another; so of two that come at once, never both succeed.
 
 The numbers are those of ``BlockPermission`` in QEMU's QAPI schema. Xen's own disks in QEMU
 (``qdisk``) do without these locks; they are found in xenstore.

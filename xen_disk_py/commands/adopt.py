@@ -14,7 +14,7 @@ from ..exit_status import ExitStatus
 from ..host.logs import about
 from ..hypervisor import Hypervisor
 from ..libxl import attachment
-from ..libxl.attachment import AdoptedDevice, Wish
+from ..libxl.attachment import AdoptedDevice, DiskConfig
 from ..recovery import record
 from ..recovery.orphan import stand_in
 from ..recovery.record import Record
@@ -40,7 +40,7 @@ _PATIENCE = 8.0  # seconds; libxl has 10
 def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
     """Serve the disk until libxl takes it away, in the place of one that died if need be.
 
-    Where nobody can go on with it, stand in until the guest has let go.
+    Where nobody can take it over, answer with errors until the guest has released it.
     """
     with ExitStack() as stack:
         store = stack.enter_context(env.open_store())
@@ -50,12 +50,12 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
         if not store.exists(f"{address.backend}/{PID_KEY}"):
             _serve(env, store, address)
         elif found is not None and found.is_orphan:
-            status = _go_on(env, store, address)
+            status = _take_over(env, store, address)
             if status is ExitStatus.OK or not _is_closing(store, address):
                 return status
-            _stand_in(env, store, address)
+            _answer_orphan(env, store, address)
         elif _is_closing(store, address):
-            _stand_in(env, store, address)
+            _answer_orphan(env, store, address)
     return ExitStatus.OK
 
 
@@ -64,10 +64,10 @@ def _serve(env: Environment, store: Store, address: Address) -> None:
         try:
             # all that can go wrong, before the guest and libxl hear of the disk
             domain = toolstack.find_domain(store, str(address.frontend_domid))
-            wish = attachment.read_wish(store, address)
-            options = parse(["connect", str(domain.domid), *wish.arguments])
+            config = attachment.read_config(store, address)
+            options = parse(["connect", str(domain.domid), *config.arguments])
             own_record = stack.enter_context(_claimed(env, store, address, options.queues))
-            disk = _open(options, wish, store, stack)
+            disk = _open(options, config, store, stack)
             hypervisor = stack.enter_context(opened_hypervisor(env))
         except XenDiskError as error:
             reason = str(error)
@@ -77,8 +77,8 @@ def _serve(env: Environment, store: Store, address: Address) -> None:
         _run(store, hypervisor, address, disk, options, domain, own_record, adopts=False)
 
 
-def _go_on(env: Environment, store: Store, address: Address) -> ExitStatus:
-    """Serve on what a process that was killed has left; that stays as it is if we cannot."""
+def _take_over(env: Environment, store: Store, address: Address) -> ExitStatus:
+    """Take over what a process that was killed has left; that stays as it is if we cannot."""
     domid, vdev = address.frontend_domid, from_number(address.devid)
     with ExitStack() as stack:
         try:
@@ -86,9 +86,9 @@ def _go_on(env: Environment, store: Store, address: Address) -> ExitStatus:
             stack.callback(own_record.leave)  # unless the disk comes to its end here
             facts = own_record.facts
             succession.check_files(facts, str(vdev), f"xl block-detach {domid} {vdev}")
-            wish = attachment.read_wish(store, address)
-            options = parse(["connect", str(domid), *wish.arguments])
-            disk = _open(options, wish, store, stack)
+            config = attachment.read_config(store, address)
+            options = parse(["connect", str(domid), *config.arguments])
+            disk = _open(options, config, store, stack)
             succession.check_size(facts, str(vdev), disk.backend)
             hypervisor = stack.enter_context(opened_hypervisor(env))
             toolstack.pass_on(store, address, os.getpid())
@@ -101,11 +101,11 @@ def _go_on(env: Environment, store: Store, address: Address) -> ExitStatus:
     return ExitStatus.OK
 
 
-def _open(options: argparse.Namespace, wish: Wish, store: Store, stack: ExitStack) -> Disk:
+def _open(options: argparse.Namespace, config: DiskConfig, store: Store, stack: ExitStack) -> Disk:
     disk = Disk(backend_from(options))
     stack.callback(disk.close)
     other_backends.check(store, disk.backend.storage, force=options.force)
-    if not wish.discard:
+    if not config.discard:
         disk.can_discard = disk.can_discard_securely = False
     return disk
 
@@ -121,7 +121,7 @@ def _run(
     *,
     adopts: bool,
 ) -> None:
-    """Serve until the end; if that comes by an error of ours, a successor may go on."""
+    """Serve until the end; if that comes by an error of ours, a successor may take over."""
     name = store.read(f"{address.backend}/dev") or from_number(address.devid).name
     vdev = VirtualDevice(address.devid, name)
     is_known = adopts and bool(own_record.facts.get("connected"))
@@ -197,8 +197,8 @@ def _claimed(env: Environment, store: Store, address: Address, queues: int) -> R
                 raise
 
 
-def _stand_in(env: Environment, store: Store, address: Address) -> None:
-    """Answer, with errors, what the guest waits for; when it has let go, libxl may go on."""
+def _answer_orphan(env: Environment, store: Store, address: Address) -> None:
+    """Answer, with errors, what the guest waits for; after that, libxl continues."""
     path = f"{address.frontend}/state"
 
     def closed() -> bool:
@@ -209,7 +209,7 @@ def _stand_in(env: Environment, store: Store, address: Address) -> None:
         log.info("answering the requests that process %d has left, with errors", died)
         with stand_in(store, env.open_hypervisor, address, left.journals):
             if not until(store, path, closed, _PATIENCE):
-                log.warning("the guest does not let go")
+                log.warning("the guest does not release the disk")
                 return
         attachment.close(store, address, died)
 

@@ -323,11 +323,11 @@ class _Connection:
         status_line.clear()
         held = self.disk.statistics.as_dict()["held"]
         self._env.tell(
-            f"{vdev}: asked the guest to let go, but the storage is in trouble and {held} of its "
-            "requests are held; Ctrl-C again answers them with errors"
+            f"{vdev}: asked the guest to release the disk, but the storage fails and {held} "
+            "requests are queued for retry; Ctrl-C again answers them with errors"
             if held
-            else f"{vdev}: asked the guest to let go (an older Linux waits until nothing there "
-            "uses the disk); Ctrl-C again to force"
+            else f"{vdev}: asked the guest to release the disk (an older Linux waits until "
+            "nothing there uses it); Ctrl-C again to force"
         )
 
 

@@ -25,7 +25,7 @@ from .environment import Environment
 from .served_disk import find, until
 
 _FORCE_PATIENCE = 10.0
-_FORCE_POLITENESS = 2.0  # seconds that a guest gets to let go by itself
+_FORCE_PATIENCE = 2.0  # seconds that a guest gets to release the disk by itself
 
 
 def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
@@ -77,7 +77,7 @@ def _left(env: Environment, disk: Attached) -> Iterator[Sequence[Journal]]:
 
 
 def _ask(store: Store, disk: Attached) -> None:
-    """Tell both halves that the device goes."""
+    """Tell frontend and backend that the device goes."""
 
     def ask(transaction: Store) -> None:
         path = disk.address.backend
@@ -93,7 +93,7 @@ def _wait(store: Store, disk: Attached, timeout: float, *, alive: bool) -> None:
     """Wait until the backend has closed; for a dead one, until the frontend has."""
     if not until(store, *_closed(store, disk, alive=alive), timeout):
         raise DeviceError(
-            f"the guest has not let go of {disk.device} within {timeout:g} s: it does not "
+            f"the guest has not released {disk.device} within {timeout:g} s: it does not "
             "answer (paused?), or waits until nothing there uses the disk; --force does not wait"
         )
 
@@ -112,7 +112,7 @@ def _closed(store: Store, disk: Attached, *, alive: bool) -> tuple[str, Callable
 def _force(store: Store, disk: Attached) -> None:
     """Have the serving process cut the guest off: its first signal asks, the second forces."""
     path = disk.address.backend
-    for patience in (_FORCE_POLITENESS, _FORCE_PATIENCE):
+    for patience in (_FORCE_PATIENCE, _FORCE_PATIENCE):
         with contextlib.suppress(ProcessLookupError):
             os.kill(disk.pid, signal.SIGTERM)
         if until(store, path, lambda: not store.exists(path), patience):

@@ -65,12 +65,12 @@ def examine(env: Environment) -> Iterator[Check]:
     root = os.geteuid() == 0
     yield Check("privilege", root, True, "root" if root else "not root", "sudo, or run as root")
     for device, needed in ((GNTDEV, True), (EVTCHN_DEVICE, True), (GNTALLOC, False)):
-        trouble = device.trouble()
+        problem = device.problem()
         yield Check(
             f"kernel module {device.module}",
-            trouble is None,
+            problem is None,
             needed,
-            f"{device.path} can be used" if trouble is None else trouble.partition(": ")[0],
+            f"{device.path} can be used" if problem is None else problem.partition(": ")[0],
             f"modprobe {device.module}",
         )
     yield from _libraries()

@@ -37,7 +37,7 @@ class MappedPages(Closing):
 
     @property
     def view(self) -> memoryview:
-        """All pages as one run of bytes. Released once :meth:`close` has been called."""
+        """All pages as one view. Released once :meth:`close` has been called."""
         return self._view
 
     def close(self) -> None:

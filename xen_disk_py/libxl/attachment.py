@@ -1,7 +1,7 @@
 """A disk that libxl asks for: what its nodes say, and what we write there.
 
 For ``backendtype=tap`` libxl (from Xen 4.19 on) makes all nodes of a device, then waits 10 s
-for the backend's ``state`` to be 2, runs the hotplug script with ``add``, and goes on when the
+for the backend's ``state`` to be 2, runs the hotplug script with ``add``, and continues when the
 script has succeeded. The script sets ``hotplug-status``; only then the backend may connect, as
 libxl would miss a 2 that lasts too short. To detach, libxl sets ``online`` to 0 and ``state`` to
 5, waits 10 s for 6, runs the script with ``remove`` and removes the nodes itself.
@@ -35,7 +35,7 @@ SCRIPT = "block-xen-disk"
 _ERROR_MAX = 1000  # characters; with its path it has to fit into one request
 
 
-class Wish(NamedTuple):
+class DiskConfig(NamedTuple):
     """What libxl's keys ask for: arguments of ``connect``, and whether the guest may discard."""
 
     arguments: list[str]
@@ -48,7 +48,7 @@ def is_ours(store: Store, address: Address) -> bool:
     return script is not None and os.path.basename(script) == SCRIPT
 
 
-def read_wish(store: Store, address: Address) -> Wish:
+def read_config(store: Store, address: Address) -> DiskConfig:
     """Read what the disk shall be.
 
     Raises:
@@ -63,7 +63,7 @@ def read_wish(store: Store, address: Address) -> Wish:
     arguments = target.arguments(key("params"))
     if key("mode") != "w":
         arguments.append("--read-only")
-    return Wish(arguments, key("discard-enable") != "0")
+    return DiskConfig(arguments, key("discard-enable") != "0")
 
 
 def publish(store: Store, address: Address, keys: dict[str, str], pid: int) -> None:
@@ -86,7 +86,7 @@ def publish(store: Store, address: Address, keys: dict[str, str], pid: int) -> N
 
 
 def refuse(store: Store, address: Address, reason: str) -> None:
-    """Have libxl fail at once, with ``reason``; nothing if somebody serves the disk by now."""
+    """Have libxl fail at once, with ``reason``; nothing if somebody already serves the disk."""
     text = "".join(letter if " " <= letter <= "~" else "?" for letter in reason)
 
     def write(transaction: Store) -> None:

@@ -32,8 +32,8 @@ class Supervisor:
         store: xenstore.
         directory: where the records of served disks are.
         start: starts the process that serves a device. It serves a device that nobody has
-            served yet, or goes on with one whose process has died; where that cannot be it
-            answers the requests, with errors, until the guest has let go.
+            served yet, or takes over one whose process has died; where that is impossible, it
+            answers the requests, with errors, until the guest has released the disk.
         delays: seconds before the first, second, … restart for one disk; how many there are is
             how many restarts there may be.
         calm: seconds of a process's life after which ``delays`` begins anew.
@@ -80,7 +80,7 @@ class Supervisor:
 
     @property
     def pause(self) -> float | None:
-        """Seconds until :meth:`look` has something to do of itself; None for ever."""
+        """Seconds until :meth:`look` has something to do of itself; None: never."""
         due = min((each.due for each in self._restarts.values()), default=math.inf)
         return None if due == math.inf else max(0.0, due - time.monotonic())
 
@@ -133,7 +133,7 @@ class Supervisor:
             if found is not None and found.is_orphan:
                 restarts = self._restarts.setdefault(address, _Restarts())
                 if restarts.plan(self._delays, now) <= now:
-                    log.info("%s: another process goes on in place of %s", self._name(address), pid)
+                    log.info("%s: another process takes over from %s", self._name(address), pid)
                     return self._start(address)
                 if restarts.due < math.inf:
                     return False

@@ -1,6 +1,6 @@
 """In place of a process that was killed: the requests it has left are answered, with errors.
 
-A guest waits for an answer for ever. Linux then hangs while it removes the device, in the one
+A guest waits for an answer indefinitely. Linux then hangs while it removes the device, in the one
 thread that would also tell it of a new one, so that no disk can be connected to it any more.
 """
 

@@ -280,7 +280,7 @@ class BlockLayer:
             with self._lock:
                 self._set_bits(block, first, last)
         except OSError:
-            self._added[block] = 0  # there may be something below clear bits by now
+            self._added[block] = 0  # there may be something below clear bits now
             raise
 
     def _is_here(self, block: int, first: int, last: int) -> bool:

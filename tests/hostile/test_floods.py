@@ -1,6 +1,6 @@
 """A guest that does too much of something: it costs little, nothing stays, nobody else suffers.
 
-With XEN_DISK_LONG=1 the storms have their full length, and figures are printed.
+With XEN_DISK_LONG=1 the floods have their full length, and figures are printed.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ ways = pytest.mark.parametrize(
 # -- events ---------------------------------------------------------------------------------
 
 
-def storm_of_events(line, seconds):
+def flood_of_events(line, seconds):
     """Notify at full rate.
 
     Returns:
@@ -69,12 +69,12 @@ def storm_of_events(line, seconds):
     return sent, wakeups, cpu, time.monotonic() - start
 
 
-def test_xsa_332_a_storm_of_events(host, wire):
+def test_xsa_332_a_flood_of_events(host, wire):
     """The port stays masked between two looks, so that a million of them cost little."""
     line = wire()
     (ref,) = host.share().refs
     for _ in range(100):  # a busy machine spoils some of them; a queue that is busy, all
-        sent, wakeups, cpu, seconds = storm_of_events(line, SECONDS)
+        sent, wakeups, cpu, seconds = flood_of_events(line, SECONDS)
         most = 50 + 110 * seconds
         assert wakeups < most
         if most < sent and cpu < 0.2 * seconds:
@@ -86,15 +86,15 @@ def test_xsa_332_a_storm_of_events(host, wire):
     assert not line.failures
 
 
-def test_xsa_332_a_storm_of_events_does_not_keep_it_from_stopping(host, wire):
+def test_xsa_332_a_flood_of_events_does_not_keep_it_from_stopping(host, wire):
     line = wire()
     stop = threading.Event()
 
-    def storm():
+    def flood():
         while not stop.is_set():
             line.channel.notify()
 
-    thread = threading.Thread(target=storm)
+    thread = threading.Thread(target=flood)
     thread.start()
     try:
         words = line.disk.statistics.of_queue(0).words
@@ -343,8 +343,8 @@ def test_xsa_349_writes_to_the_frontends_directory(host, driver):
 # -- another disk, in another process -------------------------------------------------------
 
 
-def storm(kind, seconds):
-    """Be the storm: a process with a hostile guest and the backend that it attacks."""
+def flood(kind, seconds):
+    """Be the flood: a process with a hostile guest and the backend that it attacks."""
     from xen_disk_py.simulated.hypervisor import (
         SimulatedGuest,
         SimulatedHypervisor,
@@ -362,7 +362,7 @@ def storm(kind, seconds):
         pages = guest.share_pages(0, 3, writable=True)
         print("begun", flush=True)
         if kind == "events":
-            sent, wakeups, cpu, seconds = storm_of_events(line, seconds)
+            sent, wakeups, cpu, seconds = flood_of_events(line, seconds)
         else:
             wrong, sent, cpu, end = wrong_requests(pages), 0, line.cpu(), time.monotonic() + seconds
             while time.monotonic() < end:
@@ -408,4 +408,4 @@ def test_another_disk_keeps_its_latency(host, wire, kind):
 
 
 if __name__ == "__main__":
-    storm(sys.argv[1], float(sys.argv[2]))
+    flood(sys.argv[1], float(sys.argv[2]))
