@@ -15,7 +15,7 @@ ROOT = Path(xen_disk_py.__file__).parent
 
 LAYERS = (  # from the bottom to the top: each may import itself and what stands before it
     {"__init__", "errors", "exit_status"},
-    {"units", "text"},
+    {"units", "text", "ration"},
     {"blkif", "ring", "hypervisor"},
     {"host"},
     {"libxen"},

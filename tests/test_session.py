@@ -17,7 +17,7 @@ import pytest
 
 from xen_disk_py.backends import Backend
 from xen_disk_py.blkif import READ
-from xen_disk_py.errors import DeviceError, DeviceTaken, StoreError, XenUnavailable
+from xen_disk_py.errors import DeviceError, DeviceTaken, StoreError, StoreLost, XenUnavailable
 from xen_disk_py.session import Forced, Interrupts, Outcome
 from xen_disk_py.xenbus import toolstack
 from xen_disk_py.xenbus.states import State
@@ -775,6 +775,140 @@ def test_a_request_that_is_queued_for_retry_is_no_reason_to_be_killed(host, watc
     assert {b"WATCHDOG=1"} == watchdog(6)  # for thrice as long as it takes to be killed
     backend.fixed = True
     frontend.drain()
+
+
+@contextlib.contextmanager
+def flooding(host, serving, *states):
+    """Have the guest write states into its own node as fast as it can, until the end."""
+    store, stop = host.open_store(host.DOMID), threading.Event()
+    states = states or (serving.store.read(f"{serving.address.frontend}/state"),)
+
+    def flood():
+        while not stop.is_set():
+            for state in states:
+                store.write(f"{serving.address.frontend}/state", state)
+
+    thread = threading.Thread(target=flood)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+@pytest.fixture
+def updates(monkeypatch):
+    """Count how often a serving's device looks at xenstore, and note over which time."""
+
+    def updates(serving):
+        update, times = serving.device.update, []
+        monkeypatch.setattr(
+            serving.device, "update", lambda: times.append(time.monotonic()) or update()
+        )
+        return times
+
+    return updates
+
+
+def is_rationed(times, burst=16, rate=100):
+    return len(times) <= burst + 1 + rate * (times[-1] - times[0])
+
+
+def test_a_guest_that_floods_its_own_state_gets_its_turn_and_no_more(host, watchdog, updates):
+    """Signs of life are sent, others are served, and the disk can be taken away."""
+    serving = host.serving(host.memory())
+    frontend = serving.frontend()
+    assert serving.connected.wait(PATIENCE)
+    times = updates(serving)
+    with flooding(host, serving, str(int(State.CONNECTED))):
+        assert {b"WATCHDOG=1"} == watchdog(6)
+        frontend.write(0, b"x" * 4096)
+        serving.unplug()
+        host.until(lambda: backend_state(host, serving) is State.CLOSING)
+        assert is_rationed(times)
+    frontend.disconnect()
+    assert serving.wait() is Outcome.UNPLUGGED
+
+
+def test_a_guest_that_shakes_hands_without_end(host, watchdog, updates, monkeypatch, caplog):
+    """Each step of the handshake asks for the next one; an update ends all the same."""
+    serving = host.serving(host.memory())
+    frontend = serving.frontend()
+    assert serving.connected.wait(PATIENCE)
+    device, do = serving.device, serving.device._do
+    steps, path = [], f"{serving.address.frontend}/state"
+
+    def doing(action):
+        do(action)
+        steps.append(action)
+        # between the end of one step and the look for the next
+        closed = serving.device.state is State.CLOSED
+        serving.store.write(path, str(int(State.INITIALISING if closed else State.CLOSED)))
+
+    monkeypatch.setattr(device, "_do", doing)
+    times = updates(serving)
+    write_state(host, serving, State.CLOSED)
+    host.until(lambda: len(steps) > 40)
+    assert {b"WATCHDOG=1"} == watchdog(3)
+    assert is_rationed(times)
+    monkeypatch.setattr(device, "_do", do)
+    serving.unplug()
+    write_state(host, serving, State.CLOSED)
+    serving.wait()
+    frontend.close()
+
+
+def test_a_bad_key_fills_no_log(host, updates, caplog):
+    """However often the guest tries to connect with it."""
+    serving = host.serving(host.memory(), patience=None)
+    front, store = serving.address.frontend, host.open_store(host.DOMID)
+    host.until(lambda: backend_state(host, serving) is State.INIT_WAIT)
+    store.write(f"{front}/ring-ref", "nonsense")
+    store.write(f"{front}/event-channel", "nonsense")
+    began = time.monotonic()
+    for _ in range(30):
+        store.write(f"{front}/state", str(int(State.INITIALISED)))
+        host.until(lambda: backend_state(host, serving) is State.CLOSING)
+        store.write(f"{front}/state", str(int(State.CLOSED)))
+        host.until(lambda: backend_state(host, serving) is State.CLOSED)
+        store.write(f"{front}/state", str(int(State.INITIALISING)))
+        host.until(lambda: backend_state(host, serving) is State.INIT_WAIT)
+    lines = [line for line in caplog.messages if "cannot connect to the frontend" in line]
+    assert 1 <= len(lines) <= 6 + time.monotonic() - began
+
+
+def test_xenstore_is_away_and_an_event_is_unread(host, watchdog, monkeypatch):
+    """No reason to run without a pause, nor to be silent."""
+    serving = host.serving(host.memory())
+    frontend = serving.frontend()
+    assert serving.connected.wait(PATIENCE)
+    update, tried = serving.device.update, []
+
+    def lose():
+        serving.device.update = update
+        path = f"{serving.address.backend}/state"
+        serving.store.write(path, serving.store.read(path))
+        serving.store.read(path)  # the event has come before this answer
+        serving.store.close()
+        assert serving.store.has_pending
+        raise StoreLost(errno.ENOTCONN, "on purpose")
+
+    def refuse(path, timeout):
+        tried.append(time.monotonic())
+        raise XenUnavailable("away")
+
+    serving.device.update = lose
+    rounds = watch_rounds(monkeypatch, serving)
+    with monkeypatch.context() as patch:
+        patch.setattr("xen_disk_py.xenbus.xenstore._connect", refuse)
+        write_state(host, serving, State.CONNECTED)
+        host.until(lambda: tried)
+        began = len(rounds)
+        assert {b"WATCHDOG=1"} == watchdog(6)
+        # each round waits for the next try (0.05 s) or the next sign (0.05 s)
+        assert len(rounds) - began <= 3 + 2 * (time.monotonic() - tried[0]) / 0.05
+    frontend.read(0, 4096)
 
 
 def test_a_request_that_hangs_is(host, watchdog, caplog):

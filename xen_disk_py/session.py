@@ -20,6 +20,7 @@ from typing import Callable
 
 from .errors import DeviceError, StoreError, StoreLost, XenDiskError
 from .host.systemd import Watchdog
+from .ration import Ration
 from .xenbus import toolstack
 from .xenbus.device import Device
 from .xenbus.states import State
@@ -33,6 +34,7 @@ TICK = 0.5
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
 _TOOLSTACK_PATIENCE = 5.0
+_NEWS = 16, 100.0  # changes in xenstore that are looked at: at once, then so many a second
 _RETRY = 1.0  # seconds between two tries to reach a xenstore that is away
 
 
@@ -205,6 +207,7 @@ class Session:
         self._is_known = is_known
         self._watchdog = Watchdog()
         self._is_stuck_said = False
+        self._news = Ration(*_NEWS)  # a guest decides how often there are any
 
     def run(self, observer: Observer) -> Outcome:
         """Attach, serve, and leave nothing behind.
@@ -276,21 +279,25 @@ class Session:
 
     def _sleep(self, deadline: float | None, *, ticking: bool) -> None:
         """Wait for xenstore, a signal, a failure, the deadline or the next tick."""
-        self._interrupts.drain()
+        interrupts = self._interrupts
+        interrupts.drain()
+        poller = select.poll()
+        poller.register(interrupts.fileno(), select.POLLIN)
+        waits: list[float] = []
         # What was told before the drain is seen here, what is told after it wakes the poll.
         if (
-            self._store.has_pending
-            or self._interrupts.failure is not None
-            or self._interrupts.resize
-            or self._interrupts.upgrade
-            or (self._interrupts.asked and not self._unplugging)
+            interrupts.failure is not None
+            or interrupts.resize
+            or interrupts.upgrade
+            or (interrupts.asked and not self._unplugging)
         ):
-            return
-        poller = select.poll()
-        poller.register(self._interrupts.fileno(), select.POLLIN)
-        waits: list[float] = []
+            waits.append(0.0)
         if self._store.is_lost:
             waits.append(_RETRY)
+        elif self._news.pause:
+            waits.append(self._news.pause)
+        elif self._has_news:
+            waits.append(0.0)
         else:
             poller.register(self._store.fileno(), select.POLLIN)
         if deadline is not None:
@@ -314,8 +321,15 @@ class Session:
         except StoreLost as error:
             log.debug("%s", error)
 
+    @property
+    def _has_news(self) -> bool:
+        return self._store.has_pending or self._device.is_unsettled
+
     def _look(self) -> None:
-        if self._store.pending():
+        if self._news.pause:
+            return  # they wait for their turn, all other duties do not
+        if self._store.pending() or self._device.is_unsettled:
+            self._news.take()
             self._device.update()
 
     def _resize(self) -> None:

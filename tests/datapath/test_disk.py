@@ -487,13 +487,28 @@ def test_log_lines_are_rationed(users_disk, caplog, monkeypatch):
     assert len(caplog.records) == 2
     last = caplog.records[-1]
     assert last.levelno == logging.WARNING
-    assert "refused a request of the guest: whatever (and 999 lines like it before)" == (
+    assert "refused a request of the guest: whatever (and 999 lines more before)" == (
         last.getMessage()
     )
     now[0] += 60
     do(users_disk, READ, buffers(bytes(4096)))
-    assert caplog.records[-1].getMessage().endswith("(and 999 lines like it before)")
+    assert caplog.records[-1].getMessage().endswith("(and 999 lines more before)")
     assert users_disk.statistics.as_dict()["errors"] == 1001
+
+
+def test_whatever_a_guest_finds_to_be_told_of_has_one_ration(users_disk, caplog, monkeypatch):
+    """By disk, not by what is said, nor by where."""
+    now = [100.0]
+    monkeypatch.setattr(disk_module.time, "monotonic", lambda: now[0])
+    for number in range(1000):
+        users_disk.say(logging.ERROR, f"cannot connect to the frontend: {number}")
+        users_disk.refuse(f"{number}")
+    assert len(caplog.records) == 5
+    for _ in range(10):
+        now[0] += 1
+        for number in range(1000):
+            users_disk.refuse(f"{number}")
+    assert len(caplog.records) == 15
 
 
 @pytest.mark.parametrize("operation", [READ, WRITE, FLUSH])

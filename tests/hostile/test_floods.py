@@ -165,7 +165,7 @@ def test_xsa_71_wrong_requests_without_end(host, wire, persistent, grants, threa
     after = costs(host.hypervisor), resident()
     assert before[0] == after[0]
     assert after[1] - before[1] < 2 * MEBIBYTE
-    assert said < 3 + 2 * seconds
+    assert said < 8 + 2 * seconds  # five at once, then one a second
     # Where pages are copied, a read is done before it shows that it cannot be delivered.
     assert {call[0] for call in line.backend.calls} <= (
         {"read"} if grants is Grants.COPY else set()

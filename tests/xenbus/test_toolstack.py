@@ -633,3 +633,20 @@ class TestAttached:
         guest.write(f"{XVDB.frontend}/state", "on fire")
 
         assert [State.UNKNOWN] == [disk.frontend_state for disk in attached(store)]
+
+
+def test_a_guest_that_writes_without_end_keeps_nobody_from_removing_its_disk(
+    server, store, guest, monkeypatch
+):
+    """Each of its writes would undo a transaction that has touched what it may write to."""
+    plug(store)
+    ask = Store._ask
+
+    def ask_and_be_disturbed(self, what, call, *arguments):
+        if self is store and guest.exists(XVDB.frontend):
+            guest.write(f"{XVDB.frontend}/state", "1")
+        return ask(self, what, call, *arguments)
+
+    monkeypatch.setattr(Store, "_ask", ask_and_be_disturbed)
+    detach(store, XVDB)
+    assert not [path for path in tree_of(server) if "51728" in path]

@@ -29,6 +29,7 @@ from ..blkif import (
     Transfer,
 )
 from ..errors import BackendError, DeviceError, XenDiskError
+from ..ration import Ration
 from . import statistics as count
 from .durability import Durability, Move, passes
 from .statistics import Statistics
@@ -40,6 +41,7 @@ _NAMES = {READ: "read", WRITE: "write", FLUSH: "flush", DISCARD: "discard"}
 RETRY = -99
 """A status that is not for the guest: the storage failed, and such requests are tried again."""
 
+_LINES = 5  # of the log, at once; then one a second
 SETTLING = 5.0
 """Seconds that the requests under way may take before a disk becomes smaller."""
 
@@ -78,8 +80,9 @@ class Disk:
             self._read_first, self._write_first = self._read, self._write
         self._lock = threading.Lock()
         self._holds = holds
-        self._quiet_until = 0.0
+        self._lines = Ration(_LINES, 1.0)
         self._unsaid = 0
+        self._said, self._repeat_at = "", 0.0  # the last line; and when to say the same again
 
     @property
     def statistics(self) -> Statistics:
@@ -201,7 +204,7 @@ class Disk:
     def refuse(self, reason: str) -> None:
         """Count and log a request that is answered without the backend."""
         self.statistics.add(count.REFUSED)
-        self._say(logging.WARNING, f"refused a request of the guest: {reason}")
+        self.say(logging.WARNING, f"refused a request of the guest: {reason}")
 
     # -- requests that lie inside the disk and are allowed ------------------------------
 
@@ -338,10 +341,10 @@ class Disk:
     def _failed(self, what: str, error: BaseException) -> int:
         reason = user_line(error, self.backend)
         if self._holds and passes(error):
-            self._say(logging.ERROR, f"{what} failed in {self.backend}, to be retried: {reason}")
+            self.say(logging.ERROR, f"{what} failed in {self.backend}, to be retried: {reason}")
             return RETRY
         self.statistics.add(count.ERRORS)
-        self._say(logging.ERROR, f"{what} failed in {self.backend}: {reason}")
+        self.say(logging.ERROR, f"{what} failed in {self.backend}: {reason}")
         return ERROR
 
     def count_memory(self) -> None:
@@ -349,17 +352,18 @@ class Disk:
         try:
             self.statistics.set_memory(self.backend.memory)
         except Exception as error:  # noqa: BLE001 - it may be an author's own property
-            self._say(logging.ERROR, f"memory of {self.backend}: {user_line(error, self.backend)}")
+            self.say(logging.ERROR, f"memory of {self.backend}: {user_line(error, self.backend)}")
 
-    def _say(self, level: int, text: str) -> None:
-        """Log, but not more than once a second: the guest decides how often this is called."""
+    def say(self, level: int, text: str) -> None:
+        """Log what a guest decides how often it happens: all of this disk has one ration."""
         with self._lock:
             now = time.monotonic()
-            if now < self._quiet_until:
+            is_repeated = text == self._said and now < self._repeat_at
+            if is_repeated or not self._lines.take():
                 self._unsaid += 1
                 return
-            more = f" (and {self._unsaid} lines like it before)" if self._unsaid else ""
-            self._quiet_until, self._unsaid = now + 1, 0
+            more = f" (and {self._unsaid} lines more before)" if self._unsaid else ""
+            self._unsaid, self._said, self._repeat_at = 0, text, now + 1
         log.log(level, "%s%s", text, more)
 
     def close(self) -> None:

@@ -298,7 +298,7 @@ class Queue:
             self._loop()
         except GuestMisbehaved as error:
             # The guest hurts nobody but itself: its ring is dead, the disk stays detachable.
-            log.error("the guest's ring is not served any longer: %s", error)
+            self._disk.say(logging.ERROR, f"the guest's ring is not served any longer: {error}")
         except Exception as error:
             log.debug("the queue's thread stopped", exc_info=True)
             traceback.clear_frames(error.__traceback__)  # no buffer is kept in there
@@ -316,7 +316,7 @@ class Queue:
         try:
             step()
         except XenDiskError as error:
-            log.error("%s", error)
+            self._disk.say(logging.ERROR, str(error))
             return False
         return True
 

@@ -27,6 +27,7 @@ from .xenstore import Store
 
 log = logging.getLogger("xen_disk_py")
 
+_STEPS = 8  # of the handshake, in one update; no handshake in order takes as many
 MAX_RING_PAGE_ORDER = 4
 """Rings of up to 16 pages are offered."""
 
@@ -70,6 +71,8 @@ class Device:
         self.frontend_state: State | None = State.INITIALISING
         self.finished = False
         self.guest_gone = False
+        self.is_unsettled = False
+        """Whether :meth:`update` is to be called again, though nothing more has changed."""
         self._store = store
         self._hypervisor = hypervisor
         self._disk = disk
@@ -133,8 +136,11 @@ class Device:
         self._follow_states()
 
     def _follow_states(self) -> None:
-        """Do what the two ends' states ask for, until nothing follows."""
-        while not (self.finished or self._is_orphaned):
+        """Do what the two ends' states ask for, until nothing follows or that takes too long."""
+        self.is_unsettled = False
+        for _ in range(_STEPS):
+            if self.finished or self._is_orphaned:
+                return
             asked = State.parse(self._store.read(f"{self.address.backend}/state"))
             if asked is State.CLOSING and self.state in (State.INIT_WAIT, State.CONNECTED):
                 self.state = State.CLOSING  # the toolstack detaches
@@ -150,6 +156,7 @@ class Device:
                 if action is Action.STAY:
                     return
                 self._do(action)
+        self.is_unsettled = not self.finished  # a guest can change its state as often as it likes
 
     def unplug(self) -> None:
         """Ask the guest to release the disk; it flushes, then closes, in its own time."""
@@ -333,7 +340,7 @@ class Device:
         try:
             self._make_queues()
         except (GuestMisbehaved, HypervisorError) as error:
-            log.error("cannot connect to the frontend: %s", error)
+            self._disk.say(logging.ERROR, f"cannot connect to the frontend: {error}")
             self._disconnect()
             self._publish(State.CLOSING)
             return

@@ -9,6 +9,7 @@ Sources: libxl (``tools/libs/light/libxl_disk.c``, ``libxl_device.c``), xenstore
 
 from __future__ import annotations
 
+import errno
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -222,6 +223,9 @@ def detach(store: Store, address: Address) -> None:
 
     A guest's ``device`` stays: it was there, with its permissions, before any device. Nobody
     makes one for domain 0, though.
+
+    All go at once, unless the guest writes to the frontend's nodes without end: no transaction
+    that has touched those is ever committed. Then they go first; it cannot make them anew.
     """
     home = f"/local/domain/{address.frontend_domid}"
 
@@ -239,7 +243,13 @@ def detach(store: Store, address: Address) -> None:
                 transaction.remove(parent)
                 parent = parent.rpartition("/")[0]
 
-    store.transact(remove)
+    try:
+        store.transact(remove)
+    except StoreError as error:
+        if error.errno != errno.EAGAIN:
+            raise
+        store.remove(address.frontend)
+        store.transact(remove)
 
 
 class Attached(NamedTuple):
