@@ -105,13 +105,13 @@ def xen_calls(undo: ExitStack) -> dict[str, float]:
 def main(arguments: Sequence[str]) -> int:
     """Measure, print and write the result."""
     parser = argparse.ArgumentParser(prog="python3 -m benchmarks.calls", description=__doc__)
-    folder = os.environ.get("XEN_LAB_RESULTS")
+    directory = os.environ.get("XEN_LAB_RESULTS")
     parser.add_argument(
         "--json",
         type=Path,
         metavar="FILE",
         help="write the result there (default: to the lab's results, in the lab)",
-        default=Path(folder) / "benchmarks-calls.json" if folder else None,
+        default=Path(directory) / "benchmarks-calls.json" if directory else None,
     )
     args = parser.parse_args(arguments)
     results = Results(about(f"python3 -m benchmarks.calls {shlex.join(arguments)}".strip()))

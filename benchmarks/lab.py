@@ -37,7 +37,7 @@ from tests.xen.guest import RESULTS, Guest, sh
 
 from .results import BYTES, CPU, CPU_GIB, RATE, Results, about, number, tell
 
-FOLDER = Path("/dev/shm")
+DIRECTORY = Path("/dev/shm")
 MIB, GIB = 1 << 20, 1 << 30
 MEBIBYTES = 100
 PASSES = 4  # of dd over a disk in one run: one takes too little time for the guest's clock
@@ -265,7 +265,7 @@ def show(results: Results, table: str, title: str) -> None:
 
 def image(name: str) -> Path:
     """Make an image full of data, in memory."""
-    path = FOLDER / f"{name}.raw"
+    path = DIRECTORY / f"{name}.raw"
     path.write_bytes(os.urandom(MIB) * MEBIBYTES)
     return path
 
@@ -289,9 +289,9 @@ def attach(stack: ExitStack, guest: Guest, ours: Sequence[str]) -> dict[str, str
 
 def xen_version() -> str:
     """Return the hypervisor's version."""
-    folder = Path("/sys/hypervisor/version")
+    directory = Path("/sys/hypervisor/version")
     major, minor, extra = (
-        (folder / name).read_text().strip() for name in ("major", "minor", "extra")
+        (directory / name).read_text().strip() for name in ("major", "minor", "extra")
     )
     return f"{major}.{minor}{extra}"
 

@@ -55,8 +55,8 @@ class Server:
 @contextmanager
 def served(*plugin: str) -> Iterator[Server]:
     """Run nbdkit with a plugin and its parameters."""
-    with tempfile.TemporaryDirectory(prefix="nbdkit-") as folder:
-        socket = Path(folder) / "socket"
+    with tempfile.TemporaryDirectory(prefix="nbdkit-") as directory:
+        socket = Path(directory) / "socket"
         process = subprocess.Popen(["nbdkit", "--foreground", "--unix", str(socket), *plugin])
         try:
             while not socket.exists():

@@ -252,13 +252,13 @@ def table(results: Results, name: str, view: View) -> str:
     return "\n".join(lines)
 
 
-def section(results: Results, name: str, views: Sequence[View], folder: Path) -> str:
+def section(results: Results, name: str, views: Sequence[View], directory: Path) -> str:
     """Write a table's views and its plot."""
     parts = []
     for view in views:
         parts.append(table(results, name, view))
         if view is views[0] and view.base:
-            path = folder / f"benchmarks-{name}.svg"
+            path = directory / f"benchmarks-{name}.svg"
             path.write_text(plot(results, name, view))
             parts.append(f"![{view.title}]({path.name})")
     return "\n\n".join(parts)
@@ -339,11 +339,11 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--document", type=Path, default=DOCUMENT, help="default: %(default)s")
     args = parser.parse_args(arguments)
     runs = [Results.load(file) for file in args.files]
-    folder: Path = args.document.parent
+    directory: Path = args.document.parent
     local, lab, single = [], [], []
     for run in runs:
-        own = [section(run, name, LOCAL[name], folder) for name in LOCAL if name in run.tables]
-        others = [section(run, name, LAB, folder) for name in _lab_tables(run)]
+        own = [section(run, name, LOCAL[name], directory) for name in LOCAL if name in run.tables]
+        others = [section(run, name, LAB, directory) for name in _lab_tables(run)]
         local += [facts(run), *own] if own else []
         lab += [facts(run), *others] if others else []
         if calls.TABLE in run.tables:

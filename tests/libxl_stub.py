@@ -31,9 +31,9 @@ class LibxlError(Exception):
     """What ``xl`` would print."""
 
 
-def run_script(folder, action, keys, name="backend/vbd3/5/51728"):
+def run_script(directory, action, keys, name="backend/vbd3/5/51728"):
     """Run the script as libxl does; its status and what the backend's directory holds then."""
-    commands, store = folder / "bin", folder / "store"
+    commands, store = directory / "bin", directory / "store"
     commands.mkdir(parents=True, exist_ok=True)
     for command, text in _COMMANDS.items():
         (commands / command).write_text(f"#!/bin/sh\n{text}")
@@ -65,10 +65,10 @@ def run_script(folder, action, keys, name="backend/vbd3/5/51728"):
 class Libxl:
     """The toolstack of a simulated host; whatever it attached, it can detach."""
 
-    def __init__(self, host, folder):
+    def __init__(self, host, directory):
         self.host = host
         self.store = host.open_store()
-        self.folder = folder
+        self.directory = directory
 
     def create(self, target, vdev="xvdb", *, domid=None, **changed):
         """Make a device's nodes, and no more; ``changed`` are keys of the backend."""
@@ -129,7 +129,7 @@ class Libxl:
             for path, value in self.store.tree(address.backend).items()
             if path.count("/") == address.backend.count("/") + 1
         }
-        status, after = run_script(self.folder, action, before)
+        status, after = run_script(self.directory, action, before)
         for key in after:
             if after[key] != before.get(key):
                 self.store.write(f"{address.backend}/{key}", after[key])

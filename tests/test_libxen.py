@@ -57,10 +57,10 @@ class TestLibrary:
         assert "cannot close a thing (close): Bad file descriptor" == str(caught.value)
 
     def test_a_null_result_is_an_error_with_its_errno(self):
-        check = not_null("open a folder")
+        check = not_null("open a directory")
         opendir = libc(opendir=Signature(ctypes.c_void_p, (ctypes.c_char_p,), check)).load().opendir
         with pytest.raises(HypervisorError) as caught:
-            opendir(b"/no/such/folder")
+            opendir(b"/no/such/directory")
         assert errno.ENOENT == caught.value.errno
 
     def test_a_failure_without_errno_is_still_a_failure(self):

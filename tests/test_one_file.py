@@ -35,16 +35,16 @@ def documented_command():
     return [sys.executable if word == "python3" else word for word in shlex.split(command)]
 
 
-def build(folder, version=__version__):
+def build(directory, version=__version__):
     """Build it; what the README has pip put there is what these tests run with."""
     for package in (xen_disk_py, pyxs):
         source = Path(package.__file__).parent
         without = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(source, folder / "build/pyz" / source.name, ignore=without)
-    with (folder / "build/pyz/xen_disk_py/__init__.py").open("a") as file:
+        shutil.copytree(source, directory / "build/pyz" / source.name, ignore=without)
+    with (directory / "build/pyz/xen_disk_py/__init__.py").open("a") as file:
         file.write(f"__version__ = {version!r}\n")
-    subprocess.run(documented_command(), cwd=folder, check=True)
-    return folder / "xen-disk.pyz"
+    subprocess.run(documented_command(), cwd=directory, check=True)
+    return directory / "xen-disk.pyz"
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +55,10 @@ def one_file(tmp_path_factory):
 @pytest.fixture
 def start(one_file, tmp_path):
     """Run it, from a directory where somebody waits for a Python that looks into it."""
-    folder = tmp_path / "elsewhere"
-    folder.mkdir()
+    directory = tmp_path / "elsewhere"
+    directory.mkdir()
     for name in ("xen_disk_py.py", "argparse.py", "pyxs.py"):
-        (folder / name).write_text("raise SystemExit('a stranger was here')\n")
+        (directory / name).write_text("raise SystemExit('a stranger was here')\n")
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
 
     def start(*argv):
@@ -66,7 +66,7 @@ def start(one_file, tmp_path):
         command = [sys.executable, "-S", str(one_file), *argv]
         return subprocess.run(
             command,
-            cwd=folder,
+            cwd=directory,
             env=environment,
             capture_output=True,
             text=True,

@@ -198,13 +198,13 @@ int xenevtchn_unmask(void *h, uint32_t port) {
 """
 
 
-def build(folder):
+def build(directory):
     """Compile the stub; its path."""
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None:
         pytest.skip("no C compiler for the stub of the Xen libraries")
-    library = folder / "libxenstub.so"
-    source = folder / "stub.c"
+    library = directory / "libxenstub.so"
+    source = directory / "stub.c"
     source.write_text(SOURCE)
     subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-w", "-o", library, source], check=True)
     return library

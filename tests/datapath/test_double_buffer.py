@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from xen_disk_py.datapath.double_buffer import Halves
+from xen_disk_py.datapath.double_buffer import DoubleBuffer
 
 SIZE = 8 + 2 * 64
 ROOM = 60
@@ -18,78 +18,78 @@ def memory(size=SIZE):
 
 
 def test_there_is_nothing_at_first():
-    assert Halves(memory()).read() is None
+    assert DoubleBuffer(memory()).read() is None
 
 
 def test_what_was_written_last_is_read_here_and_by_a_successor():
     dice = random.Random(1)
     shared = memory()
-    halves = Halves(shared)
+    buffer = DoubleBuffer(shared)
     for _ in range(200):
         if dice.random() < 0.3:
-            halves = Halves(shared)
+            buffer = DoubleBuffer(shared)
         content = dice.randbytes(dice.choice([0, 1, ROOM, dice.randint(0, ROOM)]))
-        halves.write(content)
-        assert content == halves.read()
-        assert content == Halves(shared).read()
+        buffer.write(content)
+        assert content == buffer.read()
+        assert content == DoubleBuffer(shared).read()
 
 
 @pytest.mark.parametrize("size", [32, SIZE, 32 << 10, 33 * 4096])
-def test_a_half_less_its_head_fits(size):
-    halves = Halves(memory(size))
-    assert (size - 8) // 2 - 4 == halves.room
-    halves.write(bytes(halves.room))
-    assert bytes(halves.room) == halves.read()
+def test_one_buffer_less_its_head_fits(size):
+    buffer = DoubleBuffer(memory(size))
+    assert (size - 8) // 2 - 4 == buffer.room
+    buffer.write(bytes(buffer.room))
+    assert bytes(buffer.room) == buffer.read()
 
 
 @pytest.mark.parametrize("writes", [0, 1, 2])
 def test_what_is_too_long_changes_nothing(writes):
     shared = memory()
-    halves = Halves(shared)
+    buffer = DoubleBuffer(shared)
     for number in range(writes):
-        halves.write(b"old %d" % number)
-    before, read = bytes(shared), halves.read()
+        buffer.write(b"old %d" % number)
+    before, read = bytes(shared), buffer.read()
     with pytest.raises(ValueError, match="61 bytes do not fit into 60"):
-        halves.write(bytes(ROOM + 1))
+        buffer.write(bytes(ROOM + 1))
     assert before == shared
-    assert read == halves.read()
+    assert read == buffer.read()
 
 
 @pytest.mark.parametrize("writes", [1, 2])
 def test_once_cleared_nothing_is_there_and_more_can_be_written(writes):
     shared = memory()
-    halves = Halves(shared)
+    buffer = DoubleBuffer(shared)
     for _ in range(writes):
-        halves.write(b"old")
-    halves.clear()
-    assert halves.read() is None
-    assert Halves(shared).read() is None
-    halves.write(b"new")
-    assert b"new" == Halves(shared).read()
+        buffer.write(b"old")
+    buffer.clear()
+    assert buffer.read() is None
+    assert DoubleBuffer(shared).read() is None
+    buffer.write(b"new")
+    assert b"new" == DoubleBuffer(shared).read()
 
 
 @pytest.mark.parametrize("word", [0, 3, 2**16, 2**31, 2**32 - 1])
 def test_a_damaged_word_is_nothing_and_can_be_replaced(word):
     shared = memory()
-    Halves(shared).write(b"old")
+    DoubleBuffer(shared).write(b"old")
     shared[:WORD].cast("I")[0] = word
-    halves = Halves(shared)
-    assert halves.read() is None
-    halves.write(b"new")
-    assert b"new" == Halves(shared).read()
+    buffer = DoubleBuffer(shared)
+    assert buffer.read() is None
+    buffer.write(b"new")
+    assert b"new" == DoubleBuffer(shared).read()
 
 
 @pytest.mark.parametrize("length", [ROOM + 1, 2**31, 2**32 - 1])
 @pytest.mark.parametrize("writes", [1, 2])
 def test_a_damaged_length_is_nothing(length, writes):
     shared = memory()
-    halves = Halves(shared)
+    buffer = DoubleBuffer(shared)
     for _ in range(writes):
-        halves.write(b"old")
+        buffer.write(b"old")
     at = 8 if writes == 1 else 8 + 64
     shared[at : at + 4] = length.to_bytes(4, "little")
-    assert halves.read() is None
-    assert Halves(shared).read() is None
+    assert buffer.read() is None
+    assert DoubleBuffer(shared).read() is None
 
 
 @pytest.mark.parametrize("order", ["first to last", "last to first", "at random"])
@@ -102,18 +102,18 @@ def test_wherever_a_write_is_cut_short_what_was_there_is_whole(order):
     for _ in range(100):
         shared = memory()
         shared[WORD:] = dice.randbytes(SIZE - WORD)
-        halves = Halves(shared)
+        buffer = DoubleBuffer(shared)
         old = None
         for _ in range(dice.randint(0, 3)):
             if dice.random() < 0.3:
-                halves.clear()
+                buffer.clear()
                 old = None
             else:
                 old = dice.randbytes(dice.randint(0, ROOM))
-                halves.write(old)
+                buffer.write(old)
         before = bytes(shared)
         new = dice.randbytes(dice.randint(1, ROOM))
-        halves.write(new)
+        buffer.write(new)
         stored = [at for at in range(SIZE) if before[at] != shared[at]]
         content = [at for at in stored if at >= WORD]
         assert len(stored) > len(content)  # the word is another one
@@ -122,12 +122,12 @@ def test_wherever_a_write_is_cut_short_what_was_there_is_whole(order):
         elif order == "at random":
             dice.shuffle(content)
         torn = memoryview(bytearray(before))
-        assert old == Halves(torn).read()
+        assert old == DoubleBuffer(torn).read()
         for at in content:
             torn[at] = shared[at]
-            assert old == Halves(torn).read()
+            assert old == DoubleBuffer(torn).read()
         torn[:WORD] = shared[:WORD]
-        assert new == Halves(torn).read()
+        assert new == DoubleBuffer(torn).read()
 
 
 def test_a_write_stores_its_word_after_all_else():
@@ -149,7 +149,7 @@ def test_a_write_stores_its_word_after_all_else():
             self.view[where] = data
 
     watched = Watched(memory())
-    halves = Halves(watched)
+    buffer = DoubleBuffer(watched)
     for content in (b"a" * 10, b"b" * 20, b"c" * ROOM):
-        halves.write(content)
+        buffer.write(content)
     assert [(8, 8 + 14, 0), (72, 72 + 24, 1), (8, 8 + 64, 2)] == watched.stores

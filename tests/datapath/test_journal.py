@@ -9,7 +9,7 @@ import tracemalloc
 import pytest
 
 from xen_disk_py.blkif import Ring
-from xen_disk_py.datapath.double_buffer import Halves
+from xen_disk_py.datapath.double_buffer import DoubleBuffer
 from xen_disk_py.datapath.journal import SIZE, Journal, Unanswered
 
 RING = Ring((8, 9), 17)
@@ -143,7 +143,7 @@ def head(start, responses, length):
 
 def test_the_head_is_laid_out_as_the_next_tests_say():
     memory = shared()
-    Halves(memory).write(head(5, 1, 112) + b"a" * 12 + b"b" * 112)
+    DoubleBuffer(memory).write(head(5, 1, 112) + b"a" * 12 + b"b" * 112)
     assert Unanswered(5, [b"a" * 12], [b"b" * 112]) == recall_bounded(memory)
 
 
@@ -164,7 +164,7 @@ def test_the_head_is_laid_out_as_the_next_tests_say():
 )
 def test_counts_that_are_not_those_of_what_is_there(responses, length):
     memory = shared()
-    Halves(memory).write(head(5, responses, length) + b"a" * 12 + b"b" * 112)
+    DoubleBuffer(memory).write(head(5, responses, length) + b"a" * 12 + b"b" * 112)
     tracemalloc.start()
     try:
         assert recall_bounded(memory) is None
@@ -176,7 +176,7 @@ def test_counts_that_are_not_those_of_what_is_there(responses, length):
 @pytest.mark.parametrize("length", [0, 1, 72, HEAD - 1, HEAD, HEAD + 11, HEAD + 12 + 111])
 def test_a_note_that_is_cut_off(length):
     memory = shared()
-    Halves(memory).write((head(5, 1, 112) + b"a" * 12 + b"b" * 112)[:length])
+    DoubleBuffer(memory).write((head(5, 1, 112) + b"a" * 12 + b"b" * 112)[:length])
     assert recall_bounded(memory) is None
 
 

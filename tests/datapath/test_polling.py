@@ -1,4 +1,4 @@
-"""How long a queue looks on before it sleeps, on a clock of the test's own."""
+"""How long a queue busy-polls before it sleeps, on a clock of the test's own."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ class Work:
 
 @pytest.fixture
 def work(host, tmp_path, monkeypatch):
-    monkeypatch.setattr(polling, "_MOST", 0.0)  # looking on is bounded by time, not counts
+    monkeypatch.setattr(polling, "_MOST", 0.0)  # busy-polling is bounded by time, not counts
     path = tmp_path / "disk.raw"
     path.write_bytes(random.Random(1).randbytes(4 << 20))
     return lambda **options: Work(host, path, **options)

@@ -26,10 +26,10 @@ def test_how(tmp_path):
     assert [str(one_file)] == _how(str(one_file), [str(tmp_path)])
 
 
-def run(command, folder, **environment):
+def run(command, directory, **environment):
     return subprocess.run(
         command,
-        cwd=folder,
+        cwd=directory,
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
@@ -41,11 +41,11 @@ def run(command, folder, **environment):
 @pytest.fixture
 def strangers(tmp_path):
     """A directory where somebody waits for a Python that looks into it."""
-    folder = tmp_path / "stranger"
-    (folder / "xen_disk_py").mkdir(parents=True)
+    directory = tmp_path / "stranger"
+    (directory / "xen_disk_py").mkdir(parents=True)
     for name in ("argparse.py", "pyxs.py", "json.py", "xen_disk_py/__init__.py"):
-        (folder / name).write_text("raise SystemExit('a stranger was here')\n")
-    return folder
+        (directory / name).write_text("raise SystemExit('a stranger was here')\n")
+    return directory
 
 
 def test_nothing_of_the_current_directory_is_run(strangers):

@@ -3,7 +3,7 @@
 With atheris (``pip install atheris``) it is guided by coverage, and takes libFuzzer's options;
 without, it changes the files of the corpus at random::
 
-    python tests/hostile/fuzz_slots.py -max_total_time=60 [a folder for new inputs]
+    python tests/hostile/fuzz_slots.py -max_total_time=60 [a directory for new inputs]
     python tests/hostile/fuzz_slots.py tests/hostile/corpus/slot-read   # one input again
 
 An input's first byte says what it is: 0 to 5 a layout and a way to the guest's pages, then a
@@ -224,8 +224,8 @@ def main(arguments):
     logging.disable(logging.CRITICAL)
     target = Target()
     if atheris:
-        folders = [each for each in arguments if not each.startswith("-")]
-        if not folders:
+        directories = [each for each in arguments if not each.startswith("-")]
+        if not directories:
             arguments = [*arguments, str(CORPUS)]
         atheris.Setup([sys.argv[0], "-max_len=2048", *arguments], target)
         atheris.Fuzz()

@@ -1,9 +1,9 @@
 """Memory that outlives a process which may be killed while it writes there.
 
 It is part of a file that is mapped by whoever serves a disk. What is written replaces what was
-there as a whole: one half holds it, the other is filled, then a word says that this one holds.
-Wherever the process is killed, one half is whole. Only a process that has ended has a
-successor, which sees all stores that were done: their order is all it takes, no fence.
+there as a whole: one of two buffers is valid, the other is filled, then a word says that this one
+is valid. Whenever the process is killed, one buffer is complete. Only a process that has ended has
+a successor, which sees all stores that were done: their order is all it takes, no fence.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _LENGTH = struct.Struct("<I")
 _HEAD = 8
 
 
-class Halves:
+class DoubleBuffer:
     """Some bytes, replaced as a whole.
 
     Args:
@@ -25,7 +25,7 @@ class Halves:
         self._memory = memory
         self._word = memory[:4].cast("I")
         self._size = (len(memory) - _HEAD) // 2
-        self._half = self._word[0] if self._word[0] in (1, 2) else 0
+        self._valid = self._word[0] if self._word[0] in (1, 2) else 0
 
     @property
     def room(self) -> int:
@@ -38,23 +38,23 @@ class Halves:
         Raises:
             ValueError: it does not fit; what is there stays.
         """
-        half = 2 if self._half == 1 else 1
-        at = _HEAD if half == 1 else _HEAD + self._size
+        spare = 2 if self._valid == 1 else 1
+        at = _HEAD if spare == 1 else _HEAD + self._size
         if len(data) > self._size - _LENGTH.size:
             raise ValueError(f"{len(data)} bytes do not fit into {self.room}")
         # one store: a memory's slice costs as much as it takes to copy a page
         self._memory[at : at + _LENGTH.size + len(data)] = _LENGTH.pack(len(data)) + data
-        self._word[0] = self._half = half
+        self._word[0] = self._valid = spare
 
     def read(self) -> bytes | None:
         """Return a copy of what is there; None if that is nothing, or damaged."""
-        if not self._half:
+        if not self._valid:
             return None
-        at = _HEAD if self._half == 1 else _HEAD + self._size
+        at = _HEAD if self._valid == 1 else _HEAD + self._size
         (length,) = _LENGTH.unpack_from(self._memory, at)
         at += _LENGTH.size
         return bytes(self._memory[at : at + length]) if length <= self.room else None
 
     def clear(self) -> None:
         """Have nothing there."""
-        self._word[0] = self._half = 0
+        self._word[0] = self._valid = 0

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from ..blkif import RESPONSE_SIZE, Ring
-from .double_buffer import Halves
+from .double_buffer import DoubleBuffer
 
 _WHICH = struct.Struct("<18I")  # slot size, event channel, grant references of a ring
 _HEAD = struct.Struct(f"<{_WHICH.size}s3I")  # which; index of the first response, how many, bytes
@@ -44,12 +44,12 @@ class Journal:
     """
 
     def __init__(self, memory: memoryview | None = None) -> None:
-        self._halves = Halves(memory if memory is not None else memoryview(bytearray(SIZE)))
+        self._buffer = DoubleBuffer(memory if memory is not None else memoryview(bytearray(SIZE)))
         self._ring = bytes(_WHICH.size)
 
     def begin(self, ring: Ring, slot_size: int) -> None:
         """Forget everything: from now on, this is about ``ring``."""
-        self._halves.clear()
+        self._buffer.clear()
         self._ring = _identity(ring, slot_size)
 
     def note(self, start: int, responses: Sequence[bytes], requests: Iterable[bytes]) -> None:
@@ -62,18 +62,18 @@ class Journal:
         """
         slots = b"".join(requests)
         head = _HEAD.pack(self._ring, start, len(responses), len(slots))
-        self._halves.write(b"".join((head, *responses, slots)))
+        self._buffer.write(b"".join((head, *responses, slots)))
 
     def clear(self) -> None:
-        """Forget everything: nobody is to go on from here."""
-        self._halves.clear()
+        """Forget everything: nobody is to resume from here."""
+        self._buffer.clear()
 
     def recall(self, ring: Ring, slot_size: int) -> Unanswered | None:
-        """Return what a process has left; the journal goes on from there.
+        """Return what a process has left; the journal continues from there.
 
         None if it did not serve this ring, or if what is noted is damaged.
         """
-        data = self._halves.read()
+        data = self._buffer.read()
         if data is None or len(data) < _HEAD.size:
             return None
         which, start, responses, length = _HEAD.unpack_from(data)

@@ -1,4 +1,4 @@
-"""How long a queue looks on before it sleeps.
+"""How long a queue busy-polls before it sleeps.
 
 A guest that answers quickly finds us awake: no event is sent, received and unmasked, which costs
 more than most requests do. What is lost in vain is bounded by the work: half of it, or, if that
@@ -16,7 +16,7 @@ from __future__ import annotations
 from math import inf
 
 _LITTLE = 3  # times the least work: less than this is little
-_TIMES = 16  # as long as the least work, to look on after little
+_TIMES = 16  # as long as the least work, to busy-poll after little
 _MOST = 0.002
 _TIMED = 8  # one in so many sleeps is timed, if the last that was timed was long
 
@@ -25,7 +25,7 @@ class Pace:
     """The pace of one queue.
 
     Attributes:
-        window: seconds to look on before sleeping.
+        window: seconds to busy-poll before sleeping.
         is_quick: it is worth while: the last sleep that was timed was shorter than that.
     """
 

@@ -2,7 +2,7 @@
 
 The file is memory-mapped, so that ``list`` reads it at no cost to the disk::
 
-    facts: who serves what (a JSON object, in two halves)
+    facts: who serves what (a JSON object, in a double buffer)
     counters of the disk, which fill a page
     a journal for each queue that is offered
 
@@ -26,7 +26,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from ..datapath.double_buffer import Halves
+from ..datapath.double_buffer import DoubleBuffer
 from ..datapath.journal import SIZE as JOURNAL_SIZE
 from ..datapath.journal import Journal
 from ..datapath.statistics import WORDS, Statistics
@@ -50,7 +50,7 @@ def _path(directory: str, address: Address) -> str:
     return os.path.join(directory, f"{address.frontend_domid}-{address.devid}")
 
 
-def _parse(facts: Halves) -> dict[str, Any]:
+def _parse(facts: DoubleBuffer) -> dict[str, Any]:
     try:
         found = json.loads(facts.read() or b"{}")
     except (ValueError, RecursionError):
@@ -181,7 +181,7 @@ class Record(Closing):
         self._fd = fd
         self._path = path
         whole = memoryview(mmap.mmap(fd, size))
-        self._facts = Halves(whole[:_FACTS])
+        self._facts = DoubleBuffer(whole[:_FACTS])
         self.facts = _parse(self._facts)
         words = whole[_FACTS : _FACTS + 8 * WORDS].cast("Q")
         self.statistics = Statistics(words)
@@ -242,7 +242,7 @@ def sweep(directory: str) -> None:
                 continue
             try:
                 data = os.pread(fd, _FACTS, 0)
-                if len(data) == _FACTS and Halves(memoryview(bytearray(data))).read() is None:
+                if len(data) == _FACTS and DoubleBuffer(memoryview(bytearray(data))).read() is None:
                     _unlink(fd, path)
             finally:
                 os.close(fd)
@@ -283,7 +283,7 @@ def find(directory: str, address: Address) -> Found | None:
         os.close(fd)
     if len(data) < _HEAD:
         return None
-    facts = _parse(Halves(memoryview(bytearray(data[:_FACTS]))))
+    facts = _parse(DoubleBuffer(memoryview(bytearray(data[:_FACTS]))))
     words = memoryview(data)[_FACTS : _FACTS + 8 * WORDS].cast("Q")
     return Found(facts, Statistics(words).as_dict(), alive)
 
