@@ -20,6 +20,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Callable
 
+from xen_disk_py.backends.vhd import VhdBackend
+from xen_disk_py.backends.vhd.create import create, create_child
 from xen_disk_py.blkif import READ, WRITE
 
 from . import bare, nbdkit
@@ -181,6 +183,45 @@ def memory(bench: Bench) -> None:
                     bench.show(table, workload, "nbdkit Python")
 
 
+def vhd(bench: Bench) -> None:
+    """A dynamic VHD, and a chain of three whose layers each have a part, next to raw."""
+    table = "vhd"
+    image = bench.image("vhd-raw")
+    content = memoryview(Path(image).read_bytes())
+    whole, base = str(bench.folder / "whole.vhd"), str(bench.folder / "base.vhd")
+    for path in (whole, base):
+        create(path, DISK)
+        _fill(path, content, 1)
+    leaf = base
+    for name in ("middle.vhd", "leaf.vhd"):
+        parent, leaf = leaf, str(bench.folder / name)
+        create_child(leaf, parent)
+        _fill(leaf, content, 3)
+    with ExitStack() as stack:
+        disks = {"raw": stack.enter_context(served("--backend", "raw", "--path", image))}
+        for name, path in (("vhd", whole), ("vhd chain of 3", leaf)):
+            disks[name] = stack.enter_context(served("--format", "vhd", "--path", path))
+        for label in ("1 MiB", "4 KiB"):
+            size = SIZES[label]
+            for way, operation in OPERATIONS.items():
+                loops = {name: prepared(disk, operation, size, 32) for name, disk in disks.items()}
+                workload = f"{label} {way}, depth 32"
+                bench.interleave(table, workload, size, loops)
+                bench.show(table, workload, "raw")
+
+
+def _fill(path: str, content: memoryview, every: int) -> None:
+    """Write one of so many pieces of 64 KiB, chosen by chance."""
+    disk = VhdBackend(path)
+    try:
+        dice = random.Random(path)
+        for offset in range(0, DISK, 64 * KIB):
+            if not dice.randrange(every):
+                disk.write([content[offset : offset + 64 * KIB]], offset)
+    finally:
+        disk.close()
+
+
 def idle(bench: Bench) -> None:
     """A disk that nobody asks anything of."""
     with served("--path", bench.image("idle"), "--backend", "raw") as disk:
@@ -246,6 +287,7 @@ TABLES: dict[str, Callable[[Bench], None]] = {
     "requests": requests,
     "scattered": scattered,
     "memory": memory,
+    "vhd": vhd,
     "many": many,
     "sleeping": sleeping,
     "idle": idle,

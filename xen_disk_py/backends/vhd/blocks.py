@@ -97,7 +97,7 @@ class BlockLayer:
 
     def read_nowait(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Fill them as far as all that it takes is in memory."""
-        length = sum(map(len, buffers))
+        length = len(buffers[0]) if len(buffers) == 1 else sum(map(len, buffers))
         inside = offset & self._mask
         if inside + length <= self._block_size and len(buffers) <= IOV_MAX:
             place = self._whole[offset >> self._shift]
@@ -231,7 +231,7 @@ class BlockLayer:
 
     def write_nowait(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Write where only data changes: into the page cache."""
-        length = sum(map(len, buffers))
+        length = len(buffers[0]) if len(buffers) == 1 else sum(map(len, buffers))
         inside = offset & self._mask
         if inside + length <= self._block_size and len(buffers) <= IOV_MAX:
             block = offset >> self._shift
