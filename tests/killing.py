@@ -1,4 +1,4 @@
-"""A piece of work that is killed at every line of the code it is about."""
+"""A piece of work that is killed at every line of the code it is about, or at every effect."""
 
 from __future__ import annotations
 
@@ -49,3 +49,50 @@ def everywhere(act, modules, *, lines):
         if not killed:
             break
     assert target > lines
+
+
+EFFECTS = ("pwritev", "fdatasync", "fsync", "ftruncate", "link", "rename", "unlink")
+
+
+def at_every_effect(act, *, effects):
+    """Run ``act`` in children, each killed before another call of ``os`` that changes files; yield.
+
+    What lies between two such calls leaves no trace, so this is as good as every instant.
+
+    Args:
+        act: given a function that it calls where counting is to begin.
+        effects: there must be at least so many.
+
+    The last one is not killed.
+    """
+    for target in range(1, 10_000):
+        child = os.fork()
+        if not child:
+            seen = 0
+
+            def counted(real, target=target):
+                def call(*args, **options):
+                    nonlocal seen
+                    seen += 1
+                    if seen == target:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    return real(*args, **options)
+
+                return call
+
+            def begin():
+                for name in EFFECTS:
+                    setattr(os, name, counted(getattr(os, name)))
+
+            try:
+                act(begin)
+            except BaseException:  # pytest must not go on in the child
+                os._exit(1)
+            os._exit(0)
+        status = os.waitpid(child, 0)[1]
+        killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+        assert killed or status == 0
+        yield
+        if not killed:
+            break
+    assert target > effects

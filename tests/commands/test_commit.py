@@ -16,6 +16,7 @@ from killing import everywhere
 from xen_disk_py.backends.image import Image
 from xen_disk_py.backends.overlay import maintenance
 from xen_disk_py.backends.overlay.backend import OverlayBackend
+from xen_disk_py.backends.vhd import VhdBackend
 from xen_disk_py.cli import main
 from xen_disk_py.commands.environment import Environment
 from xen_disk_py.exit_status import ExitStatus
@@ -329,3 +330,31 @@ def test_how_far_it_is_is_shown_on_a_terminal(commit, merged):
 
 def test_quiet(commit, merged):
     assert "" == commit("--quiet", stderr=Terminal())[2]
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_vhd(tmp_path, keep):
+    env = Environment(stdout=io.StringIO(), stderr=io.StringIO(), stdin=None)
+    base, child = tmp_path / "base.vhd", tmp_path / "child.vhd"
+    assert ExitStatus.OK is main(["create", str(base), "--size", "1M"], env)
+    assert ExitStatus.OK is main(["create", str(child), "--parent", str(base)], env)
+    disk = VhdBackend(str(child))
+    disk.write([memoryview(b"c" * 4096)], 512)
+    disk.close()
+    said = env.stdout.tell()
+    words = ["commit", str(child), "--json", "--option", f"parents={tmp_path}"]
+    assert ExitStatus.OK is main([*words, *(["--keep"] if keep else [])], env)
+    expected = {"image": str(base), "held": 4096, "kept": keep}
+    assert expected == json.loads(env.stdout.getvalue()[said:])
+    assert keep == child.exists()
+    disk = VhdBackend(str(base), read_only=True)
+    buffer = bytearray(4096)
+    disk.read([memoryview(buffer)], 512)
+    disk.close()
+    assert b"c" * 4096 == buffer
+
+
+def test_options_are_for_vhds(commit, merged):
+    status, _, err = commit("--option", "parents=/")
+    assert status is ExitStatus.USAGE
+    assert "--option is for a VHD" in err

@@ -142,13 +142,39 @@ def test_a_vhd(demo, tmp_path):
     assert before != path.read_bytes()
 
 
+@pytest.mark.parametrize("parent", ["raw", "vhd"])
+def test_changes_kept_in_a_vhd(demo, tmp_path, image, parent):
+    overlay = tmp_path / "changes.vhd"
+    words = ["--overlay", str(overlay)]
+    if parent == "vhd":
+        image = tmp_path / "gold.vhd"
+        assert ExitStatus.OK is main(["create", str(image), "--size", "1M"], demo.env)
+        words += ["--format", "vhd"]
+    before = image.read_bytes()
+    status, out, err = demo("--path", str(image), *words)
+    assert status is ExitStatus.OK
+    assert names(out) == FOUR
+    assert "image untouched" in out
+    assert err == ""
+    assert before == image.read_bytes()
+    length = overlay.stat().st_size
+    assert length > len(before)
+    status, _, err = demo(*words[:2])  # again, by the name of the changes alone
+    assert status is ExitStatus.OK
+    assert "only reading" in err
+    assert length == overlay.stat().st_size
+
+
 @pytest.mark.parametrize(
     ("words", "text"),
     [
         (["--format", "vhd"], "needs --path"),
         (["--format", "vhd", "--path", "x", "--backend", "raw"], "leave out one of them"),
         (["--format", "raw", "--path", "x", "--backend", "vhd"], "leave out one of them"),
-        (["--format", "vhd", "--path", "x", "--overlay", "y"], "takes no --overlay"),
+        (["--format", "vhd", "--path", "x", "--overlay", "y"], "a name that ends in .vhd"),
+        (["--overlay", "/none.vhd"], "there is no such file yet"),
+        (["--overlay", "a.vhd", "--path", "x", "--backend", "raw"], "does not keep changes"),
+        (["--overlay", "a.vhd", "--path", "x", "--cow-limit", "1M"], "takes no --cow-limit"),
         (["--format", "qcow2", "--path", "x"], "invalid choice"),
     ],
 )

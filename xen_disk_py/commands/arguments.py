@@ -101,7 +101,8 @@ def _add_backend_arguments(parser: _Parser) -> None:
         "--overlay",
         metavar="PATH",
         help="keep the changes in this file, which is created if it does not exist; the image is "
-        "not changed (default for --path: the image that the overlay was made for)",
+        "not changed (default for --path: the image that the overlay was made for). If the name "
+        "ends in .vhd, it is a differencing VHD, which other programs read",
     )
     parser.add_argument(
         "--size", type=_size, help="size of a discard disk: bytes, or 10M, 1G, 2T (default: 1G)"
@@ -177,9 +178,15 @@ def _add_overlay_commands(commands: argparse._SubParsersAction[_Parser]) -> None
         description="Write the changes in OVERLAY into its image, all or none of them, and remove "
         "OVERLAY. The command makes a complete new image next to the old one and then puts it in "
         "its place, so the directory needs room for both. Nobody may use either file meanwhile. "
-        "Other overlays of the same image do not fit the new image.",
+        "Other overlays of the same image do not fit the new image. The changes in a VHD (OVERLAY "
+        "ends in .vhd) are written into its parent in place. Until that is complete OVERLAY reads "
+        "as before; after an interruption, run the command again. Other children of the parent "
+        "do not fit it any more.",
     )
-    _add_overlay_argument(commit)
+    commit.add_argument(
+        "overlay", metavar="OVERLAY", help="a file made by connect --overlay, or a VHD with parent"
+    )
+    _add_vhd_argument(commit)
     commit.add_argument(
         "--keep", action="store_true", help="leave an empty overlay of the new image behind"
     )

@@ -20,9 +20,12 @@ def backend_from(args: argparse.Namespace) -> Backend:
         ImageError: the image cannot be used.
         BackendError: the backend's own code is broken.
     """
-    _apply_format(args)
-    if args.overlay is not None:
-        _complete(args)
+    if args.overlay is not None and is_vhd(args.overlay):
+        _apply_vhd_overlay(args)
+    else:
+        _apply_format(args)
+        if args.overlay is not None:
+            _complete(args)
     given: dict[str, object] = {}
     for name in ("path", "size", "cow_limit", "sector_size", "overlay"):
         if getattr(args, name) is not None:
@@ -32,6 +35,26 @@ def backend_from(args: argparse.Namespace) -> Backend:
             given[name] = True
     given.update(parse_options(args.option))
     return open_backend(args.backend, given)
+
+
+def is_vhd(overlay: str) -> bool:
+    """Tell by its name whether the changes to an image are kept in a VHD."""
+    return overlay.lower().endswith((".vhd", ".avhd"))
+
+
+def _apply_vhd_overlay(args: argparse.Namespace) -> None:
+    """Have the VHD that ``--overlay`` names served, as a child of the image if there is one."""
+    if args.backend not in (None, "vhd"):
+        raise UsageError(f"--backend {args.backend} does not keep changes in a VHD: leave it out")
+    args.backend = "vhd"
+    if args.path is None:
+        if not os.path.lexists(args.overlay):
+            raise UsageError(
+                f"--overlay {args.overlay}: there is no such file yet: name the image with --path"
+            )
+        args.path, args.overlay = args.overlay, None
+    elif args.format is not None:
+        args.option = [f"parent_format={args.format}", *args.option]
 
 
 def _apply_format(args: argparse.Namespace) -> None:
@@ -46,6 +69,11 @@ def _apply_format(args: argparse.Namespace) -> None:
         )
     if args.format == "raw":
         return
+    if args.overlay is not None:
+        raise UsageError(
+            f"--overlay {args.overlay}: the changes to a VHD are kept in a VHD: give that a name "
+            "that ends in .vhd"
+        )
     args.backend = args.format
 
 
@@ -60,6 +88,12 @@ def _complete(args: argparse.Namespace) -> None:
                 f"--overlay {args.overlay}: there is no such file yet: name the image with --path"
             )
         args.path = image_path(args.overlay)
+
+
+def is_cow(args: argparse.Namespace) -> bool:
+    """Tell whether the changes to an image would be kept in memory."""
+    is_raw = args.format in (None, "raw")
+    return args.overlay is None and is_raw and choose(args.backend, args.path) == "cow"
 
 
 def backend_name(args: argparse.Namespace) -> str:

@@ -1,4 +1,4 @@
-"""``commit``: put an overlay's changes into its image."""
+"""``commit``: put an overlay's changes into its image, or a VHD's into its parent."""
 
 from __future__ import annotations
 
@@ -6,16 +6,29 @@ import argparse
 import json
 
 from ..backends.overlay import maintenance
+from ..backends.vhd.backend import directories_from
+from ..backends.vhd.commit import commit as commit_vhd
+from ..errors import UsageError
 from ..exit_status import ExitStatus
 from ..units import format_size
+from .backend_arguments import is_vhd
 from .environment import Environment
 from .progress import ProgressLine
 
 
 def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
     """Commit, and say what was changed."""
-    with ProgressLine(env, "copying the image", quiet=args.quiet) as progress:
-        image, count = maintenance.commit(args.overlay, keep=args.keep, progress=progress)
+    if is_vhd(args.overlay):
+        with ProgressLine(env, "writing the changes", quiet=args.quiet) as progress:
+            directories = directories_from(args.option)
+            image, count = commit_vhd(
+                args.overlay, keep=args.keep, directories=directories, progress=progress
+            )
+    elif args.option:
+        raise UsageError("--option is for a VHD: leave it out")
+    else:
+        with ProgressLine(env, "copying the image", quiet=args.quiet) as progress:
+            image, count = maintenance.commit(args.overlay, keep=args.keep, progress=progress)
     if args.json:
         env.say(json.dumps({"image": image, "held": count, "kept": args.keep}))
     else:

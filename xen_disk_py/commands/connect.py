@@ -46,7 +46,7 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
     """Open the image, find the guest, attach, serve, clean up; or go on in another's place."""
     if args.adopt != (args.device is not None):
         raise UsageError("VM VDEV goes with --adopt; the name of a new disk goes with --vdev")
-    for name in ("path", "backend", "overlay", "vdev", "user"):
+    for name in ("path", "format", "backend", "overlay", "vdev", "user"):
         if args.adopt and getattr(args, name) is not None:
             raise UsageError(f"--adopt goes on with the arguments that there were: no --{name}")
     if args.rehearse:

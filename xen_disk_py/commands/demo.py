@@ -57,11 +57,12 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
         name = backend_name(args)
         length = min(args.bytes, disk.backend.size)
         write = not disk.read_only
-        if write and (name in ("raw", "mmap", "vhd") or kept) and not args.overwrite:
+        is_kept = kept or name in ("raw", "mmap") or (name == "vhd" and args.overlay is None)
+        if write and is_kept and not args.overwrite:
             write = False
             changed = args.overlay if kept else args.path
             env.tell(f"only reading: {name} would change {changed} (to allow that: --overwrite)")
-        image = args.path if name in ("cow", "overlay") else None
+        image = args.path if name in ("cow", "overlay") or args.overlay is not None else None
         before = _digest(image, length) if image else None
         interrupts = stack.enter_context(Interrupts().installed())
         phases = _drive(disk, interrupts, length, write, args, env)

@@ -8,7 +8,6 @@ import secrets
 from collections.abc import Sequence
 from contextlib import suppress
 
-from ..backends.loader import choose
 from ..errors import XenDiskError
 from ..exit_status import ExitStatus
 from ..host.program import own_command
@@ -18,6 +17,7 @@ from ..recovery.supervisor import Supervisor
 from ..xenbus import toolstack
 from ..xenbus.states import Address
 from ..xenbus.vdev import parse
+from .backend_arguments import is_cow
 from .environment import Environment
 from .succession import scratch_of
 
@@ -31,7 +31,7 @@ def supervise(args: argparse.Namespace, env: Environment) -> ExitStatus:
     options, scratch = ["--leave"], None
     if args.adopt:
         scratch = _adopted_scratch(args, env)
-    elif args.overlay is None and choose(args.backend, args.path) == "cow":
+    elif is_cow(args):
         # Private memory would die with a process, a file in memory does not.
         name = f"xen_disk_py-{os.getpid()}-{secrets.token_hex(4)}.overlay"
         scratch = os.path.join(_MEMORY, name)

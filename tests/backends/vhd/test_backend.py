@@ -7,9 +7,9 @@ from xen_disk_py.backends.conformance import BackendConformance
 from xen_disk_py.backends.loader import open_backend
 from xen_disk_py.backends.vhd import VhdBackend, layout
 from xen_disk_py.backends.vhd.create import create, create_child
-from xen_disk_py.errors import UsageError
+from xen_disk_py.errors import ImageError, UsageError
 
-from .conftest import OTHER_UUID, UUID, build, entry, read, write
+from .conftest import OTHER_UUID, UUID, build, content_of, entry, read, write
 
 MIB = 1 << 20
 ODD = 3 * MIB + 512
@@ -170,3 +170,53 @@ def test_a_missing_parent_leaves_a_damaged_child_as_it_is(tmp_path):
     with pytest.raises(Exception, match="its parent is not there"):
         VhdBackend(path)
     assert before == os.stat(path).st_size
+
+
+# -- changes to an image kept in a VHD ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("parent_format", ["raw", "vhd"])
+def test_an_overlay_is_made_and_used_again(tmp_path, make_image, parent_format):
+    image = str(tmp_path / "gold.vhd")
+    if parent_format == "raw":
+        image = make_image(MIB)
+    else:
+        create(image, MIB)
+    before = content_of(image)
+    (tmp_path / "elsewhere").mkdir()
+    overlay = str(tmp_path / "elsewhere" / "changes.vhd")
+    for step in range(2):
+        options = {"overlay": overlay, "parent_format": parent_format}
+        with contextlib.closing(VhdBackend(image, **options)) as disk:
+            assert MIB == disk.size
+            assert bytes([step]) * 512 == read(disk, 0, 512) or not step
+            write(disk, 0, bytes([step + 1]) * 512)
+            assert before[4096:8192] == read(disk, 4096, 4096) or parent_format == "vhd"
+    assert before == content_of(image)
+    with contextlib.closing(VhdBackend(overlay, parents=str(tmp_path))) as disk:
+        assert b"\2" * 512 == read(disk, 0, 512)
+
+
+def test_an_overlay_of_another_image_is_refused(tmp_path, make_image):
+    image, other = make_image(MIB, name="a.img"), make_image(MIB, name="b.img")
+    overlay = str(tmp_path / "changes.vhd")
+    VhdBackend(image, overlay=overlay).close()
+    with pytest.raises(ImageError, match=r"a child of .*a\.img, not of .*b\.img"):
+        VhdBackend(other, overlay=overlay)
+    os.unlink(overlay)
+    create(overlay, MIB)
+    with pytest.raises(ImageError, match="no child of any image"):
+        VhdBackend(image, overlay=overlay)
+    with pytest.raises(UsageError, match="raw or vhd"):
+        VhdBackend(image, overlay=overlay, parent_format="qcow2")
+
+
+def test_a_raw_image_that_was_written_since_is_worth_a_warning(tmp_path, make_image, caplog):
+    image = make_image(MIB)
+    overlay = str(tmp_path / "changes.vhd")
+    VhdBackend(image, overlay=overlay).close()
+    VhdBackend(image, overlay=overlay).close()
+    assert [] == caplog.messages
+    os.utime(image, (1_600_000_000, 1_600_000_000))
+    VhdBackend(overlay).close()
+    assert "was written or copied since" in caplog.messages[0]

@@ -7,7 +7,7 @@ import threading
 import killing
 import pytest
 
-from xen_disk_py.backends.vhd import VhdBackend, blocks, layout, opening, stable
+from xen_disk_py.backends.vhd import VhdBackend, blocks, layout, opening
 from xen_disk_py.backends.vhd.create import create, create_child
 from xen_disk_py.errors import ImageError
 
@@ -448,7 +448,7 @@ def test_a_kill_anywhere_loses_nothing_that_was_answered(tmp_path):
             os.write(answered, letter)
         disk.close()
 
-    for _ in killing.everywhere(act, [blocks, stable], lines=100):
+    for _ in killing.at_every_effect(act, effects=15):
         done = content_of(log) if os.path.exists(log) else b""
         with contextlib.closing(VhdBackend(path)) as disk:
             model = bytearray(b"p" * size)

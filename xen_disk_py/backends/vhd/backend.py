@@ -12,7 +12,9 @@ from ..image import Image
 from ..loader import parse_options
 from ..sharing import Storage
 from ..trim import punch_hole
-from .chain import open_chain
+from .chain import open_chain, open_parent, roots_of
+from .create import create_child
+from .opening import open_vhd
 from .stable import Stable
 
 
@@ -24,16 +26,35 @@ class VhdBackend(Backend):
 
     Args:
         path: the VHD; locked for us alone, or shared with other readers if ``read_only``. Its
-            parents are shared, too: no program that locks may write to them.
+            parents are shared, too: no program that locks may write to them. With an ``overlay``,
+            its parent.
         read_only: open it for reading only.
-        parents: directories where parents may lie besides that of ``path``, separated by colons.
+        parents: directories where parents may lie besides that of the VHD, separated by colons.
+        overlay: a differencing VHD, made if there is none, which keeps what is written; ``path``
+            is not changed then, and may be a raw image.
+        parent_format: of ``path`` with an ``overlay``: ``raw`` or ``vhd``.
     """
 
     threads = 16
     survives = True
 
-    def __init__(self, path: str, *, read_only: bool = False, parents: str = "") -> None:
-        top = open_chain(path, writable=not read_only, directories=_directories(parents))
+    def __init__(
+        self,
+        path: str,
+        *,
+        read_only: bool = False,
+        parents: str = "",
+        overlay: str | None = None,
+        parent_format: str = "raw",
+    ) -> None:
+        directories = _directories(parents)
+        if overlay is not None:
+            if parent_format not in ("raw", "vhd"):
+                raise UsageError(f"--option parent_format={parent_format}: it is raw or vhd")
+            directories.append(os.path.dirname(os.path.realpath(path)))
+            _make_or_check(overlay, path, parent_format == "raw", directories)
+            path = overlay
+        top = open_chain(path, writable=not read_only, directories=directories)
         self._top = top
         self.path = os.path.abspath(path)
         self.size = top.size
@@ -99,6 +120,35 @@ class VhdBackend(Backend):
     def close(self) -> None:
         """Close and unlock all files."""
         self._top.close()
+
+
+def _make_or_check(overlay: str, path: str, is_raw: bool, directories: Sequence[str]) -> None:
+    """Make a child of an image, or see that it is one."""
+    if not os.path.lexists(overlay):
+        create_child(overlay, path, is_raw=is_raw, directories=directories)
+        return
+    vhd = open_vhd(overlay, writable=False)
+    try:
+        parent = (
+            open_parent([vhd], roots_of(vhd.path, directories)) if vhd.is_differencing else None
+        )
+        if parent is None:
+            raise ImageError(f"{overlay}: no child of any image: leave out --path to serve it")
+        try:
+            if not os.path.samestat(os.stat(path), os.fstat(parent.fd)):
+                raise ImageError(
+                    f"{overlay}: a child of {parent.path}, not of {path}: use it with that one, or "
+                    "begin a new one"
+                )
+        finally:
+            if isinstance(parent, Image):
+                parent.close()
+            else:
+                os.close(parent.fd)
+    except OSError as error:
+        raise ImageError(f"{path}: {error.strerror}") from error
+    finally:
+        os.close(vhd.fd)
 
 
 def directories_from(pairs: Iterable[str]) -> list[str]:

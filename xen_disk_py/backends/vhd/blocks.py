@@ -25,6 +25,7 @@ import struct
 import threading
 from array import array
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from ..image import IOV_MAX, Image, cut, nowait_flags, transfer_all
 from ..overlay.file import extents as data_extents
@@ -56,6 +57,8 @@ class BlockLayer:
 
     Attributes:
         stable: what flushes it.
+        is_ordered: bits wait for their data; not needed where a crash need not leave the old
+            content.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class BlockLayer:
         self.path = vhd.path
         self.size = vhd.size
         self.stable = Stable(vhd.fd)
+        self.is_ordered = True
         self._vhd = vhd
         self._blocks = blocks
         self._parent = parent
@@ -275,7 +279,7 @@ class BlockLayer:
             return
         try:
             transfer_all(os.pwritev, self.fd, buffers, place)
-            if not self._added[block] or self._parent is not None:
+            if self.is_ordered and (not self._added[block] or self._parent is not None):
                 self.stable.sync()
             with self._lock:
                 self._set_bits(block, first, last)
@@ -396,6 +400,14 @@ class BlockLayer:
         transfer_all(os.pwritev, self.fd, [memoryview(data)], offset)
 
     # -- the rest ----------------------------------------------------------------------
+
+    def set_uuid(self, uuid: bytes) -> None:
+        """Be another VHD from now on, on stable storage."""
+        footer = self._vhd.footer.with_uuid(uuid)
+        self._vhd = replace(self._vhd, footer=footer)
+        for place in (self._tail, 0):
+            self._pwrite(footer.raw, place)
+            self.stable.sync()
 
     def discard(self, offset: int, length: int) -> None:
         """Give the space of what is in the file back: zeros are read there.

@@ -10,6 +10,7 @@ parent, as blktap has them. Time stamps are not looked at: no program does.
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
 from collections.abc import Iterator, Sequence
@@ -18,8 +19,21 @@ from typing import Union
 from ...errors import ImageError
 from ..image import Image
 from .blocks import BlockLayer
-from .layout import FOOTER, NO_UUID, SECTOR, Footer, Header, clean_name, decode_name, is_foreign
+from .layout import (
+    EPOCH,
+    FOOTER,
+    NO_UUID,
+    SECTOR,
+    Footer,
+    Header,
+    clean_name,
+    committed_uuid,
+    decode_name,
+    is_foreign,
+)
 from .opening import Vhd, examine, open_file, open_vhd
+
+log = logging.getLogger("xen_disk_py")
 
 DEEPEST = 64
 """So many files make a chain at most; each takes a descriptor."""
@@ -28,6 +42,17 @@ _LONGEST = 8192  # bytes of a locator
 
 Top = Union[BlockLayer, Image]
 """The layer that a guest writes to."""
+
+
+class Committed(ImageError):
+    """All that a child has is in its parent, and nothing else is left to do than to remove it."""
+
+    def __init__(self, child: str, parent: str) -> None:
+        super().__init__(
+            f"{child}: its changes were committed to {_shown(parent)}, and are there: remove it "
+            f"with: xen-disk commit {child}"
+        )
+        self.parent = parent
 
 
 def open_chain(path: str, *, writable: bool, directories: Sequence[str] = ()) -> Top:
@@ -44,13 +69,13 @@ def open_chain(path: str, *, writable: bool, directories: Sequence[str] = ()) ->
     vhds = [open_vhd(path, writable=writable)]
     base: Image | None = None
     try:
-        roots = [os.path.realpath(each) for each in (os.path.dirname(vhds[0].path), *directories)]
+        roots = roots_of(vhds[0].path, directories)
         while base is None and vhds[-1].is_differencing:
             if len(vhds) >= DEEPEST:
                 raise ImageError(  # noqa: TRY301 - what is open is closed below, whatever it is
                     f"{path}: more than {DEEPEST} files deep: commit some of them first"
                 )
-            parent = _open_parent(vhds, roots)
+            parent = open_parent(vhds, roots)
             if isinstance(parent, Vhd):
                 vhds.append(parent)
             else:
@@ -84,7 +109,21 @@ def _stack(vhds: list[Vhd], base: Image | None, *, writable: bool) -> Top:
     return layer
 
 
-def _open_parent(vhds: Sequence[Vhd], roots: Sequence[str]) -> Vhd | Image:
+def roots_of(path: str, directories: Sequence[str]) -> list[str]:
+    """Return where the parents of the VHD that the user has named may lie, links followed."""
+    return [os.path.realpath(each) for each in (os.path.dirname(path), *directories)]
+
+
+def open_parent(vhds: Sequence[Vhd], roots: Sequence[str]) -> Vhd | Image:
+    """Open the parent of a VHD for reading, where it may lie and is the right one.
+
+    Args:
+        vhds: the chain so far; the last one's parent is wanted.
+        roots: see :func:`roots_of`.
+
+    Raises:
+        ImageError: there is none; the message says why and what to do.
+    """
     child = vhds[-1]
     assert child.blocks is not None
     header = child.blocks.header
@@ -129,7 +168,7 @@ def _open_checked(child: Vhd, header: Header, real: str, status: os.stat_result)
         image = Image.open(real, writable=False)
         try:
             _check_same(image.fd, status, real)
-            _check_raw(child, image)
+            _check_raw(child, header, image)
         except BaseException:
             image.close()
             raise
@@ -145,15 +184,25 @@ def _open_checked(child: Vhd, header: Header, real: str, status: os.stat_result)
     return vhd
 
 
-def _check_raw(child: Vhd, image: Image) -> None:
+def _check_raw(child: Vhd, header: Header, image: Image) -> None:
     if Footer.parse(os.pread(image.fd, FOOTER, max(0, image.size - FOOTER))) is not None:
         raise ImageError(
             f"{child.path}: says that its parent, {_shown(image.path)}, is a raw image, but that "
             "is a VHD: restore the right parent"
         )
+    modified = int(os.fstat(image.fd).st_mtime) - EPOCH
+    if not image.is_block_device and header.parent_time not in (0, modified):
+        log.warning(
+            "%s: its parent, %s, was written or copied since it was made: if it has changed, what "
+            "the guest reads is neither the one nor the other",
+            child.path,
+            _shown(image.path),
+        )
 
 
 def _check_uuid(child: Vhd, header: Header, parent: Vhd) -> None:
+    if parent.footer.uuid == committed_uuid(child.footer.uuid, header.parent_uuid):
+        raise Committed(child.path, parent.path)
     if parent.footer.uuid != header.parent_uuid:
         raise ImageError(
             f"{child.path}: its parent has the UUID {header.parent_uuid.hex()}, but "

@@ -27,6 +27,7 @@ from .layout import (
     blocks_of,
     check_size,
     encode_name,
+    new_uuid,
     whole_sectors,
 )
 from .opening import open_vhd
@@ -47,7 +48,7 @@ def create(path: str, size: int, *, fixed: bool = False) -> None:
         ImageError: it cannot be made.
     """
     check_size(size)
-    footer = Footer.new(FIXED if fixed else DYNAMIC, size, os.urandom(16), _now())
+    footer = Footer.new(FIXED if fixed else DYNAMIC, size, new_uuid(), _now())
     if fixed:
         _make(path, [(size, footer.raw)])
     else:
@@ -56,15 +57,21 @@ def create(path: str, size: int, *, fixed: bool = False) -> None:
 
 
 def create_child(
-    path: str, parent: str, *, is_raw: bool = False, directories: Sequence[str] = ()
+    path: str,
+    parent: str,
+    *,
+    is_raw: bool = False,
+    directories: Sequence[str] = (),
+    replacing: bool = False,
 ) -> int:
     """Make a differencing VHD that has nothing yet: it reads as its parent.
 
     Args:
-        path: no such file may exist.
+        path: no such file may exist, unless ``replacing``.
         parent: a VHD or a raw image, of which nothing is changed.
         is_raw: the parent is the bytes of a disk, no more.
         directories: where the parent's own parents may lie, besides its directory.
+        replacing: put it in the place of what is there.
 
     Returns:
         The size of the disk, in bytes.
@@ -92,7 +99,7 @@ def create_child(
             )
     check_size(size)
     modified = min(max(0, int(os.stat(base).st_mtime) - EPOCH), 0xFFFFFFFF)
-    footer = Footer.new(DIFFERENCING, size, os.urandom(16), _now())
+    footer = Footer.new(DIFFERENCING, size, new_uuid(), _now())
     here = os.path.dirname(os.path.realpath(path))
     name = os.path.join(".", os.path.relpath(base, here))
     entries = blocks_of(size, BLOCK)
@@ -111,7 +118,7 @@ def create_child(
         parent_name=os.path.basename(base),
         locators=tuple(locators),
     )
-    _make(path, _pieces(footer, header, texts))
+    _make(path, _pieces(footer, header, texts), replacing=replacing)
     return size
 
 
@@ -125,8 +132,8 @@ def _pieces(
     return [*pieces, (last + len(content), footer.raw)]
 
 
-def _make(path: str, pieces: Sequence[tuple[int, bytes]]) -> None:
-    if os.path.lexists(path):
+def _make(path: str, pieces: Sequence[tuple[int, bytes]], *, replacing: bool = False) -> None:
+    if os.path.lexists(path) and not replacing:
         raise UsageError(f"{path}: there is such a file: give another name, or remove it")
     try:
         fd, temporary = temporary_beside(path)
@@ -135,7 +142,7 @@ def _make(path: str, pieces: Sequence[tuple[int, bytes]]) -> None:
             for offset, content in pieces:
                 transfer_all(os.pwritev, fd, [memoryview(content)], offset)
             os.fsync(fd)
-            put_in_place(temporary, path, replacing=False)
+            put_in_place(temporary, path, replacing=replacing)
         finally:
             os.close(fd)
             with suppress(FileNotFoundError):  # it has its name

@@ -20,9 +20,11 @@ Specification", 2006; the batmap is blktap's (``vhd.h``).
 
 from __future__ import annotations
 
+import hashlib
 import re
 import struct
 from dataclasses import dataclass, replace
+from uuid import UUID, uuid4
 
 from ...errors import ImageError, UsageError
 from ...units import format_size
@@ -174,6 +176,7 @@ class Header:
         block_size: bytes.
         parent_uuid: 16 bytes, zeros where the parent is a raw image.
         parent_name: as its creator has put it, mostly without a directory.
+        parent_time: when the parent was last written, in seconds since :data:`EPOCH`.
         locators: those that are in use.
     """
 
@@ -181,6 +184,7 @@ class Header:
     entries: int
     block_size: int
     parent_uuid: bytes
+    parent_time: int
     parent_name: str
     locators: tuple[Locator, ...]
     raw: bytes
@@ -194,7 +198,9 @@ class Header:
         """
         if len(page) < HEADER or not page.startswith(_HEADER_COOKIE):
             raise damaged(name, "there is no header where its footer says")
-        _, _, table, version, entries, block, checksum, uuid, _, title = _HEADER.unpack_from(page)
+        _, _, table, version, entries, block, checksum, uuid, time, title = _HEADER.unpack_from(
+            page
+        )
         if checksum != _sum(page, _HEADER_SUM):
             raise damaged(name, "its header has a wrong checksum")
         if version >> 16 != 1:
@@ -215,7 +221,7 @@ class Header:
                 space = space * SECTOR if space < SECTOR else space
                 found.append(Locator(code, space, length, offset))
         text = title.decode("utf-16-be", errors="replace").partition("\0")[0]
-        return cls(table, entries, block, uuid, text, tuple(found), page[:HEADER])
+        return cls(table, entries, block, uuid, time, text, tuple(found), page[:HEADER])
 
     @classmethod
     def new(
@@ -235,7 +241,7 @@ class Header:
         for each in locators:
             raw += _LOCATOR.pack(each.code, each.space, each.length, 0, each.offset)
         raw = _summed(raw.ljust(HEADER, b"\0"), _HEADER_SUM)
-        return cls(table, entries, BLOCK, parent_uuid, parent_name, locators, raw)
+        return cls(table, entries, BLOCK, parent_uuid, parent_time, parent_name, locators, raw)
 
     @property
     def bitmap_size(self) -> int:
@@ -352,6 +358,21 @@ def is_foreign(path: str) -> bool:
 def checksum(data: bytes | bytearray) -> int:
     """Return the ones' complement of the sum of all bytes, as every structure has it."""
     return ~sum(data) & 0xFFFFFFFF
+
+
+def new_uuid() -> bytes:
+    """Return a UUID as RFC 4122 has them: vhd-lib takes no other."""
+    return uuid4().bytes
+
+
+def committed_uuid(child: bytes, parent: bytes) -> bytes:
+    """Return the UUID that a parent gets when all that a child has was written into it.
+
+    By it the parent's other children do not take it for what they knew, and a commit that was
+    interrupted knows that nothing is left but to remove the child.
+    """
+    digest = hashlib.sha256(b"xen-disk commit" + child + parent).digest()
+    return UUID(bytes=digest[:16], version=4).bytes
 
 
 def whole_sectors(length: int) -> int:
