@@ -95,17 +95,17 @@ def test_a_guest_that_holds_on(disconnect, served, host):
 
 def test_force(disconnect, served, host, monkeypatch):
     """Two signals to the process; its first asks, its second forces."""
-    monkeypatch.setattr(disconnect_module, "_FORCE_PATIENCE", 0.1)
+    monkeypatch.setattr(disconnect_module, "_FORCE_GRACE", 0.1)
     frontend = served.frontend()
     signals = []
 
-    def kill(pid, signum):
+    def kill(pid, started, signum):
         signals.append((pid, signum))
         if len(signals) == 2:
             served.interrupts.drain = lambda: (_ for _ in ()).throw(Forced())
         served.unplug()
 
-    monkeypatch.setattr(disconnect_module.os, "kill", kill)
+    monkeypatch.setattr(disconnect_module, "send_signal", kill)
     status, said = disconnect("guest", "xvdb", "--force")
     assert (ExitStatus.OK, "xvdb: forced off guest (domain 5)\n") == (status, said)
     assert [15, 15] == [signum for _, signum in signals]
@@ -114,8 +114,8 @@ def test_force(disconnect, served, host, monkeypatch):
 
 
 def test_force_a_process_that_does_not_end(disconnect, served, monkeypatch):
-    monkeypatch.setattr(disconnect_module.os, "kill", lambda pid, signum: None)
-    monkeypatch.setattr(disconnect_module, "_FORCE_PATIENCE", 0.1)
+    monkeypatch.setattr(disconnect_module, "send_signal", lambda pid, started, signum: None)
+    monkeypatch.setattr(disconnect_module, "_FORCE_GRACE", 0.1)
     monkeypatch.setattr(disconnect_module, "_FORCE_PATIENCE", 0.1)
     status, said = disconnect("guest", "xvdb", "--force")
     assert status is ExitStatus.ERROR
@@ -123,12 +123,12 @@ def test_force_a_process_that_does_not_end(disconnect, served, monkeypatch):
 
 
 def test_force_a_process_that_ends_just_now(disconnect, served, host, monkeypatch):
-    def kill(pid, signum):
+    def kill(pid, started, signum):
         served.unplug()
         served.wait()
-        raise ProcessLookupError
+        return False
 
-    monkeypatch.setattr(disconnect_module.os, "kill", kill)
+    monkeypatch.setattr(disconnect_module, "send_signal", kill)
     # its nodes go between our look and the signal
     assert disconnect("guest", "xvdb", "--force")[0] is ExitStatus.OK
 
@@ -254,7 +254,7 @@ def test_a_dead_process_whose_guest_holds_on_can_still_be_followed(
 
 
 def test_a_dead_process_whose_guest_holds_on(disconnect, orphan, host, monkeypatch):
-    monkeypatch.setattr(disconnect_module, "_FORCE_PATIENCE", 0.1)
+    monkeypatch.setattr(disconnect_module, "_FORCE_GRACE", 0.1)
     host.store.write(f"{orphan.address.frontend}/state", "4")
     status, said = disconnect("guest", "xvdb", "--timeout", "0.1")
     assert status is ExitStatus.ERROR

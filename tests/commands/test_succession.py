@@ -259,7 +259,7 @@ def change_file(image):
 @pytest.mark.parametrize(
     ("argv", "change", "said"),
     [
-        (["--backend=raw"], change_file, "is not the file any more that xvdb was made of"),
+        (["--backend=raw"], change_file, "is not what xvdb was made of"),
         (["--backend=raw"], os.remove, "of which xvdb was made, is not there: put it back"),
         (["--backend=raw"], lambda path: os.truncate(path, 4096), "is 4 KiB long now, xvdb 1 MiB"),
         (["--backend=cow"], lambda path: None, "has died with process 999999999"),

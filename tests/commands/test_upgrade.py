@@ -189,11 +189,11 @@ def served(host, monkeypatch):
         one.describe({"pid": os.getpid(), "started": 1.0, "version": "9", "pause": None, **facts})
         signals = []
 
-        def kill(pid, signum):
+        def kill(pid, started, signum):
             signals.append((pid, signum))
-            answer(one)
+            return answer(one) is not False
 
-        monkeypatch.setattr(upgrade_module.os, "kill", kill)
+        monkeypatch.setattr(upgrade_module, "send_signal", kill)
         records.append(one)
         return signals
 
@@ -215,7 +215,7 @@ def fail(error):
         (lambda one: one.close(), "xvdb was disconnected meanwhile"),
         (lambda one: one.leave(), "the new program has died; to go on with the disk: xen-disk"),
         (lambda one: None, "has not answered within 0 s: it is stopped or hangs"),
-        (lambda one: fail(ProcessLookupError()), "has died; to go on with its disk: xen-disk"),
+        (lambda one: False, "has died; to go on with its disk: xen-disk"),
         (lambda one: fail(PermissionError()), "run as root"),
     ],
 )

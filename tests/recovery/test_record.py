@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -20,13 +21,14 @@ from xen_disk_py.blkif import Ring
 from xen_disk_py.datapath import statistics
 from xen_disk_py.datapath.journal import SIZE, Unanswered
 from xen_disk_py.errors import DeviceError, DeviceTaken, XenUnavailable
+from xen_disk_py.host import process
 from xen_disk_py.recovery import record
 from xen_disk_py.recovery.record import Found, Record, find, forget
 from xen_disk_py.xenbus.states import Address
 
 ADDRESS = Address(0, 5, 51728, "vbd3")
 ROOM = (32 * 1024 - 8) // 2 - 4  # bytes of facts
-FACTS = {"vdev": "xvdb", "path": "/images/größe.img", "size": 1 << 40, "format": 1}
+FACTS = {"vdev": "xvdb", "path": "/images/größe.img", "size": 1 << 40, "format": 2}
 
 
 UNREADABLE = [b"", b"{", b"nonsense", b"\xff\xfe", b'{"a": 1', b"[]", b"7", b"[" * ROOM]
@@ -100,7 +102,7 @@ class TestServing:
 
     @pytest.mark.parametrize("count", [1, 2])
     def test_facts_of_half_their_place_fit(self, directory, count):
-        facts = {"path": "x" * (ROOM - len('{"path": "", "format": 1}')), "format": 1}
+        facts = {"path": "x" * (ROOM - len('{"path": "", "format": 2}')), "format": 2}
         with Record(directory, ADDRESS) as mine:
             mine.statistics.add(statistics.REQUESTS, 7)
             for _ in range(count):
@@ -112,7 +114,7 @@ class TestServing:
             mine.statistics.add(statistics.REQUESTS, 7)
             mine.describe(FACTS)
             with pytest.raises(DeviceError, match=f"too long to be noted: {ROOM + 1} bytes"):
-                mine.describe({"path": "x" * (ROOM + 1 - len('{"path": "", "format": 1}'))})
+                mine.describe({"path": "x" * (ROOM + 1 - len('{"path": "", "format": 2}'))})
             assert FACTS == mine.facts
             assert Found(FACTS, mine.statistics.as_dict(), True) == find(directory, ADDRESS)
 
@@ -331,13 +333,13 @@ class TestAdopting:
     def test_all_is_as_it_was_and_goes_on(self, directory):
         assert not find(directory, ADDRESS).alive
         mine = Record.adopt(directory, ADDRESS)
-        assert {"path": "/a", "format": 1} == mine.facts
+        assert {"path": "/a", "format": 2} == mine.facts
         assert 82 == mine.statistics.as_dict()["requests"]
         assert [None, None, LEFT] == [journal.recall(RING, 112) for journal in mine.journals]
         mine.statistics.add(statistics.REQUESTS)
         mine.describe({**mine.facts, "pid": 4})
         found = find(directory, ADDRESS)
-        assert ({"path": "/a", "pid": 4, "format": 1}, 83, True) == (
+        assert ({"path": "/a", "pid": 4, "format": 2}, 83, True) == (
             found.facts,
             found.counters["requests"],
             found.alive,
@@ -418,7 +420,7 @@ class TestAdopting:
 
     @staticmethod
     def other_format(mine, path):
-        mine._facts.write(b'{"path": "/a", "format": 2}')
+        mine._facts.write(b'{"path": "/a", "format": 1}')
 
     @staticmethod
     def no_format(mine, path):
@@ -654,3 +656,54 @@ class TestRaces:
         assert {1} == set(most)
         assert all(served)
         assert find(directory, ADDRESS) is None
+
+
+class TestStrangers:
+    """Whoever can open a record can lock it, and a locked record is one that somebody serves."""
+
+    def test_nobody_else_can_open_a_record(self, directory):
+        with Record(directory, ADDRESS):
+            assert 0o700 == stat.S_IMODE(os.stat(directory).st_mode)
+            (name,) = os.listdir(directory)
+            assert 0o600 == stat.S_IMODE(os.stat(os.path.join(directory, name)).st_mode)
+
+    def test_a_directory_of_an_older_version_is_closed(self, directory):
+        os.makedirs(directory, 0o755)
+        Record(directory, ADDRESS).close()
+        assert 0o700 == stat.S_IMODE(os.stat(directory).st_mode)
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a directory away")
+    def test_a_directory_that_somebody_else_has_made_is_refused(self, directory):
+        os.makedirs(directory)
+        os.chown(directory, 65534, 65534)
+        with pytest.raises(XenUnavailable, match="somebody else has made it"):
+            Record(directory, ADDRESS)
+
+    def test_a_link_in_the_place_of_a_record_is_not_followed(self, directory, tmp_path):
+        os.makedirs(directory)
+        target = tmp_path / "target"
+        target.write_bytes(b"theirs")
+        os.symlink(target, os.path.join(directory, f"{ADDRESS.frontend_domid}-{ADDRESS.devid}"))
+        with pytest.raises(XenUnavailable):
+            Record(directory, ADDRESS)
+        assert b"theirs" == target.read_bytes()
+
+    def test_a_lock_for_a_moment_does_not_make_a_dead_process_live(self, directory):
+        """As that of a sweep, which looks into every record."""
+        mine = Record(directory, ADDRESS)
+        mine.describe({"path": "/a", "pid": 999_999_999, "process_started": 1})
+        mine.leave()
+        path = os.path.join(directory, f"{ADDRESS.frontend_domid}-{ADDRESS.devid}")
+        with open(path, "rb") as sweeping:
+            fcntl.flock(sweeping, fcntl.LOCK_EX)
+            gone = threading.Timer(0.05, lambda: fcntl.flock(sweeping, fcntl.LOCK_UN))
+            gone.start()
+            assert not find(directory, ADDRESS).alive
+            gone.join()
+
+    def test_a_process_that_lives_is_seen_at_once(self, directory, monkeypatch):
+        monkeypatch.setattr(record.time, "sleep", lambda seconds: pytest.fail("waited"))
+        with Record(directory, ADDRESS) as mine:
+            started = process.start_time(os.getpid())
+            mine.describe({"path": "/a", "pid": os.getpid(), "process_started": started})
+            assert find(directory, ADDRESS).alive

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -13,9 +12,10 @@ from typing import Callable
 from ..datapath.journal import Journal
 from ..errors import DeviceError, DeviceTaken, XenDiskError
 from ..exit_status import ExitStatus
+from ..host.process import send_signal
 from ..recovery import record
 from ..recovery.orphan import stand_in
-from ..recovery.record import Record
+from ..recovery.record import Found, Record
 from ..xenbus import toolstack
 from ..xenbus.states import State
 from ..xenbus.toolstack import Attached
@@ -25,7 +25,7 @@ from .environment import Environment
 from .served_disk import find, until
 
 _FORCE_PATIENCE = 10.0
-_FORCE_PATIENCE = 2.0  # seconds that a guest gets to release the disk by itself
+_FORCE_GRACE = 2.0  # seconds that a guest gets to release the disk by itself
 
 
 def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
                 else:
                     _wait(store, disk, args.timeout, alive=False)
         elif args.force:
-            _force(store, disk)
+            _force(store, disk, found)
         else:
             _ask(store, disk)
             _wait(store, disk, args.timeout, alive=True)
@@ -109,12 +109,15 @@ def _closed(store: Store, disk: Attached, *, alive: bool) -> tuple[str, Callable
     return path, closed
 
 
-def _force(store: Store, disk: Attached) -> None:
-    """Have the serving process cut the guest off: its first signal asks, the second forces."""
+def _force(store: Store, disk: Attached, found: Found | None) -> None:
+    """Have the serving process cut the guest off: its first signal asks, the second forces.
+
+    The record says which process that is. A lock alone does not: an id is given away again.
+    """
     path = disk.address.backend
-    for patience in (_FORCE_PATIENCE, _FORCE_PATIENCE):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(disk.pid, signal.SIGTERM)
+    facts = found.facts if found is not None else {}
+    for patience in (_FORCE_GRACE, _FORCE_PATIENCE):
+        send_signal(facts.get("pid"), facts.get("process_started"), signal.SIGTERM)
         if until(store, path, lambda: not store.exists(path), patience):
             return
     raise DeviceError(f"process {disk.pid} does not end; kill it, then try again")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,8 @@ from ..datapath.disk import Disk
 from ..datapath.grants import Grants
 from ..datapath.queue import Options
 from ..errors import BackendError
+from ..host.identity import identity_of
+from ..host.process import start_time
 from ..hypervisor import Hypervisor
 from ..xenbus.toolstack import Domain
 from ..xenbus.vdev import VirtualDevice
@@ -65,7 +66,8 @@ def facts_about(
         "path": path,
         "mode": "ro" if disk.read_only else "rw",
         "pid": os.getpid(),
-        "files": {name: file_identity(name) for name in _files(args)},
+        "process_started": start_time(os.getpid()),
+        "files": {name: identity_of(name) for name in _files(args)},
         "survives": disk.backend.survives,
         "folder": _folder(),
         "arguments": args.words,
@@ -98,14 +100,3 @@ def _files(args: argparse.Namespace) -> list[str]:
     path = None if backend_name(args) == args.path else args.path
     names = [name for name in (path, args.overlay) if name is not None and is_file(name)]
     return [os.path.abspath(name) for name in names]
-
-
-def file_identity(path: str) -> list[int] | None:
-    """Tell a file, or a block device, from another one that has taken its name; None: no file."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    if stat.S_ISBLK(status.st_mode):  # its node may be made anew
-        return [status.st_rdev]
-    return [status.st_dev, status.st_ino]

@@ -22,6 +22,7 @@ from ..errors import (
     XenUnavailable,
 )
 from ..exit_status import ExitStatus
+from ..host.identity import difference, identity_of
 from ..libxl import attachment
 from ..recovery import record
 from ..recovery.record import Record
@@ -33,7 +34,6 @@ from ..xenbus.vdev import VirtualDevice
 from ..xenbus.xenstore import Store
 from .arguments import parse
 from .environment import Environment
-from .opening import file_identity
 
 log = logging.getLogger("xen_disk_py")
 
@@ -175,16 +175,20 @@ def check_files(facts: Mapping[str, Any], device: str, forced: str) -> None:
             f"the way of a {facts.get('backend')} disk: take it away with: {forced}"
         )
     for path, identity in facts.get("files", {}).items():
-        now = file_identity(path)
+        try:
+            now = identity_of(path)
+        except OSError as error:
+            raise ImageError(f"{path}, of which {device} was made: {error.strerror}") from error
         if now is None:
             raise ImageError(
                 f"{path}, of which {device} was made, is not there: put it back, or take the disk "
                 f"away with: {forced}"
             )
-        if now != identity:
+        other = difference(identity, now)
+        if other is not None:
             raise DeviceError(
-                f"{path} is not the file any more that {device} was made of: put that back, or "
-                f"take the disk away with: {forced}"
+                f"{path} is not what {device} was made of ({other}): put that back, or take the "
+                f"disk away with: {forced}"
             )
 
 

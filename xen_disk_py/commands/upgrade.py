@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import signal
 import time
 from typing import Any
 
 from ..errors import DeviceError
 from ..exit_status import ExitStatus
+from ..host.process import send_signal
 from ..libxl import attachment
 from ..recovery import record
 from ..recovery.record import FORMAT
@@ -68,9 +68,8 @@ def _upgrade(env: Environment, disk: Attached, timeout: float) -> dict[str, Any]
     if disk.backend_state is State.CLOSING:
         raise DeviceError(f"{disk.device} is about to go: the guest has been asked to let go of it")
     try:
-        os.kill(disk.pid, signal.SIGUSR2)
-    except ProcessLookupError:
-        raise died from None
+        if not send_signal(disk.pid, before.facts.get("process_started"), signal.SIGUSR2):
+            raise died
     except PermissionError as error:
         raise DeviceError(f"no signal can be sent to process {disk.pid}: run as root") from error
     deadline = time.monotonic() + timeout

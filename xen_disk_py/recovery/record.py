@@ -18,10 +18,12 @@ supervisor, or whoever makes a record next, removes what is empty.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import mmap
 import os
+import stat
 import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -31,12 +33,13 @@ from ..datapath.journal import SIZE as JOURNAL_SIZE
 from ..datapath.journal import Journal
 from ..datapath.statistics import WORDS, Statistics
 from ..errors import DeviceError, DeviceTaken, XenUnavailable
+from ..host.process import is_process
 from ..hypervisor import Closing
 from ..xenbus.states import Address
 from ..xenbus.vdev import from_number
 
 DIRECTORY = "/run/xen_disk_py"
-FORMAT = 1
+FORMAT = 2
 """What the layout of this file is, and of all in it."""
 
 _FACTS = 32 << 10  # bytes
@@ -48,6 +51,20 @@ _PAUSE = 0.01
 
 def _path(directory: str, address: Address) -> str:
     return os.path.join(directory, f"{address.frontend_domid}-{address.devid}")
+
+
+def _prepare(directory: str) -> None:
+    """Make the directory of records, which nobody else may enter: who can open a file can lock it.
+
+    Raises:
+        OSError: it cannot be made, or is somebody else's.
+    """
+    os.makedirs(directory, mode=0o700, exist_ok=True)
+    status = os.lstat(directory)
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+        raise PermissionError(errno.EPERM, "somebody else has made it")
+    if status.st_mode & 0o077:
+        os.chmod(directory, 0o700)
 
 
 def _parse(facts: DoubleBuffer) -> dict[str, Any]:
@@ -77,7 +94,7 @@ def _lock(path: str, flags: int) -> int | None:
 
     A file is removed only under its lock, so what this returns keeps its name.
     """
-    fd = os.open(path, flags | os.O_CLOEXEC, 0o644)
+    fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if _is_at(fd, path):
@@ -122,7 +139,7 @@ class Record(Closing):
     def __init__(self, directory: str, address: Address, queues: int = 1) -> None:
         path = _path(directory, address)
         try:
-            os.makedirs(directory, mode=0o755, exist_ok=True)
+            _prepare(directory)
             sweep(directory)
             fd = _claim(path, os.O_RDWR | os.O_CREAT)
         except OSError as error:
@@ -266,6 +283,16 @@ class Found(NamedTuple):
         )
 
 
+def _is_locked(fd: int) -> bool:
+    """Tell whether somebody else has the lock; what this takes of it goes at once."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    fcntl.flock(fd, fcntl.LOCK_UN)
+    return False
+
+
 def find(directory: str, address: Address) -> Found | None:
     """Read the record of a device; None if there is none."""
     try:
@@ -273,17 +300,21 @@ def find(directory: str, address: Address) -> Found | None:
     except OSError:
         return None
     try:
+        alive = _is_locked(fd)
         data = os.pread(fd, _HEAD, 0)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            alive = False
-        except OSError:
-            alive = True
+        facts = (
+            _parse(DoubleBuffer(memoryview(bytearray(data[:_FACTS])))) if len(data) == _HEAD else {}
+        )
+        # A sweep has the lock for a moment: that is not the process that serves.
+        tries = _TRIES
+        while alive and tries and not is_process(facts.get("pid"), facts.get("process_started")):
+            tries -= 1
+            time.sleep(_PAUSE)
+            alive = _is_locked(fd)
     finally:
         os.close(fd)
     if len(data) < _HEAD:
         return None
-    facts = _parse(DoubleBuffer(memoryview(bytearray(data[:_FACTS]))))
     words = memoryview(data)[_FACTS : _FACTS + 8 * WORDS].cast("Q")
     return Found(facts, Statistics(words).as_dict(), alive)
 

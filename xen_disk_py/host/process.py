@@ -1,0 +1,50 @@
+"""Which process it is, and signals for that one only: process ids are given away again."""
+
+from __future__ import annotations
+
+import os
+import signal
+from contextlib import suppress
+
+
+def start_time(pid: int) -> int | None:
+    """Return when a process was started, in clock ticks since boot; None if there is none.
+
+    With its id that names a process as long as the host runs (proc_pid_stat(5), field 22).
+    """
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+        return int(fields[19])
+    except (OSError, IndexError, ValueError):
+        return None
+
+
+def is_process(pid: object, started: object) -> bool:
+    """Tell whether the process that had that id, and was started then, is there."""
+    return isinstance(pid, int) and started is not None and start_time(pid) == started
+
+
+def send_signal(pid: object, started: object, signum: signal.Signals) -> bool:
+    """Send a signal to a process; False if it has gone, though another may have its id now.
+
+    Raises:
+        PermissionError: it is somebody else's.
+    """
+    if not isinstance(pid, int) or pid <= 0:
+        return False
+    with suppress(ProcessLookupError):
+        if not hasattr(os, "pidfd_open"):  # a Python that was built for an old kernel
+            if not is_process(pid, started):
+                return False
+            os.kill(pid, signum)
+            return True
+        pidfd = os.pidfd_open(pid)
+        try:
+            # The descriptor is of one process. If that is the one, its id was not given away.
+            if is_process(pid, started):
+                signal.pidfd_send_signal(pidfd, signum)
+                return True
+        finally:
+            os.close(pidfd)
+    return False
