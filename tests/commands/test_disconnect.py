@@ -254,7 +254,7 @@ def test_a_dead_process_whose_guest_holds_on_can_still_be_followed(
 
 
 def test_a_dead_process_whose_guest_holds_on(disconnect, orphan, host, monkeypatch):
-    monkeypatch.setattr(disconnect_module, "_FORCE_GRACE", 0.1)
+    monkeypatch.setattr(disconnect_module, "_FORCE_PATIENCE", 0.1)
     host.store.write(f"{orphan.address.frontend}/state", "4")
     status, said = disconnect("guest", "xvdb", "--timeout", "0.1")
     assert status is ExitStatus.ERROR
