@@ -157,7 +157,7 @@ class Load(Frontend):
 
     def _refill(self) -> None:
         # Not more than half a ring at once, so that a backend that answers all it took
-        # together finds the other half when it looks again.
+        # together finds the rest when it looks again.
         produced = self._produced
         count = min(self._depth - (produced - self._consumed), self._half)
         position, size = produced % SLOTS, self._abi.slot_size

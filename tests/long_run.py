@@ -29,5 +29,5 @@ def one_in(share: int, *indices: int) -> bool:
 
 
 def stride(step: int) -> tuple[int, int]:
-    """Return where to begin and how far to go on; by chance, others each time."""
+    """Return where to begin and how far to go; by chance, others each time."""
     return (1, 1) if LONG else (random.randint(1, step), step)

@@ -454,7 +454,7 @@ class TestAgainstTheStub:
                 xen.copy_to_grants(0, [Piece(8, 0, 8)], memoryview(bytearray(8)))
             assert errno.ENOSYS == caught.value.errno
 
-    def test_memory_is_let_go_of_after_a_copy(self, stub):
+    def test_memory_is_released_after_a_copy(self, stub):
         memory = bytearray(8)
         with Xen() as xen, xen.share_pages(0, 1, writable=True) as shared:
             for ref in (shared.refs[0], 1023):

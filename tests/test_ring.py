@@ -181,7 +181,7 @@ class TestBothEnds:
     @pytest.mark.parametrize("stride", STRIDES)
     @pytest.mark.parametrize("start", STARTS)
     @pytest.mark.parametrize("order", [0, 1])
-    def test_each_request_is_answered_once_in_order_and_nobody_sleeps_for_ever(
+    def test_each_request_is_answered_once_in_order_and_nobody_sleeps_indefinitely(
         self, start, stride, order
     ):
         slept = Counter()
@@ -607,7 +607,7 @@ class TestFences:
 
         assert 2 == number_in(front.take()[0])
 
-    def test_answers_are_written_before_their_index_and_the_wish_is_read_after_it(self):
+    def test_answers_are_written_before_their_index_and_the_event_index_is_read_after_it(self):
         def fence():
             seen.append((get(shared, RSP_PROD), number_in(shared[64:])))
             put(shared, RSP_EVENT, len(seen) - 1)  # 1 only from the second fence on
@@ -620,7 +620,7 @@ class TestFences:
         assert back.push()
         assert [(0, 77), (1, 77)] == seen
 
-    def test_requests_are_written_before_their_index_and_the_wish_is_read_after_it(self):
+    def test_requests_are_written_before_their_index_and_the_event_index_is_read_after_it(self):
         def fence():
             seen.append((get(shared, REQ_PROD), number_in(shared[64:])))
             put(shared, REQ_EVENT, len(seen) - 1)

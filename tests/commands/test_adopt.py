@@ -423,7 +423,7 @@ def orphan(host, libxl):
     return orphan
 
 
-def test_it_goes_on_in_the_place_of_a_process_that_died(adopt, steps, host, orphan, image, caplog):
+def test_it_takes_over_from_a_process_that_died(adopt, steps, host, orphan, image, caplog):
     """Its guest is as it was; what it is to serve the nodes say, as they did then."""
     orphan(image, discard_enable="0")
 
@@ -456,7 +456,7 @@ def test_libxl_detaches_while_nobody_serves(adopt, host, libxl, orphan, image):
     assert [] == os.listdir(host.records)
 
 
-def test_it_goes_on_only_after_the_script(adopt, steps, host, libxl, orphan, image):
+def test_it_continues_only_after_the_script(adopt, steps, host, libxl, orphan, image):
     """The process died before libxl had run it."""
     orphan(image, hotplug_status="")
     host.store.remove(f"{ADDRESS.backend}/hotplug-status")
@@ -488,7 +488,7 @@ def swap(image):
         (swap, ExitStatus.ERROR, "take the disk away with: xl block-detach 5 xvdb"),
     ],
 )
-def test_what_it_cannot_go_on_with(adopt, host, libxl, orphan, image, caplog, change, status, said):
+def test_what_it_cannot_take_over(adopt, host, libxl, orphan, image, caplog, change, status, said):
     """What may pass is for another try. It stays as it is; or is given up when libxl detaches."""
     orphan(image)
     change(image)

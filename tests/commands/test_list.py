@@ -128,7 +128,7 @@ def test_a_dead_process(listing, host):
     [({}, "orphan"), ({"survives": False}, "dead"), ({"arguments": None}, "dead")],
 )
 def test_an_orphan(listing, host, changed, word):
-    """Another process can go on with the disk of one that has died."""
+    """Another process can take over the disk of one that has died."""
     serving = host.serving(host.memory(), "xvdb")
     facts = {"backend": "raw", "survives": True, "arguments": [], **changed}
     with Record(host.records, serving.address) as one:

@@ -47,7 +47,7 @@ def serve(host):
         records.pop().close()
 
 
-def wishes(host, serving):
+def requests(host, serving):
     """Return what commands have left in xenstore."""
     root = f"{serving.address.backend}/resize/"
     return [path for path in host.tree() if path.startswith(root)]
@@ -72,7 +72,7 @@ def test_an_image_is_made_longer_and_shorter(host, serve, resize, tmp_path):
 
     assert ExitStatus.OK is resize("guest", "xvdb", "1M", "--force")[0]
     assert b"a" * MIB == image.read_bytes()
-    assert [] == wishes(host, serving)
+    assert [] == requests(host, serving)
 
     os.truncate(image, 3 * MIB)
     status, out, _ = resize("5", "51728", "--json")
@@ -149,7 +149,7 @@ def test_a_process_that_has_ended(host, resize):
     assert status is ExitStatus.ERROR
     assert f"the process that served xvdb, {os.getpid()}, has ended" in err
     assert "disconnect guest xvdb" in err
-    assert [] == wishes(host, serving)
+    assert [] == requests(host, serving)
     toolstack.detach(host.store, serving.address)
     os.unlink(record._path)
 
@@ -161,7 +161,7 @@ def test_a_process_that_does_not_answer(host, resize):
         status, out, err = resize("guest", "xvdb", "2M", "--timeout", "0.05")
         assert (ExitStatus.ERROR, "") == (status, out)
         assert "does not answer within 0.05 s" in err
-        assert [] == wishes(host, serving)
+        assert [] == requests(host, serving)
     toolstack.detach(host.store, serving.address)
 
 

@@ -639,11 +639,11 @@ def test_a_disk_that_does_not_hold_answers_with_an_error(operation):
     assert 1 == disk.statistics.as_dict()["errors"]
 
 
-def test_trouble_is_no_status_of_the_protocol():
+def test_retry_is_no_status_of_the_protocol():
     assert RETRY not in (OKAY, ERROR, EOPNOTSUPP)
 
 
-def test_a_disk_is_not_made_smaller_while_a_request_is_held(monkeypatch):
+def test_a_disk_is_not_made_smaller_while_a_request_is_queued_for_retry(monkeypatch):
     """It was judged by the size before, and will be tried again."""
 
     class Elastic(Storage):

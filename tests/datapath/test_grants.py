@@ -206,7 +206,7 @@ def runs(sectors):
 
 
 @every_way
-def test_what_lies_one_behind_the_other_is_one_buffer(host, make, way):
+def test_what_is_contiguous_is_one_buffer(host, make, way):
     dice = random.Random(3)
     shared = host.share(8)
     pages = make(**way)

@@ -104,7 +104,7 @@ def test_after_a_beginning_notes_are_about_the_new_ring():
     assert Unanswered(9, [], [b"x" * 108]) == Journal(memory).recall(other, 108)
 
 
-def test_whoever_recalls_goes_on_from_there():
+def test_whoever_recalls_continues_from_there():
     memory = shared()
     begun(memory).note(7, [b"a" * 12], [b"b" * 112])
     for start in range(8, 12):
@@ -114,7 +114,7 @@ def test_whoever_recalls_goes_on_from_there():
         assert Unanswered(start, [], [b"c" * 112] * start) == Journal(memory).recall(RING, 112)
 
 
-def test_another_ring_s_process_does_not_go_on_from_there():
+def test_another_ring_s_process_does_not_continue_from_there():
     memory = shared()
     begun(memory).note(7, [], [])
     successor = Journal(memory)

@@ -13,7 +13,7 @@ US = 1e-6
     ("work", "window"),
     [(5 * US, 82.5 * US), (10 * US, 85 * US), (20 * US, 10 * US), (0.001, 0.0005), (1.0, 0.002)],
 )
-def test_it_looks_on_long_after_little_work_and_for_half_of_it_after_much(work, window):
+def test_it_polls_long_after_little_work_and_for_half_of_it_after_much(work, window):
     pace = Pace()
     pace.worked(5 * US)
     pace.worked(work)
@@ -33,7 +33,7 @@ def test_what_is_little_depends_on_the_machine():
     assert pytest.approx(50 * US) == slow.window
 
 
-def test_where_others_want_the_processor_it_does_not_look_on():
+def test_where_others_want_the_processor_it_does_not_poll():
     pace = Pace()
     pace.worked(0.001)
     pace.slept(0.0)

@@ -989,7 +989,7 @@ def test_a_backend_that_keeps_a_buffer(host, caplog):
     backend.kept.clear()  # then they are unmapped at the end: the fixture looks
 
 
-def test_a_backend_that_keeps_a_buffer_for_ever(host, caplog):
+def test_a_backend_that_keeps_a_buffer_indefinitely(host, caplog):
     backend = Broken()
     line = host.line(backend, persistent=True)
     pages = host.share()
@@ -1170,7 +1170,7 @@ def test_a_slot_is_read_once(host, monkeypatch):
         return slots
 
     monkeypatch.setattr(line.queue._ring, "take", overwritten)
-    line.ask(one(1, READ, 3, pages.refs[0]))  # the loop has the method in hand by now
+    line.ask(one(1, READ, 3, pages.refs[0]))  # the loop already has the method in hand
     assert Response(2, READ, OKAY) == line.ask(one(2, READ, 4, pages.refs[0], 2, 3))
     assert ("read", 2048, 1024) == backend.calls[-1]
 
@@ -1221,7 +1221,7 @@ def test_each_page_of_descriptors_is_got_at_once(host, way):
     assert [*table.refs, *pages.refs] == got
 
 
-def test_an_event_storm(host):
+def test_an_event_flood(host):
     """Events without requests wake the thread, and that is all."""
     line = host.line(host.memory(SIZE))
     ref = host.share().refs[0]
@@ -1233,7 +1233,7 @@ def test_an_event_storm(host):
 
 
 @pytest.fixture
-def storm(host, monkeypatch):
+def flood(host, monkeypatch):
     """A line whose queue was woken for nothing as often as it puts up with."""
     line = host.line(host.memory(SIZE))
     line.acknowledged = spy(monkeypatch, line.queue._channel, "acknowledge")
@@ -1246,7 +1246,7 @@ def storm(host, monkeypatch):
     host.until(quiet)
     line.queue._spurious = 0  # the request may have been found before its event
 
-    def rage(events=queue_module._STORM):
+    def rage(events=queue_module._FLOOD):
         for _ in range(events):
             host.until(quiet)
             line.channel.notify()
@@ -1256,31 +1256,31 @@ def storm(host, monkeypatch):
     return line
 
 
-def test_in_a_storm_events_are_masked_for_a_while(host, monkeypatch, storm):
+def test_in_a_flood_events_are_masked_for_a_while(host, monkeypatch, flood):
     """So that a guest cannot keep a processor of ours busy with them (XSA-332)."""
     monkeypatch.setattr(queue_module, "_CALM", 1_000_000)
-    storm.rage()
-    before = len(storm.acknowledged)
-    wakeups = storm.disk.statistics.as_dict()["wakeups"]
-    storm.channel.notify()
-    host.until(lambda: storm.disk.statistics.as_dict()["wakeups"] == wakeups + 1)
+    flood.rage()
+    before = len(flood.acknowledged)
+    wakeups = flood.disk.statistics.as_dict()["wakeups"]
+    flood.channel.notify()
+    host.until(lambda: flood.disk.statistics.as_dict()["wakeups"] == wakeups + 1)
     time.sleep(0.02)
-    assert before == len(storm.acknowledged)
-    assert not storm.quiet()
-    assert storm.queue.stop(PATIENCE)  # meanwhile
+    assert before == len(flood.acknowledged)
+    assert not flood.quiet()
+    assert flood.queue.stop(PATIENCE)  # meanwhile
 
 
-def test_after_a_storm_requests_are_served(storm):
+def test_after_a_flood_requests_are_served(flood):
     for _ in range(3):
-        storm.rage(queue_module._STORM + 3)
-        assert storm.read().status == OKAY
+        flood.rage(queue_module._FLOOD + 3)
+        assert flood.read().status == OKAY
 
 
-def test_a_request_ends_a_storm(monkeypatch, storm):
+def test_a_request_ends_a_flood(monkeypatch, flood):
     monkeypatch.setattr(queue_module, "_CALM", 1_000_000)
     for _ in range(4):
-        storm.rage(queue_module._STORM - 2)
-        assert storm.read().status == OKAY
+        flood.rage(queue_module._FLOOD - 2)
+        assert flood.read().status == OKAY
 
 
 def test_random_slots(host):
@@ -1757,7 +1757,7 @@ def test_of_large_neighbours_that_fail_together_each_is_done_by_itself(
 
 
 def test_answers_are_published_amid_a_batch(host, monkeypatch):
-    """A guest that asks for much can go on with the first of it."""
+    """A guest that asks for much can work with the first of it."""
     monkeypatch.setattr(queue_module, "_PUBLISH", 64 << 10)
     seen = []
 
@@ -1821,7 +1821,9 @@ class Looks:
     [(1000, queue_module._CROWDED, False), (1e12, math.inf, True)],
     ids=["crowded", "long"],
 )
-def test_where_the_guest_is_quick_the_thread_looks_on(host, monkeypatch, later, crowded, is_quick):
+def test_where_the_guest_is_quick_the_thread_busy_polls(
+    host, monkeypatch, later, crowded, is_quick
+):
     """It is awake when the next request comes, until others want the processor or none comes."""
     looks = Looks()
     monkeypatch.setattr(queue_module, "perf_counter", looks)
@@ -1831,16 +1833,16 @@ def test_where_the_guest_is_quick_the_thread_looks_on(host, monkeypatch, later, 
     line = host.line(host.memory(SIZE))
     ref = host.share().refs[0]
 
-    def look_on():
+    def busy_poll():
         before = looks.taken
-        host.until(lambda: looks.taken > before + 10, what="looking on")
+        host.until(lambda: looks.taken > before + 10, what="busy-polling")
 
     host.until(lambda: line.ask(one(0, READ, 0, ref)) and line.queue._pace.is_quick)
-    look_on()
+    busy_poll()
     sleeps = spy(monkeypatch, line.queue, "_sleep")
     for id_ in range(50):
         assert id_ == line.ask(one(id_, READ, 0, ref)).id
-        look_on()
+        busy_poll()
     assert [] == sleeps
     looks.later = later
     host.until(lambda: sleeps)

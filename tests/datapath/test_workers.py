@@ -124,7 +124,7 @@ def test_more_results_than_a_pipe_holds(make):
     drain(workers)
 
 
-def test_what_a_call_was_made_with_is_let_go_of(make):
+def test_what_a_call_was_made_with_is_released(make):
     """A buffer of the guest's, say, whose page is to be unmapped before the answer."""
     workers = make(1)
     page = bytearray(10)

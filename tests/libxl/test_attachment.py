@@ -47,7 +47,7 @@ def test_no_script_at_all(host, libxl):
 
 @pytest.mark.parametrize("mode", ["r", "w", "", "rw", "x"])
 @pytest.mark.parametrize("discard", ["0", "1"])
-def test_the_wish(host, libxl, mode, discard):
+def test_the_config(host, libxl, mode, discard):
     """Only what is clearly to be written is."""
     config = attachment.read_config(
         host.store, libxl.create("/x", mode=mode, discard_enable=discard)

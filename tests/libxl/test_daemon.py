@@ -235,7 +235,9 @@ def die(supervisor, spawner, status=-9):
 
 @pytest.mark.parametrize("state", ["2", "4"])
 @pytest.mark.parametrize("status", [-9, 70])
-def test_another_process_goes_on(host, supervisor, spawner, orphan, clock, caplog, state, status):
+def test_another_process_takes_over(
+    host, supervisor, spawner, orphan, clock, caplog, state, status
+):
     """At once, then later and later; when there were too many it is reported as ever."""
     caplog.set_level("INFO")
     address = orphan(state=state)
@@ -292,7 +294,7 @@ def test_a_restart_that_is_overtaken(host, libxl, supervisor, spawner, orphan, c
     assert {} == supervisor._restarts
 
 
-def test_what_nobody_can_go_on_with_is_reported(host, libxl, supervisor, spawner, caplog):
+def test_what_nobody_can_take_over_is_reported(host, libxl, supervisor, spawner, caplog):
     """Copy-on-write, whose changes have died."""
     address = libxl.create("/x", state="4", xen_disk_pid="123", hotplug_status="connected")
     one = Record(host.records, address)

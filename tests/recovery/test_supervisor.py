@@ -224,7 +224,7 @@ def test_it_gives_up(supervise, notes, crashes, gives_up, caplog):
     else:
         assert ExitStatus.OK is supervise(DIES, *successors, delays=(0, 0, 0))
         assert crashes + 1 == len(started(notes))
-    assert min(crashes, 3) == caplog.text.count("another goes on in 0 s")
+    assert min(crashes, 3) == caplog.text.count("another takes over in 0 s")
 
 
 def test_successors_that_cannot_be_started_are_restarts(worker, notes):
@@ -244,7 +244,9 @@ def test_a_calm_time_is_a_new_beginning(supervise, clock, notes):
 def test_it_waits_longer_each_time(supervise, caplog):
     with pytest.raises(DeviceError):
         supervise(DIES, DIES, delays=(0, 0.01, 0.02))
-    said = [record.getMessage().rpartition("another goes on in ")[2] for record in caplog.records]
+    said = [
+        record.getMessage().rpartition("another takes over in ")[2] for record in caplog.records
+    ]
     assert ["0 s", "0.01 s", "0.02 s"] == said
     assert (0, list(DELAYS)) == (DELAYS[0], sorted(DELAYS))
 
@@ -353,7 +355,7 @@ def test_told_something_else_between_two_workers(supervise, notes, on_restart):
 
 def test_asked_to_end_there_is_one_successor_at_most(supervise, notes, on_restart):
     on_restart(lambda: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(DeviceError, match="we have been told to end; to go on with it"):
+    with pytest.raises(DeviceError, match="we have been told to end; to take it over"):
         supervise(DIES, DIES, delays=(3600, 0, 0))
     assert 2 == len(started(notes))
 

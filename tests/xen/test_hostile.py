@@ -417,7 +417,7 @@ def test_states_back_and_forth(connected: Attacker) -> None:
 
 
 @pytest.mark.parametrize("attacker", ["kept"], indirect=True)
-def test_event_storm(
+def test_event_flood(
     connected: Attacker, pv_guest: Guest, connect: Connect, tmp_path: Path
 ) -> None:
     """Events without requests, as many as can be sent: little work, no harm to another disk."""

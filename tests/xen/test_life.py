@@ -226,7 +226,7 @@ def test_offline(dom0: Dom0, connect: Connect, driver: Driver, image: Path) -> N
 def test_directory_removed(
     part: str, pv_guest: Guest, connect: Connect, image: Path, xenstore_unchanged: None
 ) -> None:
-    """Without either half there is no disk: the process ends, the guest takes another."""
+    """Without frontend or backend there is no disk: the process ends, the guest takes another."""
     disk = connect(pv_guest, "--path", image, "--backend", "raw")
     pv_guest.wait_for_device(disk.device)
     unchanged(pv_guest, disk, image)

@@ -234,7 +234,7 @@ class GuestPages:
     def _evict(self) -> None:
         """Unmap what was not used since the last turn, if that was a while ago.
 
-        Plans do not tell when they are used. So they are dropped: who goes on using one makes
+        Plans do not tell when they are used. So they are dropped: who still uses one makes
         it again, and with it touches the pages.
         """
         now = time.monotonic()
@@ -317,7 +317,7 @@ def _starts(view: memoryview) -> range:
 
 
 def _cut(places: Sequence[tuple[memoryview, int]], request: Transfer) -> list[memoryview]:
-    """Cut pages down to a request's segments, joining what lies one behind the other.
+    """Cut pages down to a request's segments, joining what is contiguous.
 
     Args:
         places: for each segment the memory that its page lies in, and where.

@@ -4,7 +4,7 @@ The loop is the whole data path::
 
     take all requests ─ for each: decode, check, borrow its pages, do it, give them back
     publish the responses, some at a time ─ notify if the frontend asked for it
-    nothing more to take? look on for a moment, ask for a notification, look once more, sleep
+    nothing more to take? busy-poll for a moment, ask for a notification, look once more, sleep
 
 Two ways lead through it. :meth:`Queue._begin` does any request, whatever it asks for and
 however wrong it is. Reads and writes whose segment descriptors were seen before, nearly all
@@ -74,7 +74,7 @@ _RUN = 1 << 20  # bytes that one call moves at most
 _PUBLISH = 256 << 10  # bytes moved until responses are published, amid a batch
 _FEW = 4  # responses: fewer wait while there is more to do, since each notification costs much
 _CROWDED = 20  # times as long as a look takes: if one took so long, others want the processor
-_STORM = 16  # wake-ups in a row that find nothing, before the next is put off
+_FLOOD = 16  # wake-ups in a row that find nothing, before the next is put off
 _CALM = 10  # milliseconds that it is put off
 _PAUSES = 0.1, 5.0  # seconds before what is held is tried again: at first, and at most
 
@@ -104,7 +104,7 @@ class _Begun:
 
 
 class _Run:
-    """Large reads or large writes of sectors one behind the other, to be done in one call.
+    """Large reads or large writes of contiguous sectors, to be done in one call.
 
     A guest's kernel cuts what a program asks for into such requests. The call costs more than
     all else that is done for them, where every system call is dear (a paravirtualised dom0).
@@ -126,7 +126,7 @@ class _Run:
         plan: Plan,
         request: tuple[int, int, bytes, bytes | None],
     ) -> None:
-        """Add a request, which is the first one or :meth:`goes_on` with."""
+        """Add a request, which is the first one or :meth:`continues` these."""
         if not self.requests:
             self.operation = operation
             self.start = self.end = offset
@@ -139,7 +139,7 @@ class _Run:
         self.buffers.clear()
         self.requests.clear()
 
-    def goes_on(self, operation: int, offset: int, length: int) -> bool:
+    def continues(self, operation: int, offset: int, length: int) -> bool:
         """Tell whether the request is one to be done in the same call."""
         return (
             offset == self.end
@@ -161,7 +161,7 @@ class Queue:
         persistent: the frontend promised to use the same grants again and again.
         sharers: the queues of the disk, this one included: they share the limits.
         journal: what outlives this process. If a process that was killed has left something
-            about this very ring there, this goes on from it. By default a private one.
+            about this very ring there, this resumes from it. By default a private one.
         statistics: where this queue, and no other, counts.
         on_failure: called from the queue's thread when it stops for an error of its own.
 
@@ -335,7 +335,7 @@ class Queue:
         for descriptor in (self._channel.fileno(), *self._ends(), self._wake_read):
             sleeper.register(descriptor, select.POLLIN)
         if self._left is not None:
-            self._go_on(self._left)
+            self._resume(self._left)
         while not self._stopping:
             finished = self._is_any_elsewhere and self._end_finished()
             if self._held and perf_counter() >= self._retry_at:
@@ -351,11 +351,11 @@ class Queue:
             elif room <= 0:
                 self._await_workers()
             # What is done elsewhere wakes poll when it ends, and must not wait for a busy-poll.
-            elif (self._is_any_elsewhere or not self._look_on()) and not ring.arm():
+            elif (self._is_any_elsewhere or not self._busy_poll()) and not ring.arm():
                 self._sleep(sleeper)
         self._publish()
 
-    def _go_on(self, requests: Sequence[bytes]) -> None:
+    def _resume(self, requests: Sequence[bytes]) -> None:
         """Do again what another has not answered; reads, writes and flushes can be repeated."""
         words = self._statistics.words
         words[count.IN_FLIGHT] = len(requests)
@@ -408,7 +408,7 @@ class Queue:
                         operation == READ or (operation == WRITE and not read_only)
                     ):
                         offset = sector * SECTOR
-                        if joined and not run.goes_on(operation, offset, length):
+                        if joined and not run.continues(operation, offset, length):
                             unpublished += self._do_run()
                         request = (id_, word, slots[at : at + size], descriptors)
                         run.add(operation, offset, plan, request)
@@ -597,7 +597,7 @@ class Queue:
         for begun, status in finished:
             self._end(begun, status)
         self._publish()
-        # a batch may go on
+        # a batch may be under way
         self._statistics.words[count.IN_FLIGHT] -= before - len(self._unanswered)
         return bool(finished)
 
@@ -632,7 +632,7 @@ class Queue:
 
     # -- waiting -----------------------------------------------------------------------
 
-    def _look_on(self) -> bool:
+    def _busy_poll(self) -> bool:
         """Look for more to do before we sleep, as long as the pace says; tell if there is."""
         pace, ring = self._pace, self._ring
         if not pace.is_quick:
@@ -662,7 +662,7 @@ class Queue:
         self._statistics.words[count.WAKEUPS] += 1
         if self._channel.fileno() in woken:
             self._spurious += 1
-            if self._spurious > _STORM:
+            if self._spurious > _FLOOD:
                 # Nothing but events: the port stays masked for a while (XSA-332).
                 calm = select.poll()
                 calm.register(self._wake_read, select.POLLIN)
@@ -700,7 +700,7 @@ class Queue:
         self._is_amid = is_amid
 
     def _refuse_the_rest(self) -> None:
-        """Answer what waits on the ring with errors: a guest cut off must not wait for ever.
+        """Answer what waits on the ring with errors: a guest cut off must not wait indefinitely.
 
         A frontend that has closed left nothing; Linux does not finish removing a disk as long
         as one request of it is unanswered.

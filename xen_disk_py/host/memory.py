@@ -1,7 +1,7 @@
 """How much memory this process may take before somebody is killed for it.
 
 The host has a bound (``MemAvailable``), and so has each control group that the process is in. A
-part of each is left alone: what the kernel and other programs need to go on.
+part of each is left alone: what the kernel and other programs need.
 """
 
 from __future__ import annotations

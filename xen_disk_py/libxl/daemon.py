@@ -58,7 +58,7 @@ class Supervisor:
         self._processes: dict[Address, subprocess.Popen[bytes]] = {}
         self._restarts: dict[Address, _Restarts] = {}
         self._reported: set[Address] = set()
-        self._stood_in: set[Address] = set()
+        self._orphans: set[Address] = set()
         self.served = 0
 
     def watch(self) -> None:
@@ -69,7 +69,7 @@ class Supervisor:
         """See which devices there are and do for each what it needs; count the served ones."""
         found = set(self._devices())
         self._reported &= found
-        self._stood_in &= found
+        self._orphans &= found
         for address in self._restarts.keys() - found:
             del self._restarts[address]
         now = time.monotonic()
@@ -126,8 +126,8 @@ class Supervisor:
             if state is State.CLOSING:  # it was refused, or we came too late
                 attachment.close(self._store, address, None)
             return False
-        if state is State.CLOSING and address not in self._stood_in:
-            self._stood_in.add(address)  # once: after that libxl takes the disk away by force
+        if state is State.CLOSING and address not in self._orphans:
+            self._orphans.add(address)  # once: after that libxl takes the disk away by force
             self._start(address)
         elif state in (State.INIT_WAIT, State.CONNECTED) and address not in self._reported:
             if found is not None and found.is_orphan:

@@ -10,7 +10,7 @@ there is anything in xenstore that it could leave behind.
 * A worker that is silent is killed, and has a successor too. One that was stopped is silent.
 * Signals go through us. The worker is in a session of its own: a Ctrl-C on our terminal comes
   to it once, from us, since a second one means force; Ctrl-Z and ``stty tostop`` do not stop it.
-* If we are killed the worker goes on. A disk that is served is better than one that is not.
+* If we are killed the worker stays. A disk that is served is better than one that is not.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class Supervisor:
 
     def _left_behind(self, why: str) -> DeviceError:
         return DeviceError(
-            f"disk {self._device} is left behind: {why}; to go on with it: "
+            f"disk {self._device} is left behind: {why}; to take it over: "
             f"xen-disk connect --adopt {self._device}; to take it away: "
             f"xen-disk disconnect {self._device} --force"
         )
@@ -185,7 +185,7 @@ class Supervisor:
 
     def _wait_after(self, ending: str, delay: float) -> None:
         """Say what comes next, and wait, unless we are asked to end."""
-        log.error("disk %s: %s; another goes on in %g s", self._device, ending, delay)
+        log.error("disk %s: %s; another takes over in %g s", self._device, ending, delay)
         notify(f"STATUS=disk {self._device}: {ending}")
         if self._asked is not None and self._asked not in self._held:
             self._held.append(self._asked)  # what it had been asked, its successor does
