@@ -399,7 +399,7 @@ def test_in_a_file_system_in_memory_nothing_waits():
         file.flush()
         drop_from_cache(file.name)
         with Image.open(file.name, writable=False) as opened:
-            assert "tmpfs" == image_module._file_system(opened.fd)
+            assert "tmpfs" == image_module.file_system(opened.fd)
             assert (65536, data) == read_now(opened, 0, 65536)
 
 
@@ -416,7 +416,7 @@ def test_a_file_system_that_does_not_know_what_waits(image, monkeypatch, file_sy
         return preadv(fd, views, offset)
 
     monkeypatch.setattr(os, "preadv", without_flags)
-    monkeypatch.setattr(image_module, "_file_system", lambda fd: file_system)
+    monkeypatch.setattr(image_module, "file_system", lambda fd: file_system)
     with Image.open(image, writable=False) as opened:
         content = os.pread(opened.fd, 8192, 4096)
         assert (expected, content[:expected]) == read_now(opened, 4096, 8192)
@@ -461,7 +461,7 @@ def test_the_file_system_of_a_file(image, tmp_path, monkeypatch, kind):
     mounts = tmp_path / "mountinfo"
     monkeypatch.setattr(image_module, "open", lambda *a, **k: mounts.open(**k), raising=False)
     with open(image, "rb") as file:
-        assert image_module._file_system(file.fileno()) is None  # no such table
+        assert image_module.file_system(file.fileno()) is None  # no such table
         number = f"{os.major(device)}:{os.minor(device)}"
         for text, expected in (
             (MOUNTS.format(device=number, kind=kind), kind),
@@ -471,7 +471,7 @@ def test_the_file_system_of_a_file(image, tmp_path, monkeypatch, kind):
             ("", None),
         ):
             mounts.write_text(text, encoding="utf-8")
-            assert expected == image_module._file_system(file.fileno())
+            assert expected == image_module.file_system(file.fileno())
 
 
 def test_an_image_reads_and_writes_as_many_buffers_as_one_system_call_takes(image):

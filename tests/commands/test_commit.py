@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import json
 import os
+import signal
 import stat
+import struct
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
+import storage
 from killing import everywhere
 
+from xen_disk_py.backends import newfile
 from xen_disk_py.backends.image import Image
+from xen_disk_py.backends.newfile import NewFile
+from xen_disk_py.backends.overlay import file as file_module
 from xen_disk_py.backends.overlay import maintenance
 from xen_disk_py.backends.overlay.backend import OverlayBackend
+from xen_disk_py.backends.overlay.file import OverlayFile
 from xen_disk_py.backends.vhd import VhdBackend
 from xen_disk_py.cli import main
 from xen_disk_py.commands.environment import Environment
@@ -227,12 +236,12 @@ def test_no_space(refused, monkeypatch):
     assert "No space left on device (up to 4 MiB are needed there); nothing was changed" in said
 
 
-@pytest.mark.parametrize("at", ["_copy", "_take_after", "put_in_place"])
+@pytest.mark.parametrize("at", ["_copy", "_take_after", "put"])
 def test_ctrl_c(refused, monkeypatch, at):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(maintenance, at, interrupt)
+    monkeypatch.setattr(NewFile if at == "put" else maintenance, at, interrupt)
     assert "" == refused(status=ExitStatus.INTERRUPTED)
 
 
@@ -302,24 +311,262 @@ def test_a_block_device(tmp_path):
         subprocess.run(["losetup", "--detach", device], check=True)
 
 
-def test_killed_at_any_line_it_has_changed_the_image_or_not(image, overlay, merged):
-    """What is left of it is a file that nobody looks at."""
-    before = image.read_bytes()
-    outcomes = []
+# Killed
+
+
+class Files:
+    """An image and an overlay, small, made anew for each time that something is killed."""
+
+    def __init__(self, directory):
+        self.image, self.overlay = str(directory / "small.img"), str(directory / "small.overlay")
+        self.directory = directory
+
+    def make(self):
+        for name in os.listdir(self.directory):
+            os.unlink(self.directory / name)
+        Path(self.image).write_bytes(b"i" * 65536)
+        disk = OverlayBackend(self.image, overlay=self.overlay)
+        disk.write([memoryview(b"x" * 1024)], 512)
+        disk.close()
+        self.before = b"i" * 65536
+        self.merged = b"i" * 512 + b"x" * 1024 + b"i" * 64000
+
+    def commit(self, *, keep=False):
+        return maintenance.commit(self.overlay, keep=keep, progress=lambda done, total: None)
+
+    def seen_by_a_guest(self):
+        disk = OverlayBackend(self.image, overlay=self.overlay)
+        content = bytearray(65536)
+        disk.read([memoryview(content)], 0)
+        disk.close()
+        return bytes(content)
+
+
+@pytest.fixture
+def small(tmp_path):
+    """Files in memory, where nothing waits for storage."""
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else tmp_path
+    with tempfile.TemporaryDirectory(dir=memory) as directory:
+        files = Files(Path(directory))
+        files.make()
+        yield files
+
+
+@pytest.mark.parametrize("tmpfile", [True, False])
+def test_killed_at_any_line_the_next_commit_finishes_it(small, monkeypatch, tmpfile):
+    if not tmpfile:
+        monkeypatch.setattr(newfile.os, "O_TMPFILE", os.O_DIRECTORY)  # no such thing
 
     def act(count):
         count()
-        maintenance.commit(str(overlay), keep=False, progress=lambda done, total: None)
+        small.commit()
 
-    for _ in everywhere(act, (maintenance,), lines=60):
-        content = image.read_bytes()
-        assert content in (before, merged)
-        outcomes.append(content == merged)
-        if content == merged:
-            break
-        assert overlay.exists()
-    assert len(outcomes) > 15
-    assert outcomes[-1]
+    replaced = []
+    for _ in everywhere(act, (maintenance, newfile), lines=80):
+        content = Path(small.image).read_bytes()
+        replaced.append(content == small.merged)
+        assert content in (small.before, small.merged)
+        if os.path.exists(small.overlay):
+            assert (small.image, 4096) == small.commit()
+        else:
+            assert replaced[-1]
+        assert small.merged == Path(small.image).read_bytes()
+        assert ["small.img"] == os.listdir(small.directory)
+        small.make()
+    assert replaced == sorted(replaced)
+    assert {False, True} == set(replaced)
+
+
+@pytest.mark.parametrize("then", ["commit", "connect"])
+def test_killed_once_the_image_is_replaced_the_overlay_is_emptied_later(small, monkeypatch, then):
+    real = maintenance._finish
+
+    def act(count):
+        def finish(*arguments):
+            count()
+            real(*arguments)
+
+        monkeypatch.setattr(maintenance, "_finish", finish)
+        small.commit(keep=True)
+
+    for _ in everywhere(act, (maintenance, file_module, newfile), lines=40):
+        assert small.merged == Path(small.image).read_bytes()
+        if then == "commit":
+            small.commit(keep=True)
+        assert small.merged == small.seen_by_a_guest()
+        with OverlayFile.open(small.overlay, writable=False) as file:
+            assert (0, None) == (file.used, file.header.commit)
+        assert ["small.img", "small.overlay"] == sorted(os.listdir(small.directory))
+        small.make()
+
+
+def test_what_was_written_into_the_image_after_a_killed_commit_stays(small):
+    child = os.fork()
+    if not child:
+        maintenance._finish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        small.commit()
+    os.waitpid(child, 0)
+    with open(small.image, "r+b") as file:
+        file.write(b"later")
+    assert (small.image, 4096) == small.commit()
+    assert b"later" + small.merged[5:] == Path(small.image).read_bytes()
+    assert not os.path.exists(small.overlay)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("tmpfile", [True, False])
+def test_every_signal_to_end_leaves_all_as_it_was(refused, monkeypatch, number, tmpfile):
+    if not tmpfile:
+        monkeypatch.setattr(newfile.os, "O_TMPFILE", os.O_DIRECTORY)
+    monkeypatch.setattr(maintenance, "_copy", lambda *_: os.kill(os.getpid(), number))
+    before = signal.getsignal(number)
+    assert "" == refused(status=ExitStatus.INTERRUPTED)
+    assert before == signal.getsignal(number)
+
+
+def test_a_hangup_that_is_ignored_stays_so(commit, image, merged, monkeypatch):
+    real = maintenance._copy
+
+    def copy(*arguments):
+        os.kill(os.getpid(), signal.SIGHUP)
+        real(*arguments)
+
+    monkeypatch.setattr(maintenance, "_copy", copy)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert ExitStatus.OK is commit()[0]
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert merged == image.read_bytes()
+
+
+def test_an_empty_overlay_takes_no_space(tmp_path):
+    """The file system of the overlay is full; that of the image is not."""
+    with contextlib.ExitStack() as stack:
+        directory = storage.small_file_system(tmp_path, stack, "2m")
+        files = Files(tmp_path)
+        files.overlay = str(directory / "overlay")
+        Path(files.image).write_bytes(b"i" * 65536)
+        disk = OverlayBackend(files.image, overlay=files.overlay)
+        disk.write([memoryview(b"x" * 1024)], 512)
+        disk.close()
+        with contextlib.suppress(OSError), open(directory / "full", "wb", buffering=0) as full:
+            while full.write(bytes(4096)):
+                pass
+        files.commit(keep=True)
+        assert b"i" * 512 + b"x" * 1024 + b"i" * 64000 == files.seen_by_a_guest()
+
+
+def test_an_overlay_that_cannot_be_removed_is_told_of(commit, image, overlay, merged, monkeypatch):
+    def unlink(path):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(maintenance.os, "unlink", unlink)
+        status, _, err = commit()
+    assert ExitStatus.ERROR is status
+    assert f"the changes are in it, but {overlay} is not finished with: Read-only" in err
+    assert merged == image.read_bytes()
+    assert ExitStatus.OK is commit()[0]
+    assert not overlay.exists()
+
+
+def test_hidden_files_of_the_living_and_of_others_stay(commit, image, merged, tmp_path):
+    living = newfile._make_hidden(str(tmp_path))
+    dead = tmp_path / ".xen-disk-0badcafe"
+    others = tmp_path / ".xen-disk-notes"
+    dead.write_bytes(b"half an image")
+    others.write_text("mine")
+    assert ExitStatus.OK is commit()[0]
+    assert not dead.exists()
+    assert others.exists()
+    assert os.path.exists(living[1])
+    os.close(living[0])
+
+
+# Whom it trusts
+
+
+@pytest.fixture
+def precious(tmp_path, image, overlay, merged):
+    """Have the overlay be a stranger's way to something else."""
+
+    def make(how):
+        if how == "owner":
+            if os.geteuid():
+                pytest.skip("to give a file away needs root")
+            os.chown(overlay, 12345, -1)
+        elif how == "mode":
+            os.chmod(overlay, 0o606)
+        elif how == "group":
+            if os.geteuid():
+                pytest.skip("to give a file away needs root")
+            os.chown(overlay, -1, 12345)
+            os.chmod(overlay, 0o660)
+        elif how == "directory":
+            os.chmod(tmp_path, 0o777)
+        elif how == "link":
+            os.mkdir(tmp_path / "theirs")
+            os.rename(overlay, tmp_path / "theirs" / "real")
+            os.symlink(tmp_path / "theirs" / "real", overlay)
+            os.chmod(tmp_path / "theirs", 0o707)
+
+    return make
+
+
+@pytest.mark.parametrize("how", ["owner", "mode", "group", "directory", "link"])
+def test_a_path_out_of_a_strangers_overlay_is_not_followed(
+    commit, image, overlay, merged, precious, how, tmp_path
+):
+    before = image.read_bytes()
+    precious(how)
+    for words in (["commit"], ["export"], ["demo", "--overlay"]):
+        env = Environment(stdout=io.StringIO(), stderr=io.StringIO(), stdin=None)
+        new = [str(tmp_path / "new")] if words == ["export"] else []
+        assert 0 < main([*words, str(overlay), *new], env)
+        assert "say which image with --path IMAGE" in env.stderr.getvalue()
+    assert before == image.read_bytes()
+    assert ExitStatus.OK is commit("--path", str(image))[0]
+    assert merged == image.read_bytes()
+
+
+def test_a_sticky_directory_is_as_good(commit, tmp_path, merged):
+    os.chmod(tmp_path, 0o1777)
+    assert ExitStatus.OK is commit()[0]
+
+
+def test_an_image_that_runs_as_root_does_not_so_with_other_content(commit, image, merged):
+    os.chmod(image, 0o6755)
+    if not os.geteuid():
+        raw = struct.pack("<5I", 0x02000001, 1 << 12, 0, 0, 0)  # CAP_NET_ADMIN, linux/capability.h
+        with contextlib.suppress(OSError):
+            os.setxattr(image, "security.capability", raw)
+    assert ExitStatus.OK is commit()[0]
+    assert 0o755 == stat.S_IMODE(os.stat(image).st_mode)
+    assert "security.capability" not in os.listxattr(image)
+
+
+@pytest.mark.parametrize("words", [["commit"], ["diff"], ["export", "new"], ["demo", "--overlay"]])
+def test_what_an_overlay_names_cannot_steer_a_terminal(image, overlay, merged, words, tmp_path):
+    page = bytearray(overlay.read_bytes()[:4096])
+    evil = b"/x\x1b[2J\n\xc2\x9bxen-disk: all is well"
+    struct.pack_into("<H", page, 96, len(evil))
+    rest = page[98:].partition(b"\0")[2].rstrip(b"\0")
+    page[98:] = (evil + b"\0" + rest).ljust(4096 - 98, b"\0")
+    with open(overlay, "r+b") as file:
+        file.write(page)
+    env = Environment(stdout=io.StringIO(), stderr=io.StringIO(), stdin=None)
+    if words[0] == "demo":
+        words = ["demo", "--overlay", str(overlay)]
+    else:
+        words = [words[0], str(overlay), *(str(tmp_path / word) for word in words[1:])]
+    main(words, env)
+    said = env.stderr.getvalue()
+    assert not {"\x1b", "\x9b"} & set(said)
+    assert all(line.startswith(("xen-disk:", "/x\\x1b[2J")) for line in said.splitlines())
+
+
+# What is shown
 
 
 def test_how_far_it_is_is_shown_on_a_terminal(commit, merged):

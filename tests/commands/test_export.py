@@ -80,13 +80,37 @@ def test_nobody_may_write_the_image(export, files):
     assert "being written by process" in err
 
 
-def test_nobody_may_use_the_overlay(export, files, new):
+def test_while_a_disk_uses_the_overlay(export, files, new):
     disk = OverlayBackend(str(files[0]), overlay=str(files[1]))
+    disk.read([memoryview(bytearray(512))], 0)
+    assert ExitStatus.OK is export()[0]
+    disk.close()
+    assert files[2] == new.read_bytes()
+
+
+@pytest.mark.parametrize("writes", [1, 1000])
+def test_while_a_guest_writes(export, files, new, monkeypatch, writes):
+    disk = OverlayBackend(str(files[0]), overlay=str(files[1]))
+    real, left = maintenance._copy, [writes]
+    before = files[1].read_bytes()
+
+    def copy(*arguments):
+        real(*arguments)
+        if left[0]:
+            left[0] -= 1
+            disk.write([memoryview(b"x" * 1024)], 512)  # what is there already, but now
+
+    monkeypatch.setattr(maintenance, "_copy", copy)
     status, _, err = export()
     disk.close()
-    assert ExitStatus.ERROR is status
-    assert f"{files[1]}: being written by process {os.getpid()}" in err
-    assert not new.exists()
+    files[1].write_bytes(before)
+    if writes == 1:
+        assert ExitStatus.OK is status
+        assert files[2] == new.read_bytes()
+    else:
+        assert ExitStatus.ERROR is status
+        assert "pause the guest meanwhile (xl pause VM" in err
+        assert not new.exists()
 
 
 def test_a_file_is_replaced_by_force_only(export, files, new):
@@ -135,8 +159,8 @@ def test_the_image_and_the_overlay_are_never_replaced(export, files, which):
 
 
 def test_what_is_no_file_is_never_replaced(export, tmp_path):
-    os.mkdir(tmp_path / "folder")
-    status, _, err = export("--force", to=tmp_path / "folder")
+    os.mkdir(tmp_path / "directory")
+    status, _, err = export("--force", to=tmp_path / "directory")
     assert ExitStatus.USAGE is status
     assert "not a file" in err
     status, _, err = export("--force", to="/dev/null")
@@ -163,7 +187,7 @@ def test_no_space(export, new, monkeypatch):
     assert not new.exists()
 
 
-def test_no_such_folder(export, tmp_path):
+def test_no_such_directory(export, tmp_path):
     status, _, err = export(to=tmp_path / "no" / "new.img")
     assert ExitStatus.ERROR is status
     assert "cannot be made: No such file or directory" in err

@@ -314,11 +314,11 @@ def nowait_flags(fd: int) -> int | None:
         flags = 0
     if not flags:
         # A file system that knows of no such thing; in some, though, nothing ever waits.
-        return 0 if _file_system(fd) in {"tmpfs", "ramfs", "hugetlbfs"} else None
+        return 0 if file_system(fd) in {"tmpfs", "ramfs", "hugetlbfs"} else None
     return flags
 
 
-def _file_system(fd: int) -> str | None:
+def file_system(fd: int) -> str | None:
     """Name the kind of file system that a file is in; None if that cannot be found out."""
     # 36 35 98:0 /root /mnt rw,noatime master:1 - ext4 /dev/sda1 rw   (proc(5))
     device = os.fstat(fd).st_dev

@@ -156,6 +156,15 @@ def _add_overlay_argument(parser: _Parser) -> None:
     parser.add_argument("overlay", metavar="OVERLAY", help="a file made by connect --overlay")
 
 
+def _add_image_argument(parser: _Parser) -> None:
+    parser.add_argument(
+        "--path",
+        metavar="IMAGE",
+        help="the image that OVERLAY was made for (default: the one that OVERLAY names, which is "
+        "followed only if nobody but root and you can have written OVERLAY)",
+    )
+
+
 def _add_result_arguments(parser: _Parser) -> None:
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--quiet", "-q", action="store_true", help="show no progress")
@@ -187,6 +196,7 @@ def _add_overlay_commands(commands: argparse._SubParsersAction[_Parser]) -> None
         "overlay", metavar="OVERLAY", help="a file made by connect --overlay, or a VHD with parent"
     )
     _add_vhd_argument(commit)
+    _add_image_argument(commit)
     commit.add_argument(
         "--keep", action="store_true", help="leave an empty overlay of the new image behind"
     )
@@ -200,6 +210,7 @@ def _add_overlay_commands(commands: argparse._SubParsersAction[_Parser]) -> None
     )
     _add_overlay_argument(export)
     export.add_argument("new", metavar="NEW", help="the image to make")
+    _add_image_argument(export)
     export.add_argument("--force", action="store_true", help="replace NEW if it exists")
     _add_result_arguments(export)
 

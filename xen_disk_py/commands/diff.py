@@ -13,11 +13,11 @@ from .environment import Environment
 
 
 def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
-    """Print its runs; a disk may be using it, which is said then."""
+    """Print its extents; a disk may be using it, which is said then."""
     with OverlayFile.open(args.overlay, writable=False, alone=None) as file:
         header = file.header
-        ranges = maintenance.held(file)
-        count = sum(length for _, length in ranges)
+        extents = maintenance.allocated_extents(file)
+        count = sum(length for _, length in extents)
         if args.json:
             facts = {
                 "overlay": file.path,
@@ -25,13 +25,13 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
                 "size": header.size,
                 "held": count,
                 "in_use": file.in_use,
-                "ranges": [{"offset": offset, "length": length} for offset, length in ranges],
+                "ranges": [{"offset": offset, "length": length} for offset, length in extents],
             }
             env.say(json.dumps(facts))
             return ExitStatus.OK
         if file.in_use:
             env.tell(f"{args.overlay}: a disk is using it: this may be out of date")
-        env.tell(f"{header.path}: {format_size(count)} of {format_size(header.size)} changed")
-        if ranges:
-            env.say("\n".join(f"{offset} {length}" for offset, length in ranges))
+        env.tell(f"{header.shown_path}: {format_size(count)} of {format_size(header.size)} changed")
+        if extents:
+            env.say("\n".join(f"{offset} {length}" for offset, length in extents))
     return ExitStatus.OK

@@ -11,12 +11,15 @@ from ..exit_status import ExitStatus
 from ..units import format_size
 from .environment import Environment
 from .progress import ProgressLine
+from .signals import interruptible
 
 
 def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
     """Export, and say what was made."""
-    with ProgressLine(env, "copying the image", quiet=args.quiet) as progress:
-        size = maintenance.export(args.overlay, args.new, force=args.force, progress=progress)
+    with ProgressLine(env, "copying the image", quiet=args.quiet) as progress, interruptible():
+        size = maintenance.export(
+            args.overlay, args.new, force=args.force, progress=progress, path=args.path
+        )
     path = os.path.abspath(args.new)
     if args.json:
         env.say(json.dumps({"path": path, "size": size}))

@@ -1,5 +1,6 @@
 """``overlay``: what survives, and whatever kills the process or the host, nothing is torn."""
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -14,13 +15,19 @@ from pathlib import Path
 
 import killing
 import pytest
+import storage
 
 from backends.blocks import buffers, read, write
+from xen_disk_py.backends import newfile as newfile_module
 from xen_disk_py.backends.image import Image
+from xen_disk_py.backends.newfile import NewFile
 from xen_disk_py.backends.overlay import backend as overlay_module
+from xen_disk_py.backends.overlay import epoch as epoch_module
 from xen_disk_py.backends.overlay import file as file_module
+from xen_disk_py.backends.overlay import header as header_module
+from xen_disk_py.backends.overlay import unflushed as unflushed_module
 from xen_disk_py.backends.overlay.backend import OverlayBackend
-from xen_disk_py.backends.overlay.file import OverlayFile, extents, image_path
+from xen_disk_py.backends.overlay.file import OverlayFile, data_extents, image_path
 from xen_disk_py.backends.raw import RawBackend
 from xen_disk_py.errors import DeviceError, ImageError, UsageError
 
@@ -64,7 +71,8 @@ def boot(monkeypatch):
     def start():
         boots[0] += 1
 
-    monkeypatch.setattr(file_module, "boot_id", lambda: f"{boots[0]:036}")
+    for module in (epoch_module, header_module):
+        monkeypatch.setattr(module, "boot_id", lambda: f"{boots[0]:036}")
     return start
 
 
@@ -97,7 +105,7 @@ def test_changes_are_there_at_the_next_connection(opened, image):
     assert after == read(opened(), 0, SIZE)
 
 
-def test_two_overlays_of_one_image_hold_their_own_changes_only(opened, overlay):
+def test_two_overlays_of_one_image_have_their_own_changes_only(opened, overlay):
     one, two = opened(), opened(file=overlay + "2")
     before = read(one, 0, BLOCK)
     write(one, 0, b"1" * BLOCK)
@@ -119,7 +127,7 @@ def test_a_new_file_is_sparse_private_and_alone(opened, overlay):
 def test_whatever_happens_to_the_process_the_disk_is_as_a_bytearray(opened, image):
     dice = random.Random(1)
     disk, base = opened(), Path(image).read_bytes()
-    model, held = bytearray(base), set()
+    model, allocated = bytearray(base), set()
     for step in range(1500):
         offset = dice.randrange(SIZE // 512) * 512
         length = min(dice.choice((1, 2, 7, 8, 9, 64, 300)) * 512, SIZE - offset)
@@ -128,7 +136,7 @@ def test_whatever_happens_to_the_process_the_disk_is_as_a_bytearray(opened, imag
             content = dice.randbytes(length)
             write(disk, offset, content, size=dice.choice((512, 1536, 4096)))
             model[offset : offset + length] = content
-            held |= set(range(offset // BLOCK, -(-(offset + length) // BLOCK)))
+            allocated |= set(range(offset // BLOCK, -(-(offset + length) // BLOCK)))
         elif action == "read":
             assert model[offset : offset + length] == read(disk, offset, length, size=1536), step
         elif action == "discard":
@@ -138,14 +146,14 @@ def test_whatever_happens_to_the_process_the_disk_is_as_a_bytearray(opened, imag
             for block in range(-(-offset // BLOCK), last):
                 at = slice(block * BLOCK, (block + 1) * BLOCK)
                 model[at] = base[at]
-                held.discard(block)
+                allocated.discard(block)
         elif action == "flush":
             disk.flush()
         elif dice.random() < 0.3:
             disk.close() if action == "reopen" else kill(disk)
             disk = opened()
             assert model == read(disk, 0, SIZE), step
-        assert len(held) == disk._file.used, step
+        assert len(allocated) == disk._file.used, step
         assert 0 == disk.memory
     assert model == read(disk, 0, SIZE)
 
@@ -181,15 +189,16 @@ def test_closing_twice_does_no_harm(opened):
 
 def everywhere(act, *, lines):
     """Run ``act`` in children, each killed at another line of the backend's code."""
-    return killing.everywhere(act, (overlay_module, file_module), lines=lines)
+    modules = (overlay_module, file_module, header_module, newfile_module, unflushed_module)
+    return killing.everywhere(act, modules, lines=lines)
 
 
 @pytest.mark.parametrize(
     ("offset", "length"),
     [
-        (512, 512),  # in a block that is not held
+        (512, 512),  # in a block that is not allocated
         (2 * BLOCK + 512, 1024),  # in one that is
-        (BLOCK + 1024, 3 * BLOCK),  # not held, held, not held, neither end whole
+        (BLOCK + 1024, 3 * BLOCK),  # not allocated, allocated, not allocated, neither end whole
         (4 * BLOCK, 2 * BLOCK),
         (15 * BLOCK, 512),  # the last one, which is not whole
     ],
@@ -197,9 +206,9 @@ def everywhere(act, *, lines):
 def test_a_write_that_is_killed_anywhere_is_done_or_not(make_image, overlay, offset, length):
     size = 15 * BLOCK + 1024
     image = make_image(size)
-    with_held = OverlayBackend(image, overlay=overlay)
-    write(with_held, 2 * BLOCK, b"h" * BLOCK)
-    with_held.close()
+    disk = OverlayBackend(image, overlay=overlay)
+    write(disk, 2 * BLOCK, b"h" * BLOCK)
+    disk.close()
     original = Path(overlay).read_bytes()
     old = bytearray(Path(image).read_bytes())
     old[2 * BLOCK : 3 * BLOCK] = b"h" * BLOCK
@@ -233,7 +242,7 @@ def test_a_discard_that_is_killed_anywhere_is_done_or_not(make_image, overlay):
     write(disk, BLOCK, b"h" * 4 * BLOCK)
     disk.close()
     original = Path(overlay).read_bytes()
-    held = base[:BLOCK] + b"h" * 4 * BLOCK + base[5 * BLOCK :]
+    before = base[:BLOCK] + b"h" * 4 * BLOCK + base[5 * BLOCK :]
     outcomes = []
 
     def act(trace):
@@ -246,7 +255,7 @@ def test_a_discard_that_is_killed_anywhere_is_done_or_not(make_image, overlay):
         disk = OverlayBackend(image, overlay=overlay)
         content = read(disk, 0, 16 * BLOCK)
         disk.close()
-        assert content in (held, base)
+        assert content in (before, base)
         outcomes.append(content == base)
         Path(overlay).write_bytes(original)
     assert outcomes == sorted(outcomes)
@@ -443,21 +452,121 @@ def test_a_flush_without_new_blocks_waits_once(opened, monkeypatch):
     assert 1 == len(waits)
 
 
-def test_a_flush_that_failed_is_made_up_for(boot, opened, monkeypatch):
-    disk = opened()
-    write(disk, 0, b"x" * BLOCK)
+# Storage that loses what it has taken
 
-    def fail(fd):
-        raise OSError(errno.EIO, "no storage")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(file_module.os, "fdatasync", fail)
-        with pytest.raises(OSError, match="no storage"):
+@pytest.fixture
+def thin(tmp_path):
+    """A directory on a file system whose device has less storage than it says, as if thin.
+
+    Write-back fails, and the page cache then says that all is well.
+    """
+    with contextlib.ExitStack() as stack:
+        yield storage.full_device(tmp_path, stack)
+
+
+def test_a_flush_that_failed_does_not_succeed_the_next_time(opened, thin):
+    disk = opened(file=str(thin.directory / "changes"))
+    thin.fill()
+    write(disk, 0, b"x" * (1 << 20))
+    for _ in range(3):
+        with pytest.raises(OSError):  # noqa: PT011 - whichever error the storage has
             disk.flush()
+
+
+def test_what_a_failed_flush_left_behind_is_not_trusted(opened, thin, image):
+    file = str(thin.directory / "changes")
+    disk = opened(file=file)
+    write(disk, 0, b"f" * BLOCK)
     disk.flush()
+    thin.fill()
+    write(disk, BLOCK, b"x" * ((1 << 20) - BLOCK))
+    with pytest.raises(OSError):  # noqa: PT011 - whichever error the storage has
+        disk.flush()
+    disk.close()
+    thin.make_room()
+    storage.drop(file)
+    disk = opened(file=file)
+    assert b"f" * BLOCK + Path(image).read_bytes()[BLOCK:] == read(disk, 0, SIZE)
+
+
+def test_what_is_written_again_after_a_failed_flush_is_flushed(opened, thin, image):
+    """Also what was not the guest's: the rest of blocks of which it wrote a part."""
+    file = str(thin.directory / "changes")
+    disk = opened(file=file)
+    expected = bytearray(Path(image).read_bytes())
+    thin.fill()
+    parts = [(at + 512 * (at // BLOCK % 7), 512) for at in range(0, 1 << 20, BLOCK)]
+    for offset, length in parts:
+        expected[offset : offset + length] = b"x" * length
+        write(disk, offset, b"x" * length)
+    with pytest.raises(OSError):  # noqa: PT011 - whichever error the storage has
+        disk.flush()
+    storage.drop(file)
+    for offset, length in parts[:-1]:
+        write(disk, offset, b"x" * length)
+    thin.make_room()
+    with pytest.raises(OSError, match="an earlier flush failed"):
+        disk.flush()
+    for _ in range(3):  # what was copied again meanwhile may have failed, too: told of once
+        for offset, length in parts:
+            write(disk, offset, b"x" * length)
+        with contextlib.suppress(OSError):
+            disk.flush()
+            break
+    else:
+        pytest.fail("no flush succeeds")
     kill(disk)
-    boot()
-    assert b"x" * BLOCK == read(opened(), 0, BLOCK)
+    storage.drop(file)
+    disk = opened(file=file)
+    assert expected == read(disk, 0, SIZE)
+    disk.flush()
+
+
+def test_blocks_that_were_discarded_need_not_be_written_again(opened, thin, image):
+    disk = opened(file=str(thin.directory / "changes"))
+    thin.fill()
+    write(disk, 0, b"x" * (1 << 20))
+    with pytest.raises(OSError):  # noqa: PT011 - whichever error the storage has
+        disk.flush()
+    thin.make_room()
+    disk.discard(0, 1 << 20)
+    disk.flush()
+    assert Path(image).read_bytes() == read(disk, 0, SIZE)
+
+
+# A file system that loses its storage, and is mounted again in the same boot
+
+
+def test_the_page_cache_of_another_mount_is_not_trusted(opened, tmp_path, image):
+    with contextlib.ExitStack() as stack:
+        mounted = storage.file_system(tmp_path, stack)
+        file = str(mounted.directory / "changes")
+        disk = opened(file=file)
+        write(disk, 0, b"f" * BLOCK)
+        disk.flush()
+        for block in range(1, 100):
+            write(disk, block * BLOCK + 512, b"x" * 512)
+        kill(disk)
+        storage.write_back(file, BLOCK, 2 * BLOCK)  # the live map, and none of the data
+        mounted.shut_down()
+        mounted.mount_again()
+        disk = opened(file=file)
+        assert b"f" * BLOCK + Path(image).read_bytes()[BLOCK:] == read(disk, 0, SIZE)
+        disk.close()
+
+
+def test_the_page_cache_is_trusted_by_another_mount_of_the_same_file_system(
+    opened, tmp_path, image
+):
+    with contextlib.ExitStack() as stack:
+        mounted = storage.file_system(tmp_path, stack)
+        disk = opened(file=str(mounted.directory / "changes"))
+        write(disk, 0, b"x" * BLOCK)
+        kill(disk)
+        disk = opened(file=str(mounted.bind(tmp_path / "bound") / "changes"))
+        assert b"x" * BLOCK + Path(image).read_bytes()[BLOCK:] == read(disk, 0, SIZE)
+        disk.close()
 
 
 # Several threads
@@ -511,7 +620,7 @@ def test_writes_and_discards_at_once_leave_what_was_written_or_the_image(opened,
     for at in range(0, len(content), 512):
         thread = at // 512 % 8
         assert content[at : at + 512] in (bytes([thread + 1]) * 512, base[at : at + 512])
-    assert disk._file.held[:blocks].count(1) == disk._file.used
+    assert disk._file.allocated[:blocks].count(1) == disk._file.used
 
 
 def test_a_discard_between_the_look_and_the_write_is_noticed(opened, image):
@@ -590,7 +699,7 @@ def test_a_write_beyond_the_limit_changes_nothing_and_is_said_once(opened, caplo
     (line,) = caplog.messages
     assert "--cow-limit" in line
     write(disk, 2 * BLOCK, b"y" * 2 * BLOCK)  # just fits
-    write(disk, 0, b"z" * BLOCK)  # is held
+    write(disk, 0, b"z" * BLOCK)  # is allocated
     disk.discard(0, BLOCK)
     write(disk, 8 * BLOCK, b"z" * BLOCK)
 
@@ -623,21 +732,21 @@ def test_a_write_that_fails_leaves_old_or_new_sectors(opened, image, monkeypatch
 
 
 @pytest.fixture
-def small_folder(tmp_path):
+def small_directory(tmp_path):
     """A file system of 256 KiB."""
     if os.geteuid():
         pytest.skip("a small file system needs root")
-    folder = tmp_path / "small"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(folder)]
+    directory = tmp_path / "small"
+    directory.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(directory)]
     if subprocess.run(command, capture_output=True, check=False).returncode:
         pytest.skip("nothing can be mounted here")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    yield directory
+    subprocess.run(["umount", "--lazy", str(directory)], check=True)
 
 
-def test_a_full_file_system_fails_writes_and_nothing_else(boot, opened, image, small_folder):
-    file = str(small_folder / "changes")
+def test_a_full_file_system_fails_writes_and_nothing_else(boot, opened, image, small_directory):
+    file = str(small_directory / "changes")
     disk = opened(file=file)
     model = bytearray(Path(image).read_bytes())
     errors = []
@@ -721,13 +830,13 @@ def test_a_writer_of_the_image_is_refused_and_refuses(opened, image):
 
 
 def test_the_image_is_opened_for_reading_only(opened, image, as_nobody):
-    folder, dropped = as_nobody
-    os.chmod(folder, 0o777)
-    copy = os.path.join(folder, "disk.img")
+    directory, dropped = as_nobody
+    os.chmod(directory, 0o777)
+    copy = os.path.join(directory, "disk.img")
     Path(copy).write_bytes(Path(image).read_bytes())
     os.chmod(copy, 0o444)
     with dropped():
-        disk = opened(copy, os.path.join(folder, "changes"))
+        disk = opened(copy, os.path.join(directory, "changes"))
         write(disk, 0, b"x" * 512)
         disk.close()
 
@@ -742,14 +851,17 @@ def test_a_link_to_nothing_is_not_followed_to_make_an_overlay(opened, overlay, t
     assert not os.path.lexists(tmp_path / "elsewhere")
 
 
-def test_one_that_somebody_makes_meanwhile_is_not_replaced(opened, overlay, monkeypatch):
+@pytest.mark.parametrize("tmpfile", [True, False])
+def test_one_that_somebody_makes_meanwhile_is_not_replaced(opened, overlay, monkeypatch, tmpfile):
+    if not tmpfile:
+        monkeypatch.setattr(newfile_module.os, "O_TMPFILE", os.O_DIRECTORY)  # no such thing
     real = os.link
 
-    def link(source, target):
+    def link(source, target, **options):
         Path(target).write_text("theirs")
-        real(source, target)
+        real(source, target, **options)
 
-    monkeypatch.setattr(file_module.os, "link", link)
+    monkeypatch.setattr(newfile_module.os, "link", link)
     assert "cannot be made: File exists" in refusal(opened)
     assert "theirs" == Path(overlay).read_text()
     assert ["changes.overlay", "disk.img"] == sorted(os.listdir(os.path.dirname(overlay)))
@@ -759,19 +871,20 @@ def test_a_file_system_without_hard_links(opened, overlay, monkeypatch):
     def link(source, target):
         raise PermissionError(errno.EPERM, "no links")
 
-    monkeypatch.setattr(file_module.os, "link", link)
+    monkeypatch.setattr(newfile_module.os, "O_TMPFILE", os.O_DIRECTORY)
+    monkeypatch.setattr(newfile_module.os, "link", link)
     opened()
     assert ["changes.overlay", "disk.img"] == sorted(os.listdir(os.path.dirname(overlay)))
-    with pytest.raises(FileExistsError):
-        file_module.put_in_place(overlay, overlay, replacing=False)
+    with NewFile(overlay) as new, pytest.raises(FileExistsError):
+        new.put(overlay, replacing=False)
 
 
-def test_a_folder_that_is_not_there(opened, tmp_path):
+def test_a_directory_that_is_not_there(opened, tmp_path):
     said = refusal(lambda: opened(file=str(tmp_path / "no" / "file")))
     assert "cannot be made: No such file" in said
 
 
-# Whose changes it holds
+# Whose changes it has
 
 
 def test_the_image_is_known_by_the_overlay(opened, image, overlay):
@@ -855,7 +968,7 @@ def damaged(at, content):
         (lambda data: b"", "not an overlay"),
         (lambda data: data[:100], "not an overlay"),
         (lambda data: b"QFI\xfb" + data[4:], "not an overlay"),
-        (damaged(16, b"\2"), "an overlay of version 2"),
+        (damaged(16, b"\3"), "an overlay of version 3"),
         (damaged(20, b"\1"), "its header makes no sense"),  # the block
         (damaged(24, bytes(8)), "its header makes no sense"),  # the size
         (damaged(24, b"\1"), "its header makes no sense"),
@@ -894,16 +1007,17 @@ def test_an_enormous_hole_is_refused(opened, overlay):
     assert "changed or replaced since" in refusal(opened)
 
 
-@pytest.mark.parametrize("kind", ["folder", "pipe"])
+@pytest.mark.parametrize("kind", ["directory", "pipe"])
 def test_what_is_no_file_is_refused(opened, overlay, kind):
-    (os.mkdir if kind == "folder" else os.mkfifo)(overlay)
+    (os.mkdir if kind == "directory" else os.mkfifo)(overlay)
     assert overlay in refusal(opened)
     assert overlay in refusal(lambda: image_path(overlay))
 
 
 def test_too_long_a_path_for_the_header(opened, image, monkeypatch, overlay):
     def header_of(*_):
-        return file_module.Header(SIZE, 512, "b" * 36, (0, 0, 0), "/" + "p" * 4000)
+        epoch = epoch_module.Epoch("b" * 36)
+        return file_module.Header(SIZE, 512, epoch, (0, 0, 0), "/" + "p" * 4000)
 
     monkeypatch.setattr(file_module.Header, "of", header_of)
     assert "too long a path" in refusal(opened)
@@ -918,10 +1032,10 @@ def test_reading_only_it_leaves_the_file_as_it_is(boot, opened, overlay):
     kill(disk)
     before = Path(overlay).read_bytes()
     with OverlayFile.open(overlay, writable=False, alone=False) as file:
-        assert [(0, 2 * BLOCK, 1), (2 * BLOCK, SIZE, 0)] == list(file.runs(0, SIZE))
+        assert [(0, 2 * BLOCK, 1), (2 * BLOCK, SIZE, 0)] == list(file.extents(0, SIZE))
     boot()
     with OverlayFile.open(overlay, writable=False, alone=False) as file:
-        assert [(0, BLOCK, 1), (BLOCK, SIZE, 0)] == list(file.runs(0, SIZE))
+        assert [(0, BLOCK, 1), (BLOCK, SIZE, 0)] == list(file.extents(0, SIZE))
     assert before == Path(overlay).read_bytes()
 
 
@@ -943,10 +1057,10 @@ def test_extents_are_where_a_file_has_data(tmp_path):
     with open(path, "w+b") as file:
         file.truncate(1 << 20)
         os.pwrite(file.fileno(), b"x" * 8192, 65536)
-        assert [(65536, 73728)] == list(extents(file.fileno(), 0, 1 << 20))
-        assert [(69632, 70000)] == list(extents(file.fileno(), 69632, 70000))
-        assert [] == list(extents(file.fileno(), 0, 65536))
-        assert [] == list(extents(file.fileno(), 1 << 19, 1 << 20))
+        assert [(65536, 73728)] == list(data_extents(file.fileno(), 0, 1 << 20))
+        assert [(69632, 70000)] == list(data_extents(file.fileno(), 69632, 70000))
+        assert [] == list(data_extents(file.fileno(), 0, 65536))
+        assert [] == list(data_extents(file.fileno(), 1 << 19, 1 << 20))
 
 
 def test_it_is_opened_by_name(image, overlay):

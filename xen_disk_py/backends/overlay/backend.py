@@ -3,9 +3,9 @@
 The image is opened for reading only, and many overlays can share one. ``diff``, ``commit`` and
 ``export`` say what an overlay holds, put it into the image, or make a new image of both.
 
-A write puts its data into the file first, then marks its blocks (4096 bytes each) as held there.
-A process that is killed at any instant leaves each sector old or new, and nothing else changed.
-After a crash of the host all that was flushed is there: see :mod:`.overlay_file` for why.
+A write puts its data into the file first, then marks its blocks (4096 bytes each) as allocated
+there. A process that is killed at any instant leaves each sector old or new, and nothing else
+changed. After a crash of the host all that was flushed is there: see :mod:`.file` for why.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from ...errors import DeviceError, UsageError
 from ...units import format_size
 from .. import Backend
 from ..image import Image, cut
+from ..newfile import sync_directory
 from ..sharing import Storage
-from .file import BLOCK, Header, OverlayFile
+from .file import OverlayFile
+from .header import BLOCK
 
 log = logging.getLogger("xen_disk_py")
 
@@ -39,7 +41,7 @@ class OverlayBackend(Backend):
 
     Changes are counted by blocks (4096 bytes each). A write that would go beyond ``cow_limit``
     fails whole (``ENOSPC``), one for which the file system has no room may be done in part; blocks
-    that are held can always be written again.
+    that are allocated can always be written again.
 
     Whoever changes the image makes the overlay useless, so it is refused then: the image must have
     the same file (``st_ino``), size and time of modification as when the overlay was made.
@@ -76,7 +78,7 @@ class OverlayBackend(Backend):
         self._warned = False
 
     def read(self, buffers: Sequence[memoryview], offset: int) -> int:
-        """Read from the file what it holds, from the image what it does not."""
+        """Read from the file what is allocated there, from the image what is not."""
         return self._read(buffers, offset, self._readers)
 
     def read_nowait(self, buffers: Sequence[memoryview], offset: int) -> int:
@@ -87,17 +89,17 @@ class OverlayBackend(Backend):
         self, buffers: Sequence[memoryview], offset: int, readers: tuple[_Read, _Read]
     ) -> int:
         length, done = sum(map(len, buffers)), 0
-        for start, stop, held in self._file.runs(offset, offset + length):
+        for start, stop, allocated in self._file.extents(offset, offset + length):
             whole = stop - start == length
             part = buffers if whole else cut(buffers, start - offset, stop - offset)
-            moved = readers[held](part, start)
+            moved = readers[allocated](part, start)
             done += moved
             if moved < stop - start:
                 break
         return done
 
     def write(self, buffers: Sequence[memoryview], offset: int) -> int:
-        """Write into the file, with the rest of blocks that it does not hold yet."""
+        """Write into the file, with the rest of blocks that are not allocated there yet."""
         return self._write(buffers, offset, self._image.read)
 
     def write_nowait(self, buffers: Sequence[memoryview], offset: int) -> int:
@@ -110,28 +112,30 @@ class OverlayBackend(Backend):
         first, last = offset // BLOCK, -(-end // BLOCK)
         # What the first and the last block have before and behind the write: block, from, to
         edges = ((first, first * BLOCK, offset), (last - 1, end, min(last * BLOCK, self.size)))
-        held = self._file.held
+        allocated = self._file.allocated
         copies: dict[int, memoryview] = {}  # of the image, by where they start; it never changes
         while True:
             # Not locked, since the image may take its time.
             for block, start, stop in edges:
-                if start < stop and not held[block] and start not in copies:
+                if start < stop and not allocated[block] and start not in copies:
                     copies[start] = memoryview(bytearray(stop - start))
                     if not _fill(copies[start], start, read_image):
                         return 0
             # Locked, or two writes to one block, or a discard in between, would lose something.
             with self._file.lock:
-                wanted = [s for block, s, stop in edges if s < stop and not held[block]]
-                if not all(start in copies for start in wanted):
+                wanted = [
+                    (s, stop) for block, s, stop in edges if s < stop and not allocated[block]
+                ]
+                if not all(s in copies for s, _ in wanted):
                     continue  # a discard was quicker
-                fresh = held[first:last].count(0)
+                fresh = allocated[first:last].count(0)
                 if fresh:
                     self._check_limit(fresh)
-                head = [copies[s] for s in wanted if s < offset]
-                tail = [copies[s] for s in wanted if s >= end]
-                self._file.write([*head, *buffers, *tail], offset - sum(map(len, head)))
+                head = [copies[s] for s, _ in wanted if s < offset]
+                tail = [copies[s] for s, _ in wanted if s >= end]
+                self._file.write([*head, *buffers, *tail], offset - sum(map(len, head)), wanted)
                 if fresh:
-                    self._file.hold(first, last)
+                    self._file.allocate(first, last)
                 return length
 
     def _check_limit(self, fresh: int) -> None:
@@ -149,7 +153,7 @@ class OverlayBackend(Backend):
         raise OSError(errno.ENOSPC, f"the overlay is full ({format_size(limit)})")
 
     def flush(self) -> None:
-        """``fdatasync``, and make sure of which blocks are held."""
+        """``fdatasync``, and make sure of which blocks are allocated."""
         self._file.flush()
 
     def discard(self, offset: int, length: int) -> None:
@@ -161,8 +165,8 @@ class OverlayBackend(Backend):
                 return
             stop = min(first + _DISCARD_BLOCKS, last)
             with self._file.lock:
-                if self._file.held.find(b"\1", first, stop) >= 0:
-                    self._file.forget(first, stop)
+                if self._file.allocated.find(b"\1", first, stop) >= 0:
+                    self._file.deallocate(first, stop)
 
     def resize(self, size: int | None) -> int:
         """Refuse: the changes fit an image of one size."""
@@ -192,8 +196,7 @@ def _open(path: str, overlay: str, sector_size: int | None) -> tuple[Image, Over
     if not os.path.lexists(overlay):
         image = Image.open(path, writable=False, sector_size=sector_size)
         try:
-            header = Header.of(image.fd, image.path, image.size, image.sector_size)
-            return image, OverlayFile.create(overlay, header)
+            return image, OverlayFile.create(overlay, image)
         except BaseException:
             image.close()
             raise
@@ -207,6 +210,9 @@ def _open(path: str, overlay: str, sector_size: int | None) -> tuple[Image, Over
             )
         image = Image.open(path, writable=False, sector_size=own)
         try:
+            if file.header.was_committed(image):  # by a process that was killed
+                sync_directory(os.path.realpath(image.path))
+                file.empty(image)
             file.attach(image)
         except BaseException:
             image.close()

@@ -1,18 +1,25 @@
-"""The file that an overlay is: its layout, who may open it, which blocks of the image it holds.
+"""The file that an overlay is: its layout, who may open it, which blocks of the image it has.
 
 ::
 
-    0            a header of 4096 bytes: whose changes these are
-    4096         the live map: a byte for each block of 4096 bytes, 1 where the file holds it
+    0            a header of 4096 bytes: whose changes these are, see :mod:`.header`
+    4096         the live map: a byte for each block of 4096 bytes, 1 where it is allocated in here
     + map        the durable map, of the same length (both rounded up to 4096 bytes)
-    + map        the blocks, each as far in here as it is in the image: what is not held is a hole
+    + map        the blocks, each as far in here as it is in the image: what is not allocated is a
+                 hole
 
 A block is marked in the live map only *after* its data is in the file, so a process that is killed
 at any instant leaves the old content or the new: what it had written is in the page cache, in the
 order in which it was written. A host that crashes loses the page cache, and may have put a mark on
 storage before its data. So a flush waits for the data, then copies the marks that stood *before*
-that wait into the durable map, and waits again. Whoever opens the file while the host has not been
-started anew since (it has the same boot id) goes by the live map, anybody else by the durable one.
+that wait into the durable map, and waits again. Whoever opens the file while the page cache is
+surely still there (see :mod:`.epoch`) goes by the live map, anybody else by the durable one.
+
+Storage may also lose what was written while all this lives: after an error of write-back the page
+cache may drop it, and the next ``fdatasync`` succeeds. So it is known which sectors no flush has
+covered, and after a flush that failed none succeeds until they have been written again. What of
+them is the image's is copied again here, the rest is up to whoever wrote it. Until then nobody
+else goes by the live map.
 
 The map is used from a private copy, and written with ``pwrite``: a mapping of the file would be a
 signal that kills the process (``SIGBUS``) where somebody cuts it short.
@@ -21,124 +28,29 @@ signal that kills the process (``SIGBUS``) where somebody cuts it short.
 from __future__ import annotations
 
 import errno
+import logging
 import mmap
 import os
 import stat
-import struct
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import replace
 
 from ...errors import ImageError
 from ...hypervisor import Closing
 from ..image import Image, lock, transfer_all
-from ..signatures import OVERLAY
+from ..newfile import NewFile
 from ..trim import punch_hole
+from .epoch import Epoch
+from .header import BLOCK, Commit, Header, damaged
+from .trust import require_trusted
+from .unflushed import Unflushed
 
-BLOCK = 4096
-VERSION = 1
+log = logging.getLogger("xen_disk_py")
 
-# version, block, size, sector size, boot id, st_dev, st_ino, st_mtime_ns, length of the path
-_FIELDS = struct.Struct("<16sIIQI36sQQqH")
 _ANONYMOUS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
 _NOT = (b"\1", b"\0")  # by the byte of a map, the other one
-
-
-@dataclass(frozen=True)
-class Header:
-    """Whose changes a file holds.
-
-    Attributes:
-        size: of the image, in bytes.
-        sector_size: of the disk, in bytes.
-        boot_id: of the host when the live map was last written.
-        identity: of the image: ``st_dev``, ``st_ino``, ``st_mtime_ns``. A block device has its own
-            number, then zeros: that it was written cannot be seen.
-        path: of the image, absolute.
-    """
-
-    size: int
-    sector_size: int
-    boot_id: str
-    identity: tuple[int, int, int]
-    path: str
-
-    @classmethod
-    def of(cls, fd: int, path: str, size: int, sector_size: int) -> Header:
-        """Describe the image that is open as ``fd``."""
-        status = os.fstat(fd)
-        identity = (status.st_dev, status.st_ino, status.st_mtime_ns)
-        if stat.S_ISBLK(status.st_mode):
-            identity = (status.st_rdev, 0, 0)
-        return cls(size, sector_size, boot_id(), identity, path)
-
-    @classmethod
-    def parse(cls, page: bytes, name: str) -> Header:
-        """Read the first page of the file ``name``, which anybody may have written.
-
-        Raises:
-            ImageError: it is no header, or not one that can be understood.
-        """
-        if len(page) < BLOCK or not page.startswith(OVERLAY):
-            raise ImageError(f"{name}: not an overlay: give a file that --overlay has made")
-        _, version, block, size, sector_size, boot, *identity, length = _FIELDS.unpack_from(page)
-        if version != VERSION:
-            raise ImageError(
-                f"{name}: an overlay of version {version}, this program knows {VERSION}: use the "
-                "xen-disk that made it"
-            )
-        path, rest = page[_FIELDS.size :][:length], page[_FIELDS.size + length :]
-        sane = (
-            block == BLOCK
-            and sector_size in (512, 1024, 2048, 4096)
-            and size > 0
-            and not size % sector_size
-            and boot.isascii()
-            and length <= BLOCK - _FIELDS.size
-            and path.startswith(b"/")
-            and b"\0" not in path
-            and not any(rest)
-        )
-        if not sane:
-            raise _damaged(name, "its header makes no sense")
-        return cls(size, sector_size, boot.decode(), tuple(identity), os.fsdecode(path))
-
-    def pack(self) -> bytes:
-        """Return the page.
-
-        Raises:
-            ImageError: the path is too long for it.
-        """
-        path = os.fsencode(self.path)
-        if len(path) > BLOCK - _FIELDS.size:
-            raise ImageError(f"{self.path}: too long a path for an overlay: use a shorter one")
-        fields = (VERSION, BLOCK, self.size, self.sector_size, self.boot_id.encode())
-        page = _FIELDS.pack(OVERLAY, *fields, *self.identity, len(path)) + path
-        return page.ljust(BLOCK, b"\0")
-
-    def check(self, image: Image, name: str) -> None:
-        """See that the overlay ``name`` was made for this image as it is now.
-
-        Device numbers are the kernel's own of one boot: they count in that boot only.
-
-        Raises:
-            ImageError: it was not; the message says what to do.
-        """
-        now = Header.of(image.fd, image.path, image.size, self.sector_size)
-        same_device = now.identity[0] == self.identity[0] or now.boot_id != self.boot_id
-        if now.size == self.size and now.identity[1:] == self.identity[1:] and same_device:
-            return
-        if image.path == self.path or (same_device and now.identity[1] == self.identity[1]):
-            raise ImageError(
-                f"{image.path}: changed or replaced since the overlay {name} was made, whose "
-                "blocks do not fit it any more: put the image back as it was, or begin a new "
-                "overlay"
-            )
-        raise ImageError(
-            f"{name}: made for another image, {self.path}: use it with that one, or begin a new "
-            "overlay"
-        )
 
 
 class OverlayFile(Closing):
@@ -149,9 +61,9 @@ class OverlayFile(Closing):
         path: absolute.
         header: whose changes it holds.
         blocks: how many the image has.
-        used: how many of them are held.
-        held: the map, a byte for each block: 0 or 1. To be changed through :meth:`hold` and
-            :meth:`forget` only.
+        used: how many of them are allocated in here.
+        allocated: the map, a byte for each block: 0 or 1. To be changed through :meth:`allocate`
+            and :meth:`deallocate` only.
         data: where the blocks start in the file, in bytes.
         lock: to be held by whoever changes the map.
         in_use: somebody else may be changing the file.
@@ -170,17 +82,20 @@ class OverlayFile(Closing):
         self.used = 0
         self.lock = threading.Lock()
         self._flushing = threading.Lock()
-        self._changed: set[int] = set()  # pages in which the durable map is not the live one
+        self._changed: set[int] = set()  # pages in which the durable map may not be the live one
+        self._image: Image | None = None  # what it lies over, once attached
         self._reserved: set[int] = set()  # pages of the durable map that have their space
         self.check_length()
         try:
-            self.held = mmap.mmap(-1, self.blocks, flags=_ANONYMOUS)
+            self.allocated = self._make_map()
+            self._unflushed = Unflushed(self.blocks, self._make_map)
         except (OSError, OverflowError, ValueError) as error:
             raise ImageError(f"{path}: its map does not fit into memory: {error}") from error
         try:
+            self._is_live = self.header.live and self.header.epoch.lasts(Epoch.of(fd))
             self._load()
         except BaseException:
-            self.held.close()
+            self._close_maps()
             raise
         self._file = Image(
             fd,
@@ -192,32 +107,22 @@ class OverlayFile(Closing):
         )
 
     @classmethod
-    def create(cls, path: str, header: Header, *, replacing: bool = False) -> OverlayFile:
-        """Make an empty one, whole or not at all, and on stable storage.
-
-        Args:
-            path: no such file may exist, unless ``replacing``.
-            header: whose changes it is to hold.
-            replacing: put it in the place of what is there.
+    def create(cls, path: str, image: Image) -> OverlayFile:
+        """Make an empty one for ``image``, whole or not at all, and on stable storage.
 
         Raises:
-            ImageError: it cannot be made.
+            ImageError: it cannot be made, or there is such a file.
         """
-        page = header.pack()
         try:
-            fd, temporary = temporary_beside(path)
-            try:
-                lock(fd, path, True, False)
-                os.ftruncate(fd, BLOCK + 2 * _map_length(header.size) + header.size)
-                transfer_all(os.pwritev, fd, [memoryview(page)], 0)
-                file = cls(fd, path, header, writable=True)
-                os.fsync(fd)
-                put_in_place(temporary, path, replacing=replacing)
-            except BaseException:
-                os.close(fd)
-                with suppress(FileNotFoundError):
-                    os.unlink(temporary)
-                raise
+            with NewFile(path) as new:
+                header = Header.of(image, Epoch.of(new.fd))
+                os.ftruncate(new.fd, _file_length(header.size))
+                transfer_all(os.pwritev, new.fd, [memoryview(header.pack())], 0)
+                file = cls(new.fd, path, header, writable=True)
+                file._image = image
+                os.fsync(new.fd)
+                new.put(path, replacing=False)
+                new.detach()
         except OSError as error:
             raise ImageError(f"{path}: cannot be made: {error.strerror}") from error
         return file
@@ -258,15 +163,29 @@ class OverlayFile(Closing):
             os.close(fd)
             raise
 
+    @classmethod
+    def of(cls, fd: int, path: str) -> OverlayFile:
+        """Read the overlay that is open as ``fd``, which it closes: a clone of ``path``.
+
+        Raises:
+            ImageError: it cannot be used.
+            OSError: it cannot be read.
+        """
+        try:
+            return cls(fd, path, _read_header(fd, path), writable=False)
+        except BaseException:
+            os.close(fd)
+            raise
+
     def check_length(self) -> None:
         """See that nobody has cut it short.
 
         Raises:
             ImageError: it has not the length that it was made with.
         """
-        length, whole = os.fstat(self.fd).st_size, self.data + self.header.size
+        length, whole = os.fstat(self.fd).st_size, _file_length(self.header.size)
         if length != whole:
-            raise _damaged(self.path, f"it has {length} bytes, not {whole}: perhaps cut short")
+            raise damaged(self.path, f"it has {length} bytes, not {whole}: perhaps cut short")
 
     def attach(self, image: Image) -> None:
         """Make it ready to be changed, as what lies over ``image``.
@@ -276,62 +195,142 @@ class OverlayFile(Closing):
             OSError: it cannot be written.
         """
         self.header.check(image, self.path)
-        now = Header.of(image.fd, image.path, image.size, self.header.sector_size)
-        if now.boot_id != self.header.boot_id:
+        self._image = image
+        now = replace(Header.of(image, Epoch.of(self.fd)), sector_size=self.header.sector_size)
+        if not self._is_live:
+            if self._changed:
+                log.warning(
+                    "%s: what was not flushed is lost, as after a crash of this host, since %s",
+                    self.path,
+                    "its page cache did not survive" if self.header.live else "a flush failed",
+                )
+            if not self.header.live:  # read what storage has, not what it could not take
+                with suppress(OSError):
+                    os.fdatasync(self.fd)
+                os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_DONTNEED)
             self._write_pages(BLOCK, self._pages(self._changed))
-            self._changed.clear()
-        if now != self.header:  # last: until then the durable map is what counts
-            transfer_all(os.pwritev, self.fd, [memoryview(now.pack())], 0)
-            self.header = now
+            self._is_live = True
+        self._write_header(now)  # last: until then the durable map is what counts
 
-    def runs(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """Cut the bytes from ``start`` to ``stop`` of the disk into runs: from, to, held or not."""
+    def note(self, commit: Commit | None) -> None:
+        """Note that a commit is about to replace the image, or that it is not; on stable storage.
+
+        Raises:
+            OSError: it is not noted, or perhaps not on storage.
+        """
+        self._write_header(replace(self.header, commit=commit))
+        os.fsync(self.fd)
+
+    def empty(self, image: Image) -> None:
+        """Drop all changes, and begin anew over ``image``: after a commit, which is noted.
+
+        Takes no space, and can be killed at any instant: then it is done again.
+
+        Raises:
+            ImageError: the image has another size.
+            OSError: the file cannot be written.
+        """
+        if image.size != self.header.size:
+            raise ImageError(
+                f"{image.path}: has {image.size} bytes now, not {self.header.size}: remove the "
+                f"overlay {self.path}, whose changes are in the image, and begin a new one"
+            )
+        for start, stop in [*data_extents(self.fd, BLOCK, self.data)]:
+            self._zero(start, stop)
+        os.fdatasync(self.fd)
+        now = replace(Header.of(image, Epoch.of(self.fd)), sector_size=self.header.sector_size)
+        self._write_header(now)
+        os.fsync(self.fd)
+        with suppress(OSError):  # not every file system can: then the space stays taken
+            punch_hole(self.fd, self.data, self.header.size)
+        self._close_maps()
+        self.allocated, self.used = self._make_map(), 0
+        self._unflushed = Unflushed(self.blocks, self._make_map)
+        self._changed, self._reserved = set(), set()
+        self._is_live = True
+
+    def _zero(self, start: int, stop: int) -> None:
+        try:
+            punch_hole(self.fd, start, stop - start)
+        except OSError:
+            for at in range(start, stop, 1 << 20):
+                zeros = memoryview(bytes(min(1 << 20, stop - at)))
+                transfer_all(os.pwritev, self.fd, [zeros], at)
+
+    def _write_header(self, header: Header) -> None:
+        if header != self.header:
+            transfer_all(os.pwritev, self.fd, [memoryview(header.pack())], 0)
+            self.header = header
+
+    def extents(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """Cut the bytes from ``start`` to ``stop`` of the disk into extents: from, to, allocated.
+
+        The last is 1 for what is in here, 0 for what is in the image.
+        """
         at, last = start // BLOCK, -(-stop // BLOCK)
         while at < last:
-            held = self.held[at]
-            end = self.held.find(_NOT[held], at + 1, last)
+            allocated = self.allocated[at]
+            end = self.allocated.find(_NOT[allocated], at + 1, last)
             if end < 0:
                 end = last
-            yield max(start, at * BLOCK), min(stop, end * BLOCK), held
+            yield max(start, at * BLOCK), min(stop, end * BLOCK), allocated
             at = end
 
     def read(self, buffers: Sequence[memoryview], offset: int) -> int:
-        """Fill ``buffers`` from blocks that are held, ``offset`` bytes into the disk."""
+        """Fill ``buffers`` from blocks that are allocated, ``offset`` bytes into the disk."""
         return self._file.read(buffers, self.data + offset)
 
     def read_nowait(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Do so as far as that takes no waiting."""
         return self._file.read_nowait(buffers, self.data + offset)
 
-    def write(self, buffers: Sequence[memoryview], offset: int) -> None:
-        """Store ``buffers``, ``offset`` bytes into the disk; :meth:`hold` makes them count."""
+    def write(
+        self, buffers: Sequence[memoryview], offset: int, copied: Iterable[tuple[int, int]] = ()
+    ) -> None:
+        """Store ``buffers``, ``offset`` bytes into the disk; :meth:`allocate` makes them count.
+
+        Args:
+            buffers: the data.
+            offset: where it belongs.
+            copied: the parts of it that are copies of the image's content: from, to, each in one
+                block.
+        """
+        stop = offset + sum(map(len, buffers))
         try:
             transfer_all(os.pwritev, self.fd, buffers, self.data + offset)
         except OSError:  # no space left, mostly: what does not count must not take any
-            for start, stop, held in self.runs(offset, offset + sum(map(len, buffers))):
-                if not held:
-                    self._punch(start, stop)
+            for start, end, allocated in self.extents(offset, stop):
+                if not allocated:
+                    self._punch(start, end)
             raise
+        self._unflushed.write(offset, stop)
+        for start, end in copied:
+            self._unflushed.copy(start, end)
 
-    def hold(self, first: int, last: int) -> None:
+    def allocate(self, first: int, last: int) -> None:
         """Have the blocks from ``first`` to before ``last`` count, whose data was written."""
         self._mark(first, last, b"\1")
 
-    def forget(self, first: int, last: int) -> None:
+    def deallocate(self, first: int, last: int) -> None:
         """Have the image's own content in these blocks, and give their space back."""
         self._mark(first, last, b"\0")
+        self._unflushed.forget(first, last)
         self._punch(first * BLOCK, min(last * BLOCK, self.header.size))
 
     def flush(self) -> None:
         """Return when all that was written and marked before is on stable storage.
 
         Raises:
-            OSError: it is not; the next flush tries all of it again.
+            OSError: it is not. No later flush succeeds until all that was written since the last
+                good one has been written again.
         """
         with self._flushing:  # a second one must not return before the marks of the first are safe
             with self.lock:
+                if self._unflushed.failed:
+                    self._write_again()
                 changed, self._changed = self._changed, set()
                 pages = self._pages(changed)  # before the wait, since later data may not be safe
+                self._unflushed.begin()
             try:
                 os.fdatasync(self.fd)
                 if pages:
@@ -340,19 +339,57 @@ class OverlayFile(Closing):
             except BaseException:
                 with self.lock:
                     self._changed |= changed
+                    self._unflushed.fail()
+                    with suppress(OSError):  # whoever opens it next must not trust the cache
+                        self._write_header(replace(self.header, live=False))
+                        self._copy_again()
                 raise
+            with self.lock:
+                self._unflushed.succeed()
+                if not self.header.live:
+                    self._write_header(replace(self.header, live=True))
+
+    def _write_again(self) -> None:
+        """Write again what is known here of what the last flush did not cover."""
+        self._copy_again()
+        if self._unflushed.is_lost:
+            raise OSError(
+                errno.EIO, "an earlier flush failed, and what was written before it may be lost"
+            )
+        self._write_pages(BLOCK, self._pages(self._changed))
+
+    def _copy_again(self) -> None:
+        """Copy what is the image's of blocks in here, which the page cache may have dropped."""
+        for start, stop in [*self._unflushed.copies()]:
+            assert self._image is not None
+            buffer = memoryview(bytearray(stop - start))
+            transfer_all(os.preadv, self._image.fd, [buffer], start)
+            self.write([buffer], start, [(start, stop)])
 
     def close(self) -> None:
         """Bring the durable map up to date, unlock and close."""
         if self.fd < 0:
             return
         try:
-            if self._changed and not self._file.read_only:
+            if self._unflushed.failed:
+                log.warning(
+                    "%s: a flush failed: what was written since the last good one may be lost",
+                    self.path,
+                )
+            elif not self._file.read_only and (self._changed or not self._unflushed.is_empty):
                 self.flush()
         finally:
             self.fd = -1
-            self.held.close()
+            self._close_maps()
             self._file.close()
+
+    def _make_map(self) -> mmap.mmap:
+        """Make a map in memory, a byte for each block: zeros, which take no room."""
+        return mmap.mmap(-1, self.blocks, flags=_ANONYMOUS)
+
+    def _close_maps(self) -> None:
+        self.allocated.close()
+        self._unflushed.close()
 
     def _punch(self, start: int, stop: int) -> None:
         with suppress(OSError):  # not every file system can: then the space stays taken
@@ -365,8 +402,8 @@ class OverlayFile(Closing):
             self._reserve(BLOCK + self._map_length + page * BLOCK)
             self._reserved.add(page)
         transfer_all(os.pwritev, self.fd, [memoryview(content)], BLOCK + first)
-        self.used += content.count(1) - self.held[first:last].count(1)
-        self.held[first:last] = content
+        self.used += content.count(1) - self.allocated[first:last].count(1)
+        self.allocated[first:last] = content
         self._changed |= pages
 
     def _reserve(self, at: int) -> None:
@@ -378,7 +415,7 @@ class OverlayFile(Closing):
 
     def _pages(self, numbers: Iterable[int]) -> dict[int, bytes]:
         """Copy pages of the map, by where they are in it."""
-        return {page * BLOCK: self.held[page * BLOCK : (page + 1) * BLOCK] for page in numbers}
+        return {page * BLOCK: self.allocated[page * BLOCK : (page + 1) * BLOCK] for page in numbers}
 
     def _write_pages(self, at: int, pages: dict[int, bytes]) -> None:
         for start, page in sorted(pages.items()):
@@ -386,9 +423,9 @@ class OverlayFile(Closing):
 
     def _load(self) -> None:
         """Read the map that counts, and see where the two differ."""
-        counts = 0 if self.header.boot_id == boot_id() else self._map_length
+        counts = 0 if self._is_live else self._map_length
         starts: set[int] = set()
-        for start, stop in extents(self.fd, BLOCK, self.data):
+        for start, stop in data_extents(self.fd, BLOCK, self.data):
             first = (start - BLOCK) // BLOCK * BLOCK
             starts.update(at % self._map_length for at in range(first, stop - BLOCK, BLOCK))
         for start in starts:
@@ -397,12 +434,12 @@ class OverlayFile(Closing):
             }
             page = pages[counts]
             part = page[: self.blocks - start]
-            held = part.count(1)
-            if held + page.count(0) != BLOCK:
-                raise _damaged(self.path, "its map makes no sense")
-            if held:
-                self.held[start : start + len(part)] = part
-                self.used += held
+            allocated = part.count(1)
+            if allocated + page.count(0) != BLOCK:
+                raise damaged(self.path, "its map makes no sense")
+            if allocated:
+                self.allocated[start : start + len(part)] = part
+                self.used += allocated
             if pages[0] != pages[self._map_length]:
                 self._changed.add(start // BLOCK)
 
@@ -411,25 +448,21 @@ def image_path(path: str) -> str:
     """Return the path of the image that the overlay ``path`` was made for.
 
     Raises:
-        ImageError: it is no overlay.
+        ImageError: it is no overlay, or one whose author may be somebody else.
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         try:
-            return _read_header(fd, path).path
+            header = _read_header(fd, path)
+            require_trusted(fd, path)
+            return header.path
         finally:
             os.close(fd)
     except OSError as error:
         raise ImageError(f"{path}: the overlay cannot be opened: {error.strerror}") from error
 
 
-def boot_id() -> str:
-    """Return what is another text each time that the host is started (random(4))."""
-    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-        return file.read().strip()
-
-
-def extents(fd: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
+def data_extents(fd: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
     """Name the parts from ``start`` to ``stop`` of a file that are no holes: from, to, in bytes."""
     while start < stop:
         try:
@@ -446,65 +479,17 @@ def extents(fd: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
         start = end
 
 
-def temporary_beside(path: str) -> tuple[int, str]:
-    """Make a file for its owner alone in the folder of ``path``; return it open, and its name.
-
-    Raises:
-        OSError: it cannot be made.
-    """
-    import tempfile  # slow to import, and hardly ever needed
-
-    return tempfile.mkstemp(prefix=".xen-disk-", dir=os.path.dirname(os.path.abspath(path)))
-
-
-def put_in_place(temporary: str, path: str, *, replacing: bool) -> None:
-    """Give a file that is complete its name, on stable storage.
-
-    Raises:
-        OSError: it cannot be; ``FileExistsError``: there is one, and it is not to be replaced.
-        ImageError: it has its name, but that is not on stable storage.
-    """
-    if replacing:
-        os.rename(temporary, path)
-    else:
-        _name(temporary, path)
-    folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # what knows no such thing needs none
-            raise ImageError(
-                f"{path}: is in its place, but a crash of this host may undo that: {error.strerror}"
-            ) from error
-    finally:
-        os.close(folder)
-
-
-def _name(temporary: str, path: str) -> None:
-    """Rename a file, but never over another one."""
-    try:
-        os.link(temporary, path)
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP):
-            raise
-        # A file system without hard links: what is left is to look first.
-        if os.path.lexists(path):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from error
-        os.rename(temporary, path)
-    else:
-        os.unlink(temporary)
-
-
 def _read_header(fd: int, path: str) -> Header:
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         raise ImageError(f"{path}: not an overlay, which is a file: give another name")
     return Header.parse(os.pread(fd, BLOCK, 0), path)
 
 
+def _file_length(size: int) -> int:
+    """Return the length of an overlay, in bytes, of an image of ``size`` bytes."""
+    return BLOCK + 2 * _map_length(size) + size
+
+
 def _map_length(size: int) -> int:
     """Return the length of a map, in bytes, of an image of ``size`` bytes."""
     return -(-size // BLOCK**2) * BLOCK
-
-
-def _damaged(path: str, what: str) -> ImageError:
-    return ImageError(f"{path}: a damaged overlay: {what}; begin a new one")

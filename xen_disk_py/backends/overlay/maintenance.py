@@ -1,127 +1,276 @@
-"""What is done with an overlay that no disk uses: put it into its image, or make one of both.
+"""What is done with overlays: put them into their image, make a new image, change the image.
 
-Both write a complete new image under a temporary name, and give it its own when it is on stable
-storage. Until then nothing has changed; what fails or is interrupted removes what it has written.
+A new image is complete, and on stable storage, before it gets its name: until then nothing has
+changed, and what fails or is interrupted leaves nothing behind (see :mod:`.newfile`). A commit
+notes in the overlay, before it replaces the image, that it is about to. Whoever opens the overlay
+next sees by that, and by which image is there, whether to finish the commit or to forget it.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import signal
 import stat
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Callable
 
 from ...errors import ImageError, UsageError
 from ...units import format_size
 from ..image import Image, lock
-from .file import Header, OverlayFile, extents, put_in_place, temporary_beside
+from ..newfile import NewFile, sync_directory
+from .file import OverlayFile, data_extents
+from .header import Commit, identity_of
+from .trust import require_trusted
 
 _CHUNK = 16 << 20  # copied in one go, between two reports of progress
 _PIECE = 64 << 10  # if it is nothing but zeros, a hole is left
+_SETTLING = 0.05  # seconds; file systems note times of modification in steps of up to 0.01
+_ATTEMPTS = 3
+_PRIVILEGES = ("security.capability", "security.ima", "security.evm")
+_FICLONE = 0x40049409  # linux/fs.h
 
 Progress = Callable[[int, int], None]
 """Is told how many bytes are done, and of how many."""
 
 
-def held(file: OverlayFile) -> list[tuple[int, int]]:
-    """List the runs of bytes that an overlay holds: where each starts on the disk, its length."""
-    return [(start, stop - start) for start, stop, here in file.runs(0, file.header.size) if here]
+def allocated_extents(file: OverlayFile) -> list[tuple[int, int]]:
+    """List the extents that an overlay has: where each starts on the disk, its length, in bytes."""
+    return [
+        (start, stop - start) for start, stop, here in file.extents(0, file.header.size) if here
+    ]
 
 
-def held_bytes(file: OverlayFile) -> int:
+def allocated_bytes(file: OverlayFile) -> int:
     """Count them."""
-    return sum(length for _, length in held(file))
+    return sum(length for _, length in allocated_extents(file))
 
 
-def commit(overlay: str, *, keep: bool, progress: Progress) -> tuple[str, int]:
+def commit(
+    overlay: str, *, keep: bool, progress: Progress, path: str | None = None
+) -> tuple[str, int]:
     """Put what an overlay holds into its image.
 
-    The new image has the owner, mode and extended attributes of the old one, and its place. It is
-    another file, which other overlays of the old one do not fit.
+    The new image has the owner, the permissions and the extended attributes of the old one, and
+    its place; not its set-user-ID and set-group-ID bits. It is another file, which other overlays
+    of the old one do not fit. A commit that was killed is finished.
 
     Args:
         overlay: the file; removed afterwards.
         keep: leave an empty overlay in its place.
         progress: told how far it is.
+        path: the image; by default the one that the overlay names, if that can be trusted.
 
     Returns:
         The path of the image, symbolic links resolved, and how many bytes were put into it.
 
     Raises:
-        ImageError: it cannot be done, and nothing has changed.
+        ImageError: it cannot be done, and nothing has changed; or the image is replaced, and the
+            message says so.
     """
-    overlay = os.path.realpath(overlay)  # it is the file that is removed, not a link to it
+    given, overlay = overlay, os.path.realpath(overlay)  # not a link to it is removed
     with OverlayFile.open(overlay, writable=True) as file:
-        path = os.path.realpath(_image_of(file))
+        named = _image_of(file, given, path)
+        path = os.path.realpath(named)
         _refuse_what_cannot_be_replaced(path, overlay)
         with Image.open(path, writable=True, sector_size=file.header.sector_size) as image:
-            file.header.check(image, overlay)
-            with _new_image(file, image, path, progress) as (fd, temporary):
-                _take_after(fd, image.fd, path)
-                os.fsync(fd)
-                header = Header.of(fd, file.header.path, image.size, file.header.sector_size)
-                put_in_place(temporary, path, replacing=True)
-            count = held_bytes(file)
-            if keep:
-                OverlayFile.create(overlay, header, replacing=True).close()
-            else:
-                os.unlink(overlay)
+            count = allocated_bytes(file)
+            if not file.header.was_committed(image):
+                file.header.check(image, overlay)
+                _replace_image(file, image, path, keep, progress)
+        _finish(file, named, path)
     return path, count
 
 
-def export(overlay: str, new: str, *, force: bool, progress: Progress) -> int:
+def _replace_image(
+    file: OverlayFile, image: Image, path: str, keep: bool, progress: Progress
+) -> None:
+    with _new_image(path, image.size) as new:
+        _merge(file, image, new.fd, progress)
+        _check_still_fits(file, image)
+        _take_after(new.fd, image.fd, path)
+        os.fsync(new.fd)
+        with _uninterrupted():
+            file.note(Commit(identity_of(new.fd), keep))
+            try:
+                new.put(path, replacing=True)
+            except BaseException:
+                if os.path.samestat(os.stat(path), os.fstat(image.fd)):
+                    with suppress(OSError):  # the image is the old one: without the note, too
+                        file.note(None)
+                raise
+
+
+def _finish(file: OverlayFile, named: str, path: str) -> None:
+    """Finish a commit whose image is in its place: empty the overlay, or remove it."""
+    assert file.header.commit is not None
+    own = file.header.sector_size
+    with _uninterrupted():
+        try:
+            sync_directory(path)  # whoever put it there may have been killed before
+            if file.header.commit.keep:
+                with Image.open(named, writable=False, sector_size=own) as image:
+                    file.empty(image)
+            else:
+                os.unlink(file.path)
+        except (OSError, ImageError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise ImageError(
+                f"{path}: the changes are in it, but {file.path} is not finished with: {reason}; "
+                f"to finish: xen-disk commit {file.path}"
+            ) from error
+
+
+def export(
+    overlay: str,
+    new: str,
+    *,
+    force: bool,
+    progress: Progress,
+    path: str | None = None,
+    convert: Callable[[int, int], None] | None = None,
+) -> int:
     """Make a new image of an overlay and its image, which other disks may be using.
+
+    A disk may even be using the overlay: then the new image is what a guest would find if its
+    host had failed at one instant of the copying.
 
     Args:
         overlay: the file.
         new: the new image, for its owner alone.
         force: replace the file that is there.
         progress: told how far it is.
+        path: the image; by default the one that the overlay names, if that can be trusted.
+        convert: given the raw image and an empty file, both open: makes the latter the new image.
 
     Returns:
-        The size of the new image, in bytes.
+        The size of the disk, in bytes.
 
     Raises:
         UsageError: there is a file, or something that is never replaced.
         ImageError: it cannot be done, and nothing has changed.
     """
     new = os.path.realpath(new) if force else os.path.abspath(new)
-    with (
-        OverlayFile.open(overlay, writable=False, alone=False) as file,
-        Image.open(_image_of(file), writable=False, sector_size=file.header.sector_size) as image,
-    ):
+    with ExitStack() as stack:
+        file = stack.enter_context(OverlayFile.open(overlay, writable=False, alone=None))
+        image = stack.enter_context(
+            Image.open(
+                _image_of(file, overlay, path),
+                writable=False,
+                sector_size=file.header.sector_size,
+            )
+        )
         file.header.check(image, overlay)
-        with (
-            _replaceable(new, force, file.fd, image.fd),
-            _new_image(file, image, new, progress) as (fd, temporary),
-        ):
-            os.fsync(fd)
-            put_in_place(temporary, new, replacing=force)
+        stack.enter_context(_replaceable(new, force, file.fd, image.fd))
+        raw = stack.enter_context(_new_image(new, image.size))
+        _merge_consistently(file, image, raw, progress)
+        if convert is None:
+            made = raw
+        else:
+            made = stack.enter_context(_new_image(new, image.size))
+            convert(raw.fd, made.fd)
+        os.fsync(made.fd)
+        made.put(new, replacing=force)
         return image.size
 
 
-def _image_of(file: OverlayFile) -> str:
+def _merge_consistently(file: OverlayFile, image: Image, raw: NewFile, progress: Progress) -> None:
+    """Copy what the disk has at one instant, even if its guest is writing."""
+    if not file.in_use:
+        _merge(file, image, raw.fd, progress)
+        _check_still_fits(file, image)
+        return
+    with ExitStack() as stack:
+        clone = _clone(file, stack)
+        if clone is not None:
+            _merge(clone, image, raw.fd, progress)
+            _check_still_fits(clone, image)
+            return
+        for _ in range(_ATTEMPTS):
+            before = _settled(file.fd)
+            if before is None:
+                continue
+            with OverlayFile.open(file.path, writable=False, alone=None) as now:
+                os.ftruncate(raw.fd, 0)
+                _merge(now, image, raw.fd, progress)
+                _check_still_fits(now, image)
+            if before == os.fstat(file.fd).st_mtime_ns:
+                return
+    raise ImageError(
+        f"{file.path}: its guest writes while it is copied, and this file system cannot clone "
+        "files: pause the guest meanwhile (xl pause VM, then xl unpause VM), or disconnect the disk"
+    )
+
+
+def _clone(file: OverlayFile, stack: ExitStack) -> OverlayFile | None:
+    """Clone an overlay, all of it at one instant; None where that cannot be done."""
+    try:
+        copy = stack.enter_context(NewFile(file.path))
+        fcntl.ioctl(copy.fd, _FICLONE, file.fd)
+        return stack.enter_context(OverlayFile.of(copy.detach(), file.path))
+    except OSError:
+        return None
+
+
+def _settled(fd: int) -> int | None:
+    """Wait until a file was not written for a moment; None if that does not happen.
+
+    Returns:
+        The time of modification, in nanoseconds: whatever is written from now on changes it.
+    """
+    for _ in range(100):
+        modified = os.fstat(fd).st_mtime_ns
+        time.sleep(_SETTLING)
+        if os.fstat(fd).st_mtime_ns == modified:
+            return modified
+    return None
+
+
+def _image_of(file: OverlayFile, given: str, path: str | None) -> str:
     """Return the path of the image, which is there."""
+    if path is not None:
+        return path
+    require_trusted(file.fd, given)
     path = file.header.path
     if not os.path.exists(path):
-        raise ImageError(f"{file.path}: its image, {path}, is not there: put it back first")
+        raise ImageError(
+            f"{file.path}: its image, {file.header.shown_path}, is not there: put it back first, "
+            f"or, if it has moved: xen-disk rebase {file.path} IMAGE"
+        )
     return path
+
+
+def _check_still_fits(file: OverlayFile, image: Image) -> None:
+    file.header.check(image, file.path)  # locks do not keep everybody out:
+    file.check_length()  # what is cut short meanwhile ends in a hole
 
 
 def _refuse_what_cannot_be_replaced(path: str, overlay: str) -> None:
     status = os.stat(path)
     if stat.S_ISBLK(status.st_mode):
         raise ImageError(
-            f"{path}: a block device cannot be replaced as a whole, and nothing is committed by "
-            f"halves: export {overlay} to a new image, then copy that to the device"
+            f"{path}: a block device cannot be replaced as a whole, and a part of the changes is "
+            f"never committed: export {overlay} to a new image, then copy that to the device"
         )
     if status.st_nlink > 1:
         raise ImageError(
             f"{path}: has {status.st_nlink} names (hard links), and the others would keep the old "
             f"content: remove them, or export {overlay} to a new image"
         )
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Let no signal end what is short and had better be finished."""
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager
@@ -149,25 +298,15 @@ def _replaceable(new: str, force: bool, *sources: int) -> Iterator[None]:
 
 
 @contextmanager
-def _new_image(
-    file: OverlayFile, image: Image, path: str, progress: Progress
-) -> Iterator[tuple[int, str]]:
-    """Make a complete image under a temporary name beside ``path``, to be put in place."""
+def _new_image(path: str, size: int) -> Iterator[NewFile]:
+    """Make a file that is to become the image ``path``, of a disk of ``size`` bytes."""
     try:
-        fd, temporary = temporary_beside(path)
-        try:
-            _merge(file, image, fd, progress)
-            file.header.check(image, file.path)  # locks do not keep everybody out:
-            file.check_length()  # what is cut short meanwhile ends in a hole
-            yield fd, temporary
-        finally:
-            os.close(fd)
-            with suppress(FileNotFoundError):  # it is in its place
-                os.unlink(temporary)
+        with NewFile(path) as new:
+            yield new
     except OSError as error:
         hint = ""
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            hint = f" (up to {format_size(image.size)} are needed there)"
+            hint = f" (up to {format_size(size)} are needed there)"
         raise ImageError(
             f"{path}: the new image cannot be made: {error.strerror}{hint}; nothing was changed"
         ) from error
@@ -176,9 +315,9 @@ def _new_image(
 def _merge(file: OverlayFile, image: Image, fd: int, progress: Progress) -> None:
     """Write what the disk has into an empty file; holes stay holes."""
     os.ftruncate(fd, image.size)
-    for start, stop, here in file.runs(0, image.size):
+    for start, stop, here in file.extents(0, image.size):
         source, shift = (file.fd, file.data) if here else (image.fd, 0)
-        for first, last in extents(source, start + shift, stop + shift):
+        for first, last in data_extents(source, start + shift, stop + shift):
             for at in range(first, last, _CHUNK):
                 _copy(source, at, fd, at - shift, min(_CHUNK, last - at))
                 progress(at - shift, image.size)
@@ -209,17 +348,22 @@ def _copy(source: int, at: int, target: int, to: int, length: int) -> None:
 
 
 def _take_after(fd: int, old: int, path: str) -> None:
-    """Give a new file the owner, the mode and the extended attributes of an old one."""
+    """Give a new file the owner, permissions and extended attributes of an old one.
+
+    Nothing that gives a program more rights: an overlay's author does not get to write those.
+    """
     status = os.fstat(old)
     try:
         os.fchown(fd, status.st_uid, status.st_gid)
     except PermissionError as error:
         raise ImageError(f"{path}: its owner cannot be kept: do this as root") from error
-    os.fchmod(fd, stat.S_IMODE(status.st_mode))
+    os.fchmod(fd, status.st_mode & 0o777)
     try:
         names = os.listxattr(old)
     except OSError:
         return  # the file system knows none
     for name in names:
+        if name in _PRIVILEGES:
+            continue
         with suppress(OSError):  # the security module's own, for one, may not be ours to set
             os.setxattr(fd, name, os.getxattr(old, name))

@@ -28,7 +28,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from ..image import IOV_MAX, Image, cut, nowait_flags, transfer_all
-from ..overlay.file import extents as data_extents
+from ..overlay.file import data_extents
 from ..sharing import Storage, storage_of
 from ..trim import punch_hole
 from .layout import FOOTER, FREE, SECTOR, checksum, whole_sectors

@@ -5,12 +5,10 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 
 from ...errors import ImageError, UsageError
 from ..image import Image, transfer_all
-from ..locks import lock
-from ..overlay.file import put_in_place, temporary_beside
+from ..newfile import NewFile
 from .chain import open_chain
 from .layout import (
     BLOCK,
@@ -136,17 +134,11 @@ def _make(path: str, pieces: Sequence[tuple[int, bytes]], *, replacing: bool = F
     if os.path.lexists(path) and not replacing:
         raise UsageError(f"{path}: there is such a file: give another name, or remove it")
     try:
-        fd, temporary = temporary_beside(path)
-        try:
-            lock(fd, path, True, False)
+        with NewFile(path) as new:
             for offset, content in pieces:
-                transfer_all(os.pwritev, fd, [memoryview(content)], offset)
-            os.fsync(fd)
-            put_in_place(temporary, path, replacing=replacing)
-        finally:
-            os.close(fd)
-            with suppress(FileNotFoundError):  # it has its name
-                os.unlink(temporary)
+                transfer_all(os.pwritev, new.fd, [memoryview(content)], offset)
+            os.fsync(new.fd)
+            new.put(path, replacing=replacing)
     except FileExistsError as error:
         raise UsageError(
             f"{path}: there is such a file: give another name, or remove it"
