@@ -57,7 +57,7 @@ def nothing_left(pv_guest: Guest, xenstore_unchanged: None) -> Iterator[None]:
     """See that no process, record, private file or node is left behind."""
     before = grants(), records(), private_files()
     yield
-    processes = sh("pgrep", "-af", "xen_disk_py connect", check=False)
+    processes = sh("pgrep", "-af", r"xen_disk_py(/__main__\.py)? connect", check=False)
     for line in processes.splitlines():
         os.kill(int(line.split()[0]), signal.SIGKILL)
     assert processes == ""

@@ -94,7 +94,7 @@ def serve(tmp_path: Path) -> Iterator[Daemon]:
     assert xen_disk("install", "--remove").returncode == 0
     assert left_over(before) == {}
     deadline = time.monotonic() + PATIENCE
-    while sh("pgrep", "-af", "xen_disk_py adopt", check=False):
+    while sh("pgrep", "-af", r"xen_disk_py(/__main__\.py)? adopt", check=False):
         assert time.monotonic() < deadline, daemon.log.read_text()
         time.sleep(0.2)
 
