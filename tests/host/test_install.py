@@ -62,6 +62,7 @@ def test_install_and_remove(tmp_path, files):
     finally:
         os.umask(umask)
     assert WHOLE == there(tmp_path)
+    assert 0o755 == stat.S_IMODE((tmp_path / "a").stat().st_mode)  # for everybody, as the files
     assert [f"unchanged: {first}", f"unchanged: {second}"] == install(files, force=False)
     assert WHOLE == there(tmp_path)
     assert [f"removed {first}", f"removed {second}"] == remove(files, force=False)

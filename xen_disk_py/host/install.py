@@ -138,13 +138,21 @@ def _change(steps: Sequence[tuple[str, File | None]]) -> None:
         undo.pop_all()
 
 
+def _make(directory: str) -> None:
+    """Make a directory that everybody may read, whatever our umask is, and what is above it."""
+    if not os.path.isdir(directory):
+        _make(os.path.dirname(directory))
+        os.mkdir(directory)
+        os.chmod(directory, 0o755)
+
+
 def _put(path: str, file: File | None) -> None:
     """Replace a file as a whole: nobody sees half of it."""
     if file is None:
         os.unlink(path)
         return
     directory, name = os.path.split(path)
-    os.makedirs(directory, exist_ok=True)
+    _make(directory)
     fd, temporary = tempfile.mkstemp(prefix=f".{name}-", dir=directory)
     try:
         with open(fd, "wb") as stream:
