@@ -429,20 +429,91 @@ class HasNoRoom(Good):
         return self.size
 
 
-def fails(disk_class, name):
+class WrapsAt4GiB(Good):
+    """Keeps the low 32 bits of an offset."""
+
+    size = 5 << 30
+    resize = Backend.resize
+
+    def __init__(self):
+        self.sectors = {}
+
+    def read(self, buffers, offset):
+        for buffer in buffers:
+            for at in range(0, len(buffer), 2048):
+                where = (offset + at) & 0xFFFFFFFF
+                buffer[at : at + 2048] = self.sectors.get(where, bytes(2048))
+            offset += len(buffer)
+
+    def write(self, buffers, offset):
+        for buffer in buffers:
+            for at in range(0, len(buffer), 2048):
+                self.sectors[(offset + at) & 0xFFFFFFFF] = bytes(buffer[at : at + 2048])
+            offset += len(buffer)
+
+
+class SaysItSurvives(Good):
+    survives = True
+
+
+class InAFile(Good):
+    """As a disk that survives may be."""
+
+    survives = True
+
+    def __init__(self, path="disk"):
+        self.path = path
+        with open(path, "ab") as file:
+            file.truncate(self.size)
+        with open(path, "rb") as file:
+            self.data = bytearray(file.read())
+
+    def write(self, buffers, offset):
+        super().write(buffers, offset)
+        self.store()
+
+    def store(self):
+        with open(self.path, "r+b") as file:
+            file.write(self.data)
+
+
+class StoresWhenItIsClosed(InAFile):
+    def write(self, buffers, offset):
+        Good.write(self, buffers, offset)
+
+    def close(self):
+        self.store()
+
+
+class StoresWhenItIsFlushed(StoresWhenItIsClosed):
+    def flush(self):
+        self.store()
+
+    def close(self):
+        pass
+
+
+def fails(disk_class, name, tmp_path, end="kill"):
     """Tell whether a test of the suite fails on a writable disk that keeps its data."""
-    test = getattr(BackendConformance(), name)
-    arguments = {"seed": 1} if "seed" in inspect.signature(test).parameters else {}
+    suite = BackendConformance()
+    suite.open_disk = lambda tmp_path: disk_class()
+    test = getattr(suite, name)
+    known = {"seed": 1, "tmp_path": tmp_path, "end": end}
+    wanted = inspect.signature(test).parameters
     try:
-        test(disk_class(), **arguments)
+        test(disk_class(), **{key: value for key, value in known.items() if key in wanted})
+    except pytest.skip.Exception:
+        return False
     except (Exception, pytest.fail.Exception):
         return True
     return False
 
 
-def test_a_good_disk_passes():
+@pytest.mark.parametrize("disk_class", [Good, InAFile])
+def test_a_good_disk_passes(disk_class, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     tests = [name for name in dir(BackendConformance) if name.startswith("test_")]
-    assert [] == [name for name in tests if fails(Good, name)]
+    assert [] == [name for name in tests if fails(disk_class, name, tmp_path)]
 
 
 @pytest.mark.parametrize(
@@ -476,10 +547,48 @@ def test_a_good_disk_passes():
         (IsNotAsItWas, "test_a_resize"),
         (ResizesToNothing, "test_a_resize"),
         (HasNoRoom, "test_a_resize"),
+        (WrapsAt4GiB, "test_no_place_is_another_place"),
+        (SaysItSurvives, "test_what_was_written_is_there_when_it_is_opened_again"),
+        (StoresWhenItIsClosed, "test_what_was_written_is_there_when_it_is_opened_again"),
+        (StoresWhenItIsFlushed, "test_what_was_written_is_there_when_it_is_opened_again"),
     ],
 )
-def test_a_fault_is_found(disk_class, test):
-    assert fails(disk_class, test)
+def test_a_fault_is_found(disk_class, test, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert fails(disk_class, test, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("disk_class", "found"),
+    [(SaysItSurvives, True), (StoresWhenItIsFlushed, True), (StoresWhenItIsClosed, False)],
+)
+def test_what_is_lost_by_a_close_is_found(disk_class, found, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = "test_what_was_written_is_there_when_it_is_opened_again"
+    assert found is fails(disk_class, name, tmp_path, end="close")
+
+
+@pytest.mark.parametrize("method", ["read", "flush", "close"])
+def test_a_disk_that_waits_for_itself_fails_in_time(tmp_path, method):
+    (tmp_path / "stuck.py").write_text(
+        "import threading\n"
+        "from xen_disk_py.backends import Backend\n"
+        "class Disk(Backend):\n"
+        "    size = 4096\n"
+        "    threads = 4\n"
+        "    lock = threading.Lock()\n"
+        "    def read(self, buffers, offset): pass\n"
+        "    def write(self, buffers, offset): pass\n"
+        f"    def {method}(self, *arguments):\n"
+        "        self.lock.acquire()\n"
+        "        self.lock.acquire()\n",
+        encoding="ascii",
+    )
+    name = "test_a_flush_with_nothing" if method == "flush" else "test_it_lets_several_threads_in"
+    arguments = ["./stuck.py", "--patience", "0.5", "--", "-q", "-k", name]
+    done = run(*arguments, cwd=tmp_path)
+    assert "does a method of the disk wait for itself?" in done.stdout + done.stderr
+    assert done.returncode
 
 
 def run(*arguments, cwd):
@@ -497,7 +606,7 @@ def test_the_command_checks_a_disk_whatever_the_directory_is_configured_to(tmp_p
     (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = --nonsense\n", encoding="ascii")
     (tmp_path / "conftest.py").write_text("1 / 0\n", encoding="ascii")
     done = run(EXAMPLES / "counting_disk.py", "--size", "1M", "--", "-q", cwd=tmp_path)
-    assert "14 passed, 6 skipped" in done.stdout
+    assert "15 passed, 8 skipped" in done.stdout
     assert 0 == done.returncode
     assert {"pytest.ini", "conftest.py"} == set(os.listdir(tmp_path))
 

@@ -462,7 +462,9 @@ def test_an_exception_is_an_error_and_a_line_that_names_the_place(users_disk, ca
     assert users_disk.discard(Discard(1, DISCARD, 0, 8, secure=False)) == ERROR
     users_disk.close()
     lines = [record.getMessage() for record in caplog.records]
-    places = [re.search(r"(\w+) failed in Disk: mine\.py:(\d+): (\w+)", line) for line in lines]
+    places = [
+        re.search(r"(\w+) failed in mine\.py:Disk: mine\.py:(\d+): (\w+)", line) for line in lines
+    ]
     assert [
         ("read", "6", "ValueError"),
         ("write", "8", "SystemExit"),

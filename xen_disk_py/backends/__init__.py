@@ -41,8 +41,9 @@ What holds for every call:
   and but for ``resize``, see there.
 * What the constructor names as a keyword it can be given: ``path`` by ``--path``, ``size``
   (bytes) by ``--size``, ``sector_size`` by ``--sector-size``, ``read_only`` by
-  ``--read-only``, ``overlay`` by ``--overlay``, anything else by ``--option name=value`` (text,
-  or a size like ``64M`` where the parameter is annotated ``int``). A disk whose constructor has no
+  ``--read-only``, ``overlay`` by ``--overlay``, anything else by ``--option name=value``: text, or
+  what the parameter is annotated as: ``int`` (a number, or a size like ``64M``), ``float``,
+  ``bool`` (yes or no), ``Literal`` of some values. A disk whose constructor has no
   ``read_only`` can be connected ``--read-only`` all the same: no write reaches it then. One that
   is always ``read_only`` needs no ``write``.
 * Open in the constructor whatever needs privilege: under ``--user`` everything else is done by
@@ -55,6 +56,7 @@ Check yours (this needs pytest, and writes all over the disk)::
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 from .asynchronous import Asynchronous
@@ -191,4 +193,11 @@ class Backend:
         return type(self).discard_securely is not Backend.discard_securely
 
     def __str__(self) -> str:
-        return type(self).__name__
+        """Name the disk in messages: its class with the file that this is in, and its ``path``."""
+        name = type(self).__name__
+        if type(self).__module__.endswith(".py"):  # run by the loader
+            name = f"{os.path.basename(type(self).__module__)}:{name}"
+        path = getattr(self, "path", None)
+        if isinstance(path, (str, os.PathLike)):
+            name += f" ({os.fspath(path)!s})"
+        return "".join(letter if letter.isprintable() else "?" for letter in name)

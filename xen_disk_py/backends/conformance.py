@@ -18,7 +18,10 @@ compared with what is read unless the disk says ``keeps_data = False``. A disk t
 ``read_only`` is only read. A write may fail with ``OSError`` (a full disk does) in the random
 test: each of its sectors must then be the old or the new one. One that defines ``resize`` is made
 1 MiB longer for a moment; where it refuses, it must be as it was. One whose ``threads`` are more
-than one has several in it at once.
+than one has several in it at once. One that ``survives`` is closed and opened again, also after a
+child process that ended without closing it: what was written must be there.
+
+No test takes longer than ``patience`` seconds: a disk that waits for itself fails.
 """
 
 # ruff: noqa: D102 - a test's name says what it shows
@@ -29,12 +32,17 @@ import argparse
 import gc
 import os
 import random
+import signal
 import sys
 import tempfile
 import threading
+import time
+import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 import pytest
 
@@ -193,20 +201,84 @@ def places(disk: Backend, length: int) -> list[int]:
     return sorted({place for place in wanted if 0 <= place <= last})
 
 
+@contextmanager
+def bounded(seconds: float) -> Iterator[None]:
+    """Fail if what is done in here takes longer; only the main thread can be bounded."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def give_up(number: int, frame: FrameType | None) -> None:
+        where = traceback.extract_stack(frame)[-1]
+        pytest.fail(
+            f"after {seconds:g} seconds it is still in {where.name} ({where.filename}:"
+            f"{where.lineno}): does a method of the disk wait for itself? "
+            "If it is only slow, set a longer patience (--patience)"
+        )
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    rest, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
+    start = time.monotonic()
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        if rest:
+            signal.setitimer(signal.ITIMER_REAL, max(0.001, rest - (time.monotonic() - start)))
+
+
+def in_threads(count: int, run: Callable[[int], None]) -> None:
+    """Call ``run`` in so many threads at once, and raise the first error.
+
+    They are daemons: one that never returns does not keep the program from ending.
+    """
+    errors: list[BaseException] = []
+
+    def call_it(number: int) -> None:
+        try:
+            run(number)
+        except BaseException as error:  # noqa: BLE001 - to be raised below
+            errors.append(error)
+
+    threads = [
+        threading.Thread(target=call_it, args=(number,), daemon=True) for number in range(count)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
 class BackendConformance:
     """The tests. Derive a class whose name starts with ``Test``, and define ``open_disk``."""
 
+    patience: float = 120
+    """Seconds that a test may take."""
+
     def open_disk(self, tmp_path: Path) -> Backend:
-        """Open the disk under test; each test has its own, and closes it."""
+        """Open the disk under test, which the test closes.
+
+        A test may do that again with the same ``tmp_path``, after it has closed the first: a disk
+        that ``survives`` has to be the same then.
+        """
         raise NotImplementedError
 
+    @pytest.fixture(autouse=True)
+    def _bounded(self) -> Iterator[None]:
+        with bounded(self.patience):
+            yield
+
     @pytest.fixture
-    def disk(self, tmp_path: Path) -> Iterator[Backend]:
+    def disk(self, tmp_path: Path, _bounded: None) -> Iterator[Backend]:
         """An open disk whose attributes are in order."""
         disk = self.open_disk(tmp_path)
         check(disk)
         yield disk
-        disk.close()
+        with bounded(self.patience):
+            disk.close()
 
     @pytest.fixture
     def writable(self, disk: Backend) -> Backend:
@@ -289,6 +361,65 @@ class BackendConformance:
         write(keeping, 0, [(0, len(content))], content)
         keeping.flush()
         compare(content, read(keeping, 0, [(0, len(content))]), 0)
+
+    def test_no_place_is_another_place(self, keeping: Backend) -> None:
+        """All are written before any is read: an offset that wraps would show."""
+        dice = random.Random(9)
+        sector = keeping.sector_size
+        contents = {at: dice.randbytes(sector) for at in places(keeping, sector)}
+        for offset, content in contents.items():
+            write(keeping, offset, [(0, sector)], content)
+        for offset, content in contents.items():
+            compare(content, read(keeping, offset, [(0, sector)]), offset)
+
+    @pytest.mark.parametrize("end", ["close", "kill"])
+    def test_what_was_written_is_there_when_it_is_opened_again(
+        self, keeping: Backend, tmp_path: Path, end: str
+    ) -> None:
+        """A write that returned is in the disk: no flush is needed for that, nor a close."""
+        if not keeping.survives:
+            pytest.skip("the disk does not say survives = True")
+        dice = random.Random(10)
+        sector = keeping.sector_size
+        contents = {at: dice.randbytes(sector) for at in places(keeping, sector)}
+        if end == "close":
+            self._write_all(keeping, contents)
+            keeping.close()
+        else:
+            keeping.close()
+            self._in_a_child(lambda: self._write_all(self.open_disk(tmp_path), contents))
+        again = self.open_disk(tmp_path)
+        try:
+            for offset, content in contents.items():
+                compare(content, read(again, offset, [(0, sector)]), offset)
+        finally:
+            again.close()
+
+    def _write_all(self, disk: Backend, contents: dict[int, bytes]) -> None:
+        for offset, content in contents.items():
+            write(disk, offset, [(0, len(content))], content)
+
+    def _in_a_child(self, run: Callable[[], None]) -> None:
+        """Run it in a child process, which then ends without any cleaning up."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of threads that are not in the child
+            child = os.fork()
+        if not child:
+            status = 1
+            try:
+                run()
+                status = 0
+            except BaseException:  # noqa: BLE001 - it must not get back into pytest
+                traceback.print_exc()
+            finally:
+                os._exit(status)
+        try:
+            _, status = os.waitpid(child, 0)
+        except BaseException:  # the patience is at its end
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            raise
+        assert status == 0, "a child process could not open and write the disk"
 
     def test_a_flush_with_nothing_to_do_returns(self, disk: Backend) -> None:
         disk.flush()
@@ -435,9 +566,7 @@ class BackendConformance:
                 if dice.random() < 0.02:
                     disk.flush()
 
-        with ThreadPoolExecutor(threads) as pool:
-            for done in [pool.submit(run, number) for number in range(threads)]:
-                done.result()
+        in_threads(threads, run)
         if disk.keeps_data:
             compare(model, read_extent(disk, 0, len(model)), 0)
 
@@ -500,6 +629,11 @@ class TestBackend(BackendConformance):
     def _command_line(self, opener: _Opener) -> None:
         self.opener = opener
 
+    @pytest.fixture(autouse=True)
+    def _bounded(self, opener: _Opener) -> Iterator[None]:
+        with bounded(opener.patience):
+            yield
+
     def open_disk(self, tmp_path: Path) -> Backend:
         """Open it as ``connect`` would."""
         return self.opener.open()
@@ -508,9 +642,10 @@ class TestBackend(BackendConformance):
 class _Opener:
     """The disk of the command line; a plugin of pytest too, to get it into the tests."""
 
-    def __init__(self, backend: str, options: dict[str, object]) -> None:
+    def __init__(self, backend: str, options: dict[str, object], patience: float) -> None:
         self.backend = backend
         self.options = options
+        self.patience = patience
 
     def open(self) -> Backend:
         return open_backend(self.backend, self.options)
@@ -541,14 +676,25 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--sector-size", type=_size)
     parser.add_argument("--read-only", action="store_true")
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE")
+    parser.add_argument(
+        "--patience",
+        type=float,
+        default=BackendConformance.patience,
+        metavar="SECONDS",
+        help="how long a test may take (default: %(default)g)",
+    )
     parser.epilog = "What follows a -- goes to pytest: -- -v -x"
     split = [*arguments, "--"].index("--")
     given, for_pytest = parser.parse_args(arguments[:split]), arguments[split + 1 :]
     names = ("path", "size", "cow_limit", "sector_size", "read_only", "overlay")
     try:
         options = {**parse_options(given.option), **{name: getattr(given, name) for name in names}}
-        opener = _Opener(given.backend, options)
-        opener.open().close()  # what is wrong here is said once, and without a traceback
+        opener = _Opener(given.backend, options, given.patience)
+        with bounded(given.patience):
+            opener.open().close()  # what is wrong here is said once, and without a traceback
+    except pytest.fail.Exception as error:
+        print(f"xen-disk: error: {error}", file=sys.stderr)
+        return 1
     except XenDiskError as error:
         print(f"xen-disk: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1

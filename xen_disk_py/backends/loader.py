@@ -19,8 +19,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
 
 from ..errors import BackendError, UsageError, XenDiskError
-from ..units import parse_size
 from . import Backend, sharing
+from .options import convert
 
 ENTRY_POINTS = "xen_disk_py.backends"
 
@@ -50,7 +50,6 @@ _SCHEMES = {
 }
 """How a path begins that names no file, by backend."""
 _SIZES = ("size", "cow_limit", "sector_size")
-_INT_ANNOTATIONS = {"int", "Optional[int]", "Union[int,None]", "int|None", "None|int"}
 
 
 def choose(backend: str | None, path: str | None) -> str:
@@ -94,8 +93,8 @@ def open_backend(backend: str | None, options: Mapping[str, object]) -> Backend:
         backend: what ``--backend`` says; None for the default (see :func:`choose`).
         options: by parameter name: ``path``, ``size``, ``read_only``, ``cow_limit``,
             ``sector_size``, ``overlay`` and every ``--option``. None, and False for ``read_only``,
-            mean that it was not given. Text becomes a number where the parameter is annotated
-            ``int``.
+            mean that it was not given. Text becomes what the parameter is annotated as (see
+            :mod:`.options`).
 
     ``force`` is no constructor's: with it images are opened though somebody else uses them.
 
@@ -351,11 +350,14 @@ def _arguments(
     takes = {key: p for key, p in signature.parameters.items() if p.kind in by_name}
     takes_all = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
     arguments: dict[str, object] = {}
-    for key, value in given.items():
+    for key, text in given.items():
+        value: object = text
         if key not in takes and not takes_all:
             raise UsageError(f"{label} takes no {_flag(key)}; {_accepted(list(takes))}")
-        as_int = key in _SIZES or (key in takes and _is_int(takes[key].annotation))
-        arguments[key] = _number(key, value) if as_int and isinstance(value, str) else value
+        if isinstance(text, str):
+            annotation = takes[key].annotation if key in takes else inspect.Parameter.empty
+            value = _converted(key, text, "int" if key in _SIZES else annotation)
+        arguments[key] = value
     if read_only and ("read_only" in takes or takes_all):
         arguments["read_only"] = True
     for key, parameter in takes.items():
@@ -376,14 +378,9 @@ def _accepted(keys: Sequence[str]) -> str:
     return f"it takes {', '.join([*flags, '--read-only'])}"
 
 
-def _is_int(annotation: object) -> bool:
-    text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
-    return re.sub(r"typing\.|['\" ]", "", text) in _INT_ANNOTATIONS
-
-
-def _number(key: str, text: str) -> int:
+def _converted(key: str, text: str, annotation: object) -> object:
     try:
-        return parse_size(text)
+        return convert(text, annotation)
     except UsageError as error:
         raise UsageError(f"{_flag(key)}: {error}") from None
 
