@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import pyxs
 
 import xen_disk_py
 from xen_disk_py import __version__
@@ -73,6 +74,44 @@ def test_what_pythonpath_names_is_found(strangers, tmp_path):
     done = run(command, tmp_path / "own", PYTHONPATH=".")
     assert (1, "") == (done.returncode, done.stdout)
     assert "there is no module mine: install it" in done.stderr
+
+
+@pytest.fixture
+def at_home(tmp_path):
+    """A home with a disk and pyxs in it, as ``pip install --user`` leaves them there."""
+    python = getattr(sys, "_base_executable", sys.executable)
+    home = tmp_path / "home"
+    script = "import site; print(site.getusersitepackages())"
+    own = Path(run([python, "-c", script], tmp_path, HOME=str(home)).stdout.strip())
+    own.mkdir(parents=True)
+    (own / "pyxs").symlink_to(Path(pyxs.__file__).parent)
+    (own / "beside.pth").write_text(f"{tmp_path / 'beside'}\n")  # an editable install
+    (tmp_path / "beside").mkdir()
+    (tmp_path / "beside" / "mine.py").write_text(
+        "from xen_disk_py.backends.discard import DiscardBackend as Disk\n"
+    )
+    demo = ["demo", "--backend", "mine:Disk", "--size", "64K", "--bytes", "64K"]
+    how = [python, "-I", str(PLACE / "xen_disk_py" / "__main__.py"), *demo]
+    return lambda **environment: run(how, tmp_path, HOME=str(home), **environment)
+
+
+def test_what_somebody_installed_for_himself_is_found(at_home):
+    done = at_home()
+    assert (0, "") == (done.returncode, done.stderr)
+
+
+def test_what_somebody_installed_for_himself_is_not_asked_for(at_home):
+    done = at_home(PYTHONNOUSERSITE="1")
+    assert 1 == done.returncode
+    assert "No module named 'pyxs'" in done.stderr or "no module mine" in done.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs to be root, to give a directory away")
+def test_what_somebody_else_installed_is_not_run(at_home, tmp_path):
+    """Of whom HOME is, after ``sudo`` in some systems."""
+    for place in (tmp_path / "home").rglob("site-packages"):
+        os.chown(place, 65534, 65534)
+    assert 1 == at_home().returncode
 
 
 def test_a_units_words():
