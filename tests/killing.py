@@ -86,7 +86,7 @@ def at_every_effect(act, *, effects):
 
             try:
                 act(begin)
-            except BaseException:  # pytest must not go on in the child
+            except BaseException:  # pytest must not continue in the child
                 os._exit(1)
             os._exit(0)
         status = os.waitpid(child, 0)[1]

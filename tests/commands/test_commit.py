@@ -81,14 +81,14 @@ def commit(overlay):
 @pytest.fixture
 def refused(commit, image, overlay, merged):
     """Commit, which must fail and leave all files as they were; give the line that is said."""
-    folder = image.parent
-    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    directory = image.parent
+    before = {path: path.read_bytes() for path in directory.iterdir() if path.is_file()}
 
     def refused(*argv, status=ExitStatus.ERROR):
-        names = sorted(os.listdir(folder))
+        names = sorted(os.listdir(directory))
         got, out, err = commit(*argv)
         assert (status, "") == (got, out)
-        assert names == sorted(os.listdir(folder))
+        assert names == sorted(os.listdir(directory))
         assert before == {path: path.read_bytes() for path in before}
         return err
 

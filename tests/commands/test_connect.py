@@ -123,7 +123,7 @@ def test_a_throwaway_disk(connect, signum):
     assert lines[1] == "xvda: unplugged"
     assert ["reads", "1", "4", "KiB"] == lines[2].split()
     assert "segments per request" in lines
-    assert "requests per look at the ring" in lines
+    assert "requests per batch" in lines
 
 
 @pytest.mark.parametrize("stream", ["stdin", "stderr"])

@@ -66,7 +66,7 @@ class Driver(threading.Thread):
         self.frontend.disconnect()
 
 
-def test_politely(disconnect, served, host):
+def test_gracefully(disconnect, served, host):
     frontend = served.frontend()
     frontend.write(0, bytes(4096))
     driver = Driver(host, frontend)
@@ -141,7 +141,7 @@ def test_a_dead_process(disconnect, orphan, host, state):
     assert find(host.records, orphan.address) is None
 
 
-def test_a_dead_process_whose_guest_lets_go(disconnect, orphan, host):
+def test_a_dead_process_whose_guest_releases_the_disk(disconnect, orphan, host):
     front = orphan.address.frontend
     host.store.write(f"{front}/state", "4")
 
@@ -157,7 +157,7 @@ def test_a_dead_process_whose_guest_lets_go(disconnect, orphan, host):
 
 
 @pytest.fixture
-def stood_in(monkeypatch):
+def answered(monkeypatch):
     """Note what is recalled by whoever stands in."""
     seen = []
 
@@ -183,11 +183,11 @@ def left_by(host, orphan, queues=2):
     left.leave()
 
 
-def test_what_a_dead_process_noted_is_answered(disconnect, orphan, host, stood_in):
+def test_what_a_dead_process_noted_is_answered(disconnect, orphan, host, answered):
     left_by(host, orphan)
     host.store.write(f"{orphan.address.frontend}/state", "6")
     assert disconnect("guest", "xvdb")[0] is ExitStatus.OK
-    assert [[None, (7, [], [b"x" * 112])]] == stood_in
+    assert [[None, (7, [], [b"x" * 112])]] == answered
     assert find(host.records, orphan.address) is None
 
 
@@ -211,7 +211,7 @@ def test_nobody_adopts_what_is_disconnected(disconnect, orphan, host, monkeypatc
     assert find(host.records, orphan.address) is None
 
 
-def test_what_was_adopted_just_now_is_left_alone(disconnect, orphan, host, stood_in, monkeypatch):
+def test_what_was_adopted_just_now_is_left_alone(disconnect, orphan, host, answered, monkeypatch):
     left_by(host, orphan)
     before = host.tree()
     adopt = Record.adopt
@@ -226,24 +226,24 @@ def test_what_was_adopted_just_now_is_left_alone(disconnect, orphan, host, stood
     assert status is ExitStatus.ERROR
     assert "a process that lives serves xvdb of domain 5" in said
     assert before == host.tree()
-    assert [] == stood_in
+    assert [] == answered
     assert find(host.records, orphan.address).alive
     quicker.pop().close()
     toolstack.detach(host.store, orphan.address)
 
 
-def test_a_record_that_cannot_be_read_is_no_hindrance(disconnect, orphan, host, stood_in):
+def test_a_record_that_cannot_be_read_is_no_hindrance(disconnect, orphan, host, answered):
     left_by(host, orphan)
     path = Path(host.records, f"{host.DOMID}-{orphan.address.devid}")
     path.write_bytes(b"\3" * 100_000)
     host.store.write(f"{orphan.address.frontend}/state", "6")
     assert disconnect("guest", "xvdb")[0] is ExitStatus.OK
-    assert [[]] == stood_in
+    assert [[]] == answered
     assert not path.exists()
 
 
 def test_a_dead_process_whose_guest_holds_on_can_still_be_followed(
-    disconnect, orphan, host, stood_in
+    disconnect, orphan, host, answered
 ):
     left_by(host, orphan)
     host.store.write(f"{orphan.address.frontend}/state", "4")

@@ -97,7 +97,7 @@ def test_what_a_guest_wrote_survives(host, supervise, memory, image):
     assert ([], [], before) == (os.listdir(memory), os.listdir(host.records), image.read_bytes())
     (line,) = process.out.splitlines()
     assert "xvdb" == json.loads(line)["vdev"]
-    assert 2 == process.err.count("goes on\n")
+    assert 2 == process.err.count("takes over\n")
     assert "died of signal 9" in process.err
     assert "changes are kept in memory and vanish" in process.err
     assert process.err.count("xvdb: unplugged\n") == 1

@@ -64,7 +64,7 @@ def end(host, process, frontend):
     assert "xvdb 51728 /dev/xvdb 1 MiB raw rw\n" == process.out  # and no second line
 
 
-def test_another_program_goes_on(host, processes, connect, upgrade, image):
+def test_another_program_takes_over(host, processes, connect, upgrade, image):
     """The same process, with the same disk, again and again."""
     process, frontend = connect()
     frontend.write(0, NEW)
@@ -76,7 +76,7 @@ def test_another_program_goes_on(host, processes, connect, upgrade, image):
         told = json.loads(out)
         pause = told.pop("pause")
         assert status is ExitStatus.OK
-        assert f"xvdb: version next goes on, nobody served for {pause:.2f} s\n" == err
+        assert f"xvdb: version next takes over, nobody served for {pause:.2f} s\n" == err
         # As long as it takes to start a program; it is told in milliseconds.
         assert 0.01 < pause < time.monotonic() - start + 0.001
         assert {
@@ -95,7 +95,7 @@ def test_another_program_goes_on(host, processes, connect, upgrade, image):
     frontend.write(8192, NEW)
     end(host, process, frontend)
     assert NEW == image.read_bytes()[8192 : 8192 + len(NEW)]
-    assert 3 == process.err.count(f"xvdb: process {process.pid} goes on\n")
+    assert 3 == process.err.count(f"xvdb: process {process.pid} takes over\n")
 
 
 def test_requests_meanwhile(host, connect, upgrade):
@@ -111,7 +111,10 @@ def test_requests_meanwhile(host, connect, upgrade):
 @pytest.mark.parametrize(
     ("broken", "said"),
     [
-        ("raise RuntimeError('half installed')", "would not go on: RuntimeError: half installed"),
+        (
+            "raise RuntimeError('half installed')",
+            "would not take over: RuntimeError: half installed",
+        ),
         (None, "does not start: "),
         ("import xen_disk_py.commands.upgrading as u\nu.FORMAT = -1", "another version's"),
         (
@@ -122,7 +125,7 @@ def test_requests_meanwhile(host, connect, upgrade):
     ],
 )
 def test_a_program_that_cannot_start(host, processes, connect, upgrade, broken, said):
-    """Nobody has let go of anything; the reason is told, each time."""
+    """Nobody has released anything; the reason is told, each time."""
     process, frontend = connect()
     before = find(host.records, ADDRESS).facts["started"]
     if broken is None:
@@ -132,12 +135,12 @@ def test_a_program_that_cannot_start(host, processes, connect, upgrade, broken, 
     for _ in range(2):
         status, out, err = upgrade("guest", "xvdb", "--json")
         assert (ExitStatus.ERROR, "", 1) == (status, out, len(err.splitlines()))
-        assert f"process {process.pid} goes on as it was: " in err
+        assert f"process {process.pid} continues as it was: " in err
         assert said in err
     assert before == find(host.records, ADDRESS).facts["started"]
     frontend.write(0, NEW)
     processes.install()
-    assert ExitStatus.OK is upgrade()[0]  # it has been mended
+    assert ExitStatus.OK is upgrade()[0]  # it has been repaired
     assert "not_upgraded" not in find(host.records, ADDRESS).facts
     end(host, process, frontend)
 
@@ -213,9 +216,9 @@ def fail(error):
     ("answer", "said"),
     [
         (lambda one: one.close(), "xvdb was disconnected meanwhile"),
-        (lambda one: one.leave(), "the new program has died; to go on with the disk: xen-disk"),
+        (lambda one: one.leave(), "the new program has died; to take over the disk: xen-disk"),
         (lambda one: None, "has not answered within 0 s: it is stopped or hangs"),
-        (lambda one: False, "has died; to go on with its disk: xen-disk"),
+        (lambda one: False, "has died; to take over its disk: xen-disk"),
         (lambda one: fail(PermissionError()), "run as root"),
     ],
 )
@@ -247,7 +250,7 @@ def test_a_dead_process(served, upgrade, host):
     record.forget(host.records, ADDRESS)  # it is locked
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(upgrade_module.record, "find", lambda *what: None)
-        assert "has died; to go on with its disk: xen-disk connect --adopt 5 xvdb" in upgrade()[2]
+        assert "has died; to take over its disk: xen-disk connect --adopt 5 xvdb" in upgrade()[2]
     assert [] == signals
 
 
@@ -291,7 +294,7 @@ def taking_over(host, monkeypatch):
 def test_who_has_no_privileges_leaves_it_to_who_started_it(
     taking_over, processes, monkeypatch, tmp_path
 ):
-    """What the rehearsal has to know it is told: it may look nowhere."""
+    """What the dry run has to know it is told: it may look nowhere."""
     heard = tmp_path / "heard"
     processes.install(f"open({str(heard)!r}, 'w').write(sys.stdin.read()); sys.exit()")
     monkeypatch.setattr("sys.executable", str(processes.program))

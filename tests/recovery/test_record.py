@@ -183,7 +183,7 @@ class TestEnd:
             again.describe(FACTS)
             again.close()
 
-    def test_a_record_that_somebody_removed_is_no_trouble(self, directory):
+    def test_a_record_that_somebody_removed_is_no_problem(self, directory):
         with Record(directory, ADDRESS):
             path_in(directory).unlink()
 
@@ -298,7 +298,7 @@ LEFT = Unanswered(7, [b"a" * 12], [b"b" * 112, b"c" * 112])
 
 
 class TestAdopting:
-    """What a killed process left is gone on with."""
+    """What a killed process left is taken over."""
 
     @pytest.fixture
     def killed(self, directory):
@@ -330,7 +330,7 @@ class TestAdopting:
         assert -signal.SIGKILL == child.returncode
 
     @pytest.mark.usefixtures("killed")
-    def test_all_is_as_it_was_and_goes_on(self, directory):
+    def test_all_is_as_it_was_and_continues(self, directory):
         assert not find(directory, ADDRESS).alive
         mine = Record.adopt(directory, ADDRESS)
         assert {"path": "/a", "format": 2} == mine.facts

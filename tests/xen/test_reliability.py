@@ -88,10 +88,10 @@ def worker(disk: Disk) -> int:
     return int(path.read_text())
 
 
-def goes_on(disk: Disk, times: int) -> None:
+def taken_over(disk: Disk, times: int) -> None:
     """Wait until a successor has said for so many times that it serves."""
     deadline = time.monotonic() + PATIENCE
-    while disk.stderr.count(" goes on\n") < times:
+    while disk.stderr.count(" takes over\n") < times:
         assert disk.process.poll() is None, disk.describe()
         assert time.monotonic() < deadline, disk.describe()
         time.sleep(0.02)
@@ -100,11 +100,11 @@ def goes_on(disk: Disk, times: int) -> None:
 def kill(disk: Disk, times: int, seed: int = 1) -> None:
     """Kill the worker again and again, each time a while after it has begun to serve."""
     chance = random.Random(seed)
-    said = disk.stderr.count(" goes on\n")
+    said = disk.stderr.count(" takes over\n")
     for number in range(1, times + 1):
         time.sleep(chance.uniform(0, 1.5))
         os.kill(worker(disk), signal.SIGKILL)
-        goes_on(disk, said + number)
+        taken_over(disk, said + number)
 
 
 class Load:
@@ -140,7 +140,7 @@ class Load:
 
 
 def no_errors(guest: Guest) -> bool:
-    """Tell whether the guest's kernel knows of no trouble with any disk."""
+    """Tell whether the guest's kernel knows of no error of any disk."""
     return not re.search("I/O error|blkfront.*(fail|error)|EXT4-fs.*error", guest.dmesg())
 
 
@@ -255,7 +255,7 @@ def test_ext4_survives(backend: str, quiet_guest: Guest, connect: Connect, image
 
 
 def test_hung(quiet_guest: Guest, connect: Connect, image: Path) -> None:
-    """A worker that stands still is killed, and another goes on."""
+    """A worker that stands still is killed, and another takes over."""
     disk = connect(
         quiet_guest,
         *("--supervise", "--path", image, "--backend", "raw", "--watchdog", "30"),
@@ -263,7 +263,7 @@ def test_hung(quiet_guest: Guest, connect: Connect, image: Path) -> None:
     load = Load(quiet_guest, disk)
     os.kill(worker(disk), signal.SIGSTOP)
     disk.wait_stderr("gave no sign of life for 30 s; killing it")
-    goes_on(disk, 1)
+    taken_over(disk, 1)
     print(load.end())
     leave(quiet_guest, disk)
 
@@ -277,7 +277,7 @@ def facts(disk: Disk) -> dict[str, Any]:
 
 
 def test_upgraded(quiet_guest: Guest, connect: Connect, image: Path) -> None:
-    """Another program goes on with the disk, as the same process."""
+    """Another program takes the disk over, as the same process."""
     disk = connect(quiet_guest, "--path", image, "--backend", "raw", "--queues", "4")
     load = Load(quiet_guest, disk)
     done = xen_disk("upgrade", quiet_guest.name, disk.vdev, "--json")
@@ -290,7 +290,7 @@ def test_upgraded(quiet_guest: Guest, connect: Connect, image: Path) -> None:
 
 
 def test_adopted_by_one_of_two(quiet_guest: Guest, connect: Connect, image: Path) -> None:
-    """Of two who want to go on with a disk, one does; the other says why not."""
+    """Of two who want to take over a disk, one does; the other says why not."""
     disk = connect(quiet_guest, "--path", image, "--backend", "raw")
     load = Load(quiet_guest, disk)
     disk.kill()
@@ -328,7 +328,7 @@ def full(directory: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
 
 
 def wait_held(disk: Disk) -> None:
-    """Wait until ``list`` says that requests are held."""
+    """Wait until ``list`` says that requests are queued for retry."""
     deadline = time.monotonic() + PATIENCE
     while not facts(disk)["held"]:
         assert time.monotonic() < deadline, disk.describe()
@@ -440,7 +440,7 @@ def test_driver_leaves_while_nobody_serves(
 def test_image_changes_while_nobody_serves(
     quiet_guest: Guest, connect: Connect, image: Path
 ) -> None:
-    """Another file, or a shorter one, is not what the guest has: it is said, and can be mended."""
+    """Another file, or a shorter one, is not what the guest has: that is said, and repaired."""
     disk = connect(quiet_guest, "--path", image, "--backend", "raw")
     load = Load(quiet_guest, disk)
     disk.kill()

@@ -35,7 +35,7 @@ from .backend_arguments import backend_from, backend_name
 from .environment import Environment
 from .opening import TOLD, facts_about, facts_of_start, opened_hypervisor, queue_options
 from .succession import Left
-from .upgrading import Upgrade, rehearse
+from .upgrading import Upgrade, dry_run
 
 log = logging.getLogger("xen_disk_py")
 
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
         if args.adopt and getattr(args, name) is not None:
             raise UsageError(f"--adopt goes on with the arguments that there were: no --{name}")
     if args.rehearse:
-        return rehearse(env)
+        return dry_run(env)
     name = args.device if args.device is not None else args.vdev
     wanted = parse(name) if name is not None else None
     if args.supervise:
@@ -302,7 +302,7 @@ class _Connection:
         facts = record.facts
         notify("READY=1", "STATUS={vdev} of {domain}".format(**facts))
         if self._args.again:
-            self._env.tell("{vdev}: process {pid} goes on".format(**facts))
+            self._env.tell("{vdev}: process {pid} takes over".format(**facts))
             return
         if self._args.json:
             self._env.announce(json.dumps({name: facts[name] for name in TOLD}))
@@ -382,5 +382,5 @@ def summary(statistics: Statistics) -> list[str]:
         f"errors    {c['errors']:>10}",
     ]
     lines += histogram("segments per request", statistics.segments_per_request)
-    lines += histogram("requests per look at the ring", statistics.requests_per_batch)
+    lines += histogram("requests per batch", statistics.requests_per_batch)
     return lines

@@ -1,4 +1,4 @@
-"""``upgrade``: have the program that is installed by now go on with a disk."""
+"""``upgrade``: have the installed version of the program take a disk over."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
         if attachment.is_ours(store, disk.address):
             raise DeviceError(
                 f"xl has attached {vdev}: end its process (kill -9 {disk.pid}), and xen-disk serve "
-                "has the new program go on"
+                "has the new program take over"
             )
     facts = _upgrade(env, disk, args.timeout)
     pause = facts["pause"]
     for_so_long = f", nobody served for {pause:.2f} s" if pause is not None else ""
-    env.tell(f"{vdev}: version {facts['version']} goes on{for_so_long}")
+    env.tell(f"{vdev}: version {facts['version']} takes over{for_so_long}")
     if args.json:
         told = ("domid", "domain", "vdev", "number", "device", "pid", "version", "pause")
         env.say(json.dumps({name: facts[name] for name in told}))
@@ -53,7 +53,7 @@ def _upgrade(env: Environment, disk: Attached, timeout: float) -> dict[str, Any]
     """
     before = record.find(env.record_directory, disk.address)
     adopt = f"xen-disk connect --adopt {disk.address.frontend_domid} {disk.device}"
-    died = DeviceError(f"process {disk.pid} has died; to go on with its disk: {adopt}")
+    died = DeviceError(f"process {disk.pid} has died; to take over its disk: {adopt}")
     if before is None or not before.alive:
         raise died
     if (
@@ -66,7 +66,7 @@ def _upgrade(env: Environment, disk: Attached, timeout: float) -> dict[str, Any]
             "be followed: try again, or disconnect the disk"
         )
     if disk.backend_state is State.CLOSING:
-        raise DeviceError(f"{disk.device} is about to go: the guest has been asked to let go of it")
+        raise DeviceError(f"{disk.device} is about to go: the guest has been asked to release it")
     try:
         if not send_signal(disk.pid, before.facts.get("process_started"), signal.SIGUSR2):
             raise died
@@ -80,13 +80,13 @@ def _upgrade(env: Environment, disk: Attached, timeout: float) -> dict[str, Any]
         if found.alive:
             refusal = found.facts.get("not_upgraded")
             if refusal not in (None, before.facts.get("not_upgraded")):
-                raise DeviceError(f"process {disk.pid} goes on as it was: {refusal[1]}")
+                raise DeviceError(f"process {disk.pid} continues as it was: {refusal[1]}")
             if found.facts.get("started") not in (None, before.facts["started"]):
                 return found.facts
         if time.monotonic() >= deadline:
             raise DeviceError(
                 f"process {disk.pid} has not answered within {timeout:g} s: it is stopped or hangs"
                 if found.alive
-                else f"the new program has died; to go on with the disk: {adopt}"
+                else f"the new program has died; to take over the disk: {adopt}"
             )
         time.sleep(_LOOK)

@@ -1,8 +1,8 @@
-"""Another program goes on with the disk: the same command of a newer version, say.
+"""Another program takes over the disk: the same command of a newer version, say.
 
 It is what follows a crash, but on purpose: this process becomes the new program (execve), which
 adopts what it was serving itself a moment before. Whatever it was doing is done again. That the
-new program would work is seen first: if it does not come as far as to the disk, we go on.
+new program would work is seen first: if it does not come as far as to the disk, we continue.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .environment import Environment
 
 log = logging.getLogger("xen_disk_py")
 
-_REHEARSAL = 30.0  # seconds that the new program gets to come up
+_DRY_RUN = 30.0  # seconds that the new program gets to come up
 _SIGN = 1.0  # seconds between two signs of life meanwhile
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
 
@@ -65,16 +65,16 @@ class Upgrade:
     def take_over(self) -> None:
         """Become the new program; return if that would not work, or cannot be."""
         try:
-            self._rehearse()
+            self._try()
         except DeviceError as error:
             self._refuse(error)
             return
         self._before()
-        log.info("another program goes on")
+        log.info("another program takes over")
         self._note(let_go=time.monotonic())
         if self._args.user is not None:
             logging.shutdown()
-            os._exit(ExitStatus.CRASHED)  # whoever started us has the privileges to go on
+            os._exit(ExitStatus.CRASHED)  # whoever started us has the privileges to take over
         options = ["--again", *(["--leave"] if self._args.leave else [])]
         # A signal meant for the old program is not to kill the new one before it listens.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
@@ -91,7 +91,7 @@ class Upgrade:
     def _note(self, **facts: object) -> None:
         self._record.describe({**self._record.facts, **facts})
 
-    def _rehearse(self) -> None:
+    def _try(self) -> None:
         if not self._record.facts.get("survives"):
             raise DeviceError("what the guest wrote would end with this process")
         if self._args.user is not None and not self._args.leave:
@@ -117,12 +117,12 @@ class Upgrade:
                 raise
         if process.returncode:
             lines = said.strip().splitlines() or [f"it ended with {process.returncode}"]
-            raise DeviceError(f"the new program would not go on: {lines[-1]}")
+            raise DeviceError(f"the new program would not take over: {lines[-1]}")
 
     def _await(self, process: subprocess.Popen[str]) -> str:
         """Tell the new program what it has to know, and wait for its end; what it said."""
         facts: str | None = json.dumps(self._record.facts)
-        deadline = time.monotonic() + _REHEARSAL
+        deadline = time.monotonic() + _DRY_RUN
         while True:
             notify("WATCHDOG=1")  # requests are served by other threads
             try:
@@ -131,12 +131,12 @@ class Upgrade:
                 facts = None  # has been told
                 if time.monotonic() >= deadline:
                     raise DeviceError(
-                        f"the new program has not come up within {_REHEARSAL:g} s"
+                        f"the new program has not come up within {_DRY_RUN:g} s"
                     ) from error
 
 
-def rehearse(env: Environment) -> ExitStatus:
-    """See whether we could go on with a disk that another process still serves.
+def dry_run(env: Environment) -> ExitStatus:
+    """See whether we could take over a disk that another process still serves.
 
     That one's facts come on stdin: it may have no privileges, and neither have we then.
 

@@ -258,7 +258,7 @@ def test_what_is_done_but_for_the_removal_is_not_done_twice(tmp_path, monkeypatc
             commit(path, keep=False, progress=nothing)
     with pytest.raises(ImageError, match=r"were committed to .* remove it with: xen-disk commit"):
         content(path)
-    with contextlib.closing(VhdBackend(base)) as disk:  # somebody goes on with the parent
+    with contextlib.closing(VhdBackend(base)) as disk:  # somebody writes to the parent
         write(disk, 0, b"n" * 512)
     assert (base, 0) == commit(path, keep=False, progress=nothing)
     assert b"n" * 512 == content(base)[:512]

@@ -1,6 +1,6 @@
 """Puts what a differencing VHD has into its parent, as ``vhd-util coalesce`` does, in place.
 
-As long as it goes on, and if it is interrupted, the child still has all that it has, so the chain
+While it runs, and if it is interrupted, the child still has all that it has, so the chain
 reads as before, whatever the parent has by then; done again, it begins anew. When everything is in
 the parent, on stable storage, the parent gets another UUID: its other children would read what is
 not theirs, and are refused by it. Only then the child is removed.
