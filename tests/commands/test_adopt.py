@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import threading
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from libxl_stub import Libxl, LibxlError
 
+from xen_disk_py.backends import Backend
 from xen_disk_py.backends.raw import RawBackend
 from xen_disk_py.blkif import READ, Ring
 from xen_disk_py.cli import main
@@ -154,6 +156,46 @@ def test_discard_is_the_toolstacks_to_allow(adopt, steps, image, enabled):
         steps.detach(frontend)
 
     assert adopt(script, image, discard_enable=enabled) is ExitStatus.OK
+
+
+def test_an_overlay_keeps_the_changes(adopt, steps, image, tmp_path):
+    before = image.read_bytes()
+    target = f"{image},overlay={tmp_path}/web.overlay"
+
+    def write():
+        frontend = steps.connect()
+        frontend.write(4096, NEW)
+        steps.detach(frontend)
+
+    def read():
+        frontend = steps.connect()
+        assert NEW == frontend.read(4096, len(NEW))
+        steps.detach(frontend)
+
+    for script in (write, read):
+        assert adopt(script, target) is ExitStatus.OK
+    assert before == image.read_bytes()
+
+
+def test_requests_are_retried_with_on_error_hold(adopt, steps, image, monkeypatch, caplog):
+    """The storage fails until the log says so; then it works."""
+
+    def fail_at_first(disk, buffers, offset):
+        if "to be retried" not in caplog.text:
+            raise OSError(errno.EIO, "the storage is gone")
+        return os.preadv(disk._fd, buffers, offset)
+
+    monkeypatch.setattr(RawBackend, "read", fail_at_first)
+    monkeypatch.setattr(RawBackend, "read_nowait", Backend.read_nowait)
+    before = image.read_bytes()
+
+    def script():
+        frontend = steps.connect()
+        assert before[:4096] == frontend.read(0, 4096)
+        steps.detach(frontend)
+
+    assert adopt(script, f"{image},on-error=hold") is ExitStatus.OK
+    assert "the storage is gone" in caplog.text
 
 
 def test_options_reach_the_guest(adopt, steps, image):

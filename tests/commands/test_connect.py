@@ -108,6 +108,16 @@ def session(player, vdev="xvda"):
     player.unplug(frontend)
 
 
+@pytest.mark.parametrize("option", [[], ["--no-discard"]])
+def test_discard_can_be_kept_from_the_guest(connect, option):
+    def script(player):
+        frontend = player.frontend()
+        assert frontend.features.discard is (not option)
+        player.unplug(frontend)
+
+    assert connect(script, "guest", *option)[0] is ExitStatus.OK
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_throwaway_disk(connect, signum):
     def script(player):

@@ -25,6 +25,12 @@ from xen_disk_py.libxl.target import arguments
         ("/mine.py:Second,option.a=1", ["--path=/mine.py:Second", "--option=a=1"]),
         ("/d.raw,backend=/mine.py", ["--path=/d.raw", "--backend=/mine.py"]),
         ("/d.raw,backend=", ["--path=/d.raw", "--backend="]),
+        ("/d.raw,overlay=/d.ov", ["--path=/d.raw", "--overlay=/d.ov"]),
+        (
+            "/d.raw,on-error=hold,overlay=/d.ov,cow-limit=1G",
+            ["--path=/d.raw", "--on-error=hold", "--overlay=/d.ov", "--cow-limit=1G"],
+        ),
+        ("/d.raw,on-error=hold", ["--path=/d.raw", "--on-error=hold", "--backend=raw"]),
         ("/d.raw,format=raw", ["--path=/d.raw", "--format=raw", "--backend=raw"]),
         ("/d.vhd,format=vhd", ["--path=/d.vhd", "--format=vhd"]),
     ],
@@ -37,6 +43,7 @@ def test_every_option_is_one_of_connect():
     from xen_disk_py.commands.arguments import build_parser
 
     text = "backend=cow,cow-limit=1G,grants=map,indirect-segments=3,persistent-grants=4,queues=2"
+    text += ",on-error=hold,overlay=/o"
     words = arguments(f"aio:/a b,{text},sector-size=4096,size=5,option.c=d")
     args = vars(build_parser().parse_args(["connect", "7", *words]))
     assert {
@@ -46,6 +53,8 @@ def test_every_option_is_one_of_connect():
         "grants": "map",
         "indirect_segments": 3,
         "persistent_grants": 4,
+        "on_error": "hold",
+        "overlay": "/o",
         "queues": 2,
         "sector_size": 4096,
         "size": 5,
@@ -68,6 +77,8 @@ def test_every_option_is_one_of_connect():
         ("aio:/a,colour=blue", "there is no option colour=; known are backend,"),
         ("aio:/a,path=/b", "there is no option path="),
         ("aio:/a,read-only=1", "there is no option read-only="),
+        ("aio:/a,overlay=web.overlay", "overlay=web.overlay: give an absolute path"),
+        ("aio:/a,overlay=", "give an absolute path"),
         ("aio:/a,backend=cow,backend=raw", "backend is given twice"),
     ],
 )

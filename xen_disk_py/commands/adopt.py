@@ -102,7 +102,7 @@ def _take_over(env: Environment, store: Store, address: Address) -> ExitStatus:
 
 
 def _open(options: argparse.Namespace, config: DiskConfig, store: Store, stack: ExitStack) -> Disk:
-    disk = Disk(backend_from(options))
+    disk = Disk(backend_from(options), holds=options.on_error == "hold")
     stack.callback(disk.close)
     other_backends.check(store, disk.backend.storage, force=options.force)
     if not config.discard:

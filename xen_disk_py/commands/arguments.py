@@ -352,6 +352,12 @@ def _add_connect(commands: argparse._SubParsersAction[_Parser]) -> None:
         help="a CD-ROM, which is read-only; Linux accepts one in PV guests only",
     )
 
+    disk.add_argument(
+        "--no-discard",
+        action="store_true",
+        help="do not offer discard (TRIM): the image keeps the space that the guest frees",
+    )
+
     failure = connect.add_argument_group("when something fails")
     failure.add_argument(
         "--on-error",

@@ -126,6 +126,8 @@ def _open(
         args.read_only = True
     disk = Disk(backend_from(args), holds=args.on_error == "hold")
     stack.callback(disk.close)
+    if args.no_discard:
+        disk.can_discard = disk.can_discard_securely = False
     store = stack.enter_context(env.open_store())
     other_backends.check(store, disk.backend.storage, force=args.force)
     hypervisor = stack.enter_context(opened_hypervisor(env))

@@ -4,6 +4,7 @@
 
     /images/disk.raw
     /images/gold.raw,backend=cow,cow-limit=1G
+    /images/gold.raw,overlay=/images/web.overlay,on-error=hold
     /srv/mydisk.py,option.colour=blue,indirect-segments=32
 
 libxl hands the text to the backend as it stands, behind the format and a colon (``params`` is
@@ -23,6 +24,8 @@ _OPTIONS = (
     "format",
     "grants",
     "indirect-segments",
+    "on-error",
+    "overlay",
     "persistent-grants",
     "queues",
     "sector-size",
@@ -36,7 +39,7 @@ def arguments(params: str) -> list[str]:
     """Translate the ``params`` key that libxl wrote into arguments of ``connect``.
 
     A path is persistent (``raw``) unless it says otherwise: a line with ``access=rw`` has always
-    meant that. A ``.py`` file is a disk of the user's own.
+    meant that. With ``overlay=`` its changes are. A ``.py`` file is a disk of the user's own.
 
     Raises:
         UsageError: it is none of ours; the message says what to write instead.
@@ -65,6 +68,11 @@ def arguments(params: str) -> list[str]:
             raise UsageError(f"target=: {key} is given twice")
         else:
             given[key] = value
-    if choose(None, path) == "cow" and given.get("format", "raw") == "raw":
+    overlay = given.get("overlay")
+    if overlay is not None and not overlay.startswith("/"):
+        raise UsageError(
+            f"overlay={overlay}: give an absolute path, such as overlay=/images/web.ov"
+        )
+    if overlay is None and choose(None, path) == "cow" and given.get("format", "raw") == "raw":
         given.setdefault("backend", "raw")
     return [f"--path={path}", *(f"--{key}={value}" for key, value in given.items()), *own]
