@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import random
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -184,7 +185,10 @@ def memory(bench: Bench) -> None:
 
 
 def vhd(bench: Bench) -> None:
-    """A dynamic VHD, and a chain of three whose layers each have a part, next to raw."""
+    """A dynamic VHD, and a chain of three whose layers each have a part, next to raw.
+
+    And the same dynamic VHD in qemu-nbd, through fio, whose own work is in its figures.
+    """
     table = "vhd"
     image = bench.image("vhd-raw")
     content = memoryview(Path(image).read_bytes())
@@ -201,10 +205,16 @@ def vhd(bench: Bench) -> None:
         disks = {"raw": stack.enter_context(served("--backend", "raw", "--path", image))}
         for name, path in (("vhd", whole), ("vhd chain of 3", leaf)):
             disks[name] = stack.enter_context(served("--format", "vhd", "--path", path))
+        peers = {}
+        if shutil.which("qemu-nbd") and shutil.which("fio"):
+            copy = shutil.copyfile(whole, bench.folder / "copy.vhd")
+            peers["qemu-nbd, fio"] = stack.enter_context(nbdkit.served_by_qemu(str(copy), "vpc"))
         for label in ("1 MiB", "4 KiB"):
             size = SIZES[label]
             for way, operation in OPERATIONS.items():
                 loops = {name: prepared(disk, operation, size, 32) for name, disk in disks.items()}
+                for name, peer in peers.items():
+                    loops[name] = peer.fio(operation, size, 32)
                 workload = f"{label} {way}, depth 32"
                 bench.interleave(table, workload, size, loops)
                 bench.show(table, workload, "raw")

@@ -1,4 +1,4 @@
-"""nbdkit, driven by fio through libnbd: what else serves a disk from a few lines of Python."""
+"""nbdkit and qemu-nbd, driven by fio through libnbd: what else serves a disk on this host."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Callable
 
@@ -16,6 +16,9 @@ from xen_disk_py.blkif import WRITE
 
 from .results import output
 from .workload import Sample, cpu_seconds
+
+_SOCKET = "{socket}"
+"""In a command line: where the socket's name goes."""
 
 
 def version() -> str:
@@ -27,7 +30,7 @@ def version() -> str:
 
 
 class Server:
-    """A running nbdkit."""
+    """A running server."""
 
     def __init__(self, process: subprocess.Popen[bytes], socket: Path) -> None:
         self._process = process
@@ -52,16 +55,26 @@ class Server:
         return loop
 
 
-@contextmanager
-def served(*plugin: str) -> Iterator[Server]:
+def served(*plugin: str) -> AbstractContextManager[Server]:
     """Run nbdkit with a plugin and its parameters."""
-    with tempfile.TemporaryDirectory(prefix="nbdkit-") as directory:
+    return _served("nbdkit", "--foreground", "--unix", _SOCKET, *plugin)
+
+
+def served_by_qemu(path: str, image_format: str) -> AbstractContextManager[Server]:
+    """Run qemu-nbd on an image, whose format is called as QEMU calls it."""
+    return _served("qemu-nbd", f"--format={image_format}", "--persistent", "-k", _SOCKET, path)
+
+
+@contextmanager
+def _served(*command: str) -> Iterator[Server]:
+    with tempfile.TemporaryDirectory(prefix="nbd-") as directory:
         socket = Path(directory) / "socket"
-        process = subprocess.Popen(["nbdkit", "--foreground", "--unix", str(socket), *plugin])
+        words = [str(socket) if word == _SOCKET else word for word in command]
+        process = subprocess.Popen(words)
         try:
             while not socket.exists():
                 if process.poll() is not None:
-                    raise RuntimeError(f"nbdkit ended with status {process.returncode}")
+                    raise RuntimeError(f"{command[0]} ended with status {process.returncode}")
                 time.sleep(0.01)
             yield Server(process, socket)
         finally:

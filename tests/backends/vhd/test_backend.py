@@ -7,7 +7,7 @@ from xen_disk_py.backends.conformance import BackendConformance
 from xen_disk_py.backends.loader import open_backend
 from xen_disk_py.backends.vhd import VhdBackend, layout
 from xen_disk_py.backends.vhd.create import create, create_child
-from xen_disk_py.errors import ImageError, UsageError
+from xen_disk_py.errors import DeviceError, ImageError, UsageError
 
 from .conftest import OTHER_UUID, UUID, build, content_of, entry, read, write
 
@@ -146,6 +146,13 @@ def test_the_storage_is_that_of_all_files(child):
     with contextlib.closing(VhdBackend(child)) as disk:
         found = [(os.path.basename(each.path), each.writable) for each in disk.storage]
     assert [("a.vhd", True), ("base.vhd", False)] == found
+
+
+def test_it_keeps_its_size(child):
+    with contextlib.closing(VhdBackend(child)) as disk:
+        assert 4 * MIB == disk.resize(None) == disk.resize(4 * MIB)
+        with pytest.raises(DeviceError, match="keeps its size"):
+            disk.resize(8 * MIB)
 
 
 def test_it_is_opened_by_its_name(child):

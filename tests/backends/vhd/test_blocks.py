@@ -2,11 +2,15 @@ import contextlib
 import os
 import random
 import struct
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import killing
 import pytest
 
+import xen_disk_py
 from xen_disk_py.backends.vhd import VhdBackend, blocks, layout, opening
 from xen_disk_py.backends.vhd.create import create, create_child
 from xen_disk_py.errors import ImageError
@@ -321,9 +325,11 @@ def test_a_batmap_says_of_no_added_block_that_it_is_full(unpacked):
 # -- several at once, and failures -----------------------------------------------------------
 
 
-def test_threads_that_write_side_by_side(tmp_path):
+@pytest.mark.parametrize("bitmaps", [4096, 4])
+def test_threads_that_write_side_by_side(tmp_path, monkeypatch, bitmaps):
+    monkeypatch.setattr(blocks, "_CACHE", bitmaps * 4096)
     base = str(tmp_path / "base.vhd")
-    create(base, 8 * MIB)
+    create(base, 32 * MIB)
     path = str(tmp_path / "a.vhd")
     create_child(path, base)
     with contextlib.closing(VhdBackend(path)) as disk:
@@ -463,6 +469,58 @@ def test_a_kill_anywhere_loses_nothing_that_was_answered(tmp_path):
             assert model == found
             write(disk, 12 * 512, b"x" * 512)
             assert b"x" * 512 == read(disk, 12 * 512, 512)
+
+
+UNDER_LOAD = """
+import os, random, struct, sys, threading
+from xen_disk_py.backends.vhd import VhdBackend
+
+disk = VhdBackend(sys.argv[1])
+
+def work(number):
+    dice = random.Random(number)
+    for version in range(1, 1 << 30):
+        sector = dice.randrange(disk.size // 512 // 8) * 8 + number
+        disk.write([memoryview(struct.pack(">QQ", number, version) * 32)], sector * 512)
+        os.write(1, struct.pack(">QQQ", number, sector, version))
+
+for number in range(8):
+    threading.Thread(target=work, args=(number,), daemon=True).start()
+threading.Event().wait()
+"""
+
+
+@pytest.mark.parametrize("is_child", [False, True])
+def test_a_kill_under_load(tmp_path, is_child):
+    path = str(tmp_path / "a.vhd")
+    create(path, 64 * MIB)
+    if is_child:
+        path = str(tmp_path / "child.vhd")
+        create_child(path, str(tmp_path / "a.vhd"))
+    process = subprocess.Popen(
+        [sys.executable, "-c", UNDER_LOAD, path],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(Path(xen_disk_py.__file__).parents[1])},
+    )
+    with process:
+        noted = process.stdout.read(24 * 400)
+        process.kill()
+        noted += process.stdout.read()
+    answered = {}
+    for at in range(0, len(noted) // 24 * 24, 24):
+        number, sector, version = struct.unpack_from(">QQQ", noted, at)
+        answered[sector] = number, version
+    with contextlib.closing(VhdBackend(path)) as disk:
+        content = read(disk)
+    for sector in range(disk.size // 512):
+        found = content[sector * 512 : sector * 512 + 512]
+        number, version = answered.get(sector, (sector % 8, 0))
+        assert found[:16] * 32 == found
+        if sector in answered or any(found):
+            written = struct.unpack(">QQ", found[:16])
+            assert number == written[0]
+            assert version <= written[1]
+    assert len(answered) > 300
 
 
 def test_a_vhd_that_is_in_use_is_refused(tmp_path):

@@ -6,7 +6,7 @@ import errno
 import os
 from collections.abc import Iterable, Sequence
 
-from ...errors import ImageError, UsageError
+from ...errors import DeviceError, ImageError, UsageError
 from .. import Backend
 from ..image import Image
 from ..loader import parse_options
@@ -111,6 +111,15 @@ class VhdBackend(Backend):
     def can_discard(self) -> bool:
         """Whether the file system can; asked when the VHD was opened."""
         return self._can_discard
+
+    def resize(self, size: int | None) -> int:
+        """Refuse: no program makes a VHD larger or smaller while it is used."""
+        if size in (None, self.size):
+            return self.size
+        raise DeviceError(
+            f"{self.path}: a VHD keeps its size while it is served: disconnect the disk, and copy "
+            "it into a larger one (or use vhd-util resize)"
+        )
 
     @property
     def storage(self) -> Sequence[Storage]:

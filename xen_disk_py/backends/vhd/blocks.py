@@ -80,6 +80,7 @@ class BlockLayer:
         self._mask = header.block_size - 1
         self._bitmap_size = header.bitmap_size
         self._bat = blocks.bat
+        self._absent = blocks.bat.count(FREE)  # blocks that are not in the file
         # Where a block's data starts in the file, if all of it is there and is known to be; -1 if
         # nothing of it is there; 0 for all others.
         self._whole = array("q", [-1 if entry == FREE else 0 for entry in blocks.bat])
@@ -321,6 +322,7 @@ class BlockLayer:
         self._keep(block, bytearray(_ZERO * (self._block_size // SECTOR)))
         self._bat[block] = entry
         self._whole[block] = 0
+        self._absent -= 1
 
     def _aligned(self, end: int) -> int:
         """Return where the next block starts if all before ``end`` is used: its data is aligned."""
@@ -349,7 +351,7 @@ class BlockLayer:
         span, old = self._blocks.span, self._tail
         first = self._aligned(self._end)
         stride = self._aligned(first + span) - first
-        count = max(1, min(_ROOM // stride, self._bat.count(FREE)))
+        count = max(1, min(_ROOM // stride, self._absent))
         tail = first + (count - 1) * stride + span
         if tail // SECTOR >= FREE:
             raise OSError(errno.ENOSPC, "a VHD's file cannot be longer: 2 TiB")
