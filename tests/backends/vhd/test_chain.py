@@ -194,7 +194,7 @@ def test_the_name_is_looked_for_in_the_directories_that_were_named(tmp_path):
 def test_a_name_with_anything_in_it_stays_in_one_line(tmp_path):
     path = child_of(tmp_path, locators=[(b"W2ru", wide("a\nb\x1b[31m.vhd"))])
     text = refusal(path)
-    assert "a?b?[31m.vhd" in text
+    assert "a\\nb\\x1b[31m.vhd" in text
 
 
 # -- loops and depth -----------------------------------------------------------------------
@@ -203,9 +203,9 @@ def test_a_name_with_anything_in_it_stays_in_one_line(tmp_path):
 def test_a_chain_that_comes_back_is_refused(tmp_path):
     child_of(tmp_path, name="b.vhd", uuid=OTHER_UUID, own_uuid=UUID, file="a.vhd")
     child_of(tmp_path, name="a.vhd", uuid=UUID, own_uuid=OTHER_UUID, file="b.vhd")
-    assert "a child of it itself" in refusal(str(tmp_path / "a.vhd"))
+    assert "itself a child of it" in refusal(str(tmp_path / "a.vhd"))
     child_of(tmp_path, name="c.vhd", uuid=UUID, own_uuid=UUID, file="c.vhd")
-    assert "a child of it itself" in refusal(str(tmp_path / "c.vhd"))
+    assert "itself a child of it" in refusal(str(tmp_path / "c.vhd"))
 
 
 def test_a_chain_is_no_deeper_than_it_may_be(tmp_path):

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from typing import Union
 
 from ...errors import ImageError
+from ...text import printable
 from ..image import Image
 from .blocks import BlockLayer
 from .layout import (
@@ -49,7 +50,7 @@ class Committed(ImageError):
 
     def __init__(self, child: str, parent: str) -> None:
         super().__init__(
-            f"{child}: its changes were committed to {_shown(parent)}, and are there: remove it "
+            f"{child}: its changes were committed to {printable(parent)}, and are there: remove it "
             f"with: xen-disk commit {child}"
         )
         self.parent = parent
@@ -139,12 +140,12 @@ def open_parent(vhds: Sequence[Vhd], roots: Sequence[str]) -> Vhd | Image:
             continue
         if any(os.path.samestat(status, each) for each in seen):
             refused = refused or ImageError(
-                f"{child.path}: its parent would be {_shown(real)}, which is a child of it itself: "
-                "restore the right parent"
+                f"{child.path}: its parent would be {printable(real)}, which is itself a child of "
+                "it: restore the right parent"
             )
         elif not any(_is_within(real, root) for root in roots):
             refused = refused or ImageError(
-                f"{child.path}: its parent would be {_shown(real)}, outside of "
+                f"{child.path}: its parent would be {printable(real)}, outside of "
                 f"{' and '.join(roots)}: if that is the right one, add --option "
                 f"parents={os.path.dirname(real)}"
             )
@@ -155,7 +156,7 @@ def open_parent(vhds: Sequence[Vhd], roots: Sequence[str]) -> Vhd | Image:
                 refused = refused or error
     if refused is not None:
         raise refused
-    names = ", ".join(map(_shown, tried)) or "it does not say where"
+    names = ", ".join(map(printable, tried)) or "it does not say where"
     raise ImageError(
         f"{child.path}: its parent is not there ({names}): put it back, or name its directory "
         "with --option parents=DIR"
@@ -187,8 +188,8 @@ def _open_checked(child: Vhd, header: Header, real: str, status: os.stat_result)
 def _check_raw(child: Vhd, header: Header, image: Image) -> None:
     if Footer.parse(os.pread(image.fd, FOOTER, max(0, image.size - FOOTER))) is not None:
         raise ImageError(
-            f"{child.path}: says that its parent, {_shown(image.path)}, is a raw image, but that "
-            "is a VHD: restore the right parent"
+            f"{child.path}: says that its parent, {printable(image.path)}, is a raw image, but "
+            "that is a VHD: restore the right parent"
         )
     modified = int(os.fstat(image.fd).st_mtime) - EPOCH
     if not image.is_block_device and header.parent_time not in (0, modified):
@@ -196,7 +197,7 @@ def _check_raw(child: Vhd, header: Header, image: Image) -> None:
             "%s: its parent, %s, was written or copied since it was made: if it has changed, what "
             "the guest reads is neither the one nor the other",
             child.path,
-            _shown(image.path),
+            printable(image.path),
         )
 
 
@@ -206,8 +207,8 @@ def _check_uuid(child: Vhd, header: Header, parent: Vhd) -> None:
     if parent.footer.uuid != header.parent_uuid:
         raise ImageError(
             f"{child.path}: its parent has the UUID {header.parent_uuid.hex()}, but "
-            f"{_shown(parent.path)} has {parent.footer.uuid.hex()}: it was replaced, or is another "
-            "one; restore the right parent"
+            f"{printable(parent.path)} has {parent.footer.uuid.hex()}: it was replaced, or is "
+            "another one; restore the right parent"
         )
 
 
@@ -271,8 +272,3 @@ def locators(child: Vhd) -> list[tuple[bytes, str]]:
 
 def _is_within(path: str, root: str) -> bool:
     return path == root or path.startswith(root.rstrip("/") + "/")
-
-
-def _shown(path: str) -> str:
-    """Return a path out of a file as it may stand in one line of a message."""
-    return "".join(letter if letter.isprintable() else "?" for letter in path)
