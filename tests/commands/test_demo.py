@@ -7,6 +7,7 @@ import io
 import json
 import os
 import signal
+import subprocess
 import threading
 from pathlib import Path
 
@@ -16,9 +17,11 @@ from xen_disk_py.cli import main
 from xen_disk_py.commands import demo as demo_module
 from xen_disk_py.commands.environment import Environment
 from xen_disk_py.exit_status import ExitStatus
+from xen_disk_py.host.program import own_command
 from xen_disk_py.session import Interrupts
 from xen_disk_py.simulated.guest import Phase, Plan, VerificationFailed, pattern, work
 
+PATIENCE = 30.0
 MEMORY_DISK = """\
 import os
 from xen_disk_py.backends import Backend
@@ -34,7 +37,8 @@ class Disk(Backend):
     def read(self, buffers, offset):
         if self.fault == "raises":
             raise ValueError("on purpose")
-        while self.fault == "held" and len(buffers) == 1 and os.path.exists(__file__ + ".held"):
+        is_block = sum(map(len, buffers)) == 4096
+        while self.fault == "held" and is_block and os.path.exists(__file__ + ".held"):
             pass
         for buffer in buffers:
             buffer[:] = self.data[offset : offset + len(buffer)]
@@ -107,7 +111,7 @@ def held(disk_file):
 @pytest.fixture
 def image(tmp_path):
     path = tmp_path / "disk.raw"
-    path.write_bytes(pattern(1 << 20))
+    path.write_bytes(pattern(1 << 20)[::-1])
     return path
 
 
@@ -133,7 +137,7 @@ def test_a_vhd(demo, tmp_path):
     before = path.read_bytes()
     status, out, err = demo("--path", str(path), "--format", "vhd")
     assert status is ExitStatus.OK
-    assert "only reading: vhd would change" in err
+    assert "only reading: writing would change" in err
     assert before == path.read_bytes()
     status, out, err = demo("--path", str(path), "--format", "vhd", "--overwrite")
     assert status is ExitStatus.OK
@@ -222,7 +226,7 @@ def test_raw_only_reads_unless_it_may_overwrite(demo, image):
     before = image.read_bytes()
     status, out, err = demo("--path", str(image), "--backend", "raw")
     assert (ExitStatus.OK, FOUR[1:3]) == (status, names(out))
-    assert f"only reading: raw would change {image}" in err
+    assert f"only reading: writing would change {image}" in err
     assert before == image.read_bytes()
     status, out, err = demo("--path", str(image), "--backend", "raw", "--overwrite")
     assert (ExitStatus.OK, FOUR, "") == (status, names(out), err)
@@ -242,7 +246,7 @@ def test_an_overlay_keeps_what_is_written_and_is_only_read_the_next_time(demo, i
     written = overlay.read_bytes()
     status, out, err = demo("--overlay", str(overlay))  # it knows its image
     assert (ExitStatus.OK, FOUR[1:3]) == (status, names(out))
-    assert f"only reading: overlay would change {overlay}" in err
+    assert f"only reading: writing would change {overlay}" in err
     assert "image untouched" in out
     assert written == overlay.read_bytes()
     status, out, err = demo("--overlay", str(overlay), "--backend", "cow", "--overwrite")
@@ -257,7 +261,11 @@ def test_an_overlay_of_a_disk_of_ones_own(demo, disk_file, tmp_path):
 
 
 def test_a_disk_of_ones_own(demo, disk_file):
+    """It may keep its data somewhere: nothing is written unless that is said to be fine."""
     status, out, err = demo("--path", disk_file)
+    assert (ExitStatus.OK, FOUR[1:3]) == (status, names(out))
+    assert f"only reading: writing would change {disk_file}" in err
+    status, out, err = demo("--path", disk_file, "--overwrite")
     assert (ExitStatus.OK, FOUR, "") == (status, names(out), err)
 
 
@@ -267,20 +275,20 @@ def test_a_disk_of_ones_own_that_is_read_only(demo, disk_file):
 
 
 def test_a_disk_that_keeps_nothing_is_not_compared(demo, disk_file):
-    assert demo("--path", disk_file, "--option", "fault=forgets")[0] is ExitStatus.OK
+    assert demo("--path", disk_file, "--overwrite", "--option", "fault=forgets")[0] is ExitStatus.OK
 
 
 def test_wrong_data(demo, disk_file):
-    status, _, err = demo("--path", disk_file, "--option", "fault=corrupts")
+    status, _, err = demo("--path", disk_file, "--overwrite", "--option", "fault=corrupts")
     assert status is ExitStatus.ERROR
     assert "4 of 128 blocks came back wrong, the first at byte 126976" in err
 
 
 def test_a_disk_that_fails(demo, disk_file, caplog):
-    status, _, err = demo("--path", disk_file, "--option", "fault=raises")
+    status, _, err = demo("--path", disk_file, "--overwrite", "--option", "fault=raises")
     assert status is ExitStatus.ERROR
     assert "error: the guest says: " in err
-    assert "the backend answered status -1" in err
+    assert "I/O error: BLKIF_RSP_ERROR (-1)" in err
     assert "mine.py:14: ValueError: on purpose" in caplog.text
 
 
@@ -307,7 +315,7 @@ def test_a_guest_that_dies(demo, disk_file, held, monkeypatch):
         demo_module, "_start_guest", lambda *args: guests.append(start(*args)) or guests[0]
     )
     demo.while_busy(lambda: os.kill(guests[0].pid, signal.SIGKILL), held)
-    status, _, err = demo("--path", disk_file, "--option", "fault=held")
+    status, _, err = demo("--path", disk_file, "--overwrite", "--option", "fault=held")
     assert status is ExitStatus.ERROR
     assert "interrupted: the guest has gone" in err
 
@@ -320,14 +328,131 @@ def test_interrupts(demo, disk_file, held, monkeypatch):
 
     def interrupt():
         os.kill(os.getpid(), signal.SIGINT)
-        demo.host.until(lambda: made[0].asked)  # two at once are one
+        demo.host.until(lambda: "asked the guest" in demo.env.stderr.getvalue())
         os.kill(os.getpid(), signal.SIGINT)
         demo.host.until(lambda: made[0].calm)  # it was heard
 
     demo.while_busy(interrupt, held)
-    status, _, err = demo("--path", disk_file, "--option", "fault=held")
-    assert status is ExitStatus.ERROR
+    status, _, err = demo("--path", disk_file, "--overwrite", "--option", "fault=held")
+    assert status is ExitStatus.INTERRUPTED
+    assert "asked the guest to release the disk; Ctrl-C again to force\n" in err
     assert "interrupted: unplugged by force" in err
+
+
+SLOW = """\
+import time
+from xen_disk_py.backends import Backend
+
+class Disk(Backend):
+    size = 64 << 20
+
+    def __init__(self, read_only=False):
+        self.read_only = read_only
+
+    def read(self, buffers, offset):
+        time.sleep(0.05)
+        for buffer in buffers:
+            buffer[:] = bytes(len(buffer))
+
+    write = read
+"""
+
+
+@pytest.fixture
+def slow(tmp_path):
+    path = tmp_path / "slow.py"
+    path.write_text(SLOW)
+    return str(path)
+
+
+def test_a_slow_disk_takes_as_long_as_was_said(demo, slow):
+    """And no more is compared than was written."""
+    status, out, _ = demo("--path", slow, "--seconds", "0.3", "--json", "--bytes=32M")
+    assert status is ExitStatus.OK
+    read, blocks = json.loads(out)["phases"]
+    assert 0 < read["bytes"] < 32 << 20
+    assert 0 < blocks["requests"] < demo_module._BLOCKS
+
+
+def test_an_interrupt_ends_it_when_what_is_under_way_is_done(demo, slow, monkeypatch):
+    """The guest is asked, and does so."""
+    started = []
+    start = demo_module._start_guest
+    monkeypatch.setattr(
+        demo_module, "_start_guest", lambda *args: started.append(start(*args)) or started[0]
+    )
+
+    def interrupt():
+        demo.host.until(lambda: started)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    status, _, err = demo("--path", slow, "--seconds", "600")
+    thread.join()
+    assert status is ExitStatus.INTERRUPTED
+    assert "interrupted: " in err
+
+
+def test_progress_on_a_terminal(slow):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    env = Environment(stdout=io.StringIO(), stderr=Terminal())
+    assert main(["demo", "--path", slow, "--seconds", "0.8"], env) is ExitStatus.OK
+    drawn = env.stderr.getvalue().split("\r\x1b[K")
+    assert any(text.startswith("sequential read: ") and text.endswith("%") for text in drawn)
+    assert "" == drawn[-1]
+
+
+def test_nobody_reads_on(slow):
+    """``demo | head -1``."""
+    command = own_command("demo", "--path", slow, "--seconds", "0.2")
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline().startswith("sequential read")
+        process.stdout.close()
+        said = process.stderr.read()
+        assert process.wait(PATIENCE) in (ExitStatus.ERROR, ExitStatus.INTERRUPTED)
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--backend=discard", "--size=2048"],
+        ["--bytes=2048"],
+        ["--bytes=512"],
+        ["--bytes=64K", "--sector-size=4096"],
+        ["--bytes=10K", "--backend=discard", "--size=1M", "--sector-size=4096"],
+        ["--bytes=6K"],
+    ],
+)
+def test_small_disks_and_large_sectors(demo, argv):
+    status, out, err = demo(*argv)
+    assert (ExitStatus.OK, "") == (status, err)
+    assert "verified: " in out
+    if argv == ["--bytes=2048"]:
+        assert "random 2 KiB read" in out
+
+
+def test_more_than_one_window(demo, monkeypatch):
+    """What is compared is never in memory as a whole."""
+    from xen_disk_py.simulated import guest
+
+    assert pattern(3 << 20, 5 << 19) == pattern(8 << 20)[5 << 19 : 11 << 19]
+    assert guest._WINDOW <= 16 << 20
+    status, out, err = demo("--bytes=40M", "--backend=raw")
+    assert (ExitStatus.OK, "") == (status, err)
+    assert "verified: 40 MiB read back" in out
+
+
+def test_an_overlay_of_nothing_that_was_named(demo):
+    status, out, err = demo("--backend=overlay")
+    assert (ExitStatus.OK, FOUR, "") == (status, names(out), err)
+    assert "image untouched" in out
 
 
 # -- the guest, in this process ------------------------------------------------------------

@@ -68,7 +68,9 @@ def test_what_pythonpath_names_is_found(strangers, tmp_path):
     (tmp_path / "own" / "mine.py").write_text(
         "from xen_disk_py.backends.discard import DiscardBackend as Disk\n"
     )
-    command = own_command("demo", "--backend", "mine:Disk", "--size", "64K", "--bytes", "64K")
+    command = own_command(
+        "demo", "--backend", "mine:Disk", "--size", "64K", "--bytes", "64K", "--overwrite"
+    )
     done = run(command, strangers, PYTHONPATH=f".:{tmp_path / 'own'}")
     assert (0, "") == (done.returncode, done.stderr)
     done = run(command, tmp_path / "own", PYTHONPATH=".")
@@ -90,7 +92,7 @@ def at_home(tmp_path):
     (tmp_path / "beside" / "mine.py").write_text(
         "from xen_disk_py.backends.discard import DiscardBackend as Disk\n"
     )
-    demo = ["demo", "--backend", "mine:Disk", "--size", "64K", "--bytes", "64K"]
+    demo = ["demo", "--backend=mine:Disk", "--size=64K", "--bytes=64K", "--overwrite"]
     how = [python, "-I", str(PLACE / "xen_disk_py" / "__main__.py"), *demo]
     return lambda **environment: run(how, tmp_path, HOME=str(home), **environment)
 

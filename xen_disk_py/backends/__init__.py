@@ -21,7 +21,7 @@ A disk is a class with a size, a read and a write::
 
 Save it as ``mydisk.py`` and try it, with no Xen at all, then in a guest::
 
-    xen-disk demo --path ./mydisk.py
+    xen-disk demo --path ./mydisk.py --overwrite
     xen-disk connect myvm --path ./mydisk.py
 
 What holds for every call:

@@ -613,8 +613,15 @@ def build_parser() -> _Parser:
     demo.add_argument(
         "--overwrite",
         action="store_true",
-        help="allow the demo to overwrite the image of a raw or mmap disk, or an existing overlay; "
-        "otherwise it only reads them",
+        help="allow the demo to overwrite the disk: an image, an existing overlay, or wherever a "
+        "disk of your own keeps its data; otherwise it only reads them",
+    )
+    demo.add_argument(
+        "--seconds",
+        type=_seconds,
+        default=10,
+        metavar="SECONDS",
+        help="how long each phase may take, about (default: 10)",
     )
     demo.add_argument("--json", action="store_true", help="print the results as JSON")
     demo.add_argument("--guest", help=argparse.SUPPRESS)  # for the process that plays the guest

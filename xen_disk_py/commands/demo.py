@@ -7,23 +7,24 @@ eventfds; the device, ring and backend code is what serves a guest of Xen.
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
 import json
 import os
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
 
+from ..blkif import SECTOR
 from ..datapath.disk import Disk
 from ..errors import DeviceError, UsageError
 from ..exit_status import ExitStatus
 from ..host.program import own_command
 from ..session import Interrupts, Observer, Outcome, Session
-from ..simulated.guest import Plan, pattern
+from ..simulated.guest import STOPPED, Plan, pattern
 from ..simulated.guest import main as play_guest
 from ..simulated.hypervisor import SimulatedHypervisor, SimulatedMachine
 from ..simulated.xenstored import SimulatedXenstored
@@ -38,6 +39,8 @@ from .environment import Environment
 
 GUEST = 1
 _BLOCKS = 20_000
+_CHUNK = 1 << 20
+_OWN = "xen_disk_py.backends."
 
 
 def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
@@ -45,27 +48,27 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
     if args.guest is not None:
         return ExitStatus(play_guest(args.guest, env.say))
     with ExitStack() as stack:
-        kept = args.overlay is not None and os.path.lexists(args.overlay)  # somebody's changes
-        file_backends = (None, "cow", "raw", "mmap")
-        is_raw = args.format in (None, "raw")
-        if args.path is None and args.overlay is None and is_raw and args.backend in file_backends:
-            args.path = stack.enter_context(_temporary_image(args.bytes))
-            args.backend = args.backend or "cow"
-            args.overwrite = True
+        is_kept = args.overlay is not None and os.path.lexists(args.overlay)  # somebody's changes
+        is_ours = _make_image(args, stack)
         disk = Disk(backend_from(args))
         stack.callback(disk.close)
         name = backend_name(args)
         length = min(args.bytes, disk.backend.size)
+        length -= length % disk.backend.sector_size
+        keeps_out = type(disk.backend).__module__.startswith(_OWN) and (
+            name in ("discard", "cow") or (args.overlay is not None and not is_kept)
+        )
         write = not disk.read_only
-        is_kept = kept or name in ("raw", "mmap") or (name == "vhd" and args.overlay is None)
-        if write and is_kept and not args.overwrite:
+        if write and not (keeps_out or is_ours or args.overwrite):
             write = False
-            changed = args.overlay if kept else args.path
-            env.tell(f"only reading: {name} would change {changed} (to allow that: --overwrite)")
-        image = args.path if name in ("cow", "overlay") or args.overlay is not None else None
+            changed = args.overlay or args.path or name
+            env.tell(f"only reading: writing would change {changed} (to allow that: --overwrite)")
+        image = args.path if name == "cow" or args.overlay is not None else None
         before = _digest(image, length) if image else None
         interrupts = stack.enter_context(Interrupts().installed())
         phases = _drive(disk, interrupts, length, write, args, env)
+        if phases is None:
+            return ExitStatus.INTERRUPTED
         untouched = image is None or _digest(image, length) == before
     verified = write and _expected(disk, name) != "anything"  # or _drive would have raised
     if args.json:
@@ -75,7 +78,8 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
         env.say(json.dumps(result))
     else:
         if verified:
-            env.say(f"verified: {format_size(length)} read back as they should be")
+            checked = next(each["bytes"] for each in phases if each["name"] == "sequential read")
+            env.say(f"verified: {format_size(checked)} read back as they should be")
         if image:
             env.say(f"image {'untouched' if untouched else 'CHANGED'}: sha256 before and after")
     return ExitStatus.OK if untouched else ExitStatus.ERROR
@@ -88,8 +92,12 @@ def _drive(
     write: bool,
     args: argparse.Namespace,
     env: Environment,
-) -> list[dict[str, Any]]:
-    """Serve the disk to a guest process until it is done; what it measured."""
+) -> list[dict[str, Any]] | None:
+    """Serve the disk to a guest process until it is done; what it measured.
+
+    Returns:
+        None if somebody ended it: by a signal, or by not reading what it says.
+    """
     phases: list[dict[str, Any]] = []
     with ExitStack() as stack:
         xenstored = stack.enter_context(SimulatedXenstored())
@@ -107,22 +115,37 @@ def _drive(
             _BLOCKS,
             write,
             _expected(disk, backend_name(args)),
+            args.seconds,
         )
         device = Device(store, hypervisor, address, disk, on_failure=interrupts.fail)
         session = Session(store, device, vdev, interrupts, patience=30)
-        finished = threading.Event()
+        is_done = threading.Event()  # the guest's part
+        is_over = threading.Event()  # the guest
+        was_asked = threading.Event()  # to end, by somebody
+        live = env.err.isatty() and not args.json
 
         def listen(guest: subprocess.Popen[str]) -> None:
             assert guest.stdout is not None
             for line in guest.stdout:
-                phase = json.loads(line)
-                phases.append(phase)
-                if "error" not in phase and not args.json:
-                    env.say(_describe(phase))
-            if guest.wait() == 0:
-                finished.set()
-            else:
+                told = json.loads(line)
+                if "progress" in told:
+                    if live:
+                        env.draw(f"{told['progress']}: {told['done'] * 100:.0f}%")
+                    continue
+                if live:
+                    env.draw("")
+                phases.append(told)
+                if "error" not in told and not args.json:
+                    env.announce(_describe(told))
+                if env.out.failure == errno.EPIPE:  # `| head -1`
+                    was_asked.set()
+                    interrupts.asked = True
+                    interrupts.wake()
+            if guest.wait() not in (0, STOPPED):
                 xenstored.remove_domain(GUEST)  # it may not have released its disk
+            if guest.returncode == 0:
+                is_done.set()
+            is_over.set()
             interrupts.asked = True
             interrupts.wake()
 
@@ -142,11 +165,19 @@ def _drive(
                 reader.start()
                 stack.callback(_end_guest, guest, reader)
 
+            def unplugging(self) -> None:
+                if not is_over.is_set():
+                    was_asked.set()
+                    env.tell("asked the guest to release the disk; Ctrl-C again to force")
+
         outcome = session.run(Host())
+    if was_asked.is_set() or outcome is Outcome.FORCED:
+        env.tell(f"interrupted: {outcome.value}")
+        return None
     for phase in phases:
-        if "error" in phase and outcome is not Outcome.FORCED:  # then errors are no wonder
+        if "error" in phase:
             raise DeviceError(f"the guest says: {phase['error']}")
-    if not finished.is_set():
+    if not is_done.is_set():
         raise DeviceError(f"interrupted: {outcome.value}")
     return phases
 
@@ -184,15 +215,24 @@ def _describe(phase: dict[str, Any]) -> str:
     )
 
 
-@contextmanager
-def _temporary_image(length: int) -> Iterator[str]:
-    """Make an image of ``length`` bytes, gone afterwards."""
-    if length < 512 or length % 512:
-        raise UsageError(f"--bytes takes a multiple of 512, not {format_size(length)}")
-    with tempfile.NamedTemporaryFile(prefix="xen_disk_py-demo-", suffix=".raw") as image:
-        image.write(pattern(length)[::-1])
-        image.flush()
-        yield image.name
+def _make_image(args: argparse.Namespace, stack: ExitStack) -> bool:
+    """Make what a disk needs of which nothing was named, gone afterwards; tell whether so."""
+    is_raw = args.format in (None, "raw")
+    wanted = args.backend in (None, "cow", "raw", "mmap", "overlay")
+    if args.path is not None or args.overlay is not None or not (is_raw and wanted):
+        return False
+    step = args.sector_size or SECTOR
+    if args.bytes < step or args.bytes % step:
+        raise UsageError(f"--bytes takes a multiple of {step}, not {format_size(args.bytes)}")
+    directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="xen-disk-demo-"))
+    args.path = os.path.join(directory, "disk.raw")
+    args.backend = args.backend or "cow"
+    if args.backend == "overlay":
+        args.overlay = os.path.join(directory, "changes.overlay")
+    with open(args.path, "wb") as image:
+        for start in range(0, args.bytes, _CHUNK):
+            image.write(pattern(min(_CHUNK, args.bytes - start), start)[::-1])
+    return True
 
 
 def _digest(path: str, length: int) -> tuple[str, int]:

@@ -16,6 +16,8 @@ from typing import Callable
 
 from ..blkif import (
     DISCARD,
+    EOPNOTSUPP,
+    ERROR,
     FLUSH,
     MAX_SEGMENTS,
     OKAY,
@@ -41,12 +43,14 @@ from ..ring import FrontRing
 from ..xenbus.states import State
 from ..xenbus.xenstore import Store
 
+_STATUSES = {ERROR: "I/O error: BLKIF_RSP_ERROR", EOPNOTSUPP: "BLKIF_RSP_EOPNOTSUPP"}
+
 
 class RequestFailed(OSError):
     """The backend answered a request with an error status."""
 
     def __init__(self, status: int) -> None:
-        super().__init__(f"the backend answered status {status}")
+        super().__init__(f"{_STATUSES.get(status, 'status')} ({status})")
         self.status = status
 
 
@@ -144,6 +148,11 @@ class Frontend(Closing):
             pages = self._guest.share_pages(self._backend_domid, segments + indirect, writable=True)
             self._shared.append(pages)
             self._free.append(_Buffer(pages, segments))
+
+    @property
+    def in_flight(self) -> int:
+        """How many requests wait for their answers."""
+        return len(self._pending)
 
     @property
     def max_bytes(self) -> int:
