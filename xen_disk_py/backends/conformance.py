@@ -662,13 +662,27 @@ def _size(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def _backend(name: str | None, image_format: str | None) -> str:
+    """Name the backend, which reads and writes that format."""
+    if image_format is not None and name in (None, image_format):
+        return image_format
+    if name is None or image_format is not None:
+        raise UsageError("name a backend, or the --format of the image")
+    return name
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run the suite on one disk; return pytest's exit status, or 1 or 2 for our own errors."""
     parser = argparse.ArgumentParser(
         prog="python -m xen_disk_py.backends.conformance",
         description="Check that a disk keeps the contract of backends. Its content is lost!",
     )
-    parser.add_argument("backend", help="file.py, file.py:Class, package.module:Class or a name")
+    parser.add_argument(
+        "backend", nargs="?", help="file.py, file.py:Class, package.module:Class or a name"
+    )
+    parser.add_argument(
+        "--format", choices=("raw", "vhd"), help="what the image is, in place of a backend's name"
+    )
     parser.add_argument("--path", help="the image, where the disk has one: give a copy")
     parser.add_argument("--size", type=_size)
     parser.add_argument("--cow-limit", type=_size)
@@ -689,7 +703,7 @@ def main(arguments: Sequence[str]) -> int:
     names = ("path", "size", "cow_limit", "sector_size", "read_only", "overlay")
     try:
         options = {**parse_options(given.option), **{name: getattr(given, name) for name in names}}
-        opener = _Opener(given.backend, options, given.patience)
+        opener = _Opener(_backend(given.backend, given.format), options, given.patience)
         with bounded(given.patience):
             opener.open().close()  # what is wrong here is said once, and without a traceback
     except pytest.fail.Exception as error:

@@ -3,6 +3,7 @@ import os
 
 import pytest
 
+from xen_disk_py.backends import conformance
 from xen_disk_py.backends.conformance import BackendConformance
 from xen_disk_py.backends.loader import open_backend
 from xen_disk_py.backends.vhd import VhdBackend, layout
@@ -228,3 +229,23 @@ def test_a_raw_image_that_was_written_since_is_worth_a_warning(tmp_path, make_im
     os.utime(image, (1_600_000_000, 1_600_000_000))
     VhdBackend(overlay).close()
     assert "was written or copied since" in caplog.messages[0]
+
+
+def test_the_suite_takes_a_format(tmp_path, capsys, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(conformance, "_Opener", lambda name, *_: chosen.append(name) or Opened())
+    monkeypatch.setattr(pytest, "main", lambda *_: 0)
+    assert 0 == conformance.main(["--format", "vhd", "--path", "x"])
+    assert 0 == conformance.main(["vhd", "--path", "x"])
+    assert ["vhd", "vhd"] == chosen
+    for words in ([], ["--format", "vhd", "raw"]):
+        assert 2 == conformance.main([*words, "--path", "x"])
+        assert "name a backend, or the --format of the image" in capsys.readouterr().err
+
+
+class Opened:
+    def open(self):
+        return self
+
+    def close(self):
+        pass

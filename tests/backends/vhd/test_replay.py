@@ -8,7 +8,7 @@ import random
 import pytest
 
 from xen_disk_py.backends.vhd import VhdBackend, layout
-from xen_disk_py.backends.vhd.create import create
+from xen_disk_py.backends.vhd.create import create, create_child
 
 from .conftest import (
     OTHER_UUID,
@@ -18,6 +18,7 @@ from .conftest import (
     needs,
     qemu_content,
     read,
+    run,
     write,
 )
 
@@ -212,30 +213,96 @@ def some_parts(operations, dice):
             yield [each for each in sectors if dice.random() < 0.5]
 
 
-@needs("qemu-img")
-def test_qemu_reads_what_a_process_leaves_that_ends_anywhere(tmp_path, monkeypatch):
-    path = str(tmp_path / "a.vhd")
-    create(path, 8 << 20)
+# -- what other programs read meanwhile ----------------------------------------------------------
+
+LARGE = 8 << 20
+WRITTEN = (5, 6, 4095, 9000)
+LOOKED_AT = (0, *WRITTEN, 7, 4096, 16383)
+
+
+def record_for_others(path, monkeypatch):
+    """Have a guest write and flush; return the file before, and the events."""
     content = content_of(path)
     recorder = Recorder(monkeypatch)
     recorder.watch(path)
     disk = VhdBackend(path)
-    for sector in (5, 6, 4095, 9000):
-        recorder.events.append(("begin", sector, 1, bytes([sector % 251]) * 512))
-        write(disk, sector * 512, bytes([sector % 251]) * 512)
+    for sector in WRITTEN:
+        new = bytes([sector % 251]) * 512
+        recorder.events.append(("begin", sector, 1, new))
+        write(disk, sector * 512, new)
         recorder.events.append(("answered",))
+        if sector == 6:
+            disk.flush()
+            recorder.events.append(("flushed",))
     disk.close()
     monkeypatch.undo()
-    known = Known(bytes(8 << 20))
-    states = 0
-    for event in recorder.events:
+    return content, recorder.events
+
+
+def agree(found, allowed):
+    for sector in LOOKED_AT:
+        assert found[sector * 512 : sector * 512 + 512] in allowed[sector], sector
+
+
+@needs("qemu-img")
+def test_qemu_reads_what_a_process_leaves_that_ends_anywhere(tmp_path, monkeypatch):
+    path = str(tmp_path / "a.vhd")
+    create(path, LARGE)
+    content, events = record_for_others(path, monkeypatch)
+    known, states = Known(bytes(LARGE)), 0
+    for event in events:
         known.see(event)
         if event[0] in ("write", "truncate"):
             content = apply(content, [event])
             with open(path, "wb") as file:
                 file.write(content)
-            found = qemu_content(path, tmp_path)
+            agree(qemu_content(path, tmp_path), known.answered)
             states += 1
-            for sector in (0, 5, 6, 7, 4095, 4096, 9000, 16383):
-                assert found[sector * 512 : sector * 512 + 512] in known.answered[sector]
+    assert states > 8
+
+
+@needs("qemu-img")
+def test_qemu_reads_what_a_host_leaves_that_crashes_anywhere(tmp_path, monkeypatch):
+    path = str(tmp_path / "a.vhd")
+    create(path, LARGE)
+    flushed, events = record_for_others(path, monkeypatch)
+    known, states = Known(bytes(LARGE)), 0
+    dice, loose = random.Random(5), []
+    for event in events:
+        known.see(event)
+        if event[0] == "sync":
+            flushed, loose = apply(flushed, loose), []
+        elif event[0] in ("write", "truncate"):
+            loose.append(event)
+            parts = list(some_parts(loose, dice))
+            for kept in dice.sample(parts, min(3, len(parts))):
+                with open(path, "wb") as file:
+                    file.write(apply(flushed, kept))
+                agree(qemu_content(path, tmp_path), known.after_a_crash)
+                states += 1
+    assert states > 20
+
+
+@needs("7z")
+@needs("vhdiinfo")
+def test_others_open_a_child_at_any_moment(tmp_path, monkeypatch):
+    """7-Zip reads the chain, libvhdi opens it: both demand a footer at the end."""
+    base, path = str(tmp_path / "base.vhd"), str(tmp_path / "a.vhd")
+    create(base, LARGE)
+    with contextlib.closing(VhdBackend(base)) as disk:
+        write(disk, 0, b"p" * 4096)
+    create_child(path, base)
+    content, events = record_for_others(path, monkeypatch)
+    known, states = Known(b"p" * 4096 + bytes(LARGE - 4096)), 0
+    for event in events:
+        known.see(event)
+        if event[0] in ("write", "truncate"):
+            content = apply(content, [event])
+            with open(path, "wb") as file:
+                file.write(content)
+            run("vhdiinfo", path)
+            run("7z", "x", "-y", f"-o{tmp_path}/out", path)
+            (image,) = (tmp_path / "out").iterdir()
+            agree(content_of(image), known.answered)
+            states += 1
     assert states > 8
