@@ -46,20 +46,20 @@ class Bench:
 
     Args:
         results: where values go.
-        folder: for images.
+        directory: for images.
         seconds: how long one run takes.
         rounds: how often everything is run.
     """
 
-    def __init__(self, results: Results, folder: Path, seconds: float, rounds: int) -> None:
+    def __init__(self, results: Results, directory: Path, seconds: float, rounds: int) -> None:
         self.results = results
-        self.folder = folder
+        self.directory = directory
         self.seconds = seconds
         self.rounds = rounds
 
     def image(self, name: str) -> str:
         """Make an image full of data."""
-        path = self.folder / f"{name}.raw"
+        path = self.directory / f"{name}.raw"
         path.write_bytes(random.Random(name).randbytes(DISK))
         return str(path)
 
@@ -192,13 +192,13 @@ def vhd(bench: Bench) -> None:
     table = "vhd"
     image = bench.image("vhd-raw")
     content = memoryview(Path(image).read_bytes())
-    whole, base = str(bench.folder / "whole.vhd"), str(bench.folder / "base.vhd")
+    whole, base = str(bench.directory / "whole.vhd"), str(bench.directory / "base.vhd")
     for path in (whole, base):
         create(path, DISK)
         _fill(path, content, 1)
     leaf = base
     for name in ("middle.vhd", "leaf.vhd"):
-        parent, leaf = leaf, str(bench.folder / name)
+        parent, leaf = leaf, str(bench.directory / name)
         create_child(leaf, parent)
         _fill(leaf, content, 3)
     with ExitStack() as stack:
@@ -207,7 +207,7 @@ def vhd(bench: Bench) -> None:
             disks[name] = stack.enter_context(served("--format", "vhd", "--path", path))
         peers = {}
         if shutil.which("qemu-nbd") and shutil.which("fio"):
-            copy = shutil.copyfile(whole, bench.folder / "copy.vhd")
+            copy = shutil.copyfile(whole, bench.directory / "copy.vhd")
             peers["qemu-nbd, fio"] = stack.enter_context(nbdkit.served_by_qemu(str(copy), "vpc"))
         for label in ("1 MiB", "4 KiB"):
             size = SIZES[label]
@@ -319,14 +319,14 @@ def main(arguments: Sequence[str]) -> int:
         help=f"{', '.join(TABLES)}; core: what matters most of requests",
     )
     parser.add_argument(
-        "--folder", default="/dev/shm", help="where to make images (default: /dev/shm)"
+        "--directory", default="/dev/shm", help="where to make images (default: /dev/shm)"
     )
     args = parser.parse_args(arguments)
     command = f"python -m benchmarks.local {shlex.join(arguments)}".strip()
-    facts = about(command, nbdkit=nbdkit.version(), images=args.folder)
+    facts = about(command, nbdkit=nbdkit.version(), images=args.directory)
     results = Results({**facts, "rounds": str(args.rounds), "seconds": str(args.seconds)})
-    with tempfile.TemporaryDirectory(prefix="xen_disk_py-bench-", dir=args.folder) as folder:
-        bench = Bench(results, Path(folder), args.seconds, args.rounds)
+    with tempfile.TemporaryDirectory(prefix="xen_disk_py-bench-", dir=args.directory) as directory:
+        bench = Bench(results, Path(directory), args.seconds, args.rounds)
         for name in args.only or TABLES:
             (core if name == "core" else TABLES[name])(bench)
             if args.json:

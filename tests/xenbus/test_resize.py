@@ -345,7 +345,7 @@ def test_xenstore_breaks_meanwhile(host):
     toolstack.detach(host.store, serving.address)
 
 
-def test_requests_go_on_meanwhile(host, served):
+def test_requests_are_served_meanwhile(host, served):
     """Sizes change at random under load: nothing reaches the backend beyond its end."""
     dice = random.Random(3)
     front, answers = served.front, {"done": 0, "refused": 0}
