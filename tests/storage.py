@@ -106,6 +106,15 @@ def full_device(tmp_path: Path, stack: ExitStack) -> FullDevice:
     return FullDevice(directory, backing)
 
 
+def cloning_file_system(tmp_path: Path, stack: ExitStack) -> Path:
+    """Make and mount one whose files can be cloned."""
+    with open(tmp_path / "cloning", "wb") as file:
+        file.truncate(512 << 20)
+    run("mkfs.xfs", "-q", "-m", "reflink=1", str(tmp_path / "cloning"))
+    _mount(stack, tmp_path / "xfs", _loop(stack, tmp_path / "cloning"))
+    return tmp_path / "xfs"
+
+
 class FileSystem:
     """An ext4 file system on a loop device."""
 

@@ -191,7 +191,7 @@ def test_a_lock_ends_with_its_holder(image, lock_elsewhere):
 
 
 def test_a_holder_that_nothing_is_known_of_is_another_process(image, monkeypatch):
-    monkeypatch.setattr(locks_module, "_holders", lambda status: [])
+    monkeypatch.setattr(locks_module, "holders", lambda status: [])
     with Image.open(image, writable=True):
         assert "in use by another process" in refused(image, writable=True)
 

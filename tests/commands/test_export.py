@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import json
 import os
+import shutil
 import stat
+import subprocess
 
 import pytest
+import storage
 
+from xen_disk_py.backends import qemu_img
 from xen_disk_py.backends.image import Image
 from xen_disk_py.backends.overlay import maintenance
 from xen_disk_py.backends.overlay.backend import OverlayBackend
 from xen_disk_py.cli import main
 from xen_disk_py.commands.environment import Environment
+from xen_disk_py.errors import ImageError
 from xen_disk_py.exit_status import ExitStatus
 
 SIZE = (4 << 20) + 512
@@ -64,7 +70,7 @@ def test_a_new_image_sparse_and_private(export, files, new):
 
 
 def test_json(export, new):
-    assert {"path": str(new), "size": SIZE} == json.loads(export("--json")[1])
+    assert {"path": str(new), "size": SIZE, "format": "raw"} == json.loads(export("--json")[1])
 
 
 def test_others_may_use_the_image(export, files, new):
@@ -174,6 +180,73 @@ def test_an_image_in_use_is_not_replaced(export, new):
     assert ExitStatus.ERROR is status
     assert f"{new}: in use by process" in err
     assert bytes(512) == new.read_bytes()
+
+
+@pytest.mark.parametrize("output_format", qemu_img.FORMATS)
+def test_other_formats(export, files, new, tmp_path, output_format):
+    if shutil.which("qemu-img") is None:
+        pytest.skip("needs qemu-img")
+    status, out, _ = export("--output-format", output_format, "--json")
+    assert ExitStatus.OK is status
+    assert {"path": str(new), "size": SIZE, "format": output_format} == json.loads(out)
+    (tmp_path / "expected").write_bytes(files[2])
+    words = ["-f", "raw", "-F", output_format, str(tmp_path / "expected"), str(new)]
+    subprocess.run(["qemu-img", "compare", *words], check=True, capture_output=True)
+    assert 0o600 == stat.S_IMODE(os.stat(new).st_mode)
+
+
+def test_without_qemu_img(export, new, monkeypatch):
+    monkeypatch.setattr(qemu_img.shutil, "which", lambda *_, **__: None)
+    status, _, err = export("--output-format", "qcow2")
+    assert ExitStatus.USAGE is status
+    assert "install qemu-utils" in err
+    assert not new.exists()
+
+
+def test_qemu_img_is_told_the_format_and_nothing_of_the_environment(monkeypatch, tmp_path):
+    program = tmp_path / "qemu-img"
+    program.write_text('#!/bin/sh\necho "$@" "$(pwd)" $(env | sort) >&2\nexit 1\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("LD_PRELOAD", "")
+    monkeypatch.setattr(qemu_img, "find", lambda: str(program))
+    with open(tmp_path / "raw", "wb") as raw, pytest.raises(ImageError) as caught:
+        qemu_img.convert(raw.fileno(), raw.fileno(), "qcow2", lambda *_: None)
+    assert "convert -p -f raw -O qcow2 /proc/self/fd/" in str(caught.value)
+    assert " / LC_ALL=C" in str(caught.value)
+    assert "LD_PRELOAD" not in str(caught.value)
+
+
+def test_a_converter_that_is_interrupted_leaves_nothing(export, new, monkeypatch):
+    if shutil.which("qemu-img") is None:
+        pytest.skip("needs qemu-img")
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(qemu_img, "_follow", interrupt)
+    assert ExitStatus.INTERRUPTED is export("--output-format", "qcow2")[0]
+    assert not new.exists()
+
+
+def test_where_files_can_be_cloned_a_guest_may_write_all_the_time(tmp_path, monkeypatch):
+    with contextlib.ExitStack() as stack:
+        directory = storage.cloning_file_system(tmp_path, stack)
+        image, overlay, new = (str(directory / name) for name in ("image", "overlay", "new"))
+        with open(image, "wb") as file:
+            file.write(b"i" * 65536)
+        disk = stack.enter_context(contextlib.closing(OverlayBackend(image, overlay=overlay)))
+        disk.write([memoryview(b"x" * 1024)], 512)
+        real = maintenance._merge
+
+        def merge(*arguments):
+            disk.write([memoryview(b"later" * 1024)[:4096]], 8192)
+            real(*arguments)
+
+        monkeypatch.setattr(maintenance, "_merge", merge)
+        maintenance.export(overlay, new, force=False, progress=lambda *_: None)
+        with open(new, "rb") as file:
+            assert b"i" * 512 + b"x" * 1024 + b"i" * 64000 == file.read()
+        assert ["image", "new", "overlay"] == sorted(os.listdir(directory))
 
 
 def test_no_space(export, new, monkeypatch):

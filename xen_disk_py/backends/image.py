@@ -126,6 +126,34 @@ class Image(Closing):
                 raise ImageError(f"{path}: {error.strerror}") from error
             raise
 
+    @classmethod
+    def look_at(cls, path: str, *, sector_size: int | None = None) -> Image:
+        """Open for reading without a lock: others may be writing it. Nothing is checked.
+
+        Raises:
+            OSError: it cannot be opened.
+            ImageError: it is neither a file nor a block device.
+        """
+        _check_kind(path, os.stat(path).st_mode)  # first, since opening a pipe waits
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            mode = os.fstat(fd).st_mode
+            _check_kind(path, mode)
+            is_block_device = stat.S_ISBLK(mode)
+            own = _logical_block_size(fd) if is_block_device else SECTOR
+            return cls(
+                fd,
+                os.path.abspath(path),
+                os.lseek(fd, 0, os.SEEK_END),
+                sector_size=sector_size or own,
+                device_sector_size=own,
+                read_only=True,
+                is_block_device=is_block_device,
+            )
+        except BaseException:
+            os.close(fd)
+            raise
+
     @property
     def storage(self) -> sharing.Storage:
         """Where the bytes are, to compare with what others use."""

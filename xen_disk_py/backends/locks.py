@@ -143,7 +143,7 @@ def lock(fd: int, path: str, writable: bool, is_block_device: bool) -> None:
             time.sleep(0.1)
         except OSError as error:
             raise ImageError(f"{path}: cannot be locked: {_no_lock(error)}") from error
-    raise ImageError(_in_use(path, writable, _holders(os.fstat(fd))))
+    raise ImageError(_in_use(path, writable, holders(os.fstat(fd))))
 
 
 def _in_use(path: str, writable: bool, pids: Sequence[int]) -> str:
@@ -165,7 +165,7 @@ def _no_lock(error: OSError) -> str:
     )
 
 
-def _holders(status: os.stat_result) -> list[int]:
+def holders(status: os.stat_result) -> list[int]:
     """Find the processes that hold a lock on a file, as far as /proc tells."""
     # 1: FLOCK  ADVISORY  WRITE 1234 fd:01:5678 0 EOF      (the device in hex; -> waits only)
     device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"

@@ -171,6 +171,22 @@ def _add_result_arguments(parser: _Parser) -> None:
 
 
 def _add_overlay_commands(commands: argparse._SubParsersAction[_Parser]) -> None:
+    info = commands.add_parser(
+        "info",
+        help="say what an image, an overlay or a VHD is",
+        description="Print the format, size and allocated space of SOURCE and of what lies below "
+        "it: an overlay's image, a VHD's parents. Of an overlay, whether its image is as it was, "
+        "and what differs. Locks and changes nothing; a disk may be using SOURCE.",
+    )
+    info.add_argument("source", metavar="SOURCE", help="an image, a block device, an overlay")
+    info.add_argument(
+        "--format",
+        choices=("raw", "vhd", "overlay"),
+        help="what SOURCE is (default: vhd if its name ends in .vhd, overlay if it begins like "
+        "one, else raw)",
+    )
+    info.add_argument("--json", action="store_true", help="print JSON")
+
     diff = commands.add_parser(
         "diff",
         help="list what an overlay has changed",
@@ -202,6 +218,22 @@ def _add_overlay_commands(commands: argparse._SubParsersAction[_Parser]) -> None
     )
     _add_result_arguments(commit)
 
+    rebase = commands.add_parser(
+        "rebase",
+        help="have an overlay lie over another image of the same content",
+        description="Have OVERLAY lie over IMAGE from now on: a copy of its image, or its image "
+        "itself after it was moved, restored or touched. If the old image is still there as it "
+        "was, both are compared, except where OVERLAY has changes. If it is not, only you can know "
+        "that the content is the same: then say --force. A wrong image gives the guest a mixture "
+        "of two disks.",
+    )
+    _add_overlay_argument(rebase)
+    rebase.add_argument("image", metavar="IMAGE", help="the image, of the same size")
+    rebase.add_argument(
+        "--force", action="store_true", help="do not compare: the content is what it was"
+    )
+    _add_result_arguments(rebase)
+
     export = commands.add_parser(
         "export",
         help="make a new image from an overlay and its image",
@@ -211,6 +243,13 @@ def _add_overlay_commands(commands: argparse._SubParsersAction[_Parser]) -> None
     _add_overlay_argument(export)
     export.add_argument("new", metavar="NEW", help="the image to make")
     _add_image_argument(export)
+    export.add_argument(
+        "--output-format",
+        choices=("raw", "qcow2", "vhdx", "vdi"),
+        default="raw",
+        help="what NEW is to be; others than raw are made by qemu-img, which must be installed, "
+        "and need room for a raw image meanwhile (default: raw)",
+    )
     export.add_argument("--force", action="store_true", help="replace NEW if it exists")
     _add_result_arguments(export)
 

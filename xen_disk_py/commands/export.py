@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from typing import Callable
 
+from ..backends import qemu_img
 from ..backends.overlay import maintenance
 from ..exit_status import ExitStatus
 from ..units import format_size
@@ -18,11 +20,30 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
     """Export, and say what was made."""
     with ProgressLine(env, "copying the image", quiet=args.quiet) as progress, interruptible():
         size = maintenance.export(
-            args.overlay, args.new, force=args.force, progress=progress, path=args.path
+            args.overlay,
+            args.new,
+            force=args.force,
+            progress=progress,
+            path=args.path,
+            convert=_converter(args.output_format, progress),
         )
     path = os.path.abspath(args.new)
     if args.json:
-        env.say(json.dumps({"path": path, "size": size}))
+        env.say(json.dumps({"path": path, "size": size, "format": args.output_format}))
     else:
         env.say(f"{path} {format_size(size)}")
     return ExitStatus.OK
+
+
+def _converter(
+    output_format: str, progress: maintenance.Progress
+) -> Callable[[int, int], None] | None:
+    """Return what makes the new image of a raw one; None: that is the new image."""
+    if output_format == "raw":
+        return None
+    qemu_img.find()  # before anything is copied
+
+    def convert(raw: int, made: int) -> None:
+        qemu_img.convert(raw, made, output_format, progress)
+
+    return convert

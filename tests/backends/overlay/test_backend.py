@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import killing
@@ -28,8 +29,13 @@ from xen_disk_py.backends.overlay import header as header_module
 from xen_disk_py.backends.overlay import unflushed as unflushed_module
 from xen_disk_py.backends.overlay.backend import OverlayBackend
 from xen_disk_py.backends.overlay.file import OverlayFile, data_extents, image_path
+from xen_disk_py.backends.overlay.header import Header
+from xen_disk_py.backends.overlay.maintenance import rebase
 from xen_disk_py.backends.raw import RawBackend
+from xen_disk_py.datapath.durability import Durability
+from xen_disk_py.datapath.statistics import Statistics
 from xen_disk_py.errors import DeviceError, ImageError, UsageError
+from xen_disk_py.host import identity
 
 BLOCK = 4096
 SIZE = (1 << 20) + 512  # the last block is not whole
@@ -523,6 +529,32 @@ def test_what_is_written_again_after_a_failed_flush_is_flushed(opened, thin, ima
     disk.flush()
 
 
+def test_a_flush_that_is_retried_writes_everything_again(opened, thin, image):
+    """As under ``--on-error hold``."""
+    file = str(thin.directory / "changes")
+    disk = opened(file=file)
+    durability = Durability(disk, Statistics(), keeps=True)
+    move = durability.writing(disk.write, may_wait=True)
+    expected = bytearray(Path(image).read_bytes())
+    thin.fill()
+    for at in range(0, 1 << 20, 2 * BLOCK):
+        expected[at + 512 : at + 1024] = b"x" * 512
+        move([memoryview(b"x" * 512)], at + 512)
+    with pytest.raises(OSError):  # noqa: PT011 - whichever error the storage has
+        durability.flush()
+    storage.drop(file)
+    thin.make_room()
+    for _ in range(3):
+        with contextlib.suppress(OSError):
+            durability.flush()
+            break
+    else:
+        pytest.fail("no flush succeeds")
+    kill(disk)
+    storage.drop(file)
+    assert expected == read(opened(file=file), 0, SIZE)
+
+
 def test_blocks_that_were_discarded_need_not_be_written_again(opened, thin, image):
     disk = opened(file=str(thin.directory / "changes"))
     thin.fill()
@@ -938,13 +970,82 @@ def test_an_image_that_has_moved_is_known_again(make_image, opened, overlay, tmp
 
 def test_device_numbers_may_change_with_a_new_start_of_the_host(boot, opened, overlay):
     opened().close()
-    page = bytearray(Path(overlay).read_bytes())
-    struct.pack_into("<Q", page, 72, 12345)
-    Path(overlay).write_bytes(page)
+    with open(overlay, "r+b") as file:
+        header = Header.parse(file.read(BLOCK), overlay)
+        file.seek(0)
+        file.write(replace(header, image={**header.image, "device": 12345}).pack())
     assert "changed or replaced" in refusal(opened)
     boot()
     opened().close()
     opened().close()
+
+
+def test_a_file_that_has_the_inode_of_the_image_is_another_one(opened, tmp_path):
+    """A file system gives the number of a file that was removed to the next one at once."""
+    with contextlib.ExitStack() as stack:
+        directory = storage.file_system(tmp_path, stack).directory
+        path = directory / "disk.img"
+        path.write_bytes(b"i" * 65536)
+        opened(str(path)).close()
+        before = os.stat(path)
+        path.unlink()
+        path.write_bytes(b"j" * 65536)
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        if os.stat(path).st_ino != before.st_ino:
+            pytest.skip("this file system does not do that")
+        assert "it is another one (born was" in refusal(lambda: opened(str(path)))
+
+
+def test_another_block_device_is_refused_after_a_new_start_too(
+    boot, opened, make_image, attach_loop, monkeypatch
+):
+    first, second = (
+        attach_loop(make_image(1 << 20, name=name)) for name in ("first.img", "second.img")
+    )
+    opened(first).close()
+    assert "made for another image" in refusal(lambda: opened(second))
+    boot()
+    monkeypatch.setattr(identity, "_boot", lambda: "another")
+    assert "made for another image" in refusal(lambda: opened(second))
+    opened(first).close()
+
+
+def test_a_block_device_that_nothing_identifies_is_refused_after_a_new_start(
+    boot, opened, make_image, attach_loop, monkeypatch, overlay
+):
+    device = attach_loop(make_image(1 << 20, name="first.img"))
+    real = identity._of_device
+    nameless = lambda number: [(n, v) for n, v in real(number) if n == "diskseq"]  # noqa: E731
+    monkeypatch.setattr(identity, "_of_device", nameless)
+    opened(device).close()
+    opened(device).close()
+    boot()
+    monkeypatch.setattr(identity, "_boot", lambda: "another")
+    said = refusal(lambda: opened(device))
+    assert "it has no serial number, UUID or the like that tells whether it is the same" in said
+    assert f"xen-disk rebase {overlay} {device} --force" in said
+    rebase(overlay, device, force=True, progress=lambda *_: None)
+    opened(device).close()
+
+
+def test_an_overlay_of_version_1_is_taken_and_becomes_one_of_this(opened, image, overlay):
+    disk = opened()
+    write(disk, 512, b"x" * 512)
+    kill(disk)
+    expected = bytearray(Path(image).read_bytes())
+    expected[512:1024] = b"x" * 512
+    with open(overlay, "r+b") as file:
+        page = bytearray(file.read(BLOCK))
+        path = 98 + struct.unpack_from("<H", page, 96)[0]
+        struct.pack_into("<I", page, 16, 1)
+        page[path:] = bytes(BLOCK - path)
+        file.seek(0)
+        file.write(page)
+    for _ in range(2):
+        disk = opened()
+        assert expected == read(disk, 0, SIZE)
+        kill(disk)
+    assert 2 == Path(overlay).read_bytes()[16]
 
 
 def test_a_block_device(loop_device, opened, overlay):
@@ -1017,7 +1118,7 @@ def test_what_is_no_file_is_refused(opened, overlay, kind):
 def test_too_long_a_path_for_the_header(opened, image, monkeypatch, overlay):
     def header_of(*_):
         epoch = epoch_module.Epoch("b" * 36)
-        return file_module.Header(SIZE, 512, epoch, (0, 0, 0), "/" + "p" * 4000)
+        return file_module.Header(SIZE, 512, epoch, (0, 0), 0, "/" + "p" * 4000)
 
     monkeypatch.setattr(file_module.Header, "of", header_of)
     assert "too long a path" in refusal(opened)

@@ -43,8 +43,8 @@ class OverlayBackend(Backend):
     fails whole (``ENOSPC``), one for which the file system has no room may be done in part; blocks
     that are allocated can always be written again.
 
-    Whoever changes the image makes the overlay useless, so it is refused then: the image must have
-    the same file (``st_ino``), size and time of modification as when the overlay was made.
+    Whoever changes the image makes the overlay useless, so it is refused then: the image must be
+    the same file or device, with the same size and time of modification, as when it was made.
 
     Args:
         path: the image; its lock is shared: other readers may come, a writer may not.

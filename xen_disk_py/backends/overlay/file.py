@@ -164,6 +164,18 @@ class OverlayFile(Closing):
             raise
 
     @classmethod
+    def look_at(cls, path: str) -> OverlayFile:
+        """Open it for reading without a lock: a disk may be using it.
+
+        Raises:
+            ImageError: it cannot be used.
+        """
+        try:
+            return cls.of(os.open(path, os.O_RDONLY | os.O_NONBLOCK), path)
+        except OSError as error:
+            raise ImageError(f"{path}: the overlay cannot be opened: {error.strerror}") from error
+
+    @classmethod
     def of(cls, fd: int, path: str) -> OverlayFile:
         """Read the overlay that is open as ``fd``, which it closes: a clone of ``path``.
 
@@ -195,6 +207,14 @@ class OverlayFile(Closing):
             OSError: it cannot be written.
         """
         self.header.check(image, self.path)
+        self.rebase(image)
+
+    def rebase(self, image: Image) -> None:
+        """Do that, whether it was made for ``image`` or not.
+
+        Raises:
+            OSError: it cannot be written.
+        """
         self._image = image
         now = replace(Header.of(image, Epoch.of(self.fd)), sector_size=self.header.sector_size)
         if not self._is_live:
@@ -316,6 +336,15 @@ class OverlayFile(Closing):
         self._mark(first, last, b"\0")
         self._unflushed.forget(first, last)
         self._punch(first * BLOCK, min(last * BLOCK, self.header.size))
+
+    def sync(self) -> None:
+        """Return when all of it is on stable storage, the header too.
+
+        Raises:
+            OSError: it is not, see :meth:`flush`.
+        """
+        self.flush()
+        os.fsync(self.fd)
 
     def flush(self) -> None:
         """Return when all that was written and marked before is on stable storage.

@@ -9,6 +9,7 @@ import struct
 from dataclasses import dataclass, replace
 
 from ...errors import ImageError
+from ...host.identity import Identity, difference, identity_of_descriptor, is_known
 from ...text import printable
 from ..image import Image
 from ..signatures import OVERLAY
@@ -20,10 +21,7 @@ VERSION = 2
 # version, block, size, sector size, boot id, st_dev, st_ino, st_mtime_ns, length of the path
 _FIELDS = struct.Struct("<16sIIQI36sQQqH")
 # Then the path; in version 2 also a zero and a JSON object: "mount" and "superblock", see Epoch;
-# "broken": the live map does not count; "commit", see Commit.
-
-Identity = tuple[int, int, int]
-"""``st_dev``, ``st_ino``, ``st_mtime_ns``; a block device has its own number, then zeros."""
+# "broken": the live map does not count; "image", see host/identity.py; "commit", see Commit.
 
 
 @dataclass(frozen=True)
@@ -31,11 +29,11 @@ class Commit:
     """That the changes are in another file, which is about to take the image's name.
 
     Attributes:
-        identity: of that file.
+        image: what identifies that file.
         keep: the overlay is to be emptied then, not removed.
     """
 
-    identity: Identity
+    image: Identity
     keep: bool
 
 
@@ -47,8 +45,10 @@ class Header:
         size: of the image, in bytes.
         sector_size: of the disk, in bytes.
         epoch: in which the live map was last written.
-        identity: of the image.
+        numbers: of the image: ``st_dev`` and ``st_ino``; a block device's own, and zero.
+        modified: when the image was written last, in nanoseconds since 1970; 0 for a device.
         path: of the image, absolute.
+        image: what else identifies the image; None: version 1, which noted no more.
         live: whether the live map counts as long as the epoch lasts.
         commit: one that has begun; None: none.
     """
@@ -56,15 +56,25 @@ class Header:
     size: int
     sector_size: int
     epoch: Epoch
-    identity: Identity
+    numbers: tuple[int, int]
+    modified: int
     path: str
+    image: Identity | None = None
     live: bool = True
     commit: Commit | None = None
 
     @classmethod
     def of(cls, image: Image, epoch: Epoch) -> Header:
         """Describe an image, for an overlay in a file that is in ``epoch``."""
-        return cls(image.size, image.sector_size, epoch, identity_of(image.fd), image.path)
+        return cls(
+            image.size,
+            image.sector_size,
+            epoch,
+            _numbers(image.fd),
+            _modified(image.fd),
+            image.path,
+            identity_of_descriptor(image.fd),
+        )
 
     @classmethod
     def parse(cls, page: bytes, name: str) -> Header:
@@ -75,7 +85,8 @@ class Header:
         """
         if len(page) < BLOCK or not page.startswith(OVERLAY):
             raise ImageError(f"{name}: not an overlay: give a file that --overlay has made")
-        _, version, block, size, sector_size, boot, *identity, length = _FIELDS.unpack_from(page)
+        _, version, block, size, sector_size, boot, *known = _FIELDS.unpack_from(page)
+        device, inode, modified, length = known
         if version not in (1, VERSION):
             raise ImageError(
                 f"{name}: an overlay of version {version}, this program knows {VERSION}: use the "
@@ -99,7 +110,8 @@ class Header:
             size,
             sector_size,
             Epoch(boot.decode()),
-            (identity[0], identity[1], identity[2]),
+            (device, inode),
+            modified,
             os.fsdecode(path),
         )
         return header._with(more, name) if version > 1 else header._of_version_1()
@@ -108,6 +120,7 @@ class Header:
         """Complete it from what the JSON says."""
         try:
             mount, superblock, broken = more["mount"], more["superblock"], more["broken"]
+            image = _parse_identity(more["image"])
             commit = _parse_commit(more.get("commit"))
         except (KeyError, TypeError, ValueError):
             raise damaged(name, "its header makes no sense") from None
@@ -118,7 +131,7 @@ class Header:
         ):
             raise damaged(name, "its header makes no sense")
         epoch = Epoch(self.epoch.boot, mount, superblock)
-        return replace(self, epoch=epoch, live=not broken, commit=commit)
+        return replace(self, epoch=epoch, image=image, live=not broken, commit=commit)
 
     def _of_version_1(self) -> Header:
         """Go by the boot id alone, as whoever wrote it did."""
@@ -135,11 +148,12 @@ class Header:
             "mount": self.epoch.mount,
             "superblock": self.epoch.superblock,
             "broken": not self.live,
+            "image": self.image,
         }
         if self.commit is not None:
-            more["commit"] = {"identity": self.commit.identity, "keep": self.commit.keep}
+            more["commit"] = {"image": self.commit.image, "keep": self.commit.keep}
         fields = (VERSION, BLOCK, self.size, self.sector_size, self.epoch.boot.encode())
-        page = _FIELDS.pack(OVERLAY, *fields, *self.identity, len(path)) + path
+        page = _FIELDS.pack(OVERLAY, *fields, *self.numbers, self.modified, len(path)) + path
         page += b"\0" + json.dumps(more).encode()
         if len(page) > BLOCK - (_ROOM if self.commit is None else 0):
             raise ImageError(
@@ -154,17 +168,37 @@ class Header:
 
     def differences(self, image: Image) -> list[str]:
         """Say what of an image is not as it was when the overlay was made for it."""
-        now = identity_of(image.fd)
         found = []
         if image.size != self.size:
             found.append(f"its size is {image.size} bytes, not {self.size}")
-        # Device numbers are the kernel's own of one boot: they count in that boot only.
-        same_device = now[0] == self.identity[0] or boot_id() != self.epoch.boot
-        if now[1] != self.identity[1] or not same_device:
-            found.append("it is another file of that name" if now[1] else "it is another device")
-        if now[2] != self.identity[2]:
-            found.append("it was changed since (its time of modification is another)")
+        other = self._other_image(image)
+        if other is not None:
+            found.append(other)
+        if not image.is_block_device and _modified(image.fd) != self.modified:
+            found.append("it was written since (its time of modification is another)")
         return found
+
+    def _other_image(self, image: Image) -> str | None:
+        """Say why an image is another one, whatever its content; None: it is not."""
+        now = identity_of_descriptor(image.fd)
+        is_same_boot = boot_id() == self.epoch.boot
+        if self.image is None:  # version 1
+            numbers = _numbers(image.fd)
+            same = numbers[1:] == self.numbers[1:]
+            if same and (numbers[0] == self.numbers[0] or not is_same_boot):
+                return None
+            return "it is another one"
+        before = dict(self.image)
+        if not is_same_boot:  # file systems have other numbers then
+            before.pop("device", None)
+        what = difference(before, now)
+        if what is not None:
+            return printable(f"it is another one ({what})")
+        if not is_known(before, now) and not (
+            is_same_boot and _numbers(image.fd) == self.numbers and image.path == self.path
+        ):
+            return "it has no serial number, UUID or the like that tells whether it is the same"
+        return None
 
     def was_committed(self, image: Image) -> bool:
         """Whether a commit was noted, and this image is the one that it has made.
@@ -173,8 +207,10 @@ class Header:
         """
         if self.commit is None:
             return False
-        now, then = identity_of(image.fd), self.commit.identity
-        return now[1] == then[1] and (now[0] == then[0] or boot_id() != self.epoch.boot)
+        before = dict(self.commit.image)
+        if boot_id() != self.epoch.boot:
+            before.pop("device", None)
+        return difference(before, identity_of_descriptor(image.fd)) is None
 
     def check(self, image: Image, name: str) -> None:
         """See that the overlay ``name`` was made for this image as it is now.
@@ -185,18 +221,16 @@ class Header:
         found = self.differences(image)
         if not found:
             return
-        same_device = identity_of(image.fd)[0] == self.identity[0]
-        if image.path == self.path or (
-            same_device and identity_of(image.fd)[1] == self.identity[1]
-        ):
+        if image.path != self.path and self._other_image(image) is not None:
             raise ImageError(
-                f"{image.path}: changed or replaced since the overlay {name} was made: "
-                f"{' and '.join(found)}. Put the image back as it was; or, if its content is what "
-                f"it was: xen-disk rebase {name} {image.path} --force; or begin a new overlay"
+                f"{name}: made for another image, {self.shown_path}: use it with that one, or "
+                f"begin a new overlay; if {image.path} is a copy of it: xen-disk rebase {name} "
+                f"{image.path}"
             )
         raise ImageError(
-            f"{name}: made for another image, {self.shown_path}: use it with that one, or begin a "
-            "new overlay"
+            f"{image.path}: changed or replaced since the overlay {name} was made: "
+            f"{', and '.join(found)}. Put the image back as it was; or, if its content is what it "
+            f"was: xen-disk rebase {name} {image.path} --force; or begin a new overlay"
         )
 
 
@@ -207,15 +241,18 @@ class _OldEpoch(Epoch):
         return self.boot == now.boot
 
 
-def identity_of(fd: int) -> Identity:
-    """Tell an open image from others, and from itself at another time.
-
-    That a block device was written cannot be seen.
-    """
+def _numbers(fd: int) -> tuple[int, int]:
+    """Return ``st_dev`` and ``st_ino`` of an image; of a block device, its own number, and zero."""
     status = os.fstat(fd)
     if stat.S_ISBLK(status.st_mode):
-        return status.st_rdev, 0, 0
-    return status.st_dev, status.st_ino, status.st_mtime_ns
+        return status.st_rdev, 0
+    return status.st_dev, status.st_ino
+
+
+def _modified(fd: int) -> int:
+    """Return when a file was written, in nanoseconds; 0 for a device, which does not tell."""
+    status = os.fstat(fd)
+    return 0 if stat.S_ISBLK(status.st_mode) else status.st_mtime_ns
 
 
 def damaged(path: str, what: str) -> ImageError:
@@ -223,7 +260,7 @@ def damaged(path: str, what: str) -> ImageError:
     return ImageError(f"{path}: a damaged overlay: {what}; begin a new one")
 
 
-_ROOM = 200  # bytes left for a commit to be noted in, whatever else there is
+_ROOM = 500  # bytes left for a commit to be noted in, whatever else there is
 
 
 def _parse_json(rest: bytes) -> dict[str, object] | None:
@@ -242,8 +279,12 @@ def _parse_commit(found: object) -> Commit | None:
         return None
     if not isinstance(found, dict):
         raise TypeError
-    device, inode, modified = found["identity"]
-    identity = (int(device), int(inode), int(modified))
-    if not all(0 <= number < 1 << 63 for number in identity):
-        raise ValueError
-    return Commit(identity, bool(found["keep"]))
+    return Commit(_parse_identity(found["image"]), bool(found["keep"]))
+
+
+def _parse_identity(found: object) -> Identity:
+    if not isinstance(found, dict) or not all(
+        isinstance(value, (str, int)) for value in found.values()
+    ):
+        raise TypeError
+    return found

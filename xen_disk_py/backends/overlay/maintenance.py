@@ -19,14 +19,16 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import Callable
 
 from ...errors import ImageError, UsageError
+from ...host.identity import identity_of_descriptor
 from ...units import format_size
 from ..image import Image, lock
 from ..newfile import NewFile, sync_directory
 from .file import OverlayFile, data_extents
-from .header import Commit, identity_of
+from .header import Commit
 from .trust import require_trusted
 
 _CHUNK = 16 << 20  # copied in one go, between two reports of progress
+_COMPARED = 1 << 20  # compared in one go
 _PIECE = 64 << 10  # if it is nothing but zeros, a hole is left
 _SETTLING = 0.05  # seconds; file systems note times of modification in steps of up to 0.01
 _ATTEMPTS = 3
@@ -94,7 +96,7 @@ def _replace_image(
         _take_after(new.fd, image.fd, path)
         os.fsync(new.fd)
         with _uninterrupted():
-            file.note(Commit(identity_of(new.fd), keep))
+            file.note(Commit(identity_of_descriptor(new.fd), keep))
             try:
                 new.put(path, replacing=True)
             except BaseException:
@@ -175,6 +177,70 @@ def export(
         os.fsync(made.fd)
         made.put(new, replacing=force)
         return image.size
+
+
+def rebase(overlay: str, image: str, *, force: bool, progress: Progress) -> None:
+    """Have an overlay lie over another image, with the content that its own image had.
+
+    Args:
+        overlay: the file.
+        image: the other image, or the old one, where it has moved, or was touched.
+        force: take the caller's word that the content is the same; else it is compared, which
+            takes the old image as it was.
+        progress: told how far it is.
+
+    Raises:
+        ImageError: it cannot be done, and nothing has changed.
+    """
+    with (
+        OverlayFile.open(overlay, writable=True) as file,
+        Image.open(image, writable=False, sector_size=file.header.sector_size) as new,
+    ):
+        if new.size != file.header.size:
+            raise ImageError(
+                f"{new.path}: has {new.size} bytes, the image of {overlay} {file.header.size}: an "
+                "overlay fits images of one size only"
+            )
+        if file.header.was_committed(new):
+            raise ImageError(
+                f"{new.path}: has the changes already, by a commit that was not finished: run "
+                f"xen-disk commit {overlay}"
+            )
+        if not force and file.header.differences(new):
+            _compare(file, overlay, new, progress)
+        try:
+            file.rebase(new)
+            file.sync()
+        except OSError as error:
+            raise ImageError(f"{overlay}: cannot be written: {error.strerror}") from error
+
+
+def _compare(file: OverlayFile, given: str, new: Image, progress: Progress) -> None:
+    """See that an image has what the overlay's own has, but for what the overlay has itself."""
+    path = file.header.path
+    how = f"if you know that its content is what it was: xen-disk rebase {given} {new.path} --force"
+    if os.path.realpath(path) == os.path.realpath(new.path) or not os.path.exists(path):
+        reasons = ", and ".join(file.header.differences(new))
+        raise ImageError(
+            f"{new.path}: cannot be compared with what it was when {given} was made: {reasons}; "
+            f"{how}"
+        )
+    require_trusted(file.fd, given, "give --force")
+    with Image.open(path, writable=False, sector_size=file.header.sector_size) as old:
+        file.header.check(old, given)
+        for start, stop, here in file.extents(0, new.size):
+            for at in range(start, stop, _COMPARED) if not here else ():
+                length = min(_COMPARED, stop - at)
+                then, now = os.pread(old.fd, length, at), os.pread(new.fd, length, at)
+                if then != now:
+                    first = at + next(
+                        i for i, pair in enumerate(zip(then, now)) if len({*pair}) > 1
+                    )
+                    raise ImageError(
+                        f"{new.path}: its content differs from {file.header.shown_path} at byte "
+                        f"{first}: the overlay does not fit it"
+                    )
+                progress(at, new.size)
 
 
 def _merge_consistently(file: OverlayFile, image: Image, raw: NewFile, progress: Progress) -> None:

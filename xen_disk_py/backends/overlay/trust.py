@@ -15,8 +15,15 @@ from ...errors import ImageError
 _LINKS = 40  # followed at most, as in the kernel
 
 
-def require_trusted(fd: int, path: str) -> None:
+def require_trusted(
+    fd: int, path: str, otherwise: str = "say which image with --path IMAGE"
+) -> None:
     """See that an open overlay, opened as ``path``, is root's or ours alone.
+
+    Args:
+        fd: the file.
+        path: the name that it was opened by.
+        otherwise: what to do if it is not.
 
     Raises:
         ImageError: it is not; the message says why and what to do.
@@ -25,7 +32,7 @@ def require_trusted(fd: int, path: str) -> None:
     if reason is not None:
         raise ImageError(
             f"{path}: whoever wrote this overlay chose which image it names, and {reason}: if it "
-            "is yours, say which image with --path IMAGE"
+            f"is yours, {otherwise}"
         )
 
 

@@ -1,0 +1,183 @@
+"""``info``: what something is and what lies below it; nothing is locked or changed."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import io
+import json
+import os
+import shutil
+
+import pytest
+
+from xen_disk_py.backends.image import Image
+from xen_disk_py.backends.overlay import maintenance
+from xen_disk_py.backends.overlay.backend import OverlayBackend
+from xen_disk_py.cli import main
+from xen_disk_py.commands.environment import Environment
+from xen_disk_py.exit_status import ExitStatus
+
+SIZE = 1 << 20
+
+
+@pytest.fixture
+def info():
+    def info(*argv):
+        env = Environment(stdout=io.StringIO(), stderr=io.StringIO(), stdin=None)
+        status = main(["info", *map(str, argv)], env)
+        return status, env.stdout.getvalue(), env.stderr.getvalue()
+
+    return info
+
+
+@pytest.fixture
+def told(info):
+    def told(*argv):
+        status, out, err = info(*argv, "--json")
+        assert (ExitStatus.OK, "") == (status, err)
+        return json.loads(out)
+
+    return told
+
+
+@pytest.fixture
+def overlay(tmp_path, image):
+    path = tmp_path / "changes"
+    disk = OverlayBackend(str(image), overlay=str(path))
+    disk.write([memoryview(b"x" * 1024)], 512)
+    disk.close()
+    return path
+
+
+def test_an_image(told, image):
+    found = told(image)
+    assert found.pop("disk_usage") == found.pop("allocated") >= SIZE
+    assert {
+        "path": str(image),
+        "format": "raw",
+        "size": SIZE,
+        "sector_size": 512,
+        "in_use": False,
+        "parent": None,
+        "looks_like": None,
+    } == found
+
+
+def test_an_overlay_and_its_image(told, image, overlay):
+    found = told(overlay)
+    assert {
+        "path": str(overlay),
+        "format": "overlay",
+        "size": SIZE,
+        "sector_size": 512,
+        "allocated": 4096,
+        "disk_usage": os.stat(overlay).st_blocks * 512,
+        "in_use": False,
+        "fits": True,
+        "differences": [],
+        "committed": False,
+        "parent": told(image),
+    } == found
+
+
+def test_for_people(info, image, overlay):
+    status, out, err = info(overlay)
+    assert (ExitStatus.OK, "") == (status, err)
+    assert out.startswith(f"{overlay}\n  format      overlay\n")
+    assert "\n  size        1 MiB (1048576 bytes)\n" in out
+    assert "  fits        yes\n" in out
+    assert f"\n{image}\n  format      raw\n" in out
+
+
+@pytest.mark.parametrize("how", ["touched", "replaced", "longer"])
+def test_what_differs_is_said(told, info, image, overlay, tmp_path, how):
+    if how == "touched":
+        os.utime(image)
+    elif how == "replaced":
+        shutil.copy2(image, tmp_path / "other")
+        os.rename(tmp_path / "other", image)
+    else:
+        os.truncate(image, SIZE + 512)
+    found = told(overlay)
+    assert found["fits"] is False
+    said = {
+        "touched": "it was written since",
+        "replaced": "it is another one",
+        "longer": f"its size is {SIZE + 512} bytes, not {SIZE}",
+    }[how]
+    assert said in " ".join(found["differences"])
+    assert f"fits        no: {found['differences'][0]}" in info(overlay)[1]
+
+
+def test_an_image_that_is_not_there(told, info, image, overlay):
+    os.unlink(image)
+    found = told(overlay)
+    assert (None, []) == (found["fits"], found["differences"])
+    assert {"path": str(image), "error": "No such file or directory"} == found["parent"]
+    assert "unknown: its image cannot be read" in info(overlay)[1]
+
+
+def test_a_commit_that_was_killed(told, info, image, overlay, monkeypatch):
+    monkeypatch.setattr(maintenance, "_finish", lambda *_: None)
+    maintenance.commit(str(overlay), keep=False, progress=lambda *_: None)
+    assert told(overlay)["committed"]
+    assert "to finish it: xen-disk commit" in info(overlay)[1]
+
+
+def test_a_vhd_and_its_parents(told, tmp_path, image):
+    env = Environment(stdout=io.StringIO(), stderr=io.StringIO(), stdin=None)
+    base, child = str(tmp_path / "base.vhd"), str(tmp_path / "child.vhd")
+    parent = ["--parent", str(image), "--parent-format", "raw"]
+    assert ExitStatus.OK is main(["create", base, *parent], env)
+    assert ExitStatus.OK is main(["create", child, "--parent", base], env)
+    found = told(child)
+    assert ("vhd", "differencing", SIZE, 0) == tuple(
+        found[name] for name in ("format", "kind", "size", "allocated")
+    )
+    assert ("vhd", base) == (found["parent"]["format"], found["parent"]["path"])
+    assert ("raw", str(image)) == tuple(
+        found["parent"]["parent"][name] for name in ("format", "path")
+    )
+
+
+def test_it_takes_no_lock_and_changes_nothing(told, image, overlay, monkeypatch):
+    def flock(*_):
+        raise AssertionError("a lock")
+
+    disk = OverlayBackend(str(image), overlay=str(overlay))
+    with contextlib.closing(disk), monkeypatch.context() as patch:
+        before = os.stat(overlay).st_mtime_ns
+        patch.setattr(fcntl, "flock", flock)
+        found = told(overlay)
+        assert found["in_use"]
+        assert found["parent"]["in_use"]
+        assert before == os.stat(overlay).st_mtime_ns
+        disk.flush()
+    with Image.open(str(image), writable=True):
+        assert told(image)["in_use"]
+
+
+def test_another_format_that_it_looks_like(told, image):
+    with open(image, "r+b") as file:
+        file.write(b"QFI\xfb")
+    assert "qcow2" == told(image)["looks_like"]
+
+
+def test_the_format_can_be_said(info, told, image, overlay):
+    assert "raw" == told(overlay, "--format", "raw")["format"]
+    status, _, err = info(image, "--format", "overlay")
+    assert ExitStatus.ERROR is status
+    assert "not an overlay" in err
+
+
+@pytest.mark.parametrize("what", ["nothing", "directory", "pipe"])
+def test_what_is_no_image(info, tmp_path, what):
+    path = tmp_path / what
+    if what == "directory":
+        path.mkdir()
+    elif what == "pipe":
+        os.mkfifo(path)
+    status, out, err = info(path)
+    assert (ExitStatus.ERROR, "") == (status, out)
+    assert str(path) in err

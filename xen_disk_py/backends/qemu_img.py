@@ -1,0 +1,88 @@
+"""Other formats by ``qemu-img``, where it is installed: it makes them of a raw image of ours."""
+
+from __future__ import annotations
+
+import os
+import re
+import selectors
+import shutil
+import subprocess
+from typing import Callable
+
+from ..errors import ImageError, UsageError
+
+FORMATS = ("qcow2", "vhdx", "vdi")
+
+_DIRECTORIES = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_PERCENT = re.compile(rb"\(([0-9.]+)/100%\)")
+_LONGEST = 2000  # characters of what it says
+
+
+def find() -> str:
+    """Return where ``qemu-img`` is; the working directory and ``$PATH`` are not asked.
+
+    Raises:
+        UsageError: it is not installed.
+    """
+    found = shutil.which("qemu-img", path=_DIRECTORIES)
+    if found is None:
+        raise UsageError(
+            "other formats than raw need qemu-img: install qemu-utils (Debian, Ubuntu) or qemu-img "
+            "(Fedora)"
+        )
+    return found
+
+
+def convert(raw: int, made: int, output_format: str, progress: Callable[[int, int], None]) -> None:
+    """Make an image of another format.
+
+    Args:
+        raw: the descriptor of the raw image.
+        made: the descriptor of an empty file, which becomes the other.
+        output_format: one of :data:`FORMATS`.
+        progress: told how much of 100 is done.
+
+    Raises:
+        UsageError: ``qemu-img`` is not installed.
+        ImageError: it fails; the message says why.
+    """
+    # It is told what it reads: an image's content, which a guest wrote, must not name its format.
+    words = ["convert", "-p", "-f", "raw", "-O", output_format]
+    files = [f"/proc/self/fd/{fd}" for fd in (raw, made)]
+    with subprocess.Popen(
+        [find(), *words, *files],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        pass_fds=(raw, made),
+        cwd="/",
+        env={"PATH": _DIRECTORIES, "LC_ALL": "C"},
+    ) as process:
+        try:
+            said = _follow(process, progress)
+        except BaseException:
+            process.kill()
+            raise
+        if process.wait():
+            raise ImageError(f"qemu-img cannot make it: {said or 'it does not say why'}")
+
+
+def _follow(process: subprocess.Popen[bytes], progress: Callable[[int, int], None]) -> str:
+    """Report what it says of its progress until it ends; return what it says of errors."""
+    assert process.stdout is not None
+    assert process.stderr is not None
+    said = b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(process.stdout, selectors.EVENT_READ)
+        selector.register(process.stderr, selectors.EVENT_READ)
+        while selector.get_map():
+            for key, _ in selector.select():
+                data = os.read(key.fd, 4096)
+                if not data:
+                    selector.unregister(key.fileobj)
+                elif key.fileobj is process.stderr:
+                    said = (said + data)[:_LONGEST]
+                else:
+                    for percent in _PERCENT.findall(data):
+                        progress(int(float(percent)), 100)
+    return said.decode(errors="replace").strip().removeprefix("qemu-img: ")
