@@ -75,3 +75,10 @@ def test_what_is_written_reads_back_almost_the_same():
             assert "." in text
             continue
         assert abs(again - size) <= size * 0.05
+
+
+@pytest.mark.parametrize("text", ["8E", "100E", "9223372036854775807"])
+def test_no_disk_is_as_large_as_that(text):
+    with pytest.raises(UsageError, match="more than any disk can have: at most 8 EiB"):
+        parse_size(text)
+    assert 7 << 60 == parse_size("7E")

@@ -7,6 +7,9 @@ from decimal import Decimal
 
 from .errors import UsageError
 
+LARGEST = (1 << 63) - (1 << 20)
+"""Bytes that anything can be long: what off_t holds (lseek(2)), in whole MiB."""
+
 _LETTERS = "KMGTPE"
 _SIZE = re.compile(r"(\d+(?:\.\d+)?|\.\d+) ?(?:([KMGTPE])(?:I?B)?|B)?", re.IGNORECASE | re.ASCII)
 
@@ -28,6 +31,8 @@ def parse_size(text: str) -> int:
     size = Decimal(number) * 1024**exponent
     if size != int(size):
         raise UsageError(f"{text!r} is not a whole number of bytes")
+    if size > LARGEST:
+        raise UsageError(f"{text!r} is more than any disk can have: at most {format_size(LARGEST)}")
     return int(size)
 
 

@@ -85,6 +85,8 @@ def refused(path, *, writable=False):
 
 def test_a_missing_file_is_refused(tmp_path):
     assert "no such file" in refused(tmp_path / "gone.img")
+    assert "truncate" not in refused("https://host/disk.img")
+    assert "nbdkit" in refused("https://host/disk.img")
 
 
 def test_a_name_too_long_is_refused(tmp_path):

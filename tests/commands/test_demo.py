@@ -449,6 +449,14 @@ def test_more_than_one_window(demo, monkeypatch):
     assert "verified: 40 MiB read back" in out
 
 
+def test_an_overlay_is_not_made_to_be_read_only(demo, image, tmp_path):
+    new = tmp_path / "new"
+    status, _, err = demo("--path", str(image), "--read-only", "--overlay", str(new))
+    assert status is ExitStatus.USAGE
+    assert "leave out one of them" in err
+    assert not new.exists()
+
+
 def test_an_overlay_of_nothing_that_was_named(demo):
     status, out, err = demo("--backend=overlay")
     assert (ExitStatus.OK, FOUR, "") == (status, names(out), err)

@@ -119,6 +119,12 @@ def test_while_a_guest_writes(export, files, new, monkeypatch, writes):
         assert not new.exists()
 
 
+def test_a_directory_is_no_name(export, tmp_path):
+    status, _, err = export(to=tmp_path)
+    assert status is ExitStatus.USAGE
+    assert f"{tmp_path}: a directory: name the file to make in it" in err
+
+
 def test_a_file_is_replaced_by_force_only(export, files, new):
     new.write_bytes(b"precious")
     status, _, err = export()

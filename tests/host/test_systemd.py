@@ -21,6 +21,15 @@ def test_it_is_told(tmp_path, monkeypatch, abstract):
         assert b"READY=1\nSTATUS=3 disks" == listener.recv(100)
 
 
+def test_no_name_of_a_guest_becomes_an_assignment(tmp_path, monkeypatch):
+    path = str(tmp_path / "notify")
+    monkeypatch.setenv("NOTIFY_SOCKET", path)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(path)
+        notify("STATUS=xvdb of a\nMAINPID=1\udcff")
+        assert b"STATUS=xvdb of a\\nMAINPID=1\\xff" == listener.recv(100)
+
+
 @pytest.mark.parametrize("name", [None, "", "/nowhere/notify"])
 def test_nobody_listens(monkeypatch, name):
     if name is None:

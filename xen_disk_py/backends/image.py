@@ -402,6 +402,11 @@ def _check_size(path: str, size: int, sector_size: int, container: Signature | N
 
 def _reason(error: OSError, path: str, writable: bool) -> str:
     """Say why a file cannot be opened, and what to do."""
+    if error.errno == errno.ENOENT and "://" in path:
+        return (
+            "no such file, and no address of a disk that is known here (nbd:// is); for others, "
+            f"have nbdkit serve it: --path '[ nbdkit --exit-with-parent curl {path} ]'"
+        )
     if error.errno == errno.ENOENT:
         return f"no such file: check the name, or make it with: truncate -s 1G {path}"
     if error.errno in (errno.EACCES, errno.EPERM):

@@ -360,12 +360,15 @@ def _arguments(
         arguments[key] = value
     if read_only and ("read_only" in takes or takes_all):
         arguments["read_only"] = True
+    missing = []
     for key, parameter in takes.items():
         if key not in arguments and parameter.default is parameter.empty:
             if key == "read_only":
                 arguments[key] = False
             else:
-                raise UsageError(f"{label} needs {_flag(key)}")
+                missing.append(_flag(key))
+    if missing:
+        raise UsageError(f"{label} needs {' and '.join(missing)}")
     return arguments
 
 

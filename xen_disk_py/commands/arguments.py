@@ -50,6 +50,19 @@ def _size(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def _positive_size(text: str) -> int:
+    size = _size(text)
+    if not size:
+        raise argparse.ArgumentTypeError("0 bytes hold no change: give at least one")
+    return size
+
+
+def _name(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("the name of the file is empty")
+    return text
+
+
 def _seconds(text: str) -> float:
     try:
         seconds = float(text)
@@ -87,6 +100,7 @@ def _sector_size(text: str) -> int:
 def _add_backend_arguments(parser: _Parser) -> None:
     parser.add_argument(
         "--path",
+        type=_name,
         metavar="PATH",
         help="an image, a block device, or a Python file that defines a disk",
     )
@@ -99,6 +113,7 @@ def _add_backend_arguments(parser: _Parser) -> None:
     )
     parser.add_argument(
         "--overlay",
+        type=_name,
         metavar="PATH",
         help="keep the changes in this file, which is created if it does not exist; the image is "
         "not changed (default for --path: the image that the overlay was made for). If the name "
@@ -120,7 +135,7 @@ def _add_disk_arguments(parser: _Parser) -> argparse._ArgumentGroup:
     )
     disk.add_argument(
         "--cow-limit",
-        type=_size,
+        type=_positive_size,
         metavar="SIZE",
         help="how much the changes of a cow disk may take of this host's memory (default: half of "
         "what is free), or those of an overlay of its file system (default: all)",
@@ -153,12 +168,15 @@ def _add_disk_of_a_guest(parser: _Parser) -> None:
 
 
 def _add_overlay_argument(parser: _Parser) -> None:
-    parser.add_argument("overlay", metavar="OVERLAY", help="a file made by connect --overlay")
+    parser.add_argument(
+        "overlay", metavar="OVERLAY", type=_name, help="a file made by connect --overlay"
+    )
 
 
 def _add_image_argument(parser: _Parser) -> None:
     parser.add_argument(
         "--path",
+        type=_name,
         metavar="IMAGE",
         help="the image that OVERLAY was made for (default: the one that OVERLAY names, which is "
         "followed only if nobody but root and you can have written OVERLAY)",
@@ -241,7 +259,7 @@ def _add_overlay_commands(commands: argparse._SubParsersAction[_Parser]) -> None
         "its image are not changed. Only the owner can read NEW (mode 0600).",
     )
     _add_overlay_argument(export)
-    export.add_argument("new", metavar="NEW", help="the image to make")
+    export.add_argument("new", metavar="NEW", type=_name, help="the image to make")
     _add_image_argument(export)
     export.add_argument(
         "--output-format",

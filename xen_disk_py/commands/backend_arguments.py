@@ -20,6 +20,11 @@ def backend_from(args: argparse.Namespace) -> Backend:
         ImageError: the image cannot be used.
         BackendError: the backend's own code is broken.
     """
+    if args.overlay is not None and args.read_only and not os.path.lexists(args.overlay):
+        raise UsageError(
+            f"--overlay {args.overlay}: there is no such file yet, and with --read-only nothing "
+            "will be in it: leave out one of them"
+        )
     if args.overlay is not None and is_vhd(args.overlay):
         _apply_vhd_overlay(args)
     else:

@@ -7,6 +7,8 @@ import os
 import socket
 import time
 
+from ..text import printable
+
 log = logging.getLogger("xen_disk_py")
 
 NOTIFY_SOCKET = "NOTIFY_SOCKET"
@@ -32,7 +34,7 @@ def notify(*assignments: str) -> None:
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
             channel.settimeout(_PATIENCE)
-            channel.sendto("\n".join(assignments).encode(errors="backslashreplace"), path)
+            channel.sendto("\n".join(map(printable, assignments)).encode(), path)
     except OSError as error:
         log.debug("cannot notify systemd: %s", error)
 

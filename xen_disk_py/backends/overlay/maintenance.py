@@ -346,6 +346,8 @@ def _replaceable(new: str, force: bool, *sources: int) -> Iterator[None]:
         yield
         return
     if not force:
+        if os.path.isdir(new):
+            raise UsageError(f"{new}: a directory: name the file to make in it")
         raise UsageError(f"{new}: there is such a file: give another name, or --force")
     status = os.stat(new)
     if any(os.path.samestat(status, os.fstat(source)) for source in sources):

@@ -132,6 +132,8 @@ def _pieces(
 
 def _make(path: str, pieces: Sequence[tuple[int, bytes]], *, replacing: bool = False) -> None:
     if os.path.lexists(path) and not replacing:
+        if os.path.isdir(path):
+            raise UsageError(f"{path}: a directory: name the file to make in it")
         raise UsageError(f"{path}: there is such a file: give another name, or remove it")
     try:
         with NewFile(path) as new:
