@@ -81,7 +81,8 @@ def test_what_pythonpath_names_is_found(strangers, tmp_path):
 @pytest.fixture
 def at_home(tmp_path):
     """A home with a disk and pyxs in it, as ``pip install --user`` leaves them there."""
-    python = getattr(sys, "_base_executable", sys.executable)
+    # not sys._base_executable, which is the virtual environment's in Python 3.9
+    python = os.path.join(sys.base_prefix, "bin", "python{}.{}".format(*sys.version_info))
     home = tmp_path / "home"
     script = "import site; print(site.getusersitepackages())"
     own = Path(run([python, "-c", script], tmp_path, HOME=str(home)).stdout.strip())
