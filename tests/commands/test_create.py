@@ -1,9 +1,11 @@
 import io
 import json
 import os
+import shutil
 
 import pytest
 
+from xen_disk_py.backends.vhd import VhdBackend
 from xen_disk_py.cli import main
 from xen_disk_py.commands.environment import Environment
 from xen_disk_py.exit_status import ExitStatus
@@ -93,3 +95,50 @@ def test_what_cannot_be(cli, tmp_path, words, text):
     assert ExitStatus.USAGE == cli("create", str(tmp_path / "a.vhd"), *words)
     assert text in cli.err
     assert [] == os.listdir(tmp_path)
+
+
+@pytest.fixture
+def chain(cli, tmp_path):
+    """A child with a sector of its own, over a base in another directory."""
+    (tmp_path / "under").mkdir()
+    base, child = tmp_path / "base.vhd", tmp_path / "under" / "child.vhd"
+    cli("create", str(base), "--size", "1M")
+    cli("create", str(child), "--parent", str(base))
+    disk = VhdBackend(str(child), parents=str(tmp_path))
+    disk.write([memoryview(b"c" * 512)], 4096)
+    disk.close()
+    return child
+
+
+def test_what_a_child_has_itself(cli, chain):
+    assert ExitStatus.OK == cli("diff", str(chain))
+    assert "4096 512\n" == cli.out
+    assert f"{chain}: has 512 B of 1 MiB itself\n" == cli.err
+    assert ExitStatus.OK == cli("diff", str(chain), "--json")
+    expected = {
+        "overlay": str(chain),
+        "size": 1 << 20,
+        "held": 512,
+        "in_use": False,
+        "ranges": [{"offset": 4096, "length": 512}],
+    }
+    assert expected == json.loads(cli.out)
+
+
+@pytest.mark.parametrize("output_format", ["raw", "qcow2"])
+def test_an_image_of_a_chain(cli, chain, tmp_path, output_format):
+    if output_format != "raw" and shutil.which("qemu-img") is None:
+        pytest.skip("qemu-img is not installed")
+    new = tmp_path / "new"
+    words = ["export", str(chain), str(new), "--output-format", output_format]
+    assert ExitStatus.ERROR == cli(*words)
+    assert f"--option parents={tmp_path}" in cli.err
+    assert ExitStatus.OK == cli(*words, "--option", f"parents={tmp_path}")
+    assert f"{new} 1 MiB\n" == cli.out
+    expected = bytes(4096) + b"c" * 512 + bytes((1 << 20) - 4608)
+    if output_format == "raw":
+        assert expected == new.read_bytes()
+    else:
+        assert b"QFI\xfb" == new.read_bytes()[:4]
+    for wrong in (["--path", "x"], ["--option", "a=b"]):
+        assert ExitStatus.USAGE == cli(*words, "--force", *wrong)

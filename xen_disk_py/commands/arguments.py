@@ -169,7 +169,10 @@ def _add_disk_of_a_guest(parser: _Parser) -> None:
 
 def _add_overlay_argument(parser: _Parser) -> None:
     parser.add_argument(
-        "overlay", metavar="OVERLAY", type=_name, help="a file made by connect --overlay"
+        "overlay",
+        metavar="OVERLAY",
+        type=_name,
+        help="a file made by connect --overlay; or a VHD (*.vhd)",
     )
 
 
@@ -226,9 +229,7 @@ def _add_overlay_commands(commands: argparse._SubParsersAction[_Parser]) -> None
         "as before; after an interruption, run the command again. Other children of the parent "
         "do not fit it any more.",
     )
-    commit.add_argument(
-        "overlay", metavar="OVERLAY", help="a file made by connect --overlay, or a VHD with parent"
-    )
+    _add_overlay_argument(commit)
     _add_vhd_argument(commit)
     _add_image_argument(commit)
     commit.add_argument(
@@ -260,6 +261,7 @@ def _add_overlay_commands(commands: argparse._SubParsersAction[_Parser]) -> None
     )
     _add_overlay_argument(export)
     export.add_argument("new", metavar="NEW", type=_name, help="the image to make")
+    _add_vhd_argument(export)
     _add_image_argument(export)
     export.add_argument(
         "--output-format",
@@ -278,7 +280,7 @@ def _add_vhd_argument(parser: _Parser) -> None:
         action="append",
         default=[],
         metavar="parents=DIR[:DIR]",
-        help="directories where its parents may be, besides the one that it is in",
+        help="directories where a VHD's parents may be, besides the one that it is in",
     )
 
 
@@ -290,10 +292,12 @@ def _add_image_commands(commands: argparse._SubParsersAction[_Parser]) -> None:
         "keeps what is written, while the parent is not changed. Only the owner can read FILE "
         "(mode 0600).",
     )
-    create.add_argument("file", metavar="FILE", help="the image to make")
+    create.add_argument("file", metavar="FILE", type=_name, help="the image to make")
     what = create.add_mutually_exclusive_group(required=True)
     what.add_argument("--size", type=_size, help="size of the disk: bytes, or 512M, 10G, 2T")
-    what.add_argument("--parent", metavar="IMAGE", help="the image whose changes FILE is to hold")
+    what.add_argument(
+        "--parent", metavar="IMAGE", type=_name, help="the image whose changes FILE is to hold"
+    )
     create.add_argument(
         "--format", choices=("vhd",), default="vhd", help="what to make (default: vhd)"
     )
@@ -316,7 +320,7 @@ def _add_image_commands(commands: argparse._SubParsersAction[_Parser]) -> None:
         "in it, a warning if only some program complains. The exit status is 1 if there are "
         "errors. Changes nothing. No disk may be writing to FILE meanwhile.",
     )
-    check.add_argument("file", metavar="FILE", help="a VHD")
+    check.add_argument("file", metavar="FILE", type=_name, help="a VHD")
     check.add_argument(
         "--format", choices=("vhd",), default="vhd", help="what FILE is (default: vhd)"
     )

@@ -1,4 +1,4 @@
-"""``export``: make a new image of an overlay and its image."""
+"""``export``: make a new image of an overlay and its image, or of a VHD and its parents."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ from typing import Callable
 
 from ..backends import qemu_img
 from ..backends.overlay import maintenance
+from ..backends.vhd.backend import directories_from
+from ..backends.vhd.export import export as export_vhd
+from ..errors import UsageError
 from ..exit_status import ExitStatus
 from ..units import format_size
+from .backend_arguments import is_vhd
 from .environment import Environment
 from .progress import ProgressLine
 from .signals import interruptible
@@ -19,14 +23,30 @@ from .signals import interruptible
 def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
     """Export, and say what was made."""
     with ProgressLine(env, "copying the image", quiet=args.quiet) as progress, interruptible():
-        size = maintenance.export(
-            args.overlay,
-            args.new,
-            force=args.force,
-            progress=progress,
-            path=args.path,
-            convert=_converter(args.output_format, progress),
-        )
+        convert = _converter(args.output_format, progress)
+        if is_vhd(args.overlay):
+            if args.path is not None:
+                raise UsageError("--path is not for a VHD, which finds its parent itself")
+            directories = directories_from(args.option)
+            size = export_vhd(
+                args.overlay,
+                args.new,
+                force=args.force,
+                directories=directories,
+                progress=progress,
+                convert=convert,
+            )
+        elif args.option:
+            raise UsageError("--option is for a VHD: leave it out")
+        else:
+            size = maintenance.export(
+                args.overlay,
+                args.new,
+                force=args.force,
+                progress=progress,
+                path=args.path,
+                convert=convert,
+            )
     path = os.path.abspath(args.new)
     if args.json:
         env.say(json.dumps({"path": path, "size": size, "format": args.output_format}))

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from xen_disk_py.backends.vhd import VhdBackend, layout
+from xen_disk_py.backends.vhd import VhdBackend, chain, layout
 from xen_disk_py.backends.vhd.chain import DEEPEST
 from xen_disk_py.backends.vhd.create import create, create_child
 from xen_disk_py.backends.vhd.layout import Locator
@@ -218,6 +218,15 @@ def test_a_chain_is_no_deeper_than_it_may_be(tmp_path):
     check(path, bytes(MIB))
     child = child_of(tmp_path, name=os.path.basename(path), uuid=content_of(path)[68:84])
     assert f"more than {DEEPEST} files deep" in refusal(child)
+
+
+def test_a_chain_takes_no_more_memory_than_it_may(tmp_path, monkeypatch):
+    base_of(tmp_path)
+    path = child_of(tmp_path, name="base.vhd")
+    monkeypatch.setattr(chain, "MOST_BLOCKS_OF_ALL", 31)
+    assert "its chain has more than 31 blocks" in refusal(path)
+    monkeypatch.setattr(chain, "MOST_BLOCKS_OF_ALL", 32)
+    check(path)
 
 
 # -- what a parent may be ----------------------------------------------------------------------

@@ -3,7 +3,7 @@ import struct
 
 import pytest
 
-from xen_disk_py.backends.vhd import layout, opening
+from xen_disk_py.backends.vhd import VhdBackend, layout, opening
 from xen_disk_py.backends.vhd.check import check
 from xen_disk_py.backends.vhd.create import create, create_child
 from xen_disk_py.errors import ImageError
@@ -184,6 +184,18 @@ def test_a_batmap_that_calls_a_part_full(with_batmap):
 
     change_batmap(with_batmap, change)
     assert "block 4 is full: its bitmap not" in one(with_batmap).text
+
+
+def test_a_batmap_of_any_length_takes_no_memory(with_batmap):
+    vhd = opening.open_vhd(with_batmap, writable=False)
+    os.close(vhd.fd)
+    footer = content_of(with_batmap)[-512:]
+    batmap = layout.Batmap(vhd.blocks.batmap.offset, 1 << 40, layout.BATMAP_VERSION, 0)
+    patch(with_batmap, vhd.blocks.header.end_of_table, batmap.pack())
+    os.truncate(with_batmap, 2 << 40)
+    patch(with_batmap, 2 << 40, footer)
+    assert "too large" in texts(with_batmap)[0]
+    VhdBackend(with_batmap).close()
 
 
 def test_what_blktap_made_without_a_batmap(with_batmap):

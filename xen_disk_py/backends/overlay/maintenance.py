@@ -90,7 +90,7 @@ def commit(
 def _replace_image(
     file: OverlayFile, image: Image, path: str, keep: bool, progress: Progress
 ) -> None:
-    with _new_image(path, image.size) as new:
+    with new_image(path, image.size) as new:
         _merge(file, image, new.fd, progress)
         _check_still_fits(file, image)
         _take_after(new.fd, image.fd, path)
@@ -166,13 +166,13 @@ def export(
             )
         )
         file.header.check(image, overlay)
-        stack.enter_context(_replaceable(new, force, file.fd, image.fd))
-        raw = stack.enter_context(_new_image(new, image.size))
+        stack.enter_context(replaceable(new, force, file.fd, image.fd))
+        raw = stack.enter_context(new_image(new, image.size))
         _merge_consistently(file, image, raw, progress)
         if convert is None:
             made = raw
         else:
-            made = stack.enter_context(_new_image(new, image.size))
+            made = stack.enter_context(new_image(new, image.size))
             convert(raw.fd, made.fd)
         os.fsync(made.fd)
         made.put(new, replacing=force)
@@ -340,7 +340,7 @@ def _uninterrupted() -> Iterator[None]:
 
 
 @contextmanager
-def _replaceable(new: str, force: bool, *sources: int) -> Iterator[None]:
+def replaceable(new: str, force: bool, *sources: int) -> Iterator[None]:
     """See that ``new`` may be made; what is replaced is locked meanwhile."""
     if not os.path.lexists(new):
         yield
@@ -366,7 +366,7 @@ def _replaceable(new: str, force: bool, *sources: int) -> Iterator[None]:
 
 
 @contextmanager
-def _new_image(path: str, size: int) -> Iterator[NewFile]:
+def new_image(path: str, size: int) -> Iterator[NewFile]:
     """Make a file that is to become the image ``path``, of a disk of ``size`` bytes."""
     try:
         with NewFile(path) as new:

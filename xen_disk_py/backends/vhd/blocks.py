@@ -14,7 +14,7 @@ after each single write, and after a crash of the host that kept any of what was
   file was opened, with no parent, old and new bit both show zeros, and nothing needs waiting for.
 * The copy of the footer at the start is what it was.
 
-Two or more blocks' room that is not used is given back when the file is closed.
+Room that is not used is given back when the file is closed.
 """
 
 from __future__ import annotations
@@ -419,6 +419,36 @@ class BlockLayer:
         for start, stop, place in self.extents(offset, offset + length):
             if place >= 0:
                 punch_hole(self.fd, place, stop - start)
+
+    def allocated(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Name the extents that this or what lies below has: from, to; all others are zeros."""
+        first = last = start
+        for begin, end in self._allocated(start, stop):
+            if begin != last:
+                if first < last:
+                    yield first, last
+                first = begin
+            last = end
+        if first < last:
+            yield first, last
+
+    def _allocated(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        for begin, end, place in self.extents(start, stop):
+            below = min(end, self._below)
+            if place >= 0:
+                yield begin, end
+            elif isinstance(self._parent, BlockLayer) and begin < below:
+                yield from self._parent.allocated(begin, below)
+            elif self._parent is not None and begin < below:
+                yield from data_extents(self._parent.fd, begin, below)
+
+    @property
+    def descriptors(self) -> list[int]:
+        """The files of this and what lies below."""
+        below = self._parent
+        if below is None:
+            return [self.fd]
+        return [self.fd, *(below.descriptors if isinstance(below, BlockLayer) else [below.fd])]
 
     @property
     def storages(self) -> list[Storage]:

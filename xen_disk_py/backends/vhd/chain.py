@@ -38,6 +38,8 @@ log = logging.getLogger("xen_disk_py")
 
 DEEPEST = 64
 """So many files make a chain at most; each takes a descriptor."""
+MOST_BLOCKS_OF_ALL = 1 << 25
+"""So many blocks the files of a chain have at most together: 13 bytes of memory each."""
 _ORDER = (b"W2ru", b"MacX", b"W2ku", b"Wi2r", b"Wi2k")
 _LONGEST = 8192  # bytes of a locator
 
@@ -81,6 +83,11 @@ def open_chain(path: str, *, writable: bool, directories: Sequence[str] = ()) ->
                 vhds.append(parent)
             else:
                 base = parent
+        if sum(len(vhd.blocks.bat) for vhd in vhds if vhd.blocks) > MOST_BLOCKS_OF_ALL:
+            raise ImageError(  # noqa: TRY301 - as above
+                f"{path}: its chain has more than {MOST_BLOCKS_OF_ALL} blocks: commit some of its "
+                "files first"
+            )
         return _stack(vhds, base, writable=writable)
     except BaseException:
         for vhd in vhds:

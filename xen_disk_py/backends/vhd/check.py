@@ -11,6 +11,7 @@ import struct
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from ...errors import ImageError
 from .chain import locators, open_chain
@@ -31,6 +32,7 @@ from .layout import (
 )
 from .opening import Blocks, Vhd, examine, open_file
 
+_MOST = 20  # things that are wrong with a batmap: there may be one for each block
 _SLACK = 1800  # seconds that a time stamp may be ahead: clocks differ
 _BATMAP_SINCE = 0x00010002  # of the creator "tap"
 _LOCATORS = 576  # where they start in the header
@@ -72,7 +74,7 @@ def check(path: str, *, directories: Sequence[str] = ()) -> list[Finding]:
             return [*found, Finding(text[len(prefix) :] if text.startswith(prefix) else text, True)]
         if vhd.blocks is not None:
             found += _check_header(vhd, vhd.blocks)
-            found += _check_batmap(vhd, vhd.blocks)
+            found += islice(_check_batmap(vhd, vhd.blocks), _MOST)
             if vhd.is_differencing:
                 found += _check_locators(vhd, vhd.blocks, directories)
     except OSError as error:
@@ -171,7 +173,7 @@ def _check_batmap(vhd: Vhd, blocks: Blocks) -> Iterator[Finding]:
             yield Finding("no batmap, which blktap demands of what it has made", True)
         return
     if blocks.batmap is None or not batmap.length:
-        yield Finding("the batmap lies outside of the file, or over the BAT", True)
+        yield Finding("the batmap lies outside of the file or over the BAT, or is too large", True)
         return
     content = os.pread(vhd.fd, batmap.length, batmap.offset)
     if checksum(content) != batmap.checksum:

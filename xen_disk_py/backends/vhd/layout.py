@@ -43,6 +43,8 @@ MOST = 2040 << 30
 """The largest disk that every program takes, in bytes; QEMU refuses more."""
 MOST_BLOCKS = 1 << 22
 """So many blocks are handled, which bounds memory: 8 TiB of the usual ones."""
+LARGEST_BATMAP = 1 << 20
+"""Bytes; twice what so many blocks need."""
 SMALLEST_BLOCK = 4096
 LARGEST_BLOCK = 1 << 28
 EPOCH = 946684800

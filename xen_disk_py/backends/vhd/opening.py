@@ -16,6 +16,7 @@ from .layout import (
     FOOTER,
     FREE,
     HEADER,
+    LARGEST_BATMAP,
     MOST_BLOCKS,
     SECTOR,
     Batmap,
@@ -209,11 +210,11 @@ def _read_blocks(fd: int, length: int, footer: Footer, path: str) -> Blocks:
 
 
 def read_batmap(fd: int, length: int, header: Header) -> Batmap | None:
-    """Return what blktap has put behind the BAT, if it lies in the file."""
+    """Return what blktap has put behind the BAT, if it lies in the file and fits into memory."""
     batmap = Batmap.parse(os.pread(fd, SECTOR, header.end_of_table))
     if batmap is None or batmap.offset % SECTOR or batmap.offset + batmap.length > length:
         return None
-    if batmap.offset < header.end_of_table + SECTOR:
+    if batmap.offset < header.end_of_table + SECTOR or batmap.length > LARGEST_BATMAP:
         return None
     return batmap
 
