@@ -402,7 +402,7 @@ def test_a_process_that_died(adopt, host, libxl, image):
 
 
 @pytest.mark.parametrize("readable", [True, False])
-def test_whoever_stands_in_knows_what_the_process_had_noted(
+def test_the_responder_knows_what_the_process_had_noted(
     adopt, host, libxl, image, monkeypatch, readable
 ):
     seen = []

@@ -158,7 +158,7 @@ def test_a_dead_process_whose_guest_releases_the_disk(disconnect, orphan, host):
 
 @pytest.fixture
 def answered(monkeypatch):
-    """Note what is recalled by whoever stands in."""
+    """Note what is recalled by whoever answers."""
     seen = []
 
     @contextmanager

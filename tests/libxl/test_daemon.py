@@ -174,7 +174,7 @@ def test_a_disk_that_is_taken_away_before_we_look(libxl, supervisor, spawner):
 
 
 def test_a_process_that_died(host, libxl, supervisor, spawner, caplog):
-    """It is reported once; when libxl detaches the disk somebody stands in, once."""
+    """It is reported once; when libxl detaches the disk its requests are answered, once."""
     address = libxl.create("/x", state="4", xen_disk_pid="123", hotplug_status="connected")
     supervisor.look()
     supervisor.look()

@@ -102,7 +102,8 @@ def _add_backend_arguments(parser: _Parser) -> None:
         "--path",
         type=_name,
         metavar="PATH",
-        help="an image, a block device, or a Python file that defines a disk",
+        help="an image, a block device, nbd://SERVER/EXPORT, rbd:POOL/IMAGE, or a Python file that "
+        "defines a disk",
     )
     parser.add_argument(
         "--backend",
