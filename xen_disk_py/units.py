@@ -1,4 +1,4 @@
-"""Sizes as people write them: ``64M``, ``1.5 GiB``."""
+"""Sizes and times as people write them: ``64M``, ``1.5 GiB``, ``10ms``."""
 
 from __future__ import annotations
 
@@ -34,6 +34,22 @@ def parse_size(text: str) -> int:
     if size > LARGEST:
         raise UsageError(f"{text!r} is more than any disk can have: at most {format_size(LARGEST)}")
     return int(size)
+
+
+_DURATION = re.compile(r"(\d+(?:\.\d+)?|\.\d+) ?(us|ms|s)?", re.ASCII)
+_SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, None: 1.0}
+
+
+def parse_duration(text: str) -> float:
+    """Read a time in seconds: ``10ms``, ``200us``, ``1.5s`` or ``1.5``.
+
+    Raises:
+        UsageError: it is not a time.
+    """
+    match = _DURATION.fullmatch(text.strip())
+    if match is None:
+        raise UsageError(f"{text!r} is not a time: give a number with us, ms or s")
+    return float(match[1]) * _SECONDS[match[2]]
 
 
 def format_size(size: int) -> str:

@@ -118,6 +118,19 @@ def test_discard_can_be_kept_from_the_guest(connect, option):
     assert connect(script, "guest", *option)[0] is ExitStatus.OK
 
 
+def test_a_filter_changes_the_disk(connect, caplog):
+    def script(player):
+        frontend = player.frontend()
+        with pytest.raises(OSError, match=r"status -1|I/O error"):
+            frontend.write(0, b"x" * 4096)
+        assert bytes(4096) == frontend.read(0, 4096)
+        player.unplug(frontend)
+
+    status, _, _ = connect(script, "guest", "--filter", "error:operations=write,errno=EROFS")
+    assert status is ExitStatus.OK
+    assert "Read-only file system (the error filter)" in caplog.text
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_throwaway_disk(connect, signum):
     def script(player):

@@ -642,13 +642,16 @@ class TestBackend(BackendConformance):
 class _Opener:
     """The disk of the command line; a plugin of pytest too, to get it into the tests."""
 
-    def __init__(self, backend: str, options: dict[str, object], patience: float) -> None:
+    def __init__(
+        self, backend: str, options: dict[str, object], filters: Sequence[str], patience: float
+    ) -> None:
         self.backend = backend
         self.options = options
+        self.filters = filters
         self.patience = patience
 
     def open(self) -> Backend:
-        return open_backend(self.backend, self.options)
+        return open_backend(self.backend, self.options, self.filters)
 
     @pytest.fixture
     def opener(self) -> _Opener:
@@ -690,6 +693,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--sector-size", type=_size)
     parser.add_argument("--read-only", action="store_true")
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE")
+    parser.add_argument("--filter", action="append", default=[], metavar="NAME[:KEY=VALUE,...]")
     parser.add_argument(
         "--patience",
         type=float,
@@ -703,7 +707,8 @@ def main(arguments: Sequence[str]) -> int:
     names = ("path", "size", "cow_limit", "sector_size", "read_only", "overlay")
     try:
         options = {**parse_options(given.option), **{name: getattr(given, name) for name in names}}
-        opener = _Opener(_backend(given.backend, given.format), options, given.patience)
+        backend = _backend(given.backend, given.format)
+        opener = _Opener(backend, options, given.filter, given.patience)
         with bounded(given.patience):
             opener.open().close()  # what is wrong here is said once, and without a traceback
     except pytest.fail.Exception as error:

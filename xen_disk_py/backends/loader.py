@@ -17,9 +17,11 @@ import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
+from typing import Any
 
 from ..errors import BackendError, UsageError, XenDiskError
 from . import Backend, sharing
+from .filter import Filter
 from .options import convert
 
 ENTRY_POINTS = "xen_disk_py.backends"
@@ -35,6 +37,10 @@ _OURS = {
     "vhd": "VhdBackend",
 }
 _FILE = re.compile(r"(?P<file>.+\.py)(?::(?P<name>\w+))?")
+_FILTERS = {"delay": "Delay", "error": "Error", "log": "Log"}
+_FILTER = re.compile(
+    r"(?P<name>(?P<file>[^=]+?\.py)(?::(?P<cls>\w+))?|\w+)(?::(?P<options>\w+=.*))?", re.DOTALL
+)
 _FLAGS = {
     "path": "--path",
     "size": "--size",
@@ -86,7 +92,9 @@ def parse_options(pairs: Iterable[str]) -> dict[str, str]:
     return options
 
 
-def open_backend(backend: str | None, options: Mapping[str, object]) -> Backend:
+def open_backend(
+    backend: str | None, options: Mapping[str, object], filters: Iterable[str] = ()
+) -> Backend:
     """Find the class, give its constructor what it asks for, and check the result.
 
     Args:
@@ -95,6 +103,8 @@ def open_backend(backend: str | None, options: Mapping[str, object]) -> Backend:
             ``sector_size``, ``overlay`` and every ``--option``. None, and False for ``read_only``,
             mean that it was not given. Text becomes what the parameter is annotated as (see
             :mod:`.options`).
+
+        filters: what each ``--filter`` says, the first next to the disk.
 
     ``force`` is no constructor's: with it images are opened though somebody else uses them.
 
@@ -125,7 +135,75 @@ def open_backend(backend: str | None, options: Mapping[str, object]) -> Backend:
     except Exception as error:
         raise BackendError(f"{label} cannot be opened: {user_line(error, cls)}") from error
     check(disk)
+    return wrap(disk, filters)
+
+
+def wrap(source: Backend, filters: Iterable[str]) -> Backend:
+    """Put filters over a disk, the first next to it; without any, return the disk itself.
+
+    Args:
+        source: an open disk; closed if a filter cannot be had.
+        filters: each ``NAME[:key=value,…]``, where the name may be ``FILE.py[:Class]``.
+
+    Raises:
+        UsageError: there is no such filter, or it takes no such option.
+        BackendError: it cannot be loaded or made.
+    """
+    disk = source
+    try:
+        for text in filters:
+            disk = _filtered(disk, text)
+    except BaseException:
+        disk.close()
+        raise
     return disk
+
+
+def _filtered(source: Backend, text: str) -> Backend:
+    match = _FILTER.fullmatch(text)
+    if match is None:
+        raise UsageError(f"--filter {text}: write it as NAME, or NAME:key=value,key=value")
+    name = match["name"]
+    if match["file"]:
+        cls = find_filter(match["file"], match["cls"])
+    elif name in _FILTERS:
+        cls = getattr(importlib.import_module(f"{__package__}.filters.{name}"), _FILTERS[name])
+    else:
+        raise UsageError(
+            f"--filter {text}: there is no filter {name}: use one of {', '.join(_FILTERS)}, or a "
+            "file.py"
+        )
+    arguments = _filter_arguments(cls, name, match["options"] or "")
+    try:
+        disk = cls(source, **arguments)
+    except XenDiskError:
+        raise
+    except Exception as error:
+        raise BackendError(f"--filter {text}: {user_line(error, cls)}") from error
+    check(disk)
+    return disk
+
+
+def _filter_arguments(cls: type[Filter], name: str, options: str) -> dict[str, Any]:
+    parameters = list(inspect.signature(cls).parameters.values())[1:]  # behind the source
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    takes = {p.name: p for p in parameters if p.kind in by_name}
+    given: dict[str, Any] = {}
+    for item in filter(None, options.split(",")):
+        key, equals, value = item.partition("=")
+        if not equals or key not in takes:
+            raise UsageError(
+                f"--filter {name}: {item!r} is no option of it; it takes "
+                f"{', '.join(takes) or 'none'}"
+            )
+        try:
+            given[key] = convert(value, takes[key].annotation)
+        except UsageError as error:
+            raise UsageError(f"--filter {name}: {key}={value}: {error}") from None
+    for key, parameter in takes.items():
+        if parameter.default is parameter.empty and key not in given:
+            raise UsageError(f"--filter {name} needs {key}=…")
+    return given
 
 
 def check(backend: Backend) -> None:
@@ -291,6 +369,28 @@ def _from_file(path: str, class_name: str | None) -> type[Backend]:
     )
 
 
+def find_filter(path: str, class_name: str | None) -> type[Filter]:
+    """Find a filter in a Python file: the one that there is, or the one of this name.
+
+    Raises:
+        BackendError: there is none, or several, or the file cannot be loaded.
+    """
+    module = _run_file(path)
+    known = _choices(module, of=Filter)
+    if class_name is None and len(known) == 1:
+        class_name = known[0]
+    if class_name is None and known:
+        raise BackendError(f"{path} has several filters: choose with --filter {path}:{known[0]}")
+    if class_name is None or class_name not in known:
+        raise BackendError(
+            f"{path} has no filter{'' if class_name is None else f' {class_name}'} in it: the "
+            "classes derived from xen_disk_py.backends.filter.Filter are "
+            f"{', '.join(known) or 'none'}"
+        )
+    found: type[Filter] = getattr(module, class_name)
+    return found
+
+
 def _run_file(path: str) -> ModuleType:
     """Run a file as a module of its own, leaving no compiled copy beside it."""
     try:
@@ -323,13 +423,14 @@ def _where(error: BaseException, file: str | None = None) -> str:
     return user_line(error, file)
 
 
-def _choices(module: ModuleType) -> list[str]:
-    """Name the disks that a module defines."""
+def _choices(module: ModuleType, of: type[Backend] = Backend) -> list[str]:
+    """Name the disks that a module defines, or its filters."""
     return [
         name
         for name, value in vars(module).items()
         if inspect.isclass(value)
-        and issubclass(value, Backend)
+        and issubclass(value, of)
+        and issubclass(value, Filter) is (of is Filter)
         and value.__module__ == module.__name__
         and value.__name__ == name
     ]

@@ -155,6 +155,14 @@ def _add_disk_arguments(parser: _Parser) -> argparse._ArgumentGroup:
         help="an option of the backend's own; may be given several times",
     )
     disk.add_argument(
+        "--filter",
+        action="append",
+        default=[],
+        metavar="NAME[:KEY=VALUE,...]",
+        help="change how the disk behaves: delay, error, log or FILE.py; may be given several "
+        "times, the first next to the image",
+    )
+    disk.add_argument(
         "--force",
         action="store_true",
         help="use the image even if something else does (another disk, a mount, a loop device, "

@@ -39,7 +39,7 @@ def backend_from(args: argparse.Namespace) -> Backend:
         if getattr(args, name):
             given[name] = True
     given.update(parse_options(args.option))
-    return open_backend(args.backend, given)
+    return open_backend(args.backend, given, args.filter)
 
 
 def is_vhd(overlay: str) -> bool:

@@ -1,0 +1,175 @@
+"""Filters: a disk that behaves as another does, but for what it changes.
+
+A filter is the methods it changes; everything else is passed on::
+
+    from xen_disk_py.backends.filter import Filter
+
+    class Upper(Filter):
+        def __init__(self, source, shift: int = 32):
+            super().__init__(source)
+            self.shift = shift
+
+        def read(self, buffers, offset):
+            done = self.source.read(buffers, offset)
+            ...
+            return done
+
+    xen-disk demo --path disk.raw --filter ./upper.py:shift=32
+
+Several may be given; the first is next to the source, the last next to the guest. What follows the
+name is passed to the constructor, converted as ``--option`` is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from . import Backend
+from .asynchronous import Asynchronous
+from .sharing import Storage
+
+_ATTRIBUTES = (
+    "size",
+    "read_only",
+    "keeps_data",
+    "sector_size",
+    "physical_sector_size",
+    "threads",
+    "survives",
+    "repeats_flush",
+    "discard_granularity",
+)
+_THREADS = 16
+_REQUESTS = {"read", "write", "flush", "discard", "discard_securely"}
+
+
+class Filter(Backend):
+    """Passes everything on to ``source``; subclasses change some of it.
+
+    The attributes of the contract are the source's, but for those that a subclass defines: with
+    ``threads = 1`` in its class, its methods need no lock. One that changes ``read`` and no
+    ``read_nowait`` has none (every read goes through ``read``); the same with writes.
+
+    Args:
+        source: the disk below; closed with this one.
+    """
+
+    def __init__(self, source: Backend) -> None:
+        self.source = source
+        own = {name for cls in _subclasses(type(self)) for name in vars(cls)}
+        for name in _ATTRIBUTES:
+            if name not in own:
+                setattr(self, name, getattr(source, name))
+        if source.asynchronous is not None:
+            # What begins requests by itself would pass by the methods that are changed.
+            self.asynchronous: Asynchronous | None = source.asynchronous
+            if own & _REQUESTS:
+                self.asynchronous = None
+                if "threads" not in own:
+                    self.threads = _THREADS  # its own methods may be called from any thread
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """See that no request passes by a method that is changed."""
+        super().__init_subclass__(**options)
+        for method in ("read", "write"):
+            if method in vars(cls) and f"{method}_nowait" not in vars(cls):
+                setattr(cls, f"{method}_nowait", getattr(Backend, f"{method}_nowait"))
+
+    def read(self, buffers: Sequence[memoryview], offset: int) -> int | None:
+        """As the source does."""
+        return self.source.read(buffers, offset)
+
+    def write(self, buffers: Sequence[memoryview], offset: int) -> int | None:
+        """As the source does."""
+        return self.source.write(buffers, offset)
+
+    def read_nowait(self, buffers: Sequence[memoryview], offset: int) -> int:
+        """As the source does."""
+        return self.source.read_nowait(buffers, offset)
+
+    def write_nowait(self, buffers: Sequence[memoryview], offset: int) -> int:
+        """As the source does."""
+        return self.source.write_nowait(buffers, offset)
+
+    def flush(self) -> None:
+        """As the source does."""
+        self.source.flush()
+
+    def discard(self, offset: int, length: int) -> None:
+        """As the source does."""
+        self.source.discard(offset, length)
+
+    def discard_securely(self, offset: int, length: int) -> None:
+        """As the source does."""
+        self.source.discard_securely(offset, length)
+
+    def resize(self, size: int | None) -> int:
+        """As the source does; one whose size differs from the source's changes this, too."""
+        done = self.source.resize(size)
+        self.size = self.source.size
+        return done
+
+    @property
+    def memory(self) -> int:
+        """The source's."""
+        return self.source.memory
+
+    @property
+    def storage(self) -> Sequence[Storage]:
+        """The source's."""
+        return self.source.storage
+
+    @property
+    def can_discard(self) -> bool:
+        """Whether the source can."""
+        return self.source.can_discard
+
+    @property
+    def can_discard_securely(self) -> bool:
+        """Whether the source can."""
+        return self.source.can_discard_securely
+
+    def close(self) -> None:
+        """Close the source."""
+        self.source.close()
+
+    def __str__(self) -> str:
+        return f"{type(self).__name__} over {self.source}"
+
+
+def _subclasses(cls: type) -> list[type]:
+    """The classes of a filter that are derived from :class:`Filter`, itself left out."""
+    return [each for each in cls.__mro__ if issubclass(each, Filter) and each is not Filter]
+
+
+def do_all(call: Any, buffers: Sequence[memoryview], offset: int) -> int:
+    """Call ``read`` or ``write`` of a source until all is done, as a disk's caller does.
+
+    Returns:
+        The number of bytes; fewer if the source did none of the rest.
+    """
+    length = sum(map(len, buffers))
+    rest, done = buffers, 0
+    while done < length:
+        count = call(rest, offset + done)
+        if count is None:
+            return length
+        if not count:
+            break
+        done += count
+        if done < length:
+            rest = _behind(rest, count)
+    return done
+
+
+def _behind(buffers: Sequence[memoryview], count: int) -> list[memoryview]:
+    """Return what is behind the first ``count`` bytes of the buffers."""
+    rest = []
+    for buffer in buffers:
+        if count >= len(buffer):
+            count -= len(buffer)
+        else:
+            rest.append(buffer[count:])
+            count = 0
+    return rest

@@ -1,0 +1,1 @@
+"""Filters that ``--filter NAME`` puts over a disk: one module each."""

@@ -1,0 +1,126 @@
+"""``error``: a disk that fails now and then.
+
+``--filter error:rate=0.01,operations=write+flush,errno=ENOSPC`` fails one write or flush in a
+hundred; ``every=100`` each hundredth. With ``armed=FILE`` only while that file exists. A request
+that fails does not reach the disk below.
+"""
+
+from __future__ import annotations
+
+import errno as errors
+import os
+import random
+import threading
+from collections.abc import Sequence
+
+from ...errors import UsageError
+from ...units import parse_size
+from .. import Backend
+from ..filter import Filter
+
+_OPERATIONS = ("read", "write", "flush", "discard")
+
+
+class Error(Filter):
+    """Fails some requests.
+
+    Args:
+        source: the disk below.
+        rate: the part of the requests that fails, 0 to 1.
+        every: that each so many-th fails, in place of ``rate``.
+        operations: which may fail: some of read, write, flush and discard, with + between them.
+        errno: the error's name, such as ``EIO``.
+        range: which bytes of the disk, as ``1M-2M``; flushes are in none, and do not fail then.
+        armed: only while there is a file of this name.
+        sticky: once one has failed, all of these fail.
+        seed: draws the same failures again.
+    """
+
+    def __init__(
+        self,
+        source: Backend,
+        *,
+        rate: float = 1.0,
+        every: int = 0,
+        operations: str = "+".join(_OPERATIONS),
+        errno: str = "EIO",
+        range: str = "",  # noqa: A002 - as the user writes it
+        armed: str = "",
+        sticky: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(source)
+        self._operations = set(operations.split("+"))
+        unknown = self._operations - set(_OPERATIONS)
+        if unknown:
+            known = "+".join(_OPERATIONS)
+            raise UsageError(f"--filter error: operations={operations}: use some of {known}")
+        if not 0 <= rate <= 1:
+            raise UsageError(f"--filter error: rate={rate:g} is not from 0 to 1")
+        number = getattr(errors, errno, None)
+        if number is None or not errno.startswith("E"):
+            raise UsageError(f"--filter error: errno={errno}: there is no such error; EIO is one")
+        self._number: int = number
+        self._range = _range(range) if range else None
+        self._rate, self._every, self._armed, self._sticky = rate, every, armed, sticky
+        self._count = 0
+        self._has_failed = False
+        self._dice = random.Random(seed)
+        self._lock = threading.Lock()
+
+    def _try(self, operation: str, offset: int = -1, length: int = 0) -> None:
+        """Raise if this request is to fail."""
+        if operation not in self._operations:
+            return
+        if self._range is not None:
+            start, end = self._range
+            if offset < 0 or offset >= end or offset + length <= start:
+                return
+        if self._armed and not os.path.exists(self._armed):
+            return
+        with self._lock:
+            self._count += 1
+            if self._every:
+                fails = self._count % self._every == 0
+            else:
+                fails = self._dice.random() < self._rate
+            fails |= self._sticky and self._has_failed
+            self._has_failed |= fails
+        if fails:
+            raise OSError(self._number, f"{os.strerror(self._number)} (the error filter)")
+
+    def read(self, buffers: Sequence[memoryview], offset: int) -> int | None:
+        """Read, or fail."""
+        self._try("read", offset, sum(map(len, buffers)))
+        return self.source.read(buffers, offset)
+
+    def write(self, buffers: Sequence[memoryview], offset: int) -> int | None:
+        """Write, or fail."""
+        self._try("write", offset, sum(map(len, buffers)))
+        return self.source.write(buffers, offset)
+
+    def flush(self) -> None:
+        """Flush, or fail."""
+        self._try("flush")
+        self.source.flush()
+
+    def discard(self, offset: int, length: int) -> None:
+        """Discard, or fail."""
+        self._try("discard", offset, length)
+        self.source.discard(offset, length)
+
+    def discard_securely(self, offset: int, length: int) -> None:
+        """Discard, or fail."""
+        self._try("discard", offset, length)
+        self.source.discard_securely(offset, length)
+
+
+def _range(text: str) -> tuple[int, int]:
+    start, dash, end = text.partition("-")
+    try:
+        bounds = parse_size(start), parse_size(end)
+    except UsageError as error:
+        raise UsageError(f"--filter error: range={text}: {error}") from None
+    if not dash or bounds[0] >= bounds[1]:
+        raise UsageError(f"--filter error: range={text}: write it as START-END, such as 1M-2M")
+    return bounds

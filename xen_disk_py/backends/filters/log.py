@@ -1,0 +1,112 @@
+"""``log``: one line for each request, in a file.
+
+``--filter log:file=/var/log/xen-disk-requests`` writes lines of text, with ``format=json`` a JSON
+object each. What cannot be written is lost: the guest does not wait for a log.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any, Literal, TypeVar
+
+from ...errors import UsageError
+from .. import Backend
+from ..filter import Filter
+
+T = TypeVar("T")
+
+
+class Log(Filter):
+    """Writes a line about each request: when it began, what it was, how long it took, its outcome.
+
+    Args:
+        source: the disk below.
+        file: appended to; made for its owner alone if it does not exist; no symbolic link.
+        format: ``text`` or ``json``.
+    """
+
+    def __init__(
+        self,
+        source: Backend,
+        *,
+        file: str,
+        format: Literal["text", "json"] = "text",  # noqa: A002
+    ) -> None:
+        super().__init__(source)
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+        try:
+            self._fd = os.open(file, flags | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise UsageError(f"--filter log: file={file}: {error.strerror}") from error
+        self._is_json = format == "json"
+
+    def _logged(self, operation: str, offset: int, length: int, call: Callable[[], T]) -> T:
+        """Do a request and write its line."""
+        begin, start = time.time(), time.perf_counter()
+        outcome = "ok"
+        try:
+            return call()
+        except BaseException as error:
+            outcome = _name(error)
+            raise
+        finally:
+            self._write_line(begin, operation, offset, length, time.perf_counter() - start, outcome)
+
+    def _write_line(
+        self, begin: float, operation: str, offset: int, length: int, took: float, outcome: str
+    ) -> None:
+        facts: dict[str, Any] = {
+            "time": round(begin, 6),
+            "operation": operation,
+            "offset": offset,
+            "length": length,
+            "seconds": round(took, 6),
+            "outcome": outcome,
+        }
+        if self._is_json:
+            line = json.dumps(facts)
+        else:
+            line = "{time:.6f} {operation} {offset} {length} {seconds:.6f} {outcome}"
+            line = line.format(**facts)
+        with suppress(OSError):
+            os.write(self._fd, f"{line}\n".encode())
+
+    def read(self, buffers: Sequence[memoryview], offset: int) -> int | None:
+        """Read, and write a line."""
+        length = sum(map(len, buffers))
+        return self._logged("read", offset, length, lambda: self.source.read(buffers, offset))
+
+    def write(self, buffers: Sequence[memoryview], offset: int) -> int | None:
+        """Write, and write a line."""
+        length = sum(map(len, buffers))
+        return self._logged("write", offset, length, lambda: self.source.write(buffers, offset))
+
+    def flush(self) -> None:
+        """Flush, and write a line."""
+        self._logged("flush", 0, 0, self.source.flush)
+
+    def discard(self, offset: int, length: int) -> None:
+        """Discard, and write a line."""
+        self._logged("discard", offset, length, lambda: self.source.discard(offset, length))
+
+    def discard_securely(self, offset: int, length: int) -> None:
+        """Discard, and write a line."""
+        call = self.source.discard_securely
+        self._logged("discard", offset, length, lambda: call(offset, length))
+
+    def close(self) -> None:
+        """Close the file and the source."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+        super().close()
+
+
+def _name(error: BaseException) -> str:
+    number = getattr(error, "errno", None)
+    return errno.errorcode.get(number, type(error).__name__) if number else type(error).__name__
