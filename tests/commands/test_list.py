@@ -197,3 +197,12 @@ def test_states_that_are_not_there(listing, host):
 
 def test_address_is_what_it_was(host):
     assert record.find(host.records, Address(0, 5, 1, "vbd3")) is None
+
+
+def test_a_name_of_a_file_is_one_line_and_obeyed_by_no_terminal(listing, host):
+    serving = host.serving(host.memory(), "xvdb")
+    with Record(host.records, serving.address) as one:
+        one.describe({"backend": "raw", "path": "a\nb\x1b[2J\udcff"})
+        lines = listing()[1].splitlines()
+    assert 2 == len(lines)
+    assert lines[1].endswith("a\\nb\\x1b[2J\\xff")

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..exit_status import ExitStatus
 from ..recovery import record
+from ..text import printable
 from ..units import format_size
 from ..xenbus import toolstack
 from ..xenbus.toolstack import Attached
@@ -65,7 +66,7 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
                 str(row["pid"]),
                 format_size(counters.get("bytes_read", 0)),
                 format_size(counters.get("bytes_written", 0)),
-                row["path"] or "-",
+                printable(row["path"] or "-"),
             )
         )
     widths = [max(map(len, column)) for column in zip(*lines)]
