@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ...host.statx import statx, superblock
+from ...host.mounts import mount_of, superblock_of
 from ..image import file_system
 
 
@@ -30,7 +30,7 @@ class Epoch(NamedTuple):
     @classmethod
     def of(cls, fd: int) -> Epoch:
         """Tell the epoch in which an open file is."""
-        return cls(boot_id(), statx(fd).mount, superblock(fd, file_system(fd)))
+        return cls(boot_id(), mount_of(fd), superblock_of(fd, file_system(fd)))
 
     def lasts(self, now: Epoch) -> bool:
         """Whether the page cache of this epoch is surely still there ``now``."""

@@ -30,7 +30,7 @@ class Unflushed:
         self._make_map = make_map
         self._written = make_map()  # since the last flush began
         self._pages: set[int] = set()  # of these maps, where there may be something
-        self._flushing: dict[int, bytes] = {}  # what the flush under way is to cover
+        self._flushing: dict[int, bytearray] = {}  # what the flush under way is to cover
         self._lost: mmap.mmap | None = None  # what one that failed did not, and nobody wrote since
         self._lost_pages: set[int] = set()
         self._copied: dict[int, int] = {}  # of blocks, the sectors that are copies of the image's
@@ -45,14 +45,17 @@ class Unflushed:
     def write(self, start: int, stop: int) -> None:
         """Note that the bytes from ``start`` to ``stop`` of the disk were written."""
         first, last = start // _BLOCK, (stop - 1) // _BLOCK
-        self._pages.update(range(first // _BLOCK, last // _BLOCK + 1))
         written = self._written
-        if first == last:
-            bits = _bits(start - first * _BLOCK, stop - first * _BLOCK)
+        if first == last:  # by far the most writes
+            self._pages.add(first // _BLOCK)
+            bits = _ALL
+            if stop - start != _BLOCK:
+                bits = _bits(start - first * _BLOCK, stop - first * _BLOCK)
             written[first] |= bits
             if self.failed or self._copied:
                 self._settle(first, bits)
             return
+        self._pages.update(range(first // _BLOCK, last // _BLOCK + 1))
         head = _bits(start - first * _BLOCK, _BLOCK)
         tail = _bits(0, stop - last * _BLOCK)
         written[first] |= head
@@ -76,13 +79,17 @@ class Unflushed:
         self._written[first:last] = nothing
         if self._lost is not None:
             self._lost[first:last] = nothing
+        for page, flushing in self._flushing.items():
+            start = page * _BLOCK
+            cut = slice(max(first - start, 0), min(max(last - start, 0), len(flushing)))
+            flushing[cut] = bytes(len(range(*cut.indices(len(flushing)))))
         for copied in (self._copied, self._copied_flushing):
             for block in [block for block in copied if first <= block < last]:
                 del copied[block]
 
     def begin(self) -> None:
         """Begin a flush: of all that was noted before."""
-        self._flushing = {page: self._page(self._written, page) for page in self._pages}
+        self._flushing = {page: bytearray(self._page(self._written, page)) for page in self._pages}
         for page, content in self._flushing.items():
             self._written[page * _BLOCK : page * _BLOCK + len(content)] = bytes(len(content))
         self._pages = set()
@@ -106,7 +113,7 @@ class Unflushed:
                 self._copied[block] = self._copied.get(block, 0) | left
         for page in self._pages | self._flushing.keys():
             was = self._page(self._lost, page)
-            now = self._flushing.get(page, bytes(len(was)))
+            now = self._flushing.get(page, b"")
             since = self._page(self._written, page)
             merged = (_number(was) | _number(now) | _number(since)).to_bytes(len(was), "little")
             self._lost[page * _BLOCK : page * _BLOCK + len(was)] = merged
@@ -164,5 +171,5 @@ def _bits(start: int, stop: int) -> int:
     return (1 << -(-stop // _SECTOR)) - (1 << start // _SECTOR)
 
 
-def _number(page: bytes) -> int:
+def _number(page: bytes | bytearray) -> int:
     return int.from_bytes(page, "little")

@@ -1,53 +1,36 @@
-"""What Linux tells of a file that ``os.stat`` does not: statx(2)."""
+"""Which mount, and which mounted file system, an open file is in: both end with the page cache."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import struct
-from typing import NamedTuple
 
 _AT_EMPTY_PATH = 0x1000  # linux/fcntl.h
-_BTIME = 0x800  # linux/stat.h
-_MNT_ID_UNIQUE = 0x4000  # from Linux 6.8 on
-_SIZE = 256  # of struct statx, with room to grow
-_BTIME_AT, _MNT_ID_AT = 0x50, 0x90
+_MNT_ID_UNIQUE = 0x4000  # linux/stat.h; from Linux 6.8 on
+_STATX = struct.Struct("=I140xQ104x")  # struct statx: its mask, and stx_mnt_id
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _statx = getattr(_libc, "statx", None)  # not in C libraries before 2018
 
 
-class Statx(NamedTuple):
-    """What is known of a file; None: the kernel, the C library or the file system does not tell.
+def mount_of(fd: int) -> int | None:
+    """Return the number of the mount by which a file was opened; None: the kernel does not tell.
 
-    Attributes:
-        born: when the file was made, in nanoseconds since 1970.
-        mount: the mount by which it was opened, a number that is never used again until the next
-            boot; another one for each mount of a file system, namespaces' copies included.
+    It is never used again until the next boot. Each mount of one file system has its own, the
+    copies that a mount namespace begins with included.
     """
-
-    born: int | None
-    mount: int | None
-
-
-def statx(fd: int) -> Statx:
-    """Ask about an open file."""
     if _statx is None:
-        return Statx(None, None)
-    answer = ctypes.create_string_buffer(_SIZE)
-    mask = ctypes.c_uint(_BTIME | _MNT_ID_UNIQUE)
+        return None
+    answer = ctypes.create_string_buffer(_STATX.size)
+    mask = ctypes.c_uint(_MNT_ID_UNIQUE)
     if _statx(ctypes.c_int(fd), b"", ctypes.c_int(_AT_EMPTY_PATH), mask, answer):
-        return Statx(None, None)
-    (known,) = struct.unpack_from("=I", answer)
-    seconds, nanoseconds = struct.unpack_from("=qI", answer, _BTIME_AT)
-    (mount,) = struct.unpack_from("=Q", answer, _MNT_ID_AT)
-    return Statx(
-        seconds * 10**9 + nanoseconds if known & _BTIME else None,
-        mount if known & _MNT_ID_UNIQUE else None,
-    )
+        return None
+    known, mount = _STATX.unpack(answer.raw)
+    return int(mount) if known & _MNT_ID_UNIQUE else None
 
 
-def superblock(fd: int, file_system: str | None) -> str | None:
+def superblock_of(fd: int, file_system: str | None) -> str | None:
     """Name the mounted file system that an open file is in; None: it has no such name.
 
     A file system that is unmounted and mounted again has another name then, whatever storage it
