@@ -8,7 +8,8 @@ import logging
 import os
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -21,6 +22,7 @@ from ..host.logs import about
 from ..host.privileges import User
 from ..host.systemd import notify
 from ..hypervisor import Hypervisor
+from ..recovery import orphans, temporary
 from ..recovery.record import Record
 from ..session import Interrupts, Observer, Outcome, Session
 from ..units import format_size
@@ -111,8 +113,7 @@ def _go_on(args: argparse.Namespace, env: Environment, vdev: VirtualDevice) -> E
 
 def _remove_scratch(args: argparse.Namespace) -> None:
     if args.scratch:
-        with suppress(OSError):  # it was not made, or we have become somebody else
-            os.unlink(args.overlay)
+        temporary.remove(args.overlay)  # unless we have become somebody else: then our parent does
 
 
 def _open(
@@ -130,6 +131,8 @@ def _open(
         disk.can_discard = disk.can_discard_securely = False
     store = stack.enter_context(env.open_store())
     other_backends.check(store, disk.backend.storage, force=args.force)
+    if not args.adopt:
+        orphans.check(env.record_directory, disk.backend.storage, force=args.force)
     hypervisor = stack.enter_context(opened_hypervisor(env))
     domain = domain or toolstack.find_domain(store, args.vm)
     interrupts = stack.enter_context(Interrupts(hangup_resizes=not env.in_terminal).installed())
@@ -170,7 +173,12 @@ class _Connection:
             vdev = wanted or toolstack.free_device(self._store, self._domain.domid)
             address = Address(own, self._domain.domid, vdev.number, kind)
             try:
-                with Record(self._env.record_directory, address, self._args.queues) as record:
+                with Record(
+                    self._env.record_directory,
+                    address,
+                    self._args.queues,
+                    is_attached=partial(toolstack.is_attached, self._store, address),
+                ) as record:
                     return self._serve(vdev, address, record)
             except DeviceTaken:
                 if wanted:
@@ -219,7 +227,12 @@ class _Connection:
             max_queues=args.queues,
             cdrom=args.cdrom,
             on_failure=succession.crash if args.leave else self._interrupts.fail,
-            on_resize=lambda size: record.describe({**record.facts, "size": size}),
+            # Noted before the storage is changed: if we are killed in between, a successor must
+            # not take a disk that is shorter for one that was damaged.
+            on_resizing=lambda size: record.describe({**record.facts, "resizing": size}),
+            on_resize=lambda size: record.describe(
+                {**record.facts, "size": size, "resizing": None}
+            ),
             journals=record.journals,
             adopts=args.adopt,
         )

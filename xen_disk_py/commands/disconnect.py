@@ -13,7 +13,7 @@ from ..datapath.journal import Journal
 from ..errors import DeviceError, DeviceTaken, XenDiskError
 from ..exit_status import ExitStatus
 from ..host.process import send_signal
-from ..recovery import record
+from ..recovery import record, temporary
 from ..recovery.orphan import stand_in
 from ..recovery.record import Found, Record
 from ..xenbus import toolstack
@@ -23,6 +23,7 @@ from ..xenbus.vdev import parse
 from ..xenbus.xenstore import Store
 from .environment import Environment
 from .served_disk import find, until
+from .succession import scratch_of
 
 _FORCE_PATIENCE = 10.0
 _FORCE_GRACE = 2.0  # seconds that a guest gets to release the disk by itself
@@ -52,6 +53,9 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
         toolstack.detach(store, disk.address)
     if not alive:
         record.forget(env.record_directory, disk.address)
+        left_over = scratch_of(found.facts) if found is not None else None
+        if left_over is not None:
+            temporary.remove(left_over)
     env.tell(f"{vdev}: {'forced off' if args.force else 'gone from'} {domain}")
     return ExitStatus.OK
 

@@ -19,6 +19,7 @@ from ..errors import BackendError
 from ..host.identity import identity_of
 from ..host.process import start_time
 from ..hypervisor import Hypervisor
+from ..recovery import orphans
 from ..xenbus.toolstack import Domain
 from ..xenbus.vdev import VirtualDevice
 from .backend_arguments import backend_name
@@ -62,12 +63,14 @@ def facts_about(
         "number": vdev.number,
         "device": vdev.guest_device,
         "size": disk.backend.size,
+        "resizing": None,  # what size the disk is about to have
         "backend": backend_name(args),
         "path": path,
         "mode": "ro" if disk.read_only else "rw",
         "pid": os.getpid(),
         "process_started": start_time(os.getpid()),
         "files": {name: identity_of(name) for name in _files(args)},
+        "storage": orphans.storage_facts(disk.backend.storage),
         "survives": disk.backend.survives,
         "folder": _folder(),
         "arguments": args.words,

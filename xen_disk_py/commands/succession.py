@@ -6,7 +6,6 @@ import argparse
 import logging
 import os
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Any, NamedTuple
 
 from ..backends import Backend
@@ -24,7 +23,7 @@ from ..errors import (
 from ..exit_status import ExitStatus
 from ..host.identity import difference, identity_of
 from ..libxl import attachment
-from ..recovery import record
+from ..recovery import record, temporary
 from ..recovery.record import Record
 from ..units import format_size
 from ..xenbus import toolstack
@@ -131,8 +130,7 @@ def _remove(env: Environment, store: Store, address: Address) -> None:
         toolstack.detach(store, address)
         scratch = scratch_of(left.facts)
         if scratch is not None:
-            with suppress(OSError):
-                os.unlink(scratch)
+            temporary.remove(scratch)
 
 
 def scratch_of(facts: Mapping[str, Any]) -> str | None:
@@ -199,6 +197,8 @@ def check_size(facts: Mapping[str, Any], device: str, backend: Backend) -> None:
         ImageError: it has become smaller.
     """
     size = facts.get("size", 0)
+    if facts.get("resizing"):  # it may have come so far, and the guest is told by us
+        size = min(size, facts["resizing"])
     if backend.size < size:
         raise ImageError(
             f"{facts.get('path') or backend} is {format_size(backend.size)} long now, {device} "

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
-import secrets
 from collections.abc import Sequence
 from contextlib import suppress
 
 from ..errors import XenDiskError
 from ..exit_status import ExitStatus
 from ..host.program import own_command
-from ..recovery import record
+from ..recovery import record, temporary
 from ..recovery.record import Found
 from ..recovery.supervisor import Supervisor
 from ..xenbus import toolstack
@@ -20,8 +18,6 @@ from ..xenbus.vdev import parse
 from .backend_arguments import is_cow
 from .environment import Environment
 from .succession import scratch_of
-
-_MEMORY = "/dev/shm"
 
 
 def supervise(args: argparse.Namespace, env: Environment) -> ExitStatus:
@@ -33,8 +29,7 @@ def supervise(args: argparse.Namespace, env: Environment) -> ExitStatus:
         scratch = _adopted_scratch(args, env)
     elif is_cow(args):
         # Private memory would die with a process, a file in memory does not.
-        name = f"xen_disk_py-{os.getpid()}-{secrets.token_hex(4)}.overlay"
-        scratch = os.path.join(_MEMORY, name)
+        scratch = temporary.new_path()
         options += ["--overlay", scratch, "--scratch"]
         if args.cow_limit is None:
             from ..host import memory
@@ -54,8 +49,7 @@ def supervise(args: argparse.Namespace, env: Environment) -> ExitStatus:
         with suppress(OSError):
             record.sweep(env.record_directory)
         if scratch is not None and not _is_left(supervisor.device, env):
-            with suppress(OSError):
-                os.unlink(scratch)
+            temporary.remove(scratch)
 
 
 def _adopted_scratch(args: argparse.Namespace, env: Environment) -> str | None:

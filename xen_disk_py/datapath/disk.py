@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
+from typing import Callable
 
 from ..backends import Backend, asynchronous
 from ..backends.loader import user_line
@@ -135,7 +136,14 @@ class Disk:
             return f"sector {request.sector}, or what is there, is not aligned to {step}", ERROR
         return None
 
-    def resize(self, size: int | None, *, force: bool = False, step: int = SECTOR) -> int:
+    def resize(
+        self,
+        size: int | None,
+        *,
+        force: bool = False,
+        step: int = SECTOR,
+        on_change: Callable[[int], None] = lambda size: None,
+    ) -> int:
         """Give the disk another size, while its queue's thread does requests.
 
         A longer disk admits requests beyond its old end when the backend has made room; a
@@ -145,6 +153,8 @@ class Disk:
             size: bytes; None for what the backend's storage has become.
             force: a smaller size is fine.
             step: the size must be a multiple of so many bytes.
+            on_change: called with the new size when nothing speaks against it, and nothing has
+                changed yet.
 
         Returns:
             The new size, in bytes.
@@ -165,6 +175,7 @@ class Disk:
                 f"{wanted} bytes is less than the disk has, {before * SECTOR}; what lies beyond "
                 "would be lost: make the file system in it smaller, then use --force"
             )
+        on_change(wanted)
         self.sectors = min(before, sectors)  # whatever else is raised, this is safe
         try:
             if sectors < before:

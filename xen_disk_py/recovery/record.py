@@ -26,7 +26,7 @@ import os
 import stat
 import time
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Callable, NamedTuple, NoReturn
 
 from ..datapath.double_buffer import DoubleBuffer
 from ..datapath.journal import SIZE as JOURNAL_SIZE
@@ -73,6 +73,11 @@ def _parse(facts: DoubleBuffer) -> dict[str, Any]:
     except (ValueError, RecursionError):
         found = None
     return found if isinstance(found, dict) else {}
+
+
+def _facts_in(fd: int) -> dict[str, Any]:
+    data = os.pread(fd, _FACTS, 0)
+    return _parse(DoubleBuffer(memoryview(bytearray(data)))) if len(data) == _FACTS else {}
 
 
 def _is_at(fd: int, path: str) -> bool:
@@ -125,6 +130,8 @@ class Record(Closing):
         directory: where records live.
         address: which device.
         queues: how many queues the disk has at most.
+        is_attached: tells whether the guest has the device: then what a killed process has left
+            of it is for a successor, and stays as it is.
 
     Attributes:
         facts: who serves what, as it was described last.
@@ -136,7 +143,14 @@ class Record(Closing):
         XenUnavailable: the directory cannot be written.
     """
 
-    def __init__(self, directory: str, address: Address, queues: int = 1) -> None:
+    def __init__(
+        self,
+        directory: str,
+        address: Address,
+        queues: int = 1,
+        *,
+        is_attached: Callable[[], bool] = lambda: False,
+    ) -> None:
         path = _path(directory, address)
         try:
             _prepare(directory)
@@ -150,6 +164,8 @@ class Record(Closing):
                 f"({from_number(address.devid)}): choose another --vdev"
             )
         try:
+            if _facts_in(fd) and is_attached():
+                self._refuse(address)
             size = _HEAD + queues * JOURNAL_SIZE
             os.ftruncate(fd, 0)
             os.posix_fallocate(fd, 0, size)  # not sparse: a full /run is an error now, not later
@@ -192,6 +208,15 @@ class Record(Closing):
             f"{path} is damaged, or another version wrote it: {name} cannot be adopted; take it "
             f"away with: xen-disk disconnect {address.frontend_domid} "
             f"{from_number(address.devid)} --force"
+        )
+
+    @staticmethod
+    def _refuse(address: Address) -> NoReturn:
+        domid, device = address.frontend_domid, from_number(address.devid)
+        raise DeviceTaken(
+            f"a process that was killed has left {device} of domain {domid}: take it over "
+            f"(xen-disk connect --adopt {domid} {device}), take it away (xen-disk disconnect "
+            f"{domid} {device}), or choose another --vdev"
         )
 
     def _open(self, fd: int, path: str, size: int) -> None:

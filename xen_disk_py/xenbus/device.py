@@ -45,7 +45,8 @@ class Device:
             in fewer threads.
         cdrom: show the guest a CD-ROM.
         on_failure: called, from another thread, when serving stops for an error of our own.
-        on_resize: called with the new size, in bytes, when the disk has become that long.
+        on_resizing: called with the new size, in bytes, before the storage is changed.
+        on_resize: called with the size that the disk has after that, changed or not.
         journals: what outlives this process, one for each queue; private ones by default.
         adopts: the device is there already, and the process that served it has died: the first
             :meth:`update` takes it over.
@@ -62,6 +63,7 @@ class Device:
         max_queues: int = 1,
         cdrom: bool = False,
         on_failure: Callable[[Exception], None] = lambda error: None,
+        on_resizing: Callable[[int], None] = lambda size: None,
         on_resize: Callable[[int], None] = lambda size: None,
         journals: Sequence[Journal] = (),
         adopts: bool = False,
@@ -80,6 +82,7 @@ class Device:
         self._max_queues = min(max_queues, disk.backend.threads)
         self._cdrom = cdrom
         self._on_failure = on_failure
+        self._on_resizing = on_resizing
         self._on_resize = on_resize
         self._journals = journals
         self._adopts = adopts
@@ -182,12 +185,12 @@ class Device:
         """
         disk, before = self._disk, self._disk.sectors
         try:
-            size = disk.resize(size, force=force, step=self._step)
+            size = disk.resize(size, force=force, step=self._step, on_change=self._on_resizing)
             log.info("%d bytes long now, %d before", size, before * SECTOR)
             return size
         finally:
+            self._on_resize(disk.sectors * SECTOR)
             if disk.sectors != before:
-                self._on_resize(disk.sectors * SECTOR)
                 self._publish_size()
 
     def ask_to_close(self) -> None:

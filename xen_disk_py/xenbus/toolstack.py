@@ -208,6 +208,11 @@ def attach(
     store.transact(create)
 
 
+def is_attached(store: Store, address: Address) -> bool:
+    """Tell whether there are nodes of a device, whoever made them."""
+    return any(store.exists(path) for path in address.directories)
+
+
 def pass_on(store: Store, address: Address, pid: int) -> None:
     """Have a device be served by another process than the one that made its nodes."""
 

@@ -1,0 +1,68 @@
+"""Disks whose process has died, and whose storage is still theirs: a successor will write there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from ..backends.sharing import Storage
+from ..errors import ImageError
+from ..xenbus.states import Address
+from ..xenbus.vdev import from_number
+from . import record
+
+
+def storage_facts(storage: Sequence[Storage]) -> list[dict[str, Any]]:
+    """Describe where a disk's bytes are, for a record."""
+    return [
+        {
+            "path": each.path,
+            "writable": each.writable,
+            "files": sorted(each.files),
+            "devices": sorted(each.devices),
+        }
+        for each in storage
+    ]
+
+
+def check(directory: str, storage: Sequence[Storage], *, force: bool = False) -> None:
+    """See that no disk whose process has died is made of this.
+
+    Args:
+        directory: where records are.
+        storage: what is about to be used.
+        force: it is used all the same.
+
+    Raises:
+        ImageError: one is, and one of the two writes.
+    """
+    try:
+        names = [] if force else os.listdir(directory)
+    except OSError:
+        return  # no records
+    for name in names:
+        domid, _, devid = name.partition("-")
+        if not (domid.isdigit() and devid.isdigit()):
+            continue
+        found = record.find(directory, Address(0, int(domid), int(devid), ""))
+        if found is None or found.alive or not found.is_orphan:
+            continue
+        for theirs in found.facts.get("storage", ()):
+            for ours in storage:
+                if _is_shared(ours, theirs):
+                    device = from_number(int(devid))
+                    raise ImageError(
+                        f"{ours.path}: it is the disk {device} of domain {domid}, whose process "
+                        "has died and may have a successor: take it over (xen-disk connect "
+                        f"--adopt {domid} {device}) or take it away (xen-disk disconnect {domid} "
+                        f"{device}) first, or use --force"
+                    )
+
+
+def _is_shared(ours: Storage, theirs: dict[str, Any]) -> bool:
+    if not (ours.writable or theirs["writable"]):
+        return False
+    files = {tuple(each) for each in theirs["files"]}
+    devices = {tuple(each) for each in theirs["devices"]}
+    return bool(files & ours.files or devices & ours.devices)

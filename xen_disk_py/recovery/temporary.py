@@ -1,0 +1,35 @@
+"""Where the changes of a disk are that ends with its last process: a file in memory.
+
+/dev/shm is everybody's: a name there must not be known before its file exists. So the file lies
+in a directory of its own, which is made with it, under a name that nobody knows, and which nobody
+else may enter.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from contextlib import suppress
+
+_MEMORY = "/dev/shm"
+_PREFIX = "xen_disk_py-"
+_NAME = "changes.overlay"
+
+
+def new_path() -> str:
+    """Make a directory that is ours alone, and return the path of a file to be made in it.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    return os.path.join(tempfile.mkdtemp(prefix=_PREFIX, dir=_MEMORY), _NAME)
+
+
+def remove(path: str) -> None:
+    """Remove such a file, and its directory; what is gone, or not ours to remove, is passed by."""
+    with suppress(OSError):
+        os.unlink(path)
+    directory = os.path.dirname(path)
+    if os.path.basename(path) == _NAME and os.path.basename(directory).startswith(_PREFIX):
+        with suppress(OSError):
+            os.rmdir(directory)
