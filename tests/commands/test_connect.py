@@ -669,9 +669,9 @@ def test_two_race_on_one_host(host, monkeypatch):
     record_class = connect_module.Record
 
     class Slow(record_class):
-        def __init__(self, directory, address, queues):
+        def __init__(self, directory, address, queues, **options):
             tried.append(address.devid)
-            super().__init__(directory, address, queues)
+            super().__init__(directory, address, queues, **options)
 
     monkeypatch.setattr(connect_module, "Record", Slow)
     monkeypatch.setattr(connect_module.time, "sleep", lambda seconds: None)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import subprocess
 import threading
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from xen_disk_py.commands.backend_arguments import backend_from
 from xen_disk_py.commands.opening import facts_about, queue_options
 from xen_disk_py.datapath.disk import Disk
 from xen_disk_py.exit_status import ExitStatus
-from xen_disk_py.recovery import record
+from xen_disk_py.recovery import orphans, record
 from xen_disk_py.recovery.record import Record, find
 from xen_disk_py.xenbus import toolstack
 from xen_disk_py.xenbus.device import Device
@@ -535,3 +537,98 @@ def test_an_error_of_our_own_leaves_the_disk(host, processes, adopt, image, brok
 
     assert ExitStatus.OK is adopt(script=script)[0]
     assert (broken == "queue") is (NEW == image.read_bytes()[: len(NEW)])
+
+
+# -- between two lives -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["raw", "mmap", "cow"])
+def test_the_storage_of_an_orphan_is_nobodys_to_use(host, run, orphan, image, backend):
+    orphan("--path", image, "--backend=raw")
+    before = trace(host)
+    argv = ("connect", "guest", "--vdev=xvdc", "--path", image, "--backend", backend)
+    status, _, err = run(*argv)
+    assert ExitStatus.ERROR is status
+    assert "it is the disk xvdb of domain 5, whose process has died" in err
+    assert "xen-disk connect --adopt 5 xvdb" in err
+    assert "--force" in err
+    assert before == trace(host)
+
+
+def test_not_even_by_a_loop_device(host, run, orphan, image):
+    if os.geteuid() or shutil.which("losetup") is None:
+        pytest.skip("a loop device needs root and losetup")
+    orphan("--path", image, "--backend=raw")
+    made = subprocess.run(
+        ["losetup", "--find", "--show", str(image)], capture_output=True, text=True, check=False
+    )
+    if made.returncode:
+        pytest.skip(f"no loop device here: {made.stderr}")
+    device = made.stdout.strip()
+    try:
+        status, _, err = run("connect", "guest", "--vdev=xvdc", "--path", device, "--backend=raw")
+    finally:
+        subprocess.run(["losetup", "--detach", device], check=True)
+    assert ExitStatus.ERROR is status
+    assert "whose process has died" in err
+
+
+@pytest.mark.parametrize("command", ["commit", "export"])
+def test_an_overlay_of_an_orphan_is_not_committed_nor_exported(
+    host, run, orphan, image, tmp_path, command
+):
+    overlay = tmp_path / "changes"
+    orphan("--path", image, "--overlay", overlay)
+    before = image.read_bytes(), overlay.read_bytes()
+    more = [tmp_path / "new"] if command == "export" else []
+    status, _, err = run(command, overlay, *more)
+    assert ExitStatus.ERROR is status
+    assert "whose process has died" in err
+    assert before == (image.read_bytes(), overlay.read_bytes())
+
+
+def test_a_gold_image_is_shared_with_an_orphan(host, orphan, image, tmp_path):
+    """Neither of them writes to it."""
+    orphan("--path", image, "--overlay", tmp_path / "changes")
+    disk = backend_from(parse(["connect", "guest", "--path", str(image)]))
+    orphans.check(host.records, disk.storage, force=False)
+    disk.close()
+
+
+def test_a_new_disk_in_the_place_of_an_orphan_leaves_it(host, run, orphan, image, tmp_path):
+    orphan("--path", image, "--backend=raw")
+    (tmp_path / "other.raw").write_bytes(bytes(4096))
+    before = trace(host)
+    status, _, err = run("connect", "guest", "--vdev=xvdb", "--path", tmp_path / "other.raw")
+    assert ExitStatus.ERROR is status
+    assert "xen-disk connect --adopt 5 xvdb" in err
+    assert before == trace(host)
+    found = find(host.records, ADDRESS)
+    assert found.is_orphan
+    assert str(image) == found.facts["path"]
+
+
+def test_killed_between_a_smaller_image_and_the_note_of_it(host, adopt, orphan, image):
+    """The guest is told by the successor."""
+    orphan("--path", image, "--backend=raw", resizing=512 << 10)
+    os.truncate(image, 512 << 10)
+
+    def guest(env):
+        frontend = host.frontend(ADDRESS)
+        frontend.connect()
+        host.until(lambda: host.store.read(f"{ADDRESS.backend}/sectors") == "1024")
+        unplug(host, env, frontend)
+
+    assert ExitStatus.OK is adopt(script=guest)[0]
+
+
+def test_killed_before_the_image_became_smaller(host, adopt, orphan, image):
+    orphan("--path", image, "--backend=raw", resizing=512 << 10)
+
+    def guest(env):
+        frontend = host.frontend(ADDRESS)
+        frontend.connect()
+        assert "2048" == host.store.read(f"{ADDRESS.backend}/sectors")
+        unplug(host, env, frontend)
+
+    assert ExitStatus.OK is adopt(script=guest)[0]

@@ -19,8 +19,8 @@ NEW = b"new" * 4096
 
 QUICK = """
 import xen_disk_py.recovery.supervisor
-from xen_disk_py.commands import supervision
-supervision._MEMORY = {memory!r}
+from xen_disk_py.recovery import temporary
+temporary._MEMORY = {memory!r}
 xen_disk_py.recovery.supervisor.Supervisor.__init__.__kwdefaults__["delays"] = {delays!r}
 """
 

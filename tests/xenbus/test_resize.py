@@ -402,11 +402,11 @@ def test_a_session_that_is_asked_by_a_signal(host, served, caplog):
     assert not served.interrupts.resize
 
 
-def test_the_size_is_told_once(host):
+def test_the_size_is_told_after_each_try(host):
     told = []
     serving = host.serving(Elastic(), on_resize=told.append)
     ask(host, serving, f"{2 * MIB} 0", "1")
     ask(host, serving, f"{2 * MIB} 0", "2")
     ask(host, serving, f"{MIB} 0", "3")
     ask(host, serving, f"{MIB} 1", "4")
-    assert [2 * MIB, MIB] == told
+    assert [2 * MIB, 2 * MIB, 2 * MIB, MIB] == told

@@ -15,7 +15,7 @@ from ..host.logs import about
 from ..hypervisor import Hypervisor
 from ..libxl import attachment
 from ..libxl.attachment import AdoptedDevice, DiskConfig
-from ..recovery import record
+from ..recovery import orphans, record
 from ..recovery.orphan import stand_in
 from ..recovery.record import Record
 from ..session import Interrupts, Observer, Session
@@ -67,7 +67,7 @@ def _serve(env: Environment, store: Store, address: Address) -> None:
             config = attachment.read_config(store, address)
             options = parse(["connect", str(domain.domid), *config.arguments])
             own_record = stack.enter_context(_claimed(env, store, address, options.queues))
-            disk = _open(options, config, store, stack)
+            disk = _open(options, config, store, stack, env.record_directory)
             hypervisor = stack.enter_context(opened_hypervisor(env))
         except XenDiskError as error:
             reason = str(error)
@@ -101,10 +101,18 @@ def _take_over(env: Environment, store: Store, address: Address) -> ExitStatus:
     return ExitStatus.OK
 
 
-def _open(options: argparse.Namespace, config: DiskConfig, store: Store, stack: ExitStack) -> Disk:
+def _open(
+    options: argparse.Namespace,
+    config: DiskConfig,
+    store: Store,
+    stack: ExitStack,
+    records: str | None = None,
+) -> Disk:
     disk = Disk(backend_from(options), holds=options.on_error == "hold")
     stack.callback(disk.close)
     other_backends.check(store, disk.backend.storage, force=options.force)
+    if records is not None:
+        orphans.check(records, disk.backend.storage, force=options.force)
     if not config.discard:
         disk.can_discard = disk.can_discard_securely = False
     return disk

@@ -10,6 +10,7 @@ from ..backends.vhd.backend import directories_from
 from ..backends.vhd.commit import commit as commit_vhd
 from ..errors import UsageError
 from ..exit_status import ExitStatus
+from ..recovery import orphans
 from ..text import printable
 from ..units import format_size
 from .backend_arguments import is_vhd
@@ -20,6 +21,7 @@ from .signals import interruptible
 
 def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
     """Commit, and say what was changed."""
+    orphans.check_files(env.record_directory, args.overlay, writable=True)
     if is_vhd(args.overlay):
         if args.path is not None:
             raise UsageError("--path is not for a VHD, which finds its parent itself: leave it out")

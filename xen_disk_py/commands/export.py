@@ -13,6 +13,7 @@ from ..backends.vhd.backend import directories_from
 from ..backends.vhd.export import export as export_vhd
 from ..errors import UsageError
 from ..exit_status import ExitStatus
+from ..recovery import orphans
 from ..units import format_size
 from .backend_arguments import is_vhd
 from .environment import Environment
@@ -22,6 +23,7 @@ from .signals import interruptible
 
 def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
     """Export, and say what was made."""
+    orphans.check_files(env.record_directory, args.overlay, writable=False)
     with ProgressLine(env, "copying the image", quiet=args.quiet) as progress, interruptible():
         convert = _converter(args.output_format, progress)
         if is_vhd(args.overlay):

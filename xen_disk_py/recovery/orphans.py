@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
-from ..backends.sharing import Storage
+from ..backends.sharing import Storage, storage_of
 from ..errors import ImageError
 from ..xenbus.states import Address
 from ..xenbus.vdev import from_number
@@ -26,13 +27,13 @@ def storage_facts(storage: Sequence[Storage]) -> list[dict[str, Any]]:
     ]
 
 
-def check(directory: str, storage: Sequence[Storage], *, force: bool = False) -> None:
+def check(directory: str, storage: Sequence[Storage], *, force: bool | None = None) -> None:
     """See that no disk whose process has died is made of this.
 
     Args:
         directory: where records are.
         storage: what is about to be used.
-        force: it is used all the same.
+        force: it is used all the same. False: there is an option to say so; None: there is none.
 
     Raises:
         ImageError: one is, and one of the two writes.
@@ -41,6 +42,7 @@ def check(directory: str, storage: Sequence[Storage], *, force: bool = False) ->
         names = [] if force else os.listdir(directory)
     except OSError:
         return  # no records
+    hint = "" if force is None else ", or --force to use it all the same"
     for name in names:
         domid, _, devid = name.partition("-")
         if not (domid.isdigit() and devid.isdigit()):
@@ -56,8 +58,17 @@ def check(directory: str, storage: Sequence[Storage], *, force: bool = False) ->
                         f"{ours.path}: it is the disk {device} of domain {domid}, whose process "
                         "has died and may have a successor: take it over (xen-disk connect "
                         f"--adopt {domid} {device}) or take it away (xen-disk disconnect {domid} "
-                        f"{device}) first, or use --force"
+                        f"{device}) first{hint}"
                     )
+
+
+def check_files(directory: str, *paths: str, writable: bool) -> None:
+    """See that no disk whose process has died is made of these files; see :func:`check`."""
+    storage = []
+    for path in paths:
+        with suppress(OSError):  # whoever opens it says what is wrong
+            storage.append(storage_of(os.stat(path), os.path.abspath(path), writable=writable))
+    check(directory, storage)
 
 
 def _is_shared(ours: Storage, theirs: dict[str, Any]) -> bool:

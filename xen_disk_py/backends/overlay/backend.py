@@ -21,7 +21,7 @@ from ...units import format_size
 from .. import Backend
 from ..image import Image, cut
 from ..newfile import sync_directory
-from ..sharing import Storage
+from ..sharing import Storage, storage_of
 from .file import OverlayFile
 from .header import BLOCK
 
@@ -178,8 +178,12 @@ class OverlayBackend(Backend):
 
     @property
     def storage(self) -> Sequence[Storage]:
-        """The image, which is only read."""
-        return [self._image.storage]
+        """The image, which is only read, and the file of the changes."""
+        file = self._file
+        return [
+            self._image.storage,
+            storage_of(os.fstat(file.fd), file.path, writable=not self.read_only),
+        ]
 
     def close(self) -> None:
         """Close both, with the changes on stable storage."""
