@@ -9,6 +9,7 @@ import stat
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -35,7 +36,7 @@ from xen_disk_py.backends.raw import RawBackend
 from xen_disk_py.datapath.durability import Durability
 from xen_disk_py.datapath.statistics import Statistics
 from xen_disk_py.errors import DeviceError, ImageError, UsageError
-from xen_disk_py.host import identity
+from xen_disk_py.host import identity, memory
 
 BLOCK = 4096
 SIZE = (1 << 20) + 512  # the last block is not whole
@@ -1176,3 +1177,24 @@ def test_it_is_opened_by_name(image, overlay):
     )
     assert os.path.exists(overlay), shown.stderr
     assert 0 == shown.returncode, shown.stdout
+
+
+def test_an_overlay_in_memory_takes_what_the_host_can_spare(image, monkeypatch, caplog):
+    """One in /dev/shm takes memory as a cow disk does."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
+        disks = []
+        monkeypatch.setattr(
+            memory, "room", lambda: (64 << 10) - sum(disk._file.used for disk in disks) * 4096
+        )
+        disks.append(OverlayBackend(image, overlay=f"{directory}/changes"))
+        for offset in range(0, 64 << 10, 4096):
+            write(disks[0], offset, b"x" * 4096)
+        with pytest.raises(OSError, match=r"the overlay is full \(64 KiB\)") as caught:
+            write(disks[0], 64 << 10, b"x" * 4096)
+        assert errno.ENOSPC == caught.value.errno
+        write(disks[0], 0, b"y" * 4096)
+        (line,) = caplog.messages
+        assert "the memory that this host can spare" in line
+        disks[0].discard(0, 8192)
+        write(disks[0], 64 << 10, b"x" * 4096)
+        disks[0].close()

@@ -17,9 +17,10 @@ from collections.abc import Sequence
 from typing import Callable
 
 from ...errors import DeviceError, UsageError
+from ...host import memory
 from ...units import format_size
 from .. import Backend
-from ..image import Image, cut
+from ..image import Image, cut, file_system
 from ..newfile import sync_directory
 from ..sharing import Storage, storage_of
 from .file import OverlayFile
@@ -75,6 +76,8 @@ class OverlayBackend(Backend):
         self.size = self._image.size
         self.sector_size = self._image.sector_size
         self.cow_limit = cow_limit
+        in_memory = file_system(self._file.fd) in ("tmpfs", "ramfs")
+        self._budget = memory.Budget(memory.room) if in_memory else None
         self._warned = False
 
     def read(self, buffers: Sequence[memoryview], offset: int) -> int:
@@ -140,17 +143,23 @@ class OverlayBackend(Backend):
 
     def _check_limit(self, fresh: int) -> None:
         limit = self.cow_limit
-        if limit is None or (self._file.used + fresh) * BLOCK <= limit:
-            return
+        if limit is not None and (self._file.used + fresh) * BLOCK > limit:
+            self._refuse(
+                f"the {format_size(limit)} that they may take: writes fail from now on; "
+                "connect with a larger --cow-limit, or commit them"
+            )
+        if self._budget is not None and not self._budget.take(fresh * BLOCK):
+            self._refuse(
+                "the memory that this host can spare, in which the overlay is: writes fail until "
+                "there is more"
+            )
+
+    def _refuse(self, what: str) -> None:
         if not self._warned:
             self._warned = True
-            log.warning(
-                "%s: the guest's changes fill the %s that they may take: writes fail from now on; "
-                "connect with a larger --cow-limit, or commit them",
-                self._file.path,
-                format_size(limit),
-            )
-        raise OSError(errno.ENOSPC, f"the overlay is full ({format_size(limit)})")
+            log.warning("%s: the guest's changes fill %s", self._file.path, what)
+        used = format_size(self._file.used * BLOCK)
+        raise OSError(errno.ENOSPC, f"the overlay is full ({used})")
 
     def flush(self) -> None:
         """``fdatasync``, and make sure of which blocks are allocated."""
