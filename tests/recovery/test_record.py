@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import pytest
+import storage
 
 from xen_disk_py.blkif import Ring
 from xen_disk_py.datapath import statistics
@@ -523,13 +524,25 @@ class TestFinding:
 class TestTrouble:
     def test_a_directory_that_cannot_be_made_names_the_remedy(self, tmp_path):
         (tmp_path / "file").touch()
-        with pytest.raises(XenUnavailable, match=r"cannot write .*5-51728: .*; run as root"):
+        with pytest.raises(XenUnavailable, match=r"cannot write .*5-51728: Not a directory: see"):
             Record(str(tmp_path / "file" / "run"), ADDRESS)
 
     def test_a_file_that_cannot_be_made_names_the_remedy(self, directory):
         path_in(directory).mkdir(parents=True)
-        with pytest.raises(XenUnavailable, match="Is a directory; run as root"):
+        with pytest.raises(XenUnavailable, match="Is a directory: see whether"):
             Record(directory, ADDRESS)
+
+    def test_a_full_file_system_is_said_and_no_empty_file_is_left(self, tmp_path):
+        with contextlib.ExitStack() as stack:
+            run = storage.small_file_system(tmp_path, stack, "16k")
+            said = r"No space left on device: make room there \(df -h .*/tmpfs/records\)"
+            with pytest.raises(XenUnavailable, match=said):
+                Record(str(run / "records"), ADDRESS)
+            assert [] == os.listdir(run / "records")
+            (run / "other").write_bytes(bytes(12 << 10))
+            with pytest.raises(XenUnavailable, match="make room there"):
+                Record(str(run / "records"), ADDRESS)
+            assert [] == os.listdir(run / "records")
 
     def test_where_no_file_can_be_locked_none_stays_open(self, directory, monkeypatch):
         def fail(descriptor, how):

@@ -123,6 +123,18 @@ def _claim(path: str, flags: int) -> int | None:
     return None
 
 
+def _unavailable(path: str, error: OSError) -> XenUnavailable:
+    """Say why a record cannot be made, and what to do."""
+    remedy = {
+        errno.EACCES: "run as root",
+        errno.EPERM: "run as root",
+        errno.EROFS: "run as root, on a host whose /run can be written",
+        errno.ENOSPC: f"make room there (df -h {os.path.dirname(path)})",
+        errno.EDQUOT: f"make room there (df -h {os.path.dirname(path)})",
+    }.get(error.errno or 0, "see whether that is a directory of root's")
+    return XenUnavailable(f"cannot write {path}: {error.strerror}: {remedy}")
+
+
 class Record(Closing):
     """The record of a disk that this process serves; held open and locked until closed.
 
@@ -157,7 +169,7 @@ class Record(Closing):
             sweep(directory)
             fd = _claim(path, os.O_RDWR | os.O_CREAT)
         except OSError as error:
-            raise XenUnavailable(f"cannot write {path}: {error.strerror}; run as root") from error
+            raise _unavailable(path, error) from error
         if fd is None:
             raise DeviceTaken(
                 f"another process serves device {address.devid} of that guest "
@@ -170,8 +182,11 @@ class Record(Closing):
             os.ftruncate(fd, 0)
             os.posix_fallocate(fd, 0, size)  # not sparse: a full /run is an error now, not later
             self._open(fd, path, size)
-        except BaseException:
+        except BaseException as error:
+            _unlink(fd, path)  # what is empty says nothing to anybody
             os.close(fd)
+            if isinstance(error, OSError):
+                raise _unavailable(path, error) from error
             raise
 
     @classmethod
