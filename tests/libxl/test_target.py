@@ -39,6 +39,12 @@ def test_what_is_meant(text, expected):
     assert expected == arguments(f"aio:{text}")
 
 
+def test_a_vhd():
+    assert ["--path=/d.vhd", "--format=vhd"] == arguments("vhd:/d.vhd")
+    words = arguments("vhd:/d.vhd,option.parents=/images")
+    assert ["--path=/d.vhd", "--format=vhd", "--option=parents=/images"] == words
+
+
 def test_every_option_is_one_of_connect():
     from xen_disk_py.commands.arguments import build_parser
 
@@ -66,7 +72,7 @@ def test_every_option_is_one_of_connect():
 @pytest.mark.parametrize(
     ("params", "said"),
     [
-        ("vhd:/d.vhd", "'vhd' images are not served: write format=raw"),
+        ("vhd:/d.vhd,format=raw", "format is given twice"),
         ("", "write format=raw"),
         ("aio:", "give an absolute path"),
         ("aio:disk.raw", "give an absolute path"),

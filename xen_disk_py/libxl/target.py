@@ -8,8 +8,8 @@
     /srv/mydisk.py,option.colour=blue,indirect-segments=32
 
 libxl hands the text to the backend as it stands, behind the format and a colon (``params`` is
-``aio:…`` for ``format=raw``); nothing in it is escaped, so a comma always ends the path. The
-options are those of ``connect``.
+``aio:…`` for ``format=raw``, ``vhd:…`` for ``format=vhd``); nothing in it is escaped, so a comma
+always ends the path. The options are those of ``connect``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from __future__ import annotations
 from ..backends.loader import choose, is_file
 from ..errors import UsageError
 
-_RAW = "aio:"  # what libxl makes of format=raw (libxl__device_disk_string_of_format)
+# What libxl makes of format=raw and format=vhd (libxl__device_disk_string_of_format)
+_FORMATS = {"aio": None, "vhd": "vhd"}
 _OPTIONS = (
     "backend",
     "cow-limit",
@@ -44,14 +45,16 @@ def arguments(params: str) -> list[str]:
     Raises:
         UsageError: it is none of ours; the message says what to write instead.
     """
-    if not params.startswith(_RAW):
+    name, _, text = params.partition(":")
+    if name not in _FORMATS:
         raise UsageError(
-            f"{params.partition(':')[0]!r} images are not served: write format=raw in the disk line"
+            f"{name!r} images are not served: write format=raw or format=vhd in the disk line"
         )
-    path, *items = params[len(_RAW) :].split(",")
+    path, *items = text.split(",")
     if not path.startswith("/") and is_file(path):
         raise UsageError(f"target={path}: give an absolute path, such as target=/images/disk.raw")
-    given: dict[str, str] = {}
+    image_format = _FORMATS[name]
+    given = {} if image_format is None else {"format": image_format}
     own: list[str] = []
     for item in items:
         key, equals, value = item.partition("=")

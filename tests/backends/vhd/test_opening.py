@@ -233,7 +233,7 @@ def test_the_padding_of_the_bat_is_not_looked_at(tmp_path):
 # -- anything at all -------------------------------------------------------------------------
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     changes=st.lists(
         st.tuples(
@@ -291,7 +291,7 @@ def test_any_header_is_read_or_refused(tmp_path, changes, kind, is_summed, lengt
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 256 * KIB
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
 @given(content=st.binary(max_size=5000))
 def test_any_file_is_read_or_refused(tmp_path, content):
     path = tmp_path / "a.vhd"
