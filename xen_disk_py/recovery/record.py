@@ -345,8 +345,9 @@ def find(directory: str, address: Address) -> Found | None:
         facts = (
             _parse(DoubleBuffer(memoryview(bytearray(data[:_FACTS])))) if len(data) == _HEAD else {}
         )
-        # A sweep has the lock for a moment: that is not the process that serves.
-        tries = _TRIES
+        # A sweep has the lock for a moment: that is not the process that serves. One that has not
+        # said yet what it serves is.
+        tries = _TRIES if facts else 0
         while alive and tries and not is_process(facts.get("pid"), facts.get("process_started")):
             tries -= 1
             time.sleep(_PAUSE)
