@@ -12,6 +12,7 @@ import stat
 import struct
 import subprocess
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ from xen_disk_py.backends.vhd import VhdBackend
 from xen_disk_py.cli import main
 from xen_disk_py.commands.environment import Environment
 from xen_disk_py.exit_status import ExitStatus
+from xen_disk_py.host import identity
 
 SIZE = (4 << 20) + 512
 ROOT = Path(__file__).parents[2]
@@ -411,6 +413,22 @@ def test_what_was_written_into_the_image_after_a_killed_commit_stays(small):
     assert (small.image, 4096) == small.commit()
     assert b"later" + small.merged[5:] == Path(small.image).read_bytes()
     assert not os.path.exists(small.overlay)
+
+
+def test_another_file_with_the_inode_of_a_killed_commit_has_no_changes(small, monkeypatch):
+    """Where the file system knows of a file no more than that."""
+    monkeypatch.setattr(identity, "_of_file", lambda fd: [])
+    child = os.fork()
+    if not child:
+        NewFile.put = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+        small.commit()
+    os.waitpid(child, 0)
+    with OverlayFile.open(small.overlay, writable=True) as file:
+        inode = os.stat(small.image).st_ino
+        noted = replace(file.header.commit, image={**file.header.commit.image, "inode": inode})
+        file.note(noted)
+    assert (small.image, 4096) == small.commit()
+    assert small.merged == Path(small.image).read_bytes()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

@@ -23,7 +23,7 @@ def image(tmp_path):
 
 @pytest.fixture
 def overlay(image, tmp_path):
-    """An overlay with three runs."""
+    """An overlay with three extents."""
     path = str(tmp_path / "changes")
     disk = OverlayBackend(image, overlay=path)
     for offset, length in ((512, 512), (8192, 65536), (1 << 20, 512)):
@@ -42,7 +42,7 @@ def diff():
     return diff
 
 
-def test_a_line_for_each_run(diff, image, overlay):
+def test_a_line_for_each_extent(diff, image, overlay):
     status, out, err = diff(overlay)
     assert (ExitStatus.OK, "0 4096\n8192 65536\n1048576 512\n") == (status, out)
     assert f"{image}: 68.5 KiB of 1 MiB changed\n" == err

@@ -497,6 +497,36 @@ def test_what_a_failed_flush_left_behind_is_not_trusted(opened, thin, image):
     assert b"f" * BLOCK + Path(image).read_bytes()[BLOCK:] == read(disk, 0, SIZE)
 
 
+def test_what_a_process_before_had_not_flushed_cannot_be_written_again(opened, thin, image):
+    file = str(thin.directory / "changes")
+    disk = opened(file=file)
+    disk.flush()
+    thin.fill()
+    write(disk, 0, b"x" * (1 << 20))
+    kill(disk)
+    disk = opened(file=file)  # takes over
+    for _ in range(3):
+        with pytest.raises(OSError):  # noqa: PT011 - whichever error the storage has
+            disk.flush()
+        thin.make_room()
+        thin.fill()
+    thin.make_room()
+    with pytest.raises(OSError, match="an earlier flush failed"):
+        disk.flush()
+    disk.close()
+    storage.drop(file)
+    assert Path(image).read_bytes() == read(opened(file=file), 0, SIZE)
+
+
+def test_a_flush_of_several_threads_is_good_for_none_if_it_failed(opened, thin):
+    disk = opened(file=str(thin.directory / "changes"))
+    thin.fill()
+    write(disk, 0, b"x" * (1 << 20))
+    with ThreadPoolExecutor(4) as pool:
+        flushes = [pool.submit(disk.flush) for _ in range(8)]
+    assert [True] * 8 == [isinstance(flush.exception(), OSError) for flush in flushes]
+
+
 def test_what_is_written_again_after_a_failed_flush_is_flushed(opened, thin, image):
     """Also what was not the guest's: the rest of blocks of which it wrote a part."""
     file = str(thin.directory / "changes")

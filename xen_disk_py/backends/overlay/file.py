@@ -216,6 +216,7 @@ class OverlayFile(Closing):
             OSError: it cannot be written.
         """
         self._image = image
+        self._unflushed.inherited = True
         now = replace(Header.of(image, Epoch.of(self.fd)), sector_size=self.header.sector_size)
         if not self._is_live:
             if self._changed:

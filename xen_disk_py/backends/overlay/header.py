@@ -6,7 +6,7 @@ import json
 import os
 import stat
 import struct
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from ...errors import ImageError
 from ...host.identity import Identity, difference, identity_of_descriptor, is_known
@@ -30,11 +30,18 @@ class Commit:
 
     Attributes:
         image: what identifies that file.
+        modified: when it was written last, in nanoseconds since 1970.
         keep: the overlay is to be emptied then, not removed.
     """
 
     image: Identity
+    modified: int
     keep: bool
+
+    @classmethod
+    def of(cls, fd: int, *, keep: bool) -> Commit:
+        """Describe the file that is about to take the image's name."""
+        return cls(identity_of_descriptor(fd), _modified(fd), keep)
 
 
 @dataclass(frozen=True)
@@ -151,7 +158,7 @@ class Header:
             "image": self.image,
         }
         if self.commit is not None:
-            more["commit"] = {"image": self.commit.image, "keep": self.commit.keep}
+            more["commit"] = asdict(self.commit)
         fields = (VERSION, BLOCK, self.size, self.sector_size, self.epoch.boot.encode())
         page = _FIELDS.pack(OVERLAY, *fields, *self.numbers, self.modified, len(path)) + path
         page += b"\0" + json.dumps(more).encode()
@@ -203,14 +210,19 @@ class Header:
     def was_committed(self, image: Image) -> bool:
         """Whether a commit was noted, and this image is the one that it has made.
 
-        What was written into that image since does not matter: it has the changes.
+        What was written into that image since does not matter: it has the changes. But where the
+        file system tells of a file no more than its inode, which may be used again, it does.
         """
         if self.commit is None:
             return False
         before = dict(self.commit.image)
         if boot_id() != self.epoch.boot:
             before.pop("device", None)
-        return difference(before, identity_of_descriptor(image.fd)) is None
+        now = identity_of_descriptor(image.fd)
+        known = bool({"born", "handle"} & before.keys() & now.keys())
+        return difference(before, now) is None and (
+            known or _modified(image.fd) == self.commit.modified
+        )
 
     def check(self, image: Image, name: str) -> None:
         """See that the overlay ``name`` was made for this image as it is now.
@@ -279,7 +291,7 @@ def _parse_commit(found: object) -> Commit | None:
         return None
     if not isinstance(found, dict):
         raise TypeError
-    return Commit(_parse_identity(found["image"]), bool(found["keep"]))
+    return Commit(_parse_identity(found["image"]), int(found["modified"]), bool(found["keep"]))
 
 
 def _parse_identity(found: object) -> Identity:

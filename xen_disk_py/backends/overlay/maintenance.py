@@ -19,7 +19,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import Callable
 
 from ...errors import ImageError, UsageError
-from ...host.identity import identity_of_descriptor
 from ...units import format_size
 from ..image import Image, lock
 from ..newfile import NewFile, sync_directory
@@ -96,7 +95,7 @@ def _replace_image(
         _take_after(new.fd, image.fd, path)
         os.fsync(new.fd)
         with _uninterrupted():
-            file.note(Commit(identity_of_descriptor(new.fd), keep))
+            file.note(Commit.of(new.fd, keep=keep))
             try:
                 new.put(path, replacing=True)
             except BaseException:

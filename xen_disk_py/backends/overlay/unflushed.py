@@ -23,6 +23,8 @@ class Unflushed:
 
     Attributes:
         failed: a flush failed, and no later one was good.
+        inherited: a process before this one may have written something that no flush has covered;
+            nobody knows what.
     """
 
     def __init__(self, blocks: int, make_map: Map) -> None:
@@ -36,6 +38,8 @@ class Unflushed:
         self._copied: dict[int, int] = {}  # of blocks, the sectors that are copies of the image's
         self._copied_flushing: dict[int, int] = {}
         self.failed = False
+        self.inherited = False
+        self._lost_for_good = False
 
     @property
     def is_empty(self) -> bool:
@@ -99,11 +103,12 @@ class Unflushed:
         """End it: all that is on storage."""
         self._flushing = {}
         self._copied_flushing = {}
-        self.failed = False
+        self.failed = self.inherited = False
 
     def fail(self) -> None:
         """End it: neither that is known to be on storage, nor what was written meanwhile."""
         self.failed = True
+        self._lost_for_good |= self.inherited
         if self._lost is None:
             self._lost = self._make_map()
         # Of a sector that was written meanwhile the image's is no longer wanted.
@@ -137,9 +142,9 @@ class Unflushed:
 
     @property
     def is_lost(self) -> bool:
-        """Whether something was not written again that a flush which failed did not cover."""
-        if self._lost is None:
-            return False
+        """Whether something was not written again that a flush which failed was to cover."""
+        if self._lost is None or self._lost_for_good:
+            return self._lost_for_good
         left = {page for page in self._lost_pages if any(self._page(self._lost, page))}
         self._lost_pages = left
         return bool(left)
