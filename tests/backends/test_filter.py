@@ -12,7 +12,7 @@ from xen_disk_py.backends import Backend
 from xen_disk_py.backends.conformance import BackendConformance
 from xen_disk_py.backends.filter import Filter, do_all
 from xen_disk_py.backends.loader import open_backend
-from xen_disk_py.errors import BackendError, UsageError
+from xen_disk_py.errors import BackendError, ImageError, UsageError
 
 ODD = (3 << 19) + 512
 ROOT = Path(__file__).parents[2]
@@ -210,7 +210,11 @@ def test_filters_of_a_file_are_put_over_a_disk_in_their_order(mine):
 @pytest.mark.parametrize(
     ("text", "kind", "said"),
     [
-        ("nothing", UsageError, "there is no filter nothing: use one of delay, error, log, or a"),
+        (
+            "nothing",
+            UsageError,
+            "no filter nothing: use one of corrupt, delay, error, log, ",
+        ),
         ("", UsageError, "write it as NAME"),
         ("delay:", UsageError, "write it as NAME"),
         ("delay:read", UsageError, "write it as NAME"),
@@ -226,6 +230,16 @@ def test_filters_of_a_file_are_put_over_a_disk_in_their_order(mine):
         ("error:errno=errorcode", UsageError, "there is no such error"),
         ("error:range=1M", UsageError, "range=1M"),
         ("error:range=2M-1M", UsageError, "write it as START-END"),
+        ("corrupt", UsageError, "corrupt needs rate=…"),
+        ("corrupt:rate=1,operations=flush", UsageError, "is none of read, write, read[+]write"),
+        ("rate", UsageError, "rate needs bytes=… or requests=…"),
+        ("rate:bytes=1M,burst=x", UsageError, "'x' is not a time"),
+        ("protect:range=5", UsageError, "range=5"),
+        ("offset:start=1", UsageError, "start=1 is not a multiple of the disk's sectors"),
+        ("offset:start=1M", UsageError, "0 bytes at 1048576 are not in a disk of 1048576"),
+        ("offset:start=512K,size=1M", UsageError, "are not in a disk"),
+        ("partition", UsageError, "partition needs number=…"),
+        ("partition:number=1", ImageError, "no partition table"),
         ("log", UsageError, "log needs file=…"),
         ("log:file=/no/such/place", UsageError, "No such file or directory"),
         ("log:file=/dev/null,format=xml", UsageError, "'xml' is none of text, json"),

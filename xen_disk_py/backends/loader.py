@@ -37,7 +37,16 @@ _OURS = {
     "vhd": "VhdBackend",
 }
 _FILE = re.compile(r"(?P<file>.+\.py)(?::(?P<name>\w+))?")
-_FILTERS = {"delay": "Delay", "error": "Error", "log": "Log"}
+_FILTERS = {
+    "corrupt": "Corrupt",
+    "delay": "Delay",
+    "error": "Error",
+    "log": "Log",
+    "offset": "Offset",
+    "partition": "Partition",
+    "protect": "Protect",
+    "rate": "Rate",
+}
 _FILTER = re.compile(
     r"(?P<name>(?P<file>[^=]+?\.py)(?::(?P<cls>\w+))?|\w+)(?::(?P<options>\w+=.*))?", re.DOTALL
 )

@@ -159,8 +159,8 @@ def _add_disk_arguments(parser: _Parser) -> argparse._ArgumentGroup:
         action="append",
         default=[],
         metavar="NAME[:KEY=VALUE,...]",
-        help="change how the disk behaves: delay, error, log or FILE.py; may be given several "
-        "times, the first next to the image",
+        help="change how the disk behaves: delay, error, rate, log and others, or FILE.py; may be "
+        "given several times, the first next to the image",
     )
     disk.add_argument(
         "--force",

@@ -48,6 +48,12 @@ class Delay(Filter):
         # Many wait here at once; below, as many are at work as the source lets in.
         self._inside = threading.Semaphore(max(1, source.threads))
 
+        if source.threads > 1:  # what waits for nothing is passed on as it is
+            if not self._bounds["read"][1]:
+                self.read_nowait = source.read_nowait  # type: ignore[method-assign]  # this object
+            if not self._bounds["write"][1]:
+                self.write_nowait = source.write_nowait  # type: ignore[method-assign]  # as above
+
     def _wait(self, operation: str) -> None:
         least, most = self._bounds[operation]
         if most:

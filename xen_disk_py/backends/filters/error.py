@@ -14,9 +14,9 @@ import threading
 from collections.abc import Sequence
 
 from ...errors import UsageError
-from ...units import parse_size
 from .. import Backend
 from ..filter import Filter
+from .ranges import parse_ranges, touches
 
 _OPERATIONS = ("read", "write", "flush", "discard")
 
@@ -30,7 +30,8 @@ class Error(Filter):
         every: that each so many-th fails, in place of ``rate``.
         operations: which may fail: some of read, write, flush and discard, with + between them.
         errno: the error's name, such as ``EIO``.
-        range: which bytes of the disk, as ``1M-2M``; flushes are in none, and do not fail then.
+        range: only requests that touch these bytes: ``1M-2M``, several with + between them; a flush
+            touches none.
         armed: only while there is a file of this name.
         sticky: once one has failed, all of these fail.
         seed: draws the same failures again.
@@ -61,21 +62,19 @@ class Error(Filter):
         if number is None or not errno.startswith("E"):
             raise UsageError(f"--filter error: errno={errno}: there is no such error; EIO is one")
         self._number: int = number
-        self._range = _range(range) if range else None
+        self._ranges = parse_ranges("error", range) if range else None
         self._rate, self._every, self._armed, self._sticky = rate, every, armed, sticky
         self._count = 0
         self._has_failed = False
         self._dice = random.Random(seed)
         self._lock = threading.Lock()
 
-    def _try(self, operation: str, offset: int = -1, length: int = 0) -> None:
+    def _try(self, operation: str, offset: int = 0, length: int = 0) -> None:
         """Raise if this request is to fail."""
         if operation not in self._operations:
             return
-        if self._range is not None:
-            start, end = self._range
-            if offset < 0 or offset >= end or offset + length <= start:
-                return
+        if self._ranges is not None and not touches(self._ranges, offset, length):
+            return
         if self._armed and not os.path.exists(self._armed):
             return
         with self._lock:
@@ -113,14 +112,3 @@ class Error(Filter):
         """Discard, or fail."""
         self._try("discard", offset, length)
         self.source.discard_securely(offset, length)
-
-
-def _range(text: str) -> tuple[int, int]:
-    start, dash, end = text.partition("-")
-    try:
-        bounds = parse_size(start), parse_size(end)
-    except UsageError as error:
-        raise UsageError(f"--filter error: range={text}: {error}") from None
-    if not dash or bounds[0] >= bounds[1]:
-        raise UsageError(f"--filter error: range={text}: write it as START-END, such as 1M-2M")
-    return bounds

@@ -1,0 +1,107 @@
+"""``rate``: so many bytes and requests a second, as ``virsh blkdeviotune`` has it.
+
+``--filter rate:bytes=10M,requests=200`` for reads and writes together. What was not used is saved
+up for a burst of one second, or as long as ``burst`` says.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+
+from ...errors import UsageError
+from ...units import parse_duration
+from .. import Backend
+from ..filter import Filter, do_all
+
+
+class Bucket:
+    """Tells how long to wait for a share of so much a second.
+
+    Args:
+        speed: units a second.
+        burst: seconds for which what is not used is saved up.
+    """
+
+    def __init__(self, speed: float, burst: float) -> None:
+        self._speed = speed
+        self._burst = burst
+        self._paid_until = float("-inf")  # by the clock, what was given out lasts until then
+
+    def delay(self, amount: float, now: float) -> float:
+        """Give out ``amount``; return how many seconds to wait for it."""
+        start = max(self._paid_until, now - self._burst)
+        self._paid_until = start + amount / self._speed
+        return max(0.0, self._paid_until - now)
+
+
+class Rate(Filter):
+    """Slows reads and writes down.
+
+    Args:
+        source: the disk below.
+        bytes: a second; 0: any.
+        requests: a second; 0: any.
+        burst: for how long what was not used is saved up: ``1s``.
+    """
+
+    threads = 64
+
+    def __init__(
+        self,
+        source: Backend,
+        *,
+        bytes: int = 0,  # noqa: A002 - as the user writes it
+        requests: int = 0,
+        burst: str = "1s",
+    ) -> None:
+        super().__init__(source)
+        try:
+            seconds = parse_duration(burst)
+        except UsageError as error:
+            raise UsageError(f"--filter rate: burst={burst}: {error}") from None
+        if not bytes and not requests:
+            raise UsageError("--filter rate needs bytes=… or requests=…")
+        self._bytes = Bucket(bytes, seconds) if bytes else None
+        self._requests = Bucket(requests, seconds) if requests else None
+        self._lock = threading.Lock()
+        self._inside = threading.Semaphore(max(1, source.threads))
+
+    def _wait(self, length: int) -> None:
+        now = time.monotonic()
+        with self._lock:
+            waits = [
+                bucket.delay(amount, now)
+                for bucket, amount in ((self._bytes, length), (self._requests, 1))
+                if bucket is not None
+            ]
+        if max(waits) > 0:
+            time.sleep(max(waits))
+
+    def read(self, buffers: Sequence[memoryview], offset: int) -> int:
+        """Wait for its share, then read."""
+        self._wait(sum(map(len, buffers)))
+        with self._inside:
+            return do_all(self.source.read, buffers, offset)
+
+    def write(self, buffers: Sequence[memoryview], offset: int) -> int:
+        """Wait for its share, then write."""
+        self._wait(sum(map(len, buffers)))
+        with self._inside:
+            return do_all(self.source.write, buffers, offset)
+
+    def flush(self) -> None:
+        """Flush, when the source lets another in."""
+        with self._inside:
+            self.source.flush()
+
+    def discard(self, offset: int, length: int) -> None:
+        """Discard, when the source lets another in."""
+        with self._inside:
+            self.source.discard(offset, length)
+
+    def discard_securely(self, offset: int, length: int) -> None:
+        """Discard, when the source lets another in."""
+        with self._inside:
+            self.source.discard_securely(offset, length)
