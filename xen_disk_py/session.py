@@ -306,7 +306,7 @@ class Session:
             waits.append(TICK)
         watchdog = self._watchdog.interval
         if watchdog is not None:
-            if self._device.busy < watchdog:
+            if self._device.stalled_for < watchdog:
                 self._watchdog.ping()
             elif not self._is_stuck_said:
                 self._is_stuck_said = True

@@ -16,6 +16,7 @@ import pytest
 from long_run import repeat
 
 from xen_disk_py.backends import Backend
+from xen_disk_py.backends.asynchronous import Asynchronous
 from xen_disk_py.blkif import (
     ARM,
     DISCARD,
@@ -1776,6 +1777,7 @@ def test_answers_are_published_amid_a_batch(host, monkeypatch):
     assert (7, 7) == (counters["requests"], counters["reads"])
 
 
+@pytest.mark.usefixtures("clock")
 def test_a_few_answers_wait_while_there_is_more_to_do(host):
     """The guest is notified once for them; no answer waits for a request that never comes."""
     seen = []
@@ -2215,24 +2217,24 @@ def test_a_backend_that_hangs_is_seen(host, threads, operation):
     backend.threads = threads
     line = host.line(backend)
     ref = host.share().refs[0]
-    assert 0 == line.queue.busy
+    assert 0 == line.queue.stalled_for
     line.ask(one(0, READ, 1, ref))
-    host.until(lambda: line.queue.busy == 0)
+    host.until(lambda: line.queue.stalled_for == 0)
     backend.shut(0)
     line.put(one(1, operation, 0, ref))
     line.kick()
     backend.wait_for(2)
-    before = line.queue.busy
-    host.until(lambda: line.queue.busy > before + 0.02)
+    before = line.queue.stalled_for
+    host.until(lambda: line.queue.stalled_for > before + 0.02)
     if threads > 1:  # nor do others hide it
         line.put(one(2, READ, 1, ref))
         line.kick()
         if operation != WRITE_BARRIER:
             line.responses(1)
-        assert line.queue.busy > before + 0.02
+        assert line.queue.stalled_for > before + 0.02
     backend.open(0)
     line.responses(2 if threads > 1 and operation == WRITE_BARRIER else 1)
-    host.until(lambda: line.queue.busy == 0)
+    host.until(lambda: line.queue.stalled_for == 0)
 
 
 def test_a_barrier_that_waits_for_a_backend_that_hangs(host):
@@ -2242,10 +2244,10 @@ def test_a_barrier_that_waits_for_a_backend_that_hangs(host):
     backend.shut(0)
     line.put(one(0, WRITE, 0, refs[0]), one(1, WRITE_BARRIER, 1, refs[1]))
     line.kick()
-    host.until(lambda: line.queue.busy > 0.05)
+    host.until(lambda: line.queue.stalled_for > 0.05)
     backend.open(0)
     line.responses(2)
-    host.until(lambda: line.queue.busy == 0)
+    host.until(lambda: line.queue.stalled_for == 0)
 
 
 @pytest.mark.usefixtures("tried_once")
@@ -2257,9 +2259,9 @@ def test_what_is_held_does_not_hang(host, threads, operation):
     line.put(one(0, operation, 0, refs[0]))
     line.kick()
     host.until(lambda: counted(line, "held") == (1,))
-    host.until(lambda: line.queue.busy == 0)
+    host.until(lambda: line.queue.stalled_for == 0)
     time.sleep(0.01)
-    assert 0 == line.queue.busy
+    assert 0 == line.queue.stalled_for
     assert line.queue.stop(PATIENCE)
     line.responses(1)
 
@@ -2284,7 +2286,7 @@ def test_a_backend_that_hangs_when_it_is_tried_again(host, threads, operation):
     line.put(one(1, operation, 0, host.share().refs[0]))
     line.kick()
     backend.wait_for(1)
-    host.until(lambda: line.queue.busy > 0.05)
+    host.until(lambda: line.queue.stalled_for > 0.05)
     backend.open()
     line.responses(1)
 
@@ -2474,10 +2476,10 @@ def test_a_successor_that_hangs_is_seen(host, left, threads):
     left.note()
     queue = left.successor(Disk(backend))
     queue.start()
-    host.until(lambda: queue.busy > 0.05)
+    host.until(lambda: queue.stalled_for > 0.05)
     backend.open()
     left.answers(8)
-    host.until(lambda: queue.busy == 0)
+    host.until(lambda: queue.stalled_for == 0)
 
 
 @pytest.mark.usefixtures("hurry")
@@ -2505,3 +2507,260 @@ def test_a_journal_that_knows_of_more_than_was_asked_for(host, left, caplog):
     left.successor(Disk(host.memory(SIZE)), failures.append).start()
     host.until(lambda: "the guest's ring is not served any longer" in caplog.text)
     assert not failures
+
+
+# -- a slow disk ----------------------------------------------------------------------------
+
+
+class Clock:
+    """The time, of both clocks of a queue: it stands still but for :meth:`tick`."""
+
+    def __init__(self, monkeypatch):
+        self.now = self.coarse = 1000.0
+        monkeypatch.setattr(queue_module, "_clock", lambda: self.coarse)
+        monkeypatch.setattr(queue_module, "perf_counter", lambda: self.now)
+
+    def tick(self, seconds):
+        self.now += seconds
+        self.coarse += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    return Clock(monkeypatch)
+
+
+class Slow(Backend):
+    """A disk that takes half a second for each read or write, and notes what the guest knows.
+
+    Attributes:
+        answered: to be called when a request begins: how many are answered so far.
+        known: what it said, each time.
+        seconds: so many.
+    """
+
+    size = SIZE
+
+    def __init__(self, clock):
+        self.clock = clock
+        self.seconds = 0.5
+        self.answered = lambda: 0
+        self.known = []
+
+    def read(self, buffers, offset):
+        self.known.append(self.answered())
+        self.clock.tick(self.seconds)
+
+    write = read
+
+
+@every_way
+@pytest.mark.parametrize("pages", [1, 8])
+def test_a_slow_disk_answers_as_it_goes(host, clock, way, pages):
+    """Its guest need not wait for a whole batch, nor take the disk for dead."""
+    backend = Slow(clock)
+    line = host.line(backend, **way)
+    refs = host.share(16 * pages).refs
+    runs = [refs[start : start + pages] for start in range(0, len(refs), pages)]
+    # none goes on where another ended, so that each is a call of its own
+    requests = [whole(id_, READ, 8 * pages * (15 - id_), run) for id_, run in enumerate(runs)]
+    for speed in ("slow from the beginning", "and when all pages are known"):
+        first, backend.known[:] = line.ring._consumed, []
+        with line.pages.view[:16].cast("I") as indices:
+            backend.answered = lambda first=first, indices=indices: indices[2] - first
+            line.ask(*requests)
+        most = 1 if way is KEPT and pages == 8 else 0  # one waits to be joined with its neighbour
+        late = [number - known for number, known in enumerate(backend.known)]
+        assert max(late) <= most, speed
+
+
+def test_a_disk_that_becomes_slow(host, clock):
+    """The clock is not looked at for each request of a quick one."""
+    backend = Slow(clock)
+    line = host.line(backend, **KEPT)
+    refs = host.share(32).refs
+    requests = [whole(id_, READ, 8 * (31 - id_), [ref]) for id_, ref in enumerate(refs)]
+    backend.seconds = 0
+    for _ in range(4):
+        line.ask(*requests)
+    backend.seconds, backend.known[:] = 0.5, []
+    with line.pages.view[:16].cast("I") as indices:
+        first = line.ring._consumed
+        backend.answered = lambda: indices[2] - first
+        line.ask(*requests)
+    late = [number - known for number, known in enumerate(backend.known)]
+    assert max(late) <= 8
+    assert {0} == set(late[9:])
+
+
+def test_an_answer_left_from_a_batch_is_not_late(host, clock):
+    """A guest that has always one more request than are answered leaves few to publish."""
+    backend = Slow(clock)
+    line = host.line(backend, **KEPT)
+    refs = host.share(12).refs
+    rest = [whole(id_, READ, 16 * id_, [ref]) for id_, ref in enumerate(refs)]
+    with line.pages.view[:16].cast("I") as indices:
+
+        def answered():
+            if rest:
+                line.put(rest.pop(0))
+                line.ring.push()
+            return indices[2]
+
+        backend.answered = answered
+        line.put(rest.pop(0))
+        line.kick()
+        line.responses(12)
+    assert list(range(12)) == backend.known
+
+
+@pytest.mark.usefixtures("hurry")
+def test_a_slow_disk_answers_as_it_goes_when_it_works_again(host, clock):
+    backend = Slow(clock)
+    backend.answered, do = lambda: 0, backend.write
+    backend.write = lambda buffers, offset: (_ for _ in ()).throw(OSError(errno.EIO, "broken"))
+    line = host.line(Disk(backend, holds=True))
+    refs = host.share(6).refs
+    line.put(*(whole(id_, WRITE, 16 * id_, [ref]) for id_, ref in enumerate(refs)))
+    line.kick()
+    host.until(lambda: counted(line, "held") == (6,))
+    with line.pages.view[:16].cast("I") as indices:
+        backend.answered = lambda: indices[2]
+        line.disk._write = line.disk._write_first = do
+        while len(backend.known) < 6:
+            clock.tick(0.001)
+            time.sleep(0.001)
+        line.responses(6)
+    assert list(range(6)) == backend.known
+
+
+def test_a_successor_with_a_slow_disk_answers_as_it_goes(left, clock):
+    """Else a watchdog that kills it has the next one begin anew."""
+    backend = Slow(clock)
+    left.note()
+    with left.pages.view[:16].cast("I") as indices:
+        backend.answered = lambda: indices[2] - left.start & 0xFFFF_FFFF
+        noted = []
+
+        def write(buffers, offset):
+            Slow.read(backend, buffers, offset)
+            noted.append(Journal(left.memory).recall(left.shape, 112).requests)
+
+        backend.write = write
+        left.successor(Disk(backend)).start()
+        left.answers(8)
+    # those that had been done were published at once, but not noted anew
+    assert [2, 3, 4, 5, 6, 7] == backend.known
+    slots = left.slots
+    assert [slots[at] for at in (1, 3, 4)] == noted[1]
+    assert [slots[at] for at in (3, 4)] == noted[2]
+
+
+def test_a_barrier_of_which_a_successor_learns_does_not_hide_what_comes_after_it(host, left):
+    """What it publishes before the barrier tells the next successor of all the others."""
+    barrier = X86_64.encode(whole(1, WRITE_BARRIER, 8, [left.data.refs[1]])).ljust(112, b"\0")
+    left.slots[1] = barrier
+    left.note()
+    backend = Gate()
+    backend.shut(8)
+    left.successor(Disk(backend)).start()
+    backend.wait_for(2)  # a write that came before it, then the barrier
+    noted = Journal(left.memory).recall(left.shape, 112)
+    try:
+        assert [left.slots[id_] for id_ in (1, 3, 4)] == noted.requests
+        assert left.start + 3 & 0xFFFF_FFFF == noted.start + len(noted.responses) & 0xFFFF_FFFF
+    finally:
+        backend.open()
+    left.answers(8)
+
+
+@every_way
+def test_each_answer_counts_as_progress_though_it_is_not_published(host, clock, way):
+    backend = Gate()
+    backend.threads = 1
+    line = host.line(backend, **way)
+    refs = host.share(4).refs
+    requests = [whole(id_, READ, 16 * id_, [ref]) for id_, ref in enumerate(refs)]
+    line.ask(*requests)
+    host.until(lambda: line.queue.stalled_for == 0)
+    for sector in (0, 16, 32, 48):
+        backend.shut(sector)
+    line.put(*requests)
+    line.kick()
+    for number, sector in enumerate((0, 16, 32, 48)):
+        backend.wait_for(4 + number + 1)
+        assert 0 == line.queue.stalled_for
+        clock.now += 50  # by the other clock no time passes
+        assert 50 == line.queue.stalled_for
+        backend.open(sector)
+    line.responses(4)
+    host.until(lambda: line.queue.stalled_for == 0)
+
+
+def test_what_waits_for_a_thread_is_not_under_way(host, clock):
+    backend = Gate()
+    backend.threads = 2
+    line = host.line(backend)
+    refs = host.share(4).refs
+    for number in range(4):
+        backend.shut(16 * number)
+    line.put(*(whole(id_, READ, 16 * id_, [ref]) for id_, ref in enumerate(refs)))
+    line.kick()
+    backend.wait_for(2)
+    host.until(lambda: counted(line, "in_flight") == (4,))
+    for number in (0, 1):
+        backend.open(16 * number)
+        backend.wait_for(3 + number)
+        host.until(lambda number=number: len(line.queue._unanswered) == 3 - number)
+        clock.tick(50)
+    assert 100 == line.queue.stalled_for  # the third, which began before the second had ended
+    backend.open(32)
+    host.until(lambda: line.queue.stalled_for == 50)
+    backend.open(48)
+    line.responses(4)
+    assert 0 == line.queue.stalled_for
+
+
+class Many(Asynchronous):
+    """Begins requests, and ends those that it is told to, by their offsets."""
+
+    def __init__(self):
+        super().__init__()
+        self.begun = {}
+
+    def _begin(self, request):
+        self.begun[request.offset] = request
+
+    def _progress(self):
+        self._told()
+
+    def end(self, offset):
+        with self._lock:
+            self._end(self.begun.pop(offset), None)
+            self._tell()
+
+
+def test_an_asynchronous_backend_may_have_requests_wait_for_others(host, clock):
+    """Its oldest counts, from when it is that: a server does one after the other."""
+    backend = Backend()
+    backend.size, backend.threads = SIZE, 1
+    backend.asynchronous = many = Many()
+    host._stack.callback(many.close)
+    line = host.line(backend)
+    refs = host.share(3).refs
+    line.put(*(whole(id_, READ, 8 * id_, [ref]) for id_, ref in enumerate(refs)))
+    line.kick()
+    host.until(lambda: len(many.begun) == 3)
+    assert 0 == line.queue.stalled_for
+    clock.tick(50)
+    assert 50 == line.queue.stalled_for
+    many.end(0)
+    line.responses(1)
+    assert 0 == line.queue.stalled_for
+    clock.tick(50)
+    many.end(2 * 4096)  # not the oldest: that one may be lost
+    line.responses(1)
+    assert 50 == line.queue.stalled_for
+    many.end(4096)
+    line.responses(1)
+    assert 0 == line.queue.stalled_for

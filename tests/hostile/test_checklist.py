@@ -701,6 +701,9 @@ class Full(CowBackend):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return super().write(buffers, offset)
 
+    def write_nowait(self, buffers, offset):
+        return 0 if self.full else super().write_nowait(buffers, offset)
+
 
 def test_changes_beyond_the_limit_are_errors_for_the_guest(host, wire, tmp_path):
     """So is a full file system; the disk lives on, and what was there can be written again."""

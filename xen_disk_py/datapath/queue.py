@@ -28,10 +28,11 @@ import os
 import select
 import threading
 import traceback
+from collections import deque
 from collections.abc import Sequence
 from functools import partial
 from math import inf
-from time import perf_counter
+from time import clock_gettime, perf_counter
 from typing import Callable, NamedTuple
 
 from ..blkif import (
@@ -72,11 +73,17 @@ MAX_IN_FLIGHT = 64 << 20
 _JOINED = 32 << 10  # bytes of requests that are worth joining to one call
 _RUN = 1 << 20  # bytes that one call moves at most
 _PUBLISH = 256 << 10  # bytes moved until responses are published, amid a batch
+_LATE = 0.005  # seconds that a response waits for others, and then for the request under way
+_LOOK = 8  # requests until the clock is looked at, of a disk that is quick
 _FEW = 4  # responses: fewer wait while there is more to do, since each notification costs much
 _CROWDED = 20  # times as long as a look takes: if one took so long, others want the processor
 _FLOOD = 16  # wake-ups in a row that find nothing, before the next is put off
 _CALM = 10  # milliseconds that it is put off
 _PAUSES = 0.1, 5.0  # seconds before what is held is tried again: at first, and at most
+
+# CLOCK_MONOTONIC_COARSE: some milliseconds coarse, and never a system call, which any other clock
+# is on a paravirtualised dom0
+_clock = partial(clock_gettime, 6)
 
 
 class Options(NamedTuple):
@@ -99,8 +106,14 @@ class _Begun:
         self.slot = slot
         self.request = request
         self.loan = loan
-        self.since = inf  # when the storage was given it
+        self.since = inf  # when somebody began to do it
         self.was_held = False
+
+
+def _timed(begun: _Begun, call: Callable[[], int]) -> int:
+    """Do a call in a thread, and note when that began."""
+    begun.since = perf_counter()
+    return call()
 
 
 class _Run:
@@ -207,14 +220,17 @@ class Queue:
             self._ring = BackRing(self._mapping.view, abi.slot_size, hypervisor.fence)
             undo.callback(self._ring.close)
             self._journal = journal if journal is not None else Journal()
-            self._left = self._recall(ring)
-            if self._left is None:
+            left = self._recall(ring)
+            if left is None:
                 self._journal.begin(ring, abi.slot_size)
+            self._resumes = left is not None
+            self._left = deque(left or ())  # to do again, and not begun yet
             self._channel: EventChannel = undo.enter_context(
                 hypervisor.bind_interdomain(domid, ring.event_channel)
             )
             workers = max(1, disk.backend.threads // sharers)
-            self._workers: Workers[_Begun] = undo.enter_context(Workers(workers))
+            complain = partial(disk.say, logging.WARNING)
+            self._workers: Workers[_Begun] = undo.enter_context(Workers(workers, complain))
             self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
             undo.pop_all()
         self._with_backend = 0  # requests that an asynchronous backend has begun
@@ -227,8 +243,12 @@ class Queue:
         self._now = 0.0  # the time then, as we know it
         self._is_amid = False  # requests are being done here
         self._moves = 0  # grows with each batch, and each time that responses are published
-        self._seen: int | None = None  # of these, by whoever asks whether we are busy
+        self._seen: tuple[int, int] | None = None  # by whoever asks for how long nothing moved
         self._seen_at = 0.0
+        self._oldest: tuple[int, float] | None = None  # the same, of an asynchronous disk
+        self._oldest_at = 0.0
+        self._looked_at = _clock()  # when last published for being late, by the coarse clock
+        self._look = 1  # requests until the clock is looked at
         self._spurious = 0  # wake-ups since there was something to do
         self._pace = Pace()
         self._stopping = False
@@ -247,19 +267,28 @@ class Queue:
         self._thread.start()
 
     @property
-    def busy(self) -> float:
+    def stalled_for(self) -> float:
         """For how many seconds a request has been under way and nothing moved; 0 if none is.
 
-        To be asked now and then, from one other thread: what is done in the queue's own thread
-        counts from the first time that it is seen there. Nothing that is held counts: it is the
-        storage that takes its time.
+        To be asked now and then, from one other thread. A request counts from when somebody
+        began to do it, not while it waits for a thread or for a retry. An asynchronous backend
+        may have it wait for others: there the oldest counts, from the first time that it is seen
+        to be that. What is done in the queue's own thread counts from the first time that it is
+        seen there, and each answer is a new beginning.
         """
         now = perf_counter()
-        seen = self._moves if self._is_amid else None
+        seen = (self._moves, len(self._ring.unpublished)) if self._is_amid else None
         if seen is None or seen != self._seen:
             self._seen, self._seen_at = seen, now
-        since = [self._seen_at, *(begun.since for begun in list(self._unanswered.values()))]
-        return max(0.0, now - min(since))
+        begun = [each for each in list(self._unanswered.values()) if each.since < inf]
+        if self._many is None:
+            since = min([each.since for each in begun], default=now)
+        else:
+            oldest = (id(begun[0]), begun[0].since) if begun else None
+            if oldest is None or oldest != self._oldest:
+                self._oldest, self._oldest_at = oldest, now
+            since = self._oldest_at
+        return max(0.0, now - min(since, self._seen_at))
 
     def ask_to_stop(self) -> None:
         """Have the thread come to its end; :meth:`stop` waits for that."""
@@ -334,8 +363,8 @@ class Queue:
         sleeper = select.poll()
         for descriptor in (self._channel.fileno(), *self._ends(), self._wake_read):
             sleeper.register(descriptor, select.POLLIN)
-        if self._left is not None:
-            self._resume(self._left)
+        if self._resumes:
+            self._resume()
         while not self._stopping:
             finished = self._is_any_elsewhere and self._end_finished()
             if self._held and perf_counter() >= self._retry_at:
@@ -355,12 +384,15 @@ class Queue:
                 self._sleep(sleeper)
         self._publish()
 
-    def _resume(self, requests: Sequence[bytes]) -> None:
-        """Do again what another has not answered; reads, writes and flushes can be repeated."""
-        words = self._statistics.words
-        words[count.IN_FLIGHT] = len(requests)
-        for slot in requests:
-            self._begin(slot, None, waits=False)
+    def _resume(self) -> None:
+        """Do what another has not answered; reads, writes and flushes can be repeated."""
+        left, words = self._left, self._statistics.words
+        words[count.IN_FLIGHT] = len(left)
+        while left:
+            if left[0][0] == WRITE_BARRIER:
+                self._drain()  # as long as the journal has it among those that are not begun
+            self._begin(left.popleft(), None, waits=False)
+            self._publish_if_late()
         self._publish()
         words[count.IN_FLIGHT] = len(self._unanswered)
         self._channel.notify()  # it may have been killed before it did
@@ -385,12 +417,16 @@ class Queue:
         # Looked at after that: whoever makes the disk smaller waits for what is in flight.
         capacity, misaligned, read_only = disk.sectors, disk.alignment - 1, disk.read_only
         reads = writes = bytes_read = bytes_written = unpublished = 0
+        look_at = self._look * size
         at = -size
         for operation, segments, wide, id_, sector, page in abi.heads(slots):
             at += size
             if unpublished >= _PUBLISH:
                 unpublished = 0
                 self._publish()
+            elif at >= look_at and ring.unpublished:  # before each request, if the disk is slow
+                self._look = 1 if self._publish_if_late() else min(2 * self._look, _LOOK)
+                look_at = at + self._look * size
             descriptors = plan = None
             if operation <= WRITE:
                 if segments <= MAX_SEGMENTS:
@@ -434,10 +470,13 @@ class Queue:
             if joined:
                 unpublished += self._do_run()
             self._begin(slots[at : at + size], descriptors, waits=plan is not None)
+            self._publish_if_late()  # it may have taken its time
         if joined:
             self._do_run()
         if len(ring.unpublished) >= _FEW or not ring.has_requests:
             self._publish()
+        else:
+            self._publish_if_late()
         statistics.count_batch(requests)
         words[count.READS] += reads
         words[count.BYTES_READ] += bytes_read
@@ -473,6 +512,7 @@ class Queue:
             run.buffers.clear()
             for _, _, slot, descriptors in requests:
                 self._begin(slot, descriptors, waits=status is None)
+                self._publish_if_late()
         run.clear()
         return length
 
@@ -482,11 +522,26 @@ class Queue:
         if responses:
             self._statistics.words[count.REQUESTS] += len(responses)
             begun = self._unanswered
-            waiting = [each.slot for each in begun.values()] if begun else ()
+            waiting: Sequence[bytes] = ()
+            if begun or self._left:
+                waiting = [*(each.slot for each in begun.values()), *self._left]
             self._journal.note(ring.published, responses, waiting)
             self._moves += 1
             if ring.push():
                 self._channel.notify()
+
+    def _publish_if_late(self) -> bool:
+        """Publish if that was not done for the time's sake lately; tell if so.
+
+        A disk may be slow. One that is quick publishes once too often in so many milliseconds,
+        and looks at the clock no oftener than that.
+        """
+        now = _clock()
+        if now - self._looked_at < _LATE:
+            return False
+        self._looked_at = now
+        self._publish()
+        return True
 
     # -- one request -------------------------------------------------------------------
 
@@ -531,7 +586,8 @@ class Queue:
             return None
         if not self._is_concurrent or request.operation == WRITE_BARRIER:
             return call()
-        self._workers.submit(call, begun)
+        begun.since = inf  # until there is a thread for it
+        self._workers.submit(partial(_timed, begun, call), begun)
         return None
 
     def _judge(self, slot: bytes, descriptors: bytes | None) -> _Begun | None:
@@ -622,6 +678,7 @@ class Queue:
             status = RETRY if self._stopping else self._do(begun)
             if status is not None:
                 self._end(begun, status)
+                self._publish_if_late()
             if self._held:  # no better than before: spare the storage the others
                 self._held += held
                 break
@@ -665,7 +722,8 @@ class Queue:
             if self._spurious > _FLOOD:
                 # Nothing but events: the port stays masked for a while (XSA-332).
                 calm = select.poll()
-                calm.register(self._wake_read, select.POLLIN)
+                for descriptor in (*self._ends(), self._wake_read):
+                    calm.register(descriptor, select.POLLIN)
                 calm.poll(_CALM)
             self._channel.acknowledge()
 
@@ -707,7 +765,9 @@ class Queue:
         """
         ring, abi = self._ring, self._abi
         try:
-            slots = ring.take()
+            self._publish()  # what was done, whatever the ring has shown since
+            slots = b"".join(self._left) + ring.take()
+            self._left.clear()
             for at in range(0, len(slots), abi.slot_size):
                 request = abi.decode(slots[at : at + abi.slot_size], self._max_indirect_segments)
                 ring.respond(encode_response(request.id, request.operation, ERROR))

@@ -20,12 +20,21 @@ Token = TypeVar("Token")
 class Workers(Closing, Generic[Token]):
     """At most ``limit`` threads, started when there is something to do.
 
+    Where the system gives no thread (``pids.max``, ``ulimit -u``), those that there are do all;
+    if there are none, whoever submits a call does it.
+
+    Args:
+        limit: how many threads.
+        complain: called once, with a line for the log, when the system gives no thread.
+
     Attributes:
         unfinished: calls that were submitted and not collected yet.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, complain: Callable[[str], None] = lambda _: None) -> None:
         self.unfinished = 0
+        self._complain = complain
+        self._has_complained = False
         self._limit = limit
         self._calls: SimpleQueue[tuple[Callable[[], int], Token] | None] = SimpleQueue()
         self._results: deque[tuple[Token, int]] = deque()
@@ -45,9 +54,25 @@ class Workers(Closing, Generic[Token]):
         self.unfinished += 1
         self._calls.put((call, token))
         if len(self._threads) < min(self._limit, self.unfinished):
-            thread = threading.Thread(target=self._work, name="worker", daemon=True)
-            self._threads.append(thread)
+            self._start_one()
+        if not self._threads:
+            self._calls.put(None)
+            self._work()
+
+    def _start_one(self) -> None:
+        thread = threading.Thread(target=self._work, name="worker", daemon=True)
+        try:
             thread.start()
+        except RuntimeError as error:
+            if not self._has_complained:
+                self._has_complained = True
+                there_are = len(self._threads) or "the queue's own, one request at a time,"
+                self._complain(
+                    f"no thread to be had ({error}): {there_are} will do; "
+                    "raise ulimit -u, or pids.max of the cgroup (TasksMax= of the unit)"
+                )
+        else:
+            self._threads.append(thread)
 
     def collect(self) -> list[tuple[Token, int]]:
         """Return what has come to an end; does not wait."""

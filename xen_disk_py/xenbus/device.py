@@ -107,9 +107,9 @@ class Device:
         )
 
     @property
-    def busy(self) -> float:
-        """Seconds that the oldest request has been under way; those queued for retry are not."""
-        return max((queue.busy for queue in self._queues), default=0.0)
+    def stalled_for(self) -> float:
+        """Seconds that a request has been under way and nothing moved; 0 if none is."""
+        return max((queue.stalled_for for queue in self._queues), default=0.0)
 
     def keys(self) -> dict[str, str]:
         """What the backend itself publishes in its directory, its first state included."""
