@@ -209,9 +209,10 @@ def vhd(bench: Bench) -> None:
         if shutil.which("qemu-nbd") and shutil.which("fio"):
             copy = shutil.copyfile(whole, bench.directory / "copy.vhd")
             peers["qemu-nbd, fio"] = stack.enter_context(nbdkit.served_by_qemu(str(copy), "vpc"))
-        for label in ("1 MiB", "4 KiB"):
-            size = SIZES[label]
-            for way, operation in OPERATIONS.items():
+        # Writes last: they bring all into the leaf.
+        for way, operation in OPERATIONS.items():
+            for label in ("1 MiB", "4 KiB") if operation == READ else ("4 KiB", "1 MiB"):
+                size = SIZES[label]
                 loops = {name: prepared(disk, operation, size, 32) for name, disk in disks.items()}
                 for name, peer in peers.items():
                     loops[name] = peer.fio(operation, size, 32)

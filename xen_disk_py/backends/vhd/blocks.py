@@ -41,6 +41,7 @@ _ROOM = 32 << 20  # bytes that the file grows by, in whole blocks
 _CACHE = 32 << 20  # bytes that bitmaps may take
 _MOST_SLACK = 1 << 20  # bytes looked at to see whether the end of a file is free
 _ONE, _ZERO = b"1", b"0"  # of a bitmap in memory, a byte for each sector
+_SET = _ONE[0]
 
 _ABSENT = -1
 _UNKNOWN = -2
@@ -105,7 +106,19 @@ class BlockLayer:
         length = len(buffers[0]) if len(buffers) == 1 else sum(map(len, buffers))
         inside = offset & self._mask
         if inside + length <= self._block_size and len(buffers) <= IOV_MAX:
-            place = self._whole[offset >> self._shift]
+            # Nearly always in one file: found without a generator, which takes 1 µs a layer.
+            block = offset >> self._shift
+            place = self._whole[block]
+            if not place:
+                bitmap = self._bitmaps.get(block)
+                if bitmap is not None:
+                    first = inside // SECTOR
+                    last = first + length // SECTOR
+                    if bitmap[first] == _SET:
+                        if bitmap.find(_ZERO, first, last) < 0:
+                            place = self._bat[block] * SECTOR + self._bitmap_size
+                    elif bitmap.find(_ONE, first, last) < 0:
+                        place = _ABSENT
             if place > 0 and self._nowait is not None:
                 try:
                     return os.preadv(self.fd, buffers, place + inside, self._nowait)
@@ -182,7 +195,7 @@ class BlockLayer:
                 data = self._data(block)
                 at, last = (start - base) // SECTOR, (end - base) // SECTOR
                 while at < last:
-                    is_here = bitmap[at] == _ONE[0]
+                    is_here = bitmap[at] == _SET
                     after = bitmap.find(_ZERO if is_here else _ONE, at, last)
                     after = last if after < 0 else after
                     yield (
