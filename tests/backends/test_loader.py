@@ -144,7 +144,7 @@ def test_an_entry_point(monkeypatch):
     assert "broken cannot be imported" in error_of(BackendError, "broken")
     message = error_of(UsageError, "nonsense")
     assert "there is no backend nonsense" in message
-    assert "broken, cow, discard, memory, mmap, nbd, overlay, raw, rbd, vhd" in message
+    assert "broken, cow, discard, memory, mmap, nbd, overlay, qemu, raw, rbd, vhd" in message
 
 
 def test_no_entry_points_at_all():

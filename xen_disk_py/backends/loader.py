@@ -32,10 +32,14 @@ _OURS = {
     "mmap": "MmapBackend",
     "nbd": "NbdBackend",
     "overlay": "OverlayBackend",
+    "qemu": "QemuBackend",
     "raw": "RawBackend",
     "rbd": "RbdBackend",
     "vhd": "VhdBackend",
 }
+QEMU_FORMATS = ("qcow2", "vhdx", "vmdk", "vdi")
+"""Formats that are left to a ``qemu-nbd`` of our own."""
+_MODULES = {"qemu": "nbd.qemu"}  # where a backend is not in the module of its name
 _FILE = re.compile(r"(?P<file>.+\.py)(?::(?P<name>\w+))?")
 _FILTERS = {
     "corrupt": "Corrupt",
@@ -303,7 +307,7 @@ def find_class(name: str) -> tuple[type[Backend], str]:
         BackendError: it cannot be loaded.
     """
     if name in _OURS:
-        module = importlib.import_module(f"{__package__}.{name}")
+        module = importlib.import_module(f"{__package__}.{_MODULES.get(name, name)}")
         return _checked(getattr(module, _OURS[name]), name), f"the {name} backend"
     file = _FILE.fullmatch(name)
     if file is not None:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from .. import __version__
+from ..backends.loader import QEMU_FORMATS
 from ..errors import UsageError
 from ..units import parse_size
 
@@ -130,9 +131,9 @@ def _add_disk_arguments(parser: _Parser) -> argparse._ArgumentGroup:
     disk = parser.add_argument_group("the disk")
     disk.add_argument(
         "--format",
-        choices=("raw", "vhd"),
-        help="what the image is: raw, the bytes of the disk, or a VHD, in which writes stay "
-        "(default: raw)",
+        choices=("raw", "vhd", *QEMU_FORMATS),
+        help="what the image is: raw, the bytes of the disk, or a VHD or one of QEMU's formats, in "
+        "which writes stay (default: raw)",
     )
     disk.add_argument(
         "--cow-limit",

@@ -6,7 +6,7 @@ import argparse
 import os
 
 from ..backends import Backend
-from ..backends.loader import choose, open_backend, parse_options
+from ..backends.loader import QEMU_FORMATS, choose, open_backend, parse_options
 from ..errors import UsageError
 
 
@@ -68,18 +68,28 @@ def _apply_format(args: argparse.Namespace) -> None:
         return
     if args.format != "raw" and args.path is None:
         raise UsageError(f"--format {args.format} needs --path: name the file")
-    if args.backend is not None and (args.backend == "vhd") != (args.format == "vhd"):
+    reads = "qemu" if args.format in QEMU_FORMATS else args.format
+    fits = args.backend not in ("vhd", "qemu") if reads == "raw" else args.backend == reads
+    if args.backend is not None and not fits:
         raise UsageError(
             f"--backend {args.backend} does not read --format {args.format}: leave out one of them"
         )
     if args.format == "raw":
         return
+    if args.overlay is not None and args.format in QEMU_FORMATS:
+        raise UsageError(
+            f"--overlay {args.overlay}: QEMU keeps changes itself: make them a file of their own "
+            f"(qemu-img create -f qcow2 -b {args.path} -F {args.format} FILE), and serve that"
+        )
     if args.overlay is not None:
         raise UsageError(
             f"--overlay {args.overlay}: the changes to a VHD are kept in a VHD: give that a name "
             "that ends in .vhd"
         )
     args.backend = args.format
+    if args.format in QEMU_FORMATS:
+        args.backend = "qemu"
+        args.option = [f"format={args.format}", *args.option]
 
 
 def _complete(args: argparse.Namespace) -> None:

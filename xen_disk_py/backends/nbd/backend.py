@@ -24,7 +24,7 @@ class NbdBackend(Backend):
 
     Args:
         path: a URI, as libnbd takes it, or ``[ COMMAND … ]``: a server that is started with its
-            socket, as systemd would, and ends with the disk.
+            socket, as systemd would, and ends with the disk. A list is such a command, too.
         read_only: refuse writes; the server need not be read-only.
         sector_size: the logical sector in bytes; by default 512, or the server's smallest request.
         connections: how many to have at most. A server must say that several are one disk.
@@ -39,18 +39,18 @@ class NbdBackend(Backend):
 
     def __init__(
         self,
-        path: str,
+        path: str | list[str],
         *,
         read_only: bool = False,
         sector_size: int | None = None,
         connections: int = 4,
     ) -> None:
-        self._name = path
-        where = _where(path)
+        self._name = path if isinstance(path, str) else shlex.join(path)
+        where = _where(path) if isinstance(path, str) else path
         try:
             self._client = Client(lambda: Connection(where), max(1, connections))
         except XenDiskError as error:
-            raise type(error)(f"{path}: {error}") from error
+            raise type(error)(f"{self._name}: {error}") from error
         self.asynchronous = self._client
         export = self._client.export
         try:

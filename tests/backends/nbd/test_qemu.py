@@ -1,0 +1,116 @@
+"""Images of QEMU's formats, by a qemu-nbd of our own; what other tools read in them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import threading
+
+import pytest
+
+from backends.blocks import read, write
+from xen_disk_py.backends import StorageError
+from xen_disk_py.backends.conformance import BackendConformance
+from xen_disk_py.backends.loader import QEMU_FORMATS
+from xen_disk_py.backends.nbd.qemu import QemuBackend
+from xen_disk_py.errors import BackendError, ImageError, UsageError
+
+MIB = 1 << 20
+pytestmark = pytest.mark.skipif(
+    shutil.which("qemu-nbd") is None or shutil.which("qemu-img") is None,
+    reason="needs qemu-nbd and qemu-img",
+)
+
+
+def make(path, format_, size="8M"):
+    subprocess.run(["qemu-img", "create", "-q", "-f", format_, str(path), size], check=True)
+    return str(path)
+
+
+class TestContract(BackendConformance):
+    @pytest.fixture(autouse=True)
+    def _image(self, tmp_path):
+        self.path = make(tmp_path / "disk.qcow2", "qcow2")
+
+    def open_disk(self, tmp_path):
+        return QemuBackend(self.path, "qcow2")
+
+
+@pytest.mark.parametrize("format_", QEMU_FORMATS)
+def test_qemu_reads_what_was_written(format_, tmp_path):
+    path = make(tmp_path / "disk", format_)
+    disk = QemuBackend(path, format_)
+    expected = bytearray(8 * MIB)
+    for number, offset in enumerate(range(0, 8 * MIB, 700 << 10)):
+        data = bytes([number + 1]) * 8192
+        write(disk, offset, data)
+        expected[offset : offset + len(data)] = data
+    disk.flush()
+    disk.close()
+    raw = tmp_path / "raw"
+    convert = ["qemu-img", "convert", "-f", format_, "-O", "raw", path, str(raw)]
+    subprocess.run(convert, check=True)
+    assert expected == raw.read_bytes()
+
+
+def children():
+    """The qemu-nbd processes that we have started."""
+    found = []
+    with open(f"/proc/self/task/{os.getpid()}/children") as file:
+        for pid in map(int, file.read().split()):
+            with open(f"/proc/{pid}/comm") as name:
+                if name.read() == "qemu-nbd\n":
+                    found.append(pid)
+    return found
+
+
+def test_another_takes_the_place_of_one_that_was_killed(tmp_path):
+    path = make(tmp_path / "disk", "qcow2")
+    disk = QemuBackend(path, "qcow2")
+    write(disk, 0, b"a" * 4096)
+    (child,) = children()
+    os.kill(child, signal.SIGKILL)
+    pause = threading.Event()
+    for _ in range(3000):
+        try:
+            write(disk, MIB, b"b" * 4096)
+            disk.flush()
+        except StorageError:
+            pause.wait(0.01)
+        else:
+            break
+    assert b"a" * 4096 == read(disk, 0, 4096)
+    disk.close()
+    again = QemuBackend(path, "qcow2", read_only=True)
+    assert (b"a" * 4096, b"b" * 4096) == (read(again, 0, 4096), read(again, MIB, 4096))
+    again.close()
+    assert [] == children()
+
+
+def test_the_format_is_not_guessed(tmp_path):
+    path = make(tmp_path / "disk", "vmdk")
+    before = (tmp_path / "disk").read_bytes()
+    with pytest.raises(BackendError, match="does not serve it as qcow2") as caught:
+        QemuBackend(path, "qcow2")
+    assert "\n" not in str(caught.value)
+    assert before == (tmp_path / "disk").read_bytes()
+
+
+def test_an_image_that_qemu_uses_already(tmp_path):
+    path = make(tmp_path / "disk", "qcow2")
+    disk = QemuBackend(path, "qcow2")
+    with pytest.raises(BackendError, match="does not serve it"):
+        QemuBackend(path, "qcow2")
+    disk.close()
+
+
+def test_what_cannot_be_served(tmp_path, monkeypatch):
+    with pytest.raises(ImageError, match="no such file"):
+        QemuBackend(str(tmp_path / "missing"), "qcow2")
+    with pytest.raises(UsageError, match="one of qcow2"):
+        QemuBackend(str(tmp_path), "raw")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(BackendError, match="install qemu-utils"):
+        QemuBackend(str(tmp_path), "qcow2")
