@@ -564,7 +564,7 @@ class TestTrouble:
 
         with monkeypatch.context() as patch:
             patch.setattr(os, "ftruncate", fail)
-            with pytest.raises(OSError, match="No space"):
+            with pytest.raises(XenUnavailable, match="No space"):
                 Record(directory, ADDRESS)
         with Record(directory, ADDRESS):
             assert find(directory, ADDRESS).alive
