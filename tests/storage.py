@@ -57,7 +57,7 @@ def _mount(stack: ExitStack, directory: Path, *arguments: str) -> None:
     stack.callback(subprocess.run, ["umount", "--lazy", str(directory)], check=True)
 
 
-def _loop(stack: ExitStack, file: Path) -> str:
+def loop(stack: ExitStack, file: Path) -> str:
     device = run("losetup", "--find", "--show", str(file))
     stack.callback(subprocess.run, ["losetup", "--detach", device], check=True)
     return device
@@ -102,7 +102,7 @@ def full_device(tmp_path: Path, stack: ExitStack) -> FullDevice:
     with open(backing / "disk", "wb") as file:
         file.truncate(64 << 20)
     run("mkfs.ext4", "-q", "-F", "-O", "^has_journal", "-b", "4096", str(backing / "disk"))
-    _mount(stack, directory, "-o", "errors=continue", _loop(stack, backing / "disk"))
+    _mount(stack, directory, "-o", "errors=continue", loop(stack, backing / "disk"))
     return FullDevice(directory, backing)
 
 
@@ -111,7 +111,7 @@ def cloning_file_system(tmp_path: Path, stack: ExitStack) -> Path:
     with open(tmp_path / "cloning", "wb") as file:
         file.truncate(512 << 20)
     run("mkfs.xfs", "-q", "-m", "reflink=1", str(tmp_path / "cloning"))
-    _mount(stack, tmp_path / "xfs", _loop(stack, tmp_path / "cloning"))
+    _mount(stack, tmp_path / "xfs", loop(stack, tmp_path / "cloning"))
     return tmp_path / "xfs"
 
 
@@ -148,6 +148,6 @@ def file_system(tmp_path: Path, stack: ExitStack) -> FileSystem:
     with open(tmp_path / "file-system", "wb") as file:
         file.truncate(64 << 20)
     run("mkfs.ext4", "-q", "-F", str(tmp_path / "file-system"))
-    device = _loop(stack, tmp_path / "file-system")
+    device = loop(stack, tmp_path / "file-system")
     _mount(stack, directory, device)
     return FileSystem(directory, device, stack)

@@ -29,6 +29,7 @@ from xen_disk_py.backends.overlay.file import OverlayFile
 from xen_disk_py.backends.vhd import VhdBackend
 from xen_disk_py.cli import main
 from xen_disk_py.commands.environment import Environment
+from xen_disk_py.errors import ImageError
 from xen_disk_py.exit_status import ExitStatus
 from xen_disk_py.host import identity
 
@@ -408,6 +409,8 @@ def test_what_was_written_into_the_image_after_a_killed_commit_stays(small):
         maintenance._finish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
         small.commit()
     os.waitpid(child, 0)
+    with pytest.raises(ImageError, match="its changes were committed to"):
+        maintenance.export(small.overlay, "/new", force=False, progress=lambda *_: None)
     with open(small.image, "r+b") as file:
         file.write(b"later")
     assert (small.image, 4096) == small.commit()

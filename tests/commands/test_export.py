@@ -8,13 +8,14 @@ import io
 import json
 import os
 import shutil
+import signal
 import stat
 import subprocess
 
 import pytest
 import storage
 
-from xen_disk_py.backends import qemu_img
+from xen_disk_py.backends import newfile, qemu_img
 from xen_disk_py.backends.image import Image
 from xen_disk_py.backends.overlay import maintenance
 from xen_disk_py.backends.overlay.backend import OverlayBackend
@@ -199,6 +200,44 @@ def test_other_formats(export, files, new, tmp_path, output_format):
     words = ["-f", "raw", "-F", output_format, str(tmp_path / "expected"), str(new)]
     subprocess.run(["qemu-img", "compare", *words], check=True, capture_output=True)
     assert 0o600 == stat.S_IMODE(os.stat(new).st_mode)
+
+
+@pytest.mark.parametrize("words", [[], ["--output-format", "qcow2"]])
+def test_a_raw_image(files, new, words):
+    if words and shutil.which("qemu-img") is None:
+        pytest.skip("needs qemu-img")
+    env = Environment(stdout=io.StringIO(), stderr=io.StringIO(), stdin=None)
+    command = ["export", str(files[0]), str(new), *words]
+    assert ExitStatus.ERROR is main(command, env)
+    assert "not an overlay" in env.stderr.getvalue()
+    assert ExitStatus.OK is main([*command, "--format", "raw"], env)
+    form = words[1] if words else "raw"
+    names = ["-f", "raw", "-F", form, str(files[0]), str(new)]
+    if words:
+        subprocess.run(["qemu-img", "compare", *names], check=True, capture_output=True)
+    else:
+        assert files[0].read_bytes() == new.read_bytes()
+        assert os.stat(new).st_blocks <= os.stat(files[0]).st_blocks
+
+
+def test_a_block_device(tmp_path, new):
+    whole = tmp_path / "loop.img"
+    whole.write_bytes(b"first" * 13107 + b"s")
+    env = Environment(stdout=io.StringIO(), stderr=io.StringIO(), stdin=None)
+    with contextlib.ExitStack() as stack:
+        device = storage.loop(stack, whole)
+        assert ExitStatus.OK is main(["export", device, str(new), "--format", "raw"], env)
+    assert whole.read_bytes() == new.read_bytes()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("tmpfile", [True, False])
+def test_every_signal_to_end_leaves_nothing(export, new, monkeypatch, number, tmpfile):
+    if not tmpfile:
+        monkeypatch.setattr(newfile.os, "O_TMPFILE", os.O_DIRECTORY)  # no such thing
+    monkeypatch.setattr(maintenance, "_copy", lambda *_: os.kill(os.getpid(), number))
+    assert ExitStatus.INTERRUPTED is export()[0]
+    assert not new.exists()
 
 
 def test_without_qemu_img(export, new, monkeypatch):

@@ -266,13 +266,25 @@ def _add_overlay_commands(commands: argparse._SubParsersAction[_Parser]) -> None
     export = commands.add_parser(
         "export",
         help="make a new image from an overlay and its image",
-        description="Make NEW, a sparse image of what a guest would read from OVERLAY. OVERLAY and "
-        "its image are not changed. Only the owner can read NEW (mode 0600).",
+        description="Make NEW, a sparse image of what a guest would read from SOURCE: an overlay "
+        "and its image, a VHD and its parents, or a raw image. They are not changed. A guest may "
+        "be using an overlay meanwhile; NEW is the disk as it was at one instant. Only the owner "
+        "can read NEW (mode 0600).",
     )
-    _add_overlay_argument(export)
+    export.add_argument(
+        "overlay",
+        metavar="SOURCE",
+        type=_name,
+        help="a file made by connect --overlay, a VHD, or another image",
+    )
     export.add_argument("new", metavar="NEW", type=_name, help="the image to make")
     _add_vhd_argument(export)
     _add_image_argument(export)
+    export.add_argument(
+        "--format",
+        choices=("overlay", "vhd", "raw"),
+        help="what SOURCE is (default: vhd if its name ends in .vhd, else overlay)",
+    )
     export.add_argument(
         "--output-format",
         choices=("raw", "qcow2", "vhdx", "vdi"),

@@ -1,11 +1,10 @@
-"""``export``: make a new image of an overlay and its image, or of a VHD and its parents."""
+"""``export``: make a new image of an overlay, a VHD or a raw image, and of what is below it."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
-from typing import Callable
 
 from ..backends import qemu_img
 from ..backends.overlay import maintenance
@@ -26,7 +25,13 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
     orphans.check_files(env.record_directory, args.overlay, writable=False)
     with ProgressLine(env, "copying the image", quiet=args.quiet) as progress, interruptible():
         convert = _converter(args.output_format, progress)
-        if is_vhd(args.overlay):
+        if args.format == "raw":
+            if args.path is not None or args.option:
+                raise UsageError("--path and --option are not for a raw image: leave them out")
+            size = maintenance.export_image(
+                args.overlay, args.new, force=args.force, progress=progress, convert=convert
+            )
+        elif args.format == "vhd" or (args.format is None and is_vhd(args.overlay)):
             if args.path is not None:
                 raise UsageError("--path is not for a VHD, which finds its parent itself")
             directories = directories_from(args.option)
@@ -57,9 +62,7 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
     return ExitStatus.OK
 
 
-def _converter(
-    output_format: str, progress: maintenance.Progress
-) -> Callable[[int, int], None] | None:
+def _converter(output_format: str, progress: maintenance.Progress) -> maintenance.Convert | None:
     """Return what makes the new image of a raw one; None: that is the new image."""
     if output_format == "raw":
         return None

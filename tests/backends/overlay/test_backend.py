@@ -594,7 +594,12 @@ def test_blocks_that_were_discarded_need_not_be_written_again(opened, thin, imag
         disk.flush()
     thin.make_room()
     disk.discard(0, 1 << 20)
-    disk.flush()
+    for _ in range(3):  # of the file system's own data another error may come
+        with contextlib.suppress(OSError):
+            disk.flush()
+            break
+    else:
+        pytest.fail("no flush succeeds")
     assert Path(image).read_bytes() == read(disk, 0, SIZE)
 
 

@@ -230,6 +230,11 @@ class Header:
         Raises:
             ImageError: it was not; the message says what to do.
         """
+        if self.was_committed(image):
+            raise ImageError(
+                f"{name}: its changes were committed to {self.shown_path}, and are there; to "
+                f"finish that: xen-disk commit {name}"
+            )
         found = self.differences(image)
         if not found:
             return

@@ -14,7 +14,7 @@ import os
 import signal
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Callable
 
@@ -36,6 +36,9 @@ _FICLONE = 0x40049409  # linux/fs.h
 
 Progress = Callable[[int, int], None]
 """Is told how many bytes are done, and of how many."""
+
+Convert = Callable[[int, int], None]
+"""Is given a raw image and an empty file, both open, and makes the latter of the former."""
 
 
 def allocated_extents(file: OverlayFile) -> list[tuple[int, int]]:
@@ -132,7 +135,7 @@ def export(
     force: bool,
     progress: Progress,
     path: str | None = None,
-    convert: Callable[[int, int], None] | None = None,
+    convert: Convert | None = None,
 ) -> int:
     """Make a new image of an overlay and its image, which other disks may be using.
 
@@ -154,7 +157,6 @@ def export(
         UsageError: there is a file, or something that is never replaced.
         ImageError: it cannot be done, and nothing has changed.
     """
-    new = os.path.realpath(new) if force else os.path.abspath(new)
     with ExitStack() as stack:
         file = stack.enter_context(OverlayFile.open(overlay, writable=False, alone=None))
         image = stack.enter_context(
@@ -165,17 +167,46 @@ def export(
             )
         )
         file.header.check(image, overlay)
-        stack.enter_context(replaceable(new, force, file.fd, image.fd))
-        raw = stack.enter_context(new_image(new, image.size))
-        _merge_consistently(file, image, raw, progress)
-        if convert is None:
-            made = raw
-        else:
-            made = stack.enter_context(new_image(new, image.size))
+        sources = (file.fd, image.fd)
+        with _exported(new, image.size, sources, force=force, convert=convert) as raw:
+            _merge_consistently(file, image, raw, progress)
+        return image.size
+
+
+def export_image(
+    image: str,
+    new: str,
+    *,
+    force: bool,
+    progress: Progress,
+    convert: Convert | None = None,
+) -> int:
+    """Make a new image of an image or block device, which no disk may be writing to.
+
+    Args and errors are those of :func:`export`.
+    """
+    with Image.open(image, writable=False) as source:
+        with _exported(new, source.size, (source.fd,), force=force, convert=convert) as raw:
+            os.ftruncate(raw.fd, source.size)
+            _copy_extent(source.fd, 0, raw.fd, 0, source.size, source.size, progress)
+        return source.size
+
+
+@contextmanager
+def _exported(
+    new: str, size: int, sources: Sequence[int], *, force: bool, convert: Convert | None
+) -> Iterator[NewFile]:
+    """Make a file to be filled with a raw image; what comes of that gets its name at the end."""
+    new = os.path.realpath(new) if force else os.path.abspath(new)
+    with ExitStack() as stack:
+        stack.enter_context(replaceable(new, force, *sources))
+        raw = made = stack.enter_context(new_image(new, size))
+        yield raw
+        if convert is not None:
+            made = stack.enter_context(new_image(new, size))
             convert(raw.fd, made.fd)
         os.fsync(made.fd)
         made.put(new, replacing=force)
-        return image.size
 
 
 def rebase(overlay: str, image: str, *, force: bool, progress: Progress) -> None:
@@ -384,11 +415,19 @@ def _merge(file: OverlayFile, image: Image, fd: int, progress: Progress) -> None
     os.ftruncate(fd, image.size)
     for start, stop, here in file.extents(0, image.size):
         source, shift = (file.fd, file.data) if here else (image.fd, 0)
-        for first, last in data_extents(source, start + shift, stop + shift):
-            for at in range(first, last, _CHUNK):
-                _copy(source, at, fd, at - shift, min(_CHUNK, last - at))
-                progress(at - shift, image.size)
-        progress(stop, image.size)
+        _copy_extent(source, start + shift, fd, start, stop - start, image.size, progress)
+
+
+def _copy_extent(
+    source: int, at: int, fd: int, to: int, length: int, total: int, progress: Progress
+) -> None:
+    """Copy what is no hole of an extent; ``total``: of the whole disk, in bytes."""
+    shift = at - to
+    for first, last in data_extents(source, at, at + length):
+        for start in range(first, last, _CHUNK):
+            _copy(source, start, fd, start - shift, min(_CHUNK, last - start))
+            progress(start - shift, total)
+    progress(to + length, total)
 
 
 def _copy(source: int, at: int, target: int, to: int, length: int) -> None:
