@@ -179,7 +179,7 @@ def test_changes_kept_in_a_vhd(demo, tmp_path, image, parent):
         (["--overlay", "/none.vhd"], "there is no such file yet"),
         (["--overlay", "a.vhd", "--path", "x", "--backend", "raw"], "does not keep changes"),
         (["--overlay", "a.vhd", "--path", "x", "--cow-limit", "1M"], "takes no --cow-limit"),
-        (["--format", "qcow2", "--path", "x"], "invalid choice"),
+        (["--format", "bochs", "--path", "x"], "invalid choice"),
     ],
 )
 def test_formats_that_do_not_fit(demo, words, text):
