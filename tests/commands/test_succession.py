@@ -40,18 +40,18 @@ class Disk(Backend):
     size = 1 << 20
     survives = True
 
-    def __init__(self, *, folder):
-        self.folder = folder
+    def __init__(self, *, directory):
+        self.directory = directory
 
     def read(self, buffers, offset):
-        if os.path.exists(self.folder + "/hang"):
-            open(self.folder + "/entered", "w").close()
+        if os.path.exists(self.directory + "/hang"):
+            open(self.directory + "/entered", "w").close()
             os.read(os.pipe()[0], 1)
         for buffer in buffers:
             buffer[:] = b"r" * len(buffer)
 
     def write(self, buffers, offset):
-        with open(self.folder + "/written", "a") as file:
+        with open(self.directory + "/written", "a") as file:
             file.write(f"{offset} ")
 """
 FORGETFUL = SLOW.replace("survives = True", "")
@@ -87,9 +87,9 @@ def orphan(host):
         one.leave()
         disk.close()
 
-    folder = os.getcwd()
+    directory = os.getcwd()
     yield orphan
-    os.chdir(folder)
+    os.chdir(directory)
     toolstack.detach(host.store, ADDRESS)
     record.forget(host.records, ADDRESS)
 
@@ -99,7 +99,7 @@ def run(host):
     """Run a command here while a script plays the guest; its status and what it said."""
 
     def run(*argv, script=lambda env: None):
-        env, errors, folder = host.environment(), [], os.getcwd()
+        env, errors, directory = host.environment(), [], os.getcwd()
 
         def play():
             try:
@@ -113,7 +113,7 @@ def run(host):
         try:
             status = main(list(map(str, argv)), env)
         finally:
-            os.chdir(folder)
+            os.chdir(directory)
             thread.join()
         if errors:
             raise AssertionError(env.stderr.getvalue()) from errors[0]
@@ -128,7 +128,7 @@ def adopt(run):
 
 
 def unplug(host, env, frontend):
-    """Once the command has said that it goes on, interrupt it; let go as a guest does."""
+    """Once the command has taken over, interrupt it; release the disk as a guest does."""
     host.until(env.stdout.getvalue)
     os.kill(os.getpid(), signal.SIGINT)
     host.until(lambda: frontend.backend_state is State.CLOSING)
@@ -136,13 +136,13 @@ def unplug(host, env, frontend):
 
 
 def trace(host):
-    """Return all that somebody who goes on would find."""
+    """Return all that somebody who takes over would find."""
     path = Path(record._path(host.records, ADDRESS))
     nodes = {path: value for path, value in host.tree().items() if "51728" in path}
     return nodes, path.read_bytes() if path.exists() else None
 
 
-def test_a_guest_goes_on(host, processes, adopt, image):
+def test_a_guest_notices_nothing(host, processes, adopt, image):
     """With what it had written and what it asked for when nobody was there."""
     process = processes.start("connect", "5", "--path", str(image), "--backend=raw", "--vdev=xvdb")
     host.until(lambda: ADDRESS.backend in host.tree())
@@ -178,7 +178,7 @@ def test_a_request_that_was_under_way(host, processes, adopt, tmp_path):
     """It is done again; so are those behind it, once each."""
     (tmp_path / "slow.py").write_text(SLOW)
     (tmp_path / "hang").touch()
-    disk = ["--path", str(tmp_path / "slow.py"), "--option", f"folder={tmp_path}"]
+    disk = ["--path", str(tmp_path / "slow.py"), "--option", f"directory={tmp_path}"]
     process = processes.start("connect", "guest", "--vdev=xvdb", *disk)
     host.until(lambda: ADDRESS.backend in host.tree())
     frontend = host.frontend(ADDRESS)
@@ -267,8 +267,8 @@ def change_file(image):
         (["--backend=cow"], lambda path: None, "has died with process 999999999"),
     ],
 )
-def test_what_nobody_can_go_on_with(host, adopt, orphan, image, caplog, argv, change, said):
-    """It stays as it is, for whoever mends it."""
+def test_what_nobody_can_take_over(host, adopt, orphan, image, caplog, argv, change, said):
+    """It stays as it is, for whoever repairs it."""
     orphan("--path", image, *argv)
     change(image)
     before = trace(host)
@@ -294,14 +294,14 @@ def test_a_disk_of_your_own(host, adopt, orphan, tmp_path):
     """Its code may change, its data is its own business; unless it says so, it does not survive."""
     code = tmp_path / "disk.py"
     code.write_text(FORGETFUL)
-    orphan("--path", code, "--option", f"folder={tmp_path}")
+    orphan("--path", code, "--option", f"directory={tmp_path}")
     assert "has died with process" in adopt()[2]
 
 
 def test_the_code_of_a_disk_of_your_own_may_change(host, adopt, orphan, tmp_path):
     code = tmp_path / "disk.py"
     code.write_text(SLOW)
-    orphan("--path", code, "--option", f"folder={tmp_path}")
+    orphan("--path", code, "--option", f"directory={tmp_path}")
     code.unlink()
     code.write_text(SLOW.replace('b"r"', 'b"R"'))
 
@@ -322,7 +322,7 @@ def test_the_code_of_a_disk_of_your_own_may_change(host, adopt, orphan, tmp_path
         (["nobody", "xvdb"], 1, "no domain 'nobody' is running"),
         (["77", "xvdb"], 1, "no domain '77' is running"),
         (["guest"], 2, "VM VDEV goes with --adopt"),
-        (["guest", "xvdb", "--backend=raw"], 2, "goes on with the arguments that there were"),
+        (["guest", "xvdb", "--backend=raw"], 2, "takes the arguments that there were"),
     ],
 )
 def test_nothing_there(run, argv, status, said):
@@ -367,7 +367,7 @@ def test_a_disk_of_libxl_s(host, adopt, orphan, image):
     before = trace(host)
     status, _, err = adopt()
     assert (ExitStatus.ERROR, before) == (status, trace(host))
-    assert "xl has attached xvdb: xen-disk serve goes on with it" in err
+    assert "xl has attached xvdb: xen-disk serve takes it over" in err
 
 
 def test_an_image_that_has_become_longer(host, adopt, orphan, image):
@@ -387,7 +387,7 @@ def test_an_image_that_has_become_longer(host, adopt, orphan, image):
 @pytest.mark.parametrize("gone", ["domain", "introduced"])
 def test_the_guest_was_destroyed(host, run, orphan, image, tmp_path, vm, gone):
     """Its id, which a supervisor knows, is enough to clean up by; its name is gone with it."""
-    orphan("--path", image, "--overlay", tmp_path / "scratch", "--scratch")
+    orphan("--path", image, "--overlay", tmp_path / "temporary", "--scratch")
     if gone == "domain":
         host.xenstored.remove_domain(5)
     else:
@@ -399,7 +399,7 @@ def test_the_guest_was_destroyed(host, run, orphan, image, tmp_path, vm, gone):
     assert (ExitStatus.OK, "", "xvdb: the guest has gone\n") == (status, out, err)
     assert ADDRESS.backend not in host.tree()
     assert [] == os.listdir(host.records)
-    assert not (tmp_path / "scratch").exists()
+    assert not (tmp_path / "temporary").exists()
 
 
 def test_a_toolstack_took_the_disk_away(host, adopt, orphan, image):
@@ -425,7 +425,7 @@ def test_the_guest_of_a_record_that_cannot_be_read_was_destroyed(
 
 
 def test_a_toolstack_detaches_meanwhile(host, adopt, orphan, image):
-    """The process that goes on shows it Closed, and it removes the nodes."""
+    """The process that takes over shows it Closed, and it removes the nodes."""
     orphan("--path", image, "--backend=raw")
     libxl = Libxl(host, None)
     libxl.ask_to_detach(ADDRESS)

@@ -1,4 +1,4 @@
-"""``connect --supervise``, whole: the parent, its workers, and a guest that goes on."""
+"""``connect --supervise``, whole: the parent, its workers, and a guest that notices nothing."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ xen_disk_py.recovery.supervisor.Supervisor.__init__.__kwdefaults__["delays"] = {
 
 @pytest.fixture
 def memory(tmp_path):
-    """Where scratch overlays are."""
+    """Where temporary overlays are."""
     path = tmp_path / "memory"
     path.mkdir()
     return path
@@ -136,7 +136,7 @@ def test_the_guest_is_destroyed_while_nobody_serves(host, supervise, install, me
 
 
 def test_given_up(host, supervise, install, processes, memory, image):
-    """The disk is left behind, with what the guest wrote, to whoever mends what is broken."""
+    """The disk is left behind, with what the guest wrote, to whoever repairs what is broken."""
     install(delays=())
     process, frontend = supervise("--path", image)
     frontend.write(0, NEW)
@@ -159,7 +159,7 @@ from xen_disk_py.commands import connect
 def deny(*args):
     raise PermissionError
 if "--supervise" not in sys.argv:
-    connect._remove_scratch = lambda args: None
+    connect._remove_temporary = lambda args: None
     record._unlink = deny
 """
 

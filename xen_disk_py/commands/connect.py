@@ -45,12 +45,12 @@ _SPARE_CONNECTIONS = 4  # to xenstore: for a forced end, and a xenstored that st
 
 
 def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
-    """Open the image, find the guest, attach, serve, clean up; or go on in another's place."""
+    """Open the image, find the guest, attach, serve, clean up; or take over another's disk."""
     if args.adopt != (args.device is not None):
         raise UsageError("VM VDEV goes with --adopt; the name of a new disk goes with --vdev")
     for name in ("path", "format", "backend", "overlay", "vdev", "user"):
         if args.adopt and getattr(args, name) is not None:
-            raise UsageError(f"--adopt goes on with the arguments that there were: no --{name}")
+            raise UsageError(f"--adopt takes the arguments that there were: no --{name}")
     if args.rehearse:
         return dry_run(env)
     name = args.device if args.device is not None else args.vdev
@@ -61,14 +61,14 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
     if args.recover and not args.adopt:
         args.adopt = _is_to_recover(args, env, wanted)
     if args.adopt and wanted is not None:
-        return _go_on(args, env, wanted)
+        return _take_over(args, env, wanted)
     with ExitStack() as stack:
-        stack.callback(_remove_scratch, args)
+        stack.callback(_remove_temporary, args)
         connection = _open(args, env, stack)
         if args.leave and not connection.disk.backend.survives:
             raise UsageError(
-                f"a {backend_name(args)} disk ends with its process, so that no other can go on "
-                "with it: leave out --supervise and --recover, or use another backend (one of your "
+                f"a {backend_name(args)} disk ends with its process, so that no other can take "
+                "it over: leave out --supervise and --recover, or use another backend (one of your "
                 "own whose data is kept elsewhere says so: survives = True)"
             )
         return connection.serve(wanted)
@@ -85,7 +85,7 @@ def _is_to_recover(
         return succession.is_left(env, store, domain, wanted.number)
 
 
-def _go_on(args: argparse.Namespace, env: Environment, vdev: VirtualDevice) -> ExitStatus:
+def _take_over(args: argparse.Namespace, env: Environment, vdev: VirtualDevice) -> ExitStatus:
     """Serve on what a process that was killed has left."""
     with ExitStack() as stack:
         try:
@@ -108,10 +108,10 @@ def _go_on(args: argparse.Namespace, env: Environment, vdev: VirtualDevice) -> E
             return connection.serve_on(left)
         finally:
             if left.record.is_closed:
-                _remove_scratch(left.arguments)
+                _remove_temporary(left.arguments)
 
 
-def _remove_scratch(args: argparse.Namespace) -> None:
+def _remove_temporary(args: argparse.Namespace) -> None:
     if args.scratch:
         temporary.remove(args.overlay)  # unless we have become somebody else: then our parent does
 
@@ -347,7 +347,7 @@ class _Connection:
 
 
 class _StatusLine:
-    """One line on a terminal that says what is going on."""
+    """One line on a terminal that says what happens."""
 
     def __init__(self, env: Environment, vdev: VirtualDevice, statistics: Statistics) -> None:
         self._env = env

@@ -23,7 +23,7 @@ from ..xenbus.vdev import parse
 from ..xenbus.xenstore import Store
 from .environment import Environment
 from .served_disk import find, until
-from .succession import scratch_of
+from .succession import temporary_overlay
 
 _FORCE_PATIENCE = 10.0
 _FORCE_GRACE = 2.0  # seconds that a guest gets to release the disk by itself
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
         toolstack.detach(store, disk.address)
     if not alive:
         record.forget(env.record_directory, disk.address)
-        left_over = scratch_of(found.facts) if found is not None else None
+        left_over = temporary_overlay(found.facts) if found is not None else None
         if left_over is not None:
             temporary.remove(left_over)
     env.tell(f"{vdev}: {'forced off' if args.force else 'gone from'} {domain}")

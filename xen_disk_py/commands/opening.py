@@ -52,7 +52,7 @@ def queue_options(args: argparse.Namespace) -> Options:
 def facts_about(
     args: argparse.Namespace, domain: Domain, vdev: VirtualDevice, disk: Disk
 ) -> dict[str, Any]:
-    """Say who serves what: for ``list``, for scripts, and for whoever goes on if we are killed."""
+    """Say who serves what: for ``list``, for scripts, and for a successor if we are killed."""
     path = args.path
     if path and is_file(path):
         path = os.path.abspath(path)
@@ -72,7 +72,7 @@ def facts_about(
         "files": {name: identity_of(name) for name in _files(args)},
         "storage": orphans.storage_facts(disk.backend.storage),
         "survives": disk.backend.survives,
-        "folder": _folder(),
+        "folder": _directory(),
         "arguments": args.words,
         "version": __version__,
         "connected": False,  # has the guest had it?
@@ -81,7 +81,7 @@ def facts_about(
     }
 
 
-def _folder() -> str:
+def _directory() -> str:
     try:
         return os.getcwd()
     except FileNotFoundError:  # it was removed, so nothing is meant to be in it
@@ -89,7 +89,7 @@ def _folder() -> str:
 
 
 def facts_of_start(let_go: float | None) -> dict[str, object]:
-    """Say since when we serve, and for how long nobody did if another program has let go for us.
+    """Say since when we serve, and for how long nobody did if another program has made way for us.
 
     Args:
         let_go: when that was, in monotonic seconds, which all processes share.
@@ -99,7 +99,7 @@ def facts_of_start(let_go: float | None) -> dict[str, object]:
 
 
 def _files(args: argparse.Namespace) -> list[str]:
-    """Name what must be the same for whoever goes on: data, not the code of a backend."""
+    """Name what must be the same for whoever takes over: data, not the code of a backend."""
     path = None if backend_name(args) == args.path else args.path
     names = [name for name in (path, args.overlay) if name is not None and is_file(name)]
     return [os.path.abspath(name) for name in names]

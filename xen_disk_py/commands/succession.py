@@ -1,4 +1,4 @@
-"""Going on with the disk of a process that died: what it has left, and whether that will do."""
+"""Taking over the disk of a process that died: what it has left, and whether that will do."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ from .environment import Environment
 log = logging.getLogger("xen_disk_py")
 
 PASSING = (BackendError, HypervisorError, ImageError, StoreError, XenUnavailable)
-"""What may be otherwise the next time that somebody tries to go on."""
+"""What may be otherwise the next time that somebody tries to take over."""
 
 
 class Left(NamedTuple):
-    """A disk that nobody serves, ours by now."""
+    """A disk that nobody serves, and that is ours now."""
 
     domain: Domain
     disk: Attached
@@ -66,7 +66,7 @@ def take(env: Environment, store: Store, vm: str, vdev: VirtualDevice) -> Left |
     Raises:
         GuestNotFound: there is no such guest, nor anything of it.
         DeviceTaken: the process lives, or somebody else has adopted the disk.
-        DeviceError: there is nothing, or nothing that one could go on with.
+        DeviceError: there is nothing, or nothing that one could take over.
     """
     absent = None
     try:
@@ -85,7 +85,7 @@ def take(env: Environment, store: Store, vm: str, vdev: VirtualDevice) -> Left |
         raise DeviceTaken(f"process {pid} lives and serves {vdev} of {domain}: nothing to adopt")
     if attachment.is_ours(store, address):
         raise DeviceError(
-            f"xl has attached {vdev}: xen-disk serve goes on with it, or takes it away with: "
+            f"xl has attached {vdev}: xen-disk serve takes it over; to take it away: "
             f"xl block-detach {domain.domid} {vdev}"
         )
     is_guest_gone = absent is not None or not (
@@ -128,12 +128,12 @@ def _remove(env: Environment, store: Store, address: Address) -> None:
         return
     with left:
         toolstack.detach(store, address)
-        scratch = scratch_of(left.facts)
-        if scratch is not None:
-            temporary.remove(scratch)
+        overlay = temporary_overlay(left.facts)
+        if overlay is not None:
+            temporary.remove(overlay)
 
 
-def scratch_of(facts: Mapping[str, Any]) -> str | None:
+def temporary_overlay(facts: Mapping[str, Any]) -> str | None:
     """Name the overlay that is to vanish with the disk; None if there is none."""
     try:
         arguments = parse(facts["arguments"])

@@ -17,20 +17,20 @@ from ..xenbus.states import Address
 from ..xenbus.vdev import parse
 from .backend_arguments import is_cow
 from .environment import Environment
-from .succession import scratch_of
+from .succession import temporary_overlay
 
 
 def supervise(args: argparse.Namespace, env: Environment) -> ExitStatus:
     """Have a process serve the disk, and another if that one dies."""
     words = [word for word in args.words if word != "--supervise"]
     at = words.index("connect") + 1
-    options, scratch = ["--leave"], None
+    options, overlay = ["--leave"], None
     if args.adopt:
-        scratch = _adopted_scratch(args, env)
+        overlay = _adopted_overlay(args, env)
     elif is_cow(args):
         # Private memory would die with a process, a file in memory does not.
-        scratch = temporary.new_path()
-        options += ["--overlay", scratch, "--scratch"]
+        overlay = temporary.new_path()
+        options += ["--overlay", overlay, "--scratch"]
         if args.cow_limit is None:
             from ..host import memory
 
@@ -48,21 +48,21 @@ def supervise(args: argparse.Namespace, env: Environment) -> ExitStatus:
         # A worker that became another user, or was killed early, could not remove these.
         with suppress(OSError):
             record.sweep(env.record_directory)
-        if scratch is not None and not _is_left(supervisor.device, env):
-            temporary.remove(scratch)
+        if overlay is not None and not _is_left(supervisor.device, env):
+            temporary.remove(overlay)
 
 
-def _adopted_scratch(args: argparse.Namespace, env: Environment) -> str | None:
-    """Name the scratch overlay of a disk that is to be adopted; what is wrong a worker tells."""
+def _adopted_overlay(args: argparse.Namespace, env: Environment) -> str | None:
+    """Name the temporary overlay of a disk that is to be adopted; what is wrong a worker tells."""
     with suppress(XenDiskError), env.open_store() as store:
         domain = toolstack.find_domain(store, args.vm)
         found = _find(domain.domid, args.device, env)
-        return scratch_of(found.facts) if found is not None else None
+        return temporary_overlay(found.facts) if found is not None else None
     return None
 
 
 def _is_left(device: str, env: Environment) -> bool:
-    """Tell whether a disk is still there, for somebody to go on with."""
+    """Tell whether a disk is still there, for somebody to take over."""
     if not device:
         return False
     domid, name = device.split()

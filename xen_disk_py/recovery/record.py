@@ -314,7 +314,7 @@ class Found(NamedTuple):
 
     @property
     def is_orphan(self) -> bool:
-        """Whether its process has died and another, of this version, can go on with the disk."""
+        """Whether its process has died and another, of this version, can take over the disk."""
         return (
             not self.alive
             and self.facts.get("format") == FORMAT

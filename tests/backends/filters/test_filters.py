@@ -109,7 +109,7 @@ def test_a_time_between_two_is_drawn_again_by_the_same_seed(monkeypatch):
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_requests_wait_side_by_side_and_go_on_as_the_source_lets_them(monkeypatch, threads):
+def test_requests_wait_side_by_side_and_continue_as_the_source_lets_them(monkeypatch, threads):
     """All wait at once; below, never more are at work than may be."""
     everyone = threading.Barrier(20)
     monkeypatch.setattr(delay_module.time, "sleep", lambda seconds: everyone.wait(30))
