@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from libxl_stub import Libxl
 
+from xen_disk_py.backends.vhd.check import check
+from xen_disk_py.backends.vhd.create import create, create_child
 from xen_disk_py.blkif import READ, WRITE
 from xen_disk_py.cli import main
 from xen_disk_py.commands.arguments import parse
@@ -172,6 +174,38 @@ def test_a_guest_notices_nothing(host, processes, adopt, image):
     assert (ExitStatus.OK, "xvdb 51728 /dev/xvdb 1 MiB raw rw\n") == (status, out)
     assert "xvdb: unplugged\n" in err
     assert NEW == image.read_bytes()[65536 : 65536 + len(NEW)]
+
+
+@pytest.mark.parametrize("option", ["--path", "--overlay"])
+def test_a_guest_goes_on_with_a_vhd(host, processes, adopt, tmp_path, option):
+    """A child, by its own name or as what is kept of its parent's changes."""
+    base, child = tmp_path / "base.vhd", tmp_path / "child.vhd"
+    create(str(base), 1 << 20)
+    disk = ["--format", "vhd", "--path", str(base if option == "--overlay" else child)]
+    if option == "--overlay":
+        disk += ["--overlay", str(child)]
+    else:
+        create_child(str(child), str(base))
+    before = base.read_bytes()
+    process = processes.start("connect", "5", *disk, "--vdev=xvdb")
+    host.until(lambda: ADDRESS.backend in host.tree())
+    frontend = host.frontend(ADDRESS)
+    frontend.connect()
+    frontend.write(4096, NEW)
+    process.until("vhd rw")
+    process.kill()
+    frontend.submit(WRITE, 65536, NEW)
+    frontend.kick()
+
+    def script(env):
+        frontend.drain()
+        assert NEW * 2 == frontend.read(4096, len(NEW)) + frontend.read(65536, len(NEW))
+        unplug(host, env, frontend)
+
+    status, out, _ = adopt(script=script)
+    assert (ExitStatus.OK, "xvdb 51728 /dev/xvdb 1 MiB vhd rw\n") == (status, out)
+    assert before == base.read_bytes()
+    assert [] == check(str(child))
 
 
 def test_a_request_that_was_under_way(host, processes, adopt, tmp_path):
@@ -571,6 +605,37 @@ def test_not_even_by_a_loop_device(host, run, orphan, image):
         subprocess.run(["losetup", "--detach", device], check=True)
     assert ExitStatus.ERROR is status
     assert "whose process has died" in err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["commit", "CHILD"], ["export", "CHILD", "NEW"], ["create", "NEW", "--parent", "CHILD"]],
+)
+def test_a_vhd_of_an_orphan_is_nobodys_to_use(host, run, orphan, tmp_path, words):
+    base, child = tmp_path / "base.vhd", tmp_path / "child.vhd"
+    create(str(base), 1 << 20)
+    create_child(str(child), str(base))
+    orphan("--path", child, "--format", "vhd")
+    before = child.read_bytes(), base.read_bytes()
+    names = {"CHILD": child, "NEW": tmp_path / "new"}
+    status, _, err = run(*(names.get(word, word) for word in words))
+    assert ExitStatus.ERROR is status
+    assert "whose process has died" in err
+    assert before == (child.read_bytes(), base.read_bytes())
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_parent_of_an_orphan_is_not_committed_to(host, run, orphan, tmp_path):
+    base = tmp_path / "base.vhd"
+    create(str(base), 1 << 20)
+    for name in ("a.vhd", "b.vhd"):
+        create_child(str(tmp_path / name), str(base))
+    orphan("--path", tmp_path / "a.vhd", "--format", "vhd")
+    before = base.read_bytes()
+    status, _, err = run("commit", tmp_path / "b.vhd")
+    assert ExitStatus.ERROR is status
+    assert "whose process has died" in err
+    assert before == base.read_bytes()
 
 
 @pytest.mark.parametrize("command", ["commit", "export"])

@@ -29,7 +29,13 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
             directories = directories_from(args.option)
             with interruptible():
                 image, count = commit_vhd(
-                    args.overlay, keep=args.keep, directories=directories, progress=progress
+                    args.overlay,
+                    keep=args.keep,
+                    directories=directories,
+                    progress=progress,
+                    before=lambda parent: orphans.check_files(
+                        env.record_directory, parent, writable=True
+                    ),
                 )
     elif args.option:
         raise UsageError("--option is for a VHD: leave it out")

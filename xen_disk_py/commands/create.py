@@ -10,6 +10,7 @@ from ..backends.vhd.backend import directories_from
 from ..backends.vhd.create import create, create_child
 from ..errors import UsageError
 from ..exit_status import ExitStatus
+from ..recovery import orphans
 from ..units import format_size
 from .environment import Environment
 
@@ -24,6 +25,7 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
     else:
         if args.fixed:
             raise UsageError("--fixed: what has a parent cannot be fixed: leave out one of them")
+        orphans.check_files(env.record_directory, args.parent, writable=False)
         size = create_child(
             args.file,
             args.parent,

@@ -34,7 +34,12 @@ Progress = Callable[[int, int], None]
 
 
 def commit(
-    path: str, *, keep: bool, directories: Sequence[str] = (), progress: Progress
+    path: str,
+    *,
+    keep: bool,
+    directories: Sequence[str] = (),
+    progress: Progress,
+    before: Callable[[str], None] = lambda parent: None,
 ) -> tuple[str, int]:
     """Put what a VHD has into its parent, and remove it.
 
@@ -43,6 +48,7 @@ def commit(
         keep: leave an empty child of the parent in its place.
         directories: where parents may lie, besides its own directory.
         progress: told how far it is.
+        before: given the parent's path before anything is written; what it raises is raised.
 
     Returns:
         The parent, and how many bytes were written there.
@@ -53,7 +59,8 @@ def commit(
     path = os.path.realpath(path)  # it is the file that is removed, not a link to it
     child = open_vhd(path, writable=True)
     try:
-        parent, count = _commit(child, roots_of(path, directories), directories, progress)
+        roots = roots_of(path, directories)
+        parent, count = _commit(child, roots, directories, progress, before)
         is_raw = child.blocks is not None and child.blocks.header.parent_uuid == NO_UUID
         if keep:
             create_child(path, parent, is_raw=is_raw, directories=directories, replacing=True)
@@ -65,7 +72,11 @@ def commit(
 
 
 def _commit(
-    child: Vhd, roots: Sequence[str], directories: Sequence[str], progress: Progress
+    child: Vhd,
+    roots: Sequence[str],
+    directories: Sequence[str],
+    progress: Progress,
+    before: Callable[[str], None],
 ) -> tuple[str, int]:
     if child.blocks is None or not child.is_differencing:
         raise ImageError(f"{child.path}: has no parent that it could be committed to")
@@ -83,6 +94,7 @@ def _commit(
             f"{parent.size}: make that larger first"
         )
     try:
+        before(name)
         for other in _other_children(child, parent):
             raise ImageError(
                 f"{other}: is a child of {name}, too, and would read what {child.path} has: commit "
