@@ -308,6 +308,68 @@ def test_a_ring_that_overflows_leaves_the_others_alone(host, threaded, caplog):
     assert host.hypervisor.mapped_pages == 0
 
 
+class Refusing:
+    """Threads that the system gives only so many of, as ``pids.max`` has it."""
+
+    def __init__(self, monkeypatch, left):
+        self.left = left
+        start = threading.Thread.start
+
+        def start_if_there_is_one(thread):
+            if thread.name == "queue":
+                if not self.left:
+                    raise RuntimeError("can't start new thread")
+                self.left -= 1
+            start(thread)
+
+        monkeypatch.setattr(threading.Thread, "start", start_if_there_is_one)
+
+
+def test_a_ring_that_there_is_no_thread_for_is_served_when_there_is_one(
+    host, threaded, monkeypatch, caplog
+):
+    threads, guest = Refusing(monkeypatch, 1), threaded
+    connect(guest, queues=3)
+    assert guest.device.is_unsettled
+    assert "a ring is not served yet, since there is no thread to be had" in caplog.text
+    assert "TasksMax=" in caplog.text
+    assert guest.read_works(0)
+    threads.left = 1
+    guest.device.update()
+    assert guest.device.is_unsettled
+    assert guest.read_works(1)
+    threads.left = 1
+    guest.device.update()
+    assert not guest.device.is_unsettled
+    for number in range(3):
+        assert guest.read_works(number)
+
+
+@pytest.mark.parametrize("end", ["closed", "forced"])
+def test_a_ring_that_there_is_no_thread_for_goes_like_any_other(host, threaded, monkeypatch, end):
+    threads, guest = Refusing(monkeypatch, 1), threaded
+    connect(guest, queues=3)
+    if end == "forced":
+        assert guest.device.force()
+    else:
+        guest.switch(S.CLOSED)
+    threads.left = 3
+    guest.device.update()
+    assert not guest.device.is_unsettled
+    assert host.hypervisor.mapped_pages == 0
+    assert 3 == threads.left
+
+
+def test_a_successor_that_no_thread_is_to_be_had_for_keeps_the_disk(make, monkeypatch):
+    threads, guest = Refusing(monkeypatch, 0), make(adopts=True)
+    leave(guest, S.CONNECTED, S.CONNECTED)
+    guest.device.update()
+    assert (S.CONNECTED, True) == (guest.backend, guest.device.is_unsettled)
+    threads.left = 1
+    guest.device.update()
+    assert guest.read_works()
+
+
 @pytest.mark.parametrize("key", ["ring-ref", "event-channel"])
 def test_one_queue_s_keys_that_make_no_sense(host, threaded, caplog, key):
     """No queue is served then, and nothing is left of those before."""

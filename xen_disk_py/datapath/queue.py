@@ -63,7 +63,7 @@ from .grants import PERSISTENT_LIMIT, Grants, GuestPages, Loan, Plan
 from .journal import Journal
 from .polling import Pace
 from .statistics import Counters
-from .workers import Workers
+from .workers import MORE, Workers
 
 log = logging.getLogger("xen_disk_py")
 
@@ -253,7 +253,7 @@ class Queue:
         self._pace = Pace()
         self._stopping = False
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="queue", daemon=True)
+        self._thread: threading.Thread | None = None
 
     def _recall(self, ring: Ring) -> Sequence[bytes] | None:
         """Put the ring to where the journal says; the requests to do again, or None."""
@@ -262,9 +262,23 @@ class Queue:
             return left.requests
         return None
 
-    def start(self) -> None:
-        """Begin to serve; requests that wait on the ring already are found."""
-        self._thread.start()
+    def start(self) -> bool:
+        """Begin to serve; requests that wait on the ring already are found.
+
+        Returns:
+            False if the system gives no thread: nothing is served yet. To be called again.
+        """
+        thread = threading.Thread(target=self._run, name="queue", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            self._disk.say(
+                logging.ERROR,
+                f"a ring is not served yet, since there is no thread to be had ({error}): {MORE}",
+            )
+            return False
+        self._thread = thread
+        return True
 
     @property
     def stalled_for(self) -> float:
@@ -305,7 +319,7 @@ class Queue:
         """
         if self._wake_read < 0:
             return True  # stopped already
-        if self._thread.ident is None:
+        if self._thread is None:
             self._release()
         else:
             self.ask_to_stop()

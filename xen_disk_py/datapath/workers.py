@@ -16,6 +16,9 @@ from ..hypervisor import Closing
 
 Token = TypeVar("Token")
 
+MORE = "raise ulimit -u, or pids.max of the cgroup (TasksMax= of the unit)"
+"""What helps where the system gives no thread."""
+
 
 class Workers(Closing, Generic[Token]):
     """At most ``limit`` threads, started when there is something to do.
@@ -67,10 +70,7 @@ class Workers(Closing, Generic[Token]):
             if not self._has_complained:
                 self._has_complained = True
                 there_are = len(self._threads) or "the queue's own, one request at a time,"
-                self._complain(
-                    f"no thread to be had ({error}): {there_are} will do; "
-                    "raise ulimit -u, or pids.max of the cgroup (TasksMax= of the unit)"
-                )
+                self._complain(f"no thread to be had ({error}): {there_are} will do; {MORE}")
         else:
             self._threads.append(thread)
 

@@ -88,6 +88,7 @@ class Device:
         self._adopts = adopts
         self._step = disk.backend.physical_sector_size  # of which any size is a multiple (blkif.h)
         self._queues: list[Queue] = []
+        self._unstarted: list[Queue] = []  # of these, those that no thread is to be had for
         self._is_orphaned = False
 
     def __repr__(self) -> str:
@@ -137,6 +138,7 @@ class Device:
         if not (self.finished or self._is_orphaned):
             self._answer_resize_requests()
         self._follow_states()
+        self._start_queues()
 
     def _follow_states(self) -> None:
         """Do what the two ends' states ask for, until nothing follows or that takes too long."""
@@ -211,6 +213,7 @@ class Device:
             mapped until the process ends.
         """
         deadline = time.monotonic() + timeout
+        self._unstarted = []
         for queue in self._queues:
             queue.ask_to_stop()
         self._queues = [
@@ -347,10 +350,16 @@ class Device:
             self._disconnect()
             self._publish(State.CLOSING)
             return
-        for queue in self._queues:
-            queue.start()
+        self._unstarted = list(self._queues)
+        self._start_queues()
         self._adopts = False  # if xenstore is lost from here on, it is not done again
         self._publish(state)
+
+    def _start_queues(self) -> None:
+        """Have the rings served; those that the system gives no thread for, at another update."""
+        self._unstarted = [queue for queue in self._unstarted if not queue.start()]
+        if self._unstarted:
+            self.is_unsettled = True
 
     def _make_queues(self) -> None:
         front, domid = self.address.frontend, self.address.frontend_domid
@@ -378,6 +387,7 @@ class Device:
 
     def _disconnect(self) -> None:
         """Finish the requests taken so far and unmap everything; before Closed is published."""
+        self._unstarted = []
         for queue in self._queues:
             queue.ask_to_stop()
         while self._queues:
