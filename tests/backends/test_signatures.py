@@ -10,7 +10,7 @@ import subprocess
 import pytest
 
 from xen_disk_py.backends.image import Image
-from xen_disk_py.backends.overlay.file import Header
+from xen_disk_py.backends.overlay.backend import OverlayBackend
 from xen_disk_py.backends.signatures import recognise
 from xen_disk_py.errors import ImageError
 
@@ -117,9 +117,7 @@ def test_a_container_of_an_odd_size_is_not_told_to_be_padded(tmp_path, caplog):
 
 @pytest.mark.parametrize("writable", [True, False])
 def test_an_overlay_is_no_image(make_image, tmp_path, writable):
-    with Image.open(make_image(), writable=False) as image:
-        page = Header.of(image.fd, image.path, image.size, 512).pack()
     path = tmp_path / "overlay"
-    path.write_bytes(page.ljust(1 << 20, b"\0"))
+    OverlayBackend(make_image(), overlay=str(path)).close()
     with pytest.raises(ImageError, match=r"an overlay, whose .* --overlay"):
         Image.open(str(path), writable=writable)
