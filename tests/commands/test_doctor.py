@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import storage
 
 from xen_disk_py import libxen
 from xen_disk_py.cli import main
@@ -15,7 +19,7 @@ from xen_disk_py.exit_status import ExitStatus
 
 
 @pytest.fixture
-def healthy(monkeypatch):
+def healthy(monkeypatch, tmp_path):
     """A machine that has everything; parts of it can be taken away."""
     machine = SimpleNamespace(
         xen=True,
@@ -47,6 +51,12 @@ def healthy(monkeypatch):
     def fence():
         return machine.fence()  # as it is by then
 
+    for file in doctor_module.ours(str(tmp_path), "")[:2]:
+        path = Path(file.path)
+        path.parent.mkdir(parents=True)
+        path.write_bytes(file.content)
+    monkeypatch.setattr(doctor_module, "_ROOT", str(tmp_path))
+    machine.root = tmp_path
     monkeypatch.setattr(libxen, "survey", found)
     monkeypatch.setattr(doctor_module, "load_fence", fence)
     return machine
@@ -65,8 +75,8 @@ def test_all_is_well(doctor, healthy):
     status, out = doctor()
     assert status is ExitStatus.OK
     lines = out.splitlines()
-    assert lines[-1] == "connect can work here"
-    assert {"ok"} == {line.split()[0] for line in lines[:-1]}
+    assert ["serve can work here", "connect can work here"] == lines[-2:]
+    assert {"ok"} == {line.split()[0] for line in lines[:-2]}
     assert "xenstore: answers; domain 0 is Domain-0" in out
 
 
@@ -79,7 +89,7 @@ def take_root(machine):
 
 
 def take_device(machine):
-    machine.problem["GNTDEV"] = "cannot open /dev/xen/gntdev: modprobe it"
+    machine.problem["GNTDEV"] = "/dev/xen/gntdev does not exist: modprobe xen-gntdev"
 
 
 def take_allocator(machine):
@@ -100,7 +110,7 @@ def take_optional_function(machine):
 
 def take_fence(machine):
     def missing():
-        raise XenUnavailable("no libatomic here")
+        raise XenUnavailable("libatomic.so.1 not found: install libatomic1")
 
     machine.fence = missing
 
@@ -115,7 +125,7 @@ def take_fence(machine):
         (take_library, 1, "apt install"),
         (take_function, 1, "xengnttab_map_domain_grant_refs"),
         (take_optional_function, 0, "xenevtchn_restrict"),
-        (take_fence, 1, "apt install libatomic1"),
+        (take_fence, 1, "install libatomic1"),
     ],
 )
 def test_something_is_missing(doctor, healthy, take, status, said):
@@ -135,7 +145,7 @@ def test_xenstore_does_not_answer(healthy, host):
     env = host.environment()
 
     def away():
-        raise XenUnavailable("cannot connect to xenstore")
+        raise XenUnavailable("cannot connect to xenstore (/run: gone): start xenstored")
 
     env.open_store = away
     assert main(["doctor"], env) is ExitStatus.ERROR
@@ -150,10 +160,63 @@ def test_json(doctor, healthy, is_well):
     assert (status is ExitStatus.OK) is is_well
     assert checks[0]["name"] == "Xen"
     assert checks[0]["ok"] is is_well
-    assert {"name", "ok", "needed", "detail", "remedy"} == set(checks[0])
+    assert {"name", "ok", "needed", "detail", "remedy", "for_serve"} == set(checks[0])
 
 
 def test_on_this_very_machine(doctor):
     """Whatever it is: every line is one thing or its remedy, and nothing breaks."""
     status, out = doctor("--json")
     assert (status is ExitStatus.OK) is all(c["ok"] or not c["needed"] for c in json.loads(out))
+
+
+@pytest.mark.parametrize(
+    ("version", "said"), [((4, 17), "version of Xen: 4.17"), (None, "version of Xen: unknown")]
+)
+def test_a_xen_that_serve_does_not_work_on(healthy, host, version, said):
+    env = host.environment()
+    env.xen_version = lambda: version
+    assert main(["doctor"], env) is ExitStatus.OK
+    out = env.stdout.getvalue()
+    assert said in out
+    assert "upgrade to Xen 4.19" in out
+    assert ["serve cannot work here; missing: version of Xen", "connect can work here"] == (
+        out.splitlines()[-2:]
+    )
+
+
+def test_what_serve_needs_is_not_installed(doctor, healthy):
+    (healthy.root / "etc/xen/scripts/block-xen-disk").unlink()
+    unit = healthy.root / "etc/systemd/system/xen-disk-serve.service"
+    unit.write_text("another version's")
+    status, out = doctor()
+    assert status is ExitStatus.OK
+    assert "block-xen-disk: No such file or directory\n         xen-disk install\n" in out
+    assert f"{unit} is not this version's\n         xen-disk install --force" in out
+
+
+def test_no_remedy_that_does_not_help(doctor, healthy):
+    """Nobody loads a module of Xen's without Xen, nor where only root may use it."""
+    healthy.problem["GNTDEV"] = "no permission to use /dev/xen/gntdev: run as root"
+    out = doctor()[1]
+    assert "no permission to use /dev/xen/gntdev\n         run as root\n" in out
+    assert "modprobe" not in out
+    healthy.xen = False
+    assert "modprobe" not in doctor()[1]
+
+
+def test_a_guest_is_no_domain_0(doctor, healthy, host):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(doctor_module.toolstack, "own_domid", lambda store: 3)
+        status, out = doctor()
+    assert status is ExitStatus.ERROR
+    assert "xenstore: answers, but this is domain 3, a guest" in out
+    assert "run it in domain 0" in out
+
+
+def test_no_room_for_a_record(doctor, healthy, host, tmp_path):
+    with contextlib.ExitStack() as stack:
+        host.records = str(storage.small_file_system(tmp_path, stack, "16k") / "records")
+        status, out = doctor()
+        assert status is ExitStatus.ERROR
+        assert "is full\n         make room there (df -h " in out
+        assert not os.path.exists(host.records)

@@ -13,7 +13,7 @@ from ..errors import XenDiskError, XenUnavailable
 from ..exit_status import ExitStatus
 from ..host.program import own_command
 from ..host.systemd import NOTIFY_SOCKET, notify
-from ..libxl.attachment import SCRIPT
+from ..libxl.attachment import FIRST_XEN, SCRIPT
 from ..libxl.daemon import Supervisor
 from ..session import Interrupts
 from ..xenbus.states import Address
@@ -29,7 +29,7 @@ _RETRY = 1.0  # seconds between two tries to reach a xenstore that is away
 def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
     """Start a process for each disk until a signal comes; the disks stay."""
     version = env.xen_version()
-    if version is not None and version < (4, 19):
+    if version is not None and version < FIRST_XEN:
         raise XenUnavailable(
             "Xen {}.{}: its libxl refuses disks with backendtype=tap, Xen 4.19 is the first that "
             "takes them; use: xen-disk connect".format(*version)

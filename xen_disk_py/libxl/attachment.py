@@ -29,6 +29,9 @@ from . import target
 KIND = "vbd3"
 """The backend directory that libxl uses for ``backendtype=tap``."""
 
+FIRST_XEN = (4, 19)
+"""The first Xen whose libxl takes ``backendtype=tap`` without a ``tapdisk`` of its own."""
+
 SCRIPT = "block-xen-disk"
 """The hotplug script, by which a disk line says that the disk is ours."""
 
