@@ -22,6 +22,7 @@ LONG = ("test_protocol.py", "test_life.py")
 def pytest_configure(config: pytest.Config) -> None:
     """Name the marks, for a run whose configuration does not know them."""
     config.addinivalue_line("markers", "xen: needs a real Xen dom0, which the lab boots")
+    config.addinivalue_line("markers", "smoke: shows a feature once; what .ci/run runs")
     config.addinivalue_line("markers", "long: not in the ordinary run; with -m long")
     config.addinivalue_line("markers", "timeout: seconds that a test may take (pytest-timeout)")
 

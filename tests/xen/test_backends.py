@@ -103,6 +103,7 @@ def counters(disk: Disk) -> dict[str, int]:
 # -- each backend ----------------------------------------------------------------------------------
 
 
+@pytest.mark.smoke
 def test_discard(dom0: Dom0, connect: Connect, tmp_path: Path, xenstore_unchanged: None) -> None:
     """Reads give zeros, even through pages that just held what was written, or other things."""
     disk = connect(dom0)
@@ -119,7 +120,10 @@ def test_discard(dom0: Dom0, connect: Connect, tmp_path: Path, xenstore_unchange
     dom0.wait_gone(disk.device)
 
 
-@pytest.mark.parametrize("kind", ["raw on a file", "raw on a block device", "mmap"])
+@pytest.mark.parametrize(
+    "kind",
+    ["raw on a file", "raw on a block device", pytest.param("mmap", marks=pytest.mark.smoke)],
+)
 def test_persistent(
     kind: str,
     dom0: Dom0,
@@ -154,6 +158,7 @@ def test_persistent(
     assert image.read_bytes() == content
 
 
+@pytest.mark.smoke
 def test_cow_limit(
     dom0: Dom0, connect: Connect, image: Path, tmp_path: Path, xenstore_unchanged: None
 ) -> None:
@@ -189,6 +194,7 @@ def test_cow_limit(
 # -- disks that somebody wrote ---------------------------------------------------------------------
 
 
+@pytest.mark.smoke
 def test_address_disk(dom0: Dom0, connect: Connect, xenstore_unchanged: None) -> None:
     """The first example: each sector tells where it is; read-only by itself."""
     disk = connect(dom0, "--path", "address_disk.py", "--size", "32M", cwd=EXAMPLES)
@@ -203,6 +209,7 @@ def test_address_disk(dom0: Dom0, connect: Connect, xenstore_unchanged: None) ->
     assert disk.disconnect() == 0, disk.describe()
 
 
+@pytest.mark.smoke
 def test_counting_disk(
     dom0: Dom0, connect: Connect, tmp_path: Path, xenstore_unchanged: None
 ) -> None:
@@ -218,6 +225,7 @@ def test_counting_disk(
     assert int(counted[0].split()[2]) >= 8  # blkfront's requests have at most 128 KiB
 
 
+@pytest.mark.smoke
 def test_custom_disk_that_fails(
     dom0: Dom0, connect: Connect, tmp_path: Path, xenstore_unchanged: None
 ) -> None:
@@ -253,6 +261,7 @@ def test_custom_disk_that_fails(
 # -- options ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.smoke
 def test_read_only(
     dom0: Dom0, connect: Connect, image: Path, tmp_path: Path, xenstore_unchanged: None
 ) -> None:
@@ -315,6 +324,7 @@ def test_names_and_free_slots(dom0: Dom0, connect: Connect, xenstore_unchanged: 
         dom0.wait_gone(disk.device)
 
 
+@pytest.mark.smoke
 def test_what_is_said(dom0: Dom0, connect: Connect, image: Path, xenstore_unchanged: None) -> None:
     """``--json`` gives the facts, ``list --json`` gives them with counters that grow, and
     ``disconnect`` takes the disk away.

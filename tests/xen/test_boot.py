@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from typing import Callable
 
+import pytest
+
 from .disk import Disk, DiskError, block_nodes, left_over, xenstore_snapshot
 from .guest import LAB, PATIENCE, START_SECONDS, Guest, sh
 
@@ -20,6 +22,7 @@ def wait_offered(disk: Disk, timeout: float = PATIENCE) -> None:
         time.sleep(0.2)
 
 
+@pytest.mark.smoke
 def test_guest_boots_from_a_gold_image(
     connect: Callable[..., Disk], new_guest: Callable[..., Guest]
 ) -> None:

@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.smoke
 def test_hypervisor() -> None:
     """The cases that are skipped where there is no Xen."""
     options = ("-q", "-p", "no:cacheprovider", "-c", "tests/xen/pytest.ini", "-rs", "-m", "xen")

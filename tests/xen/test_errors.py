@@ -156,6 +156,7 @@ def test_guest_without_a_block_frontend(new_guest: Callable[..., Guest]) -> None
 # -- the image -------------------------------------------------------------------------------------
 
 
+@pytest.mark.smoke
 def test_no_such_file(refused: Refused, directory: Path) -> None:
     """The file is named."""
     path = directory / "absent.raw"
@@ -230,6 +231,7 @@ def test_broken_backend(refused: Refused, directory: Path, source: str, says: li
 # -- the device ------------------------------------------------------------------------------------
 
 
+@pytest.mark.smoke
 def test_vdev_taken(dom0: Dom0, connect: Callable[..., Disk]) -> None:
     """The disk that has the name stays as it is."""
     disk = connect(dom0, "--size", "1M", "--vdev", "xvdc")
@@ -264,6 +266,7 @@ def test_no_xen(refused: Refused) -> None:
     refused("connect", "0", prefix=hidden, says=["this machine does not run on Xen"])
 
 
+@pytest.mark.smoke
 def test_xenstore_that_does_not_answer(refused: Refused) -> None:
     """It does not wait indefinitely."""
     with stopped(xenstored()):

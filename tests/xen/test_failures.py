@@ -109,6 +109,7 @@ def unload_driver() -> None:
 # -- the guest goes --------------------------------------------------------------------------------
 
 
+@pytest.mark.smoke
 def test_guest_destroyed_under_load(
     new_guest: Callable[..., Guest], connect: Connect, image: Path
 ) -> None:
@@ -136,6 +137,7 @@ def test_guest_destroyed_under_load(
 # -- our process goes ------------------------------------------------------------------------------
 
 
+@pytest.mark.smoke
 def test_process_killed_under_load(
     new_guest: Callable[..., Guest], connect: Connect, image: Path
 ) -> None:
@@ -240,6 +242,7 @@ def test_interrupted_twice_while_mounted(pv_guest: Guest, connect: Connect, imag
     assert again.disconnect() == 0, again.describe()
 
 
+@pytest.mark.smoke
 def test_forced_while_mounted(
     new_guest: Callable[..., Guest], connect: Connect, image: Path
 ) -> None:

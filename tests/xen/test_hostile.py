@@ -267,6 +267,7 @@ def test_producer_overflow(connected: Attacker, ahead: int) -> None:
     assert connected.works()
 
 
+@pytest.mark.smoke
 def test_bad_references(connected: Attacker) -> None:
     """Each is an error of its request, wherever it stands; the others are done."""
     refs, disk = connected.refs, connected.disk
@@ -288,6 +289,7 @@ def test_bad_references(connected: Attacker) -> None:
     assert connected.works()
 
 
+@pytest.mark.smoke
 def test_double_fetch(connected: Attacker) -> None:
     """Slots, descriptors and data that another thread rewrites all the time: legal answers."""
     refs, view = connected.refs, connected.data.view
@@ -318,6 +320,7 @@ def test_double_fetch(connected: Attacker) -> None:
     assert connected.works()
 
 
+@pytest.mark.smoke
 def test_wrong_requests(connected: Attacker) -> None:
     """Ten thousand, or those of 6 s, cost neither descriptors nor mappings nor memory."""
     refs, disk = connected.refs, connected.disk

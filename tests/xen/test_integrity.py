@@ -62,6 +62,7 @@ def mounted_in(guest: Guest, device: str) -> Iterator[None]:
         guest.check("umount /mnt")
 
 
+@pytest.mark.smoke
 def test_fio_verifies(
     pv_guest: Guest, connect: Connect, tmp_path: Path, xenstore_unchanged: None
 ) -> None:
@@ -164,6 +165,7 @@ def test_two_guests_on_one_gold_image(
     assert before == digest(image), "the gold image has changed"
 
 
+@pytest.mark.smoke
 def test_discard_reaches_a_sparse_file(
     pv_guest: Guest, connect: Connect, tmp_path: Path, xenstore_unchanged: None
 ) -> None:

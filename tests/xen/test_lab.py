@@ -12,12 +12,14 @@ from .disk import gained, xenstore_snapshot
 from .guest import LAB, Dom0, Guest, GuestError, sh
 
 
+@pytest.mark.smoke
 def test_dom0_is_dom0() -> None:
     """xl talks to Xen, and this is the control domain."""
     assert "control_d" in Path("/proc/xen/capabilities").read_text()
     assert "Domain-0" in sh("xl", "list")
 
 
+@pytest.mark.smoke
 def test_pv_guest_answers(pv_guest: Guest) -> None:
     """A PV guest runs commands."""
     assert pv_guest.run("uname -s; cat /sys/hypervisor/guest_type; exit 7") == (7, "Linux\nPV\n")

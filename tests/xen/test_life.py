@@ -100,6 +100,7 @@ def copied(guest: Shell, disk: Disk, job: Job, image: Path) -> None:
 # -- drivers take turns ----------------------------------------------------------------------------
 
 
+@pytest.mark.smoke
 def test_drivers_take_turns(
     dom0: Dom0, connect: Connect, image: Path, xenstore_unchanged: None
 ) -> None:
@@ -189,6 +190,7 @@ class Firmware(Frontend):
         self._await(answer)
 
 
+@pytest.mark.smoke
 def test_firmware(dom0: Dom0, connect: Connect, driver: Driver, image: Path) -> None:
     """A driver that skips states, and frees its pages only after it has begun anew: none of them is
     in use any longer when the backend says Closed.
@@ -278,7 +280,7 @@ def test_checkpoint(
     guest.wait_gone(disk.device)
 
 
-@pytest.mark.parametrize("kind", ["pv", "pvh"])
+@pytest.mark.parametrize("kind", [pytest.param("pv", marks=pytest.mark.smoke), "pvh"])
 def test_save_and_restore(
     kind: str,
     new_guest: Callable[..., Guest],

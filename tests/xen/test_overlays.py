@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Callable
 
+import pytest
+
 from .disk import Disk, xen_disk
 from .guest import Guest, sh
 from .test_integrity import digest, guest_digest, leave, mounted, mounted_in
@@ -22,6 +24,7 @@ WRITE_FILES = (
 )
 
 
+@pytest.mark.smoke
 def test_a_guests_files(
     pv_guest: Guest, connect: Connect, tmp_path: Path, xenstore_unchanged: None
 ) -> None:

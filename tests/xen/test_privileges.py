@@ -46,6 +46,7 @@ def move_data(guest: Guest, disk: Disk, word: str) -> None:
     )
 
 
+@pytest.mark.smoke
 def test_nobody_serves_a_disk(
     pv_guest: Guest, connect: Connect, image: Path, xenstore_unchanged: None
 ) -> None:
@@ -114,6 +115,7 @@ def test_nobodys_disk_is_listed_resized_and_taken_away(
         assert len([name for name in records if name.startswith(f"{pv_guest.domid}-")]) == 1
 
 
+@pytest.mark.smoke
 def test_what_a_killed_nobody_leaves_can_be_removed(
     pv_guest: Guest, connect: Connect, image: Path, xenstore_unchanged: None
 ) -> None:

@@ -272,7 +272,7 @@ def test_segments_of_several_pages(
     assert re.search(r"^ *513-1024 +[1-9]", disk.stderr, re.MULTILINE), disk.describe()
 
 
-@pytest.mark.parametrize("kind", ["pv", "pvh"])
+@pytest.mark.parametrize("kind", [pytest.param("pv", marks=pytest.mark.smoke), "pvh"])
 def test_everything_at_once(
     guest: Guest,
     connect: Connect,
@@ -298,6 +298,7 @@ def test_everything_at_once(
 # -- flush and barrier -----------------------------------------------------------------------------
 
 
+@pytest.mark.smoke
 def test_flushed_data_outlives_the_process(
     new_guest: Callable[..., Guest], connect: Connect, image: Path
 ) -> None:
@@ -326,6 +327,7 @@ def driver(dom0: Dom0) -> Iterator[Driver]:
         yield start
 
 
+@pytest.mark.smoke
 def test_barrier(connect: Connect, driver: Driver, image: Path, dom0: Dom0, tmp_path: Path) -> None:
     """A barrier stores what came before it, and is done before what comes after it.
 
@@ -353,7 +355,9 @@ def test_barrier(connect: Connect, driver: Driver, image: Path, dom0: Dom0, tmp_
 # -- layouts, sizes --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("abi", [X86_64, X86_32], ids=lambda abi: abi.name)
+@pytest.mark.parametrize(
+    "abi", [X86_64, pytest.param(X86_32, marks=pytest.mark.smoke)], ids=lambda abi: abi.name
+)
 def test_layouts(abi: Abi, connect: Connect, driver: Driver, image: Path, dom0: Dom0) -> None:
     """Both layouts of x86, by a driver of ours: the lab has no guest of 32 bits."""
     disk = connect(dom0, "--path", image, "--backend", "raw", wait=False)

@@ -154,6 +154,7 @@ def quiet_guest(pv_guest: Guest) -> Guest:
 # -- killed ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.smoke
 def test_killed_under_load(quiet_guest: Guest, connect: Connect, image: Path) -> None:
     """Every request is answered, and every byte is right."""
     disk = connect(quiet_guest, "--supervise", "--path", image, "--backend", "raw", "--queues", "4")
@@ -276,6 +277,7 @@ def facts(disk: Disk) -> dict[str, Any]:
     return row
 
 
+@pytest.mark.smoke
 def test_upgraded(quiet_guest: Guest, connect: Connect, image: Path) -> None:
     """Another program takes the disk over, as the same process."""
     disk = connect(quiet_guest, "--path", image, "--backend", "raw", "--queues", "4")

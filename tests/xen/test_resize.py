@@ -163,6 +163,7 @@ def test_a_block_device(
     dom0.wait_gone(disk.device)
 
 
+@pytest.mark.smoke
 def test_a_guest(pv_guest: Guest, connect: Connect, xenstore_unchanged: None) -> None:
     """A guest under load sees a throwaway disk grow, shrink, and read to its new end."""
     disk = connect(pv_guest, "--size", "64M")

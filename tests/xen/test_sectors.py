@@ -28,7 +28,7 @@ def attribute(guest: Dom0 | Guest, disk: Disk, name: str) -> str:
     return guest.check(f"cat /sys/block/{disk.device}/{name}").strip()
 
 
-@pytest.mark.parametrize("size", [512, 1024, 2048, 4096])
+@pytest.mark.parametrize("size", [512, 1024, 2048, pytest.param(4096, marks=pytest.mark.smoke)])
 @pytest.mark.parametrize("backend", ["raw", "mmap", "cow"])
 def test_a_sector_size(
     backend: str,
@@ -88,6 +88,7 @@ def test_a_disk_of_5_tib(
         path.unlink(missing_ok=True)
 
 
+@pytest.mark.smoke
 def test_a_cdrom(dom0: Dom0, connect: Connect, image: Path, xenstore_unchanged: None) -> None:
     """A PV guest, as domain 0 is, takes it, and cannot write."""
     disk = connect(dom0, "--path", image, "--cdrom")

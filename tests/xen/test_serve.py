@@ -127,6 +127,7 @@ def served() -> list[dict[str, object]]:
     return rows
 
 
+@pytest.mark.smoke
 def test_attach_and_detach(serve: Daemon, pv_guest: Guest, image: Path) -> None:
     """A persistent disk: listed, written, detached; what was written is in the image."""
     domid = str(pv_guest.domid)
@@ -260,6 +261,7 @@ def test_a_process_that_is_killed_is_followed(serve: Daemon, pv_guest: Guest, im
     pv_guest.wait_gone("xvdb")
 
 
+@pytest.mark.smoke
 def test_a_process_that_is_killed(serve: Daemon, pv_guest: Guest, image: Path) -> None:
     """Its changes have died: that is reported, ``xl block-detach`` takes the disk away."""
     domid = str(pv_guest.domid)

@@ -21,6 +21,7 @@ def image() -> Iterator[None]:
     shutil.rmtree(DIRECTORY)
 
 
+@pytest.mark.smoke
 def test_walkthrough_in_pv_guest(pv_guest: Guest, xenstore_unchanged: None) -> None:
     walk(pv_guest)
 

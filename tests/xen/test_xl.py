@@ -18,6 +18,7 @@ def listed(guest: Guest) -> dict[int, list[str]]:
     return {int(line.split()[0]): line.split() for line in lines}
 
 
+@pytest.mark.smoke
 def test_block_list_and_detach(
     pv_guest: Guest, connect: Callable[..., Disk], xenstore_unchanged: None
 ) -> None:

@@ -26,7 +26,7 @@ MIB = 1 << 20
 
 
 class Elastic(Backend):
-    """A disk that can have any size; ``storage`` is what it finds when it looks."""
+    """A disk that can have any size; ``capacity`` is what it finds when it looks."""
 
     def __init__(self, size=MIB):
         self.size = self.capacity = size
