@@ -177,7 +177,7 @@ def test_a_guest_notices_nothing(host, processes, adopt, image):
 
 
 @pytest.mark.parametrize("option", ["--path", "--overlay"])
-def test_a_guest_goes_on_with_a_vhd(host, processes, adopt, tmp_path, option):
+def test_a_guest_with_a_vhd_notices_nothing(host, processes, adopt, tmp_path, option):
     """A child, by its own name or as what is kept of its parent's changes."""
     base, child = tmp_path / "base.vhd", tmp_path / "child.vhd"
     create(str(base), 1 << 20)

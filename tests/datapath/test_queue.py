@@ -2562,7 +2562,7 @@ def test_a_slow_disk_answers_as_it_goes(host, clock, way, pages):
     line = host.line(backend, **way)
     refs = host.share(16 * pages).refs
     runs = [refs[start : start + pages] for start in range(0, len(refs), pages)]
-    # none goes on where another ended, so that each is a call of its own
+    # none begins where another ended, so that each is a call of its own
     requests = [whole(id_, READ, 8 * pages * (15 - id_), run) for id_, run in enumerate(runs)]
     for speed in ("slow from the beginning", "and when all pages are known"):
         first, backend.known[:] = line.ring._consumed, []
