@@ -178,6 +178,10 @@ class Record(Closing):
         try:
             if _facts_in(fd) and is_attached():
                 self._refuse(address)
+        except BaseException:
+            os.close(fd)  # it is for a successor, and stays as it is
+            raise
+        try:
             size = _HEAD + queues * JOURNAL_SIZE
             os.ftruncate(fd, 0)
             os.posix_fallocate(fd, 0, size)  # not sparse: a full /run is an error now, not later
