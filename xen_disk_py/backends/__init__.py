@@ -49,6 +49,8 @@ What holds for every call:
 * Open in the constructor whatever needs privilege: under ``--user`` everything else is done by
   that user, without any.
 
+One that lies over another, and changes some of what that does, is a :class:`~.filter.Filter`.
+
 Check yours (this needs pytest, and writes all over the disk)::
 
     python -m xen_disk_py.backends.conformance ./mydisk.py --option name=value
