@@ -41,7 +41,7 @@ from xen_disk_py.blkif import (
     encode_segments,
 )
 from xen_disk_py.datapath import disk as disk_module
-from xen_disk_py.datapath import grants, polling
+from xen_disk_py.datapath import grants, idle, joining, polling, retry, stall
 from xen_disk_py.datapath import queue as queue_module
 from xen_disk_py.datapath.disk import Disk
 from xen_disk_py.datapath.grants import Grants
@@ -1245,9 +1245,9 @@ def flood(host, monkeypatch):
         return not select.select([line.queue._channel.fileno()], [], [], 0)[0]
 
     host.until(quiet)
-    line.queue._spurious = 0  # the request may have been found before its event
+    line.queue._idle.spurious = 0  # the request may have been found before its event
 
-    def rage(events=queue_module._FLOOD):
+    def rage(events=idle._FLOOD):
         for _ in range(events):
             host.until(quiet)
             line.channel.notify()
@@ -1259,7 +1259,7 @@ def flood(host, monkeypatch):
 
 def test_in_a_flood_events_are_masked_for_a_while(host, monkeypatch, flood):
     """So that a guest cannot keep a processor of ours busy with them (XSA-332)."""
-    monkeypatch.setattr(queue_module, "_CALM", 1_000_000)
+    monkeypatch.setattr(idle, "_CALM", 1_000_000)
     flood.rage()
     before = len(flood.acknowledged)
     wakeups = flood.disk.statistics.as_dict()["wakeups"]
@@ -1273,14 +1273,14 @@ def test_in_a_flood_events_are_masked_for_a_while(host, monkeypatch, flood):
 
 def test_after_a_flood_requests_are_served(flood):
     for _ in range(3):
-        flood.rage(queue_module._FLOOD + 3)
+        flood.rage(idle._FLOOD + 3)
         assert flood.read().status == OKAY
 
 
 def test_a_request_ends_a_flood(monkeypatch, flood):
-    monkeypatch.setattr(queue_module, "_CALM", 1_000_000)
+    monkeypatch.setattr(idle, "_CALM", 1_000_000)
     for _ in range(4):
-        flood.rage(queue_module._FLOOD - 2)
+        flood.rage(idle._FLOOD - 2)
         assert flood.read().status == OKAY
 
 
@@ -1687,7 +1687,7 @@ def large(host, line, count, pages=8):
 
 
 def test_large_neighbours_are_done_in_one_call(host, monkeypatch):
-    monkeypatch.setattr(queue_module, "_RUN", 3 * 32768)
+    monkeypatch.setattr(joining, "MOST", 3 * 32768)
     backend = host.memory(SIZE)
     line = host.line(backend, persistent=True)
     request = large(host, line, 8)
@@ -1820,7 +1820,7 @@ class Looks:
 
 @pytest.mark.parametrize(
     ("later", "crowded", "is_quick"),
-    [(1000, queue_module._CROWDED, False), (1e12, math.inf, True)],
+    [(1000, idle._CROWDED, False), (1e12, math.inf, True)],
     ids=["crowded", "long"],
 )
 def test_where_the_guest_is_quick_the_thread_busy_polls(
@@ -1828,8 +1828,8 @@ def test_where_the_guest_is_quick_the_thread_busy_polls(
 ):
     """It is awake when the next request comes, until others want the processor or none comes."""
     looks = Looks()
-    monkeypatch.setattr(queue_module, "perf_counter", looks)
-    monkeypatch.setattr(queue_module, "_CROWDED", crowded)
+    monkeypatch.setattr(idle, "perf_counter", looks)
+    monkeypatch.setattr(idle, "_CROWDED", crowded)
     for name, value in (("_TIMES", 1e9), ("_LITTLE", 1e9), ("_MOST", 1e9), ("_TIMED", 2)):
         monkeypatch.setattr(polling, name, value)
     line = host.line(host.memory(SIZE))
@@ -1839,16 +1839,16 @@ def test_where_the_guest_is_quick_the_thread_busy_polls(
         before = looks.taken
         host.until(lambda: looks.taken > before + 10, what="busy-polling")
 
-    host.until(lambda: line.ask(one(0, READ, 0, ref)) and line.queue._pace.is_quick)
+    host.until(lambda: line.ask(one(0, READ, 0, ref)) and line.queue._idle._pace.is_quick)
     busy_poll()
-    sleeps = spy(monkeypatch, line.queue, "_sleep")
+    sleeps = spy(monkeypatch, line.queue._idle, "sleep")
     for id_ in range(50):
         assert id_ == line.ask(one(id_, READ, 0, ref)).id
         busy_poll()
     assert [] == sleeps
     looks.later = later
     host.until(lambda: sleeps)
-    assert is_quick == line.queue._pace.is_quick
+    assert is_quick == line.queue._idle._pace.is_quick
     assert line.queue.stop(PATIENCE)
 
 
@@ -1987,13 +1987,13 @@ class Ailing(Backend):
 
 @pytest.fixture
 def hurry(monkeypatch):
-    monkeypatch.setattr(queue_module, "_PAUSES", (0.001, 0.004))
+    monkeypatch.setattr(retry, "_PAUSES", (0.001, 0.004))
 
 
 @pytest.fixture
 def tried_once(monkeypatch):
     """Nothing that is held is tried again."""
-    monkeypatch.setattr(queue_module, "_PAUSES", (1000.0, 1000.0))
+    monkeypatch.setattr(retry, "_PAUSES", (1000.0, 1000.0))
 
 
 in_order_or_not = pytest.mark.parametrize("threads", [1, 4])
@@ -2130,18 +2130,18 @@ def test_what_would_be_wrong_again_is_an_error_at_once(host, threads):
 
 @in_order_or_not
 def test_the_pause_between_tries_grows_and_is_bounded(host, monkeypatch, threads):
-    monkeypatch.setattr(queue_module, "_PAUSES", (0.01, 0.04))
+    monkeypatch.setattr(retry, "_PAUSES", (0.01, 0.04))
     backend = Ailing(threads, 0)
     line = host.line(Disk(backend, holds=True))
     ref = host.share().refs[0]
     for _ in range(2):  # and begins anew
-        assert 0.01 == line.queue._pause
+        assert 0.01 == line.queue._retries.pause
         wakeups = counted(line, "wakeups")[0]
         backend.tries, backend.times, backend.broken = [], [], {0}
         line.put(one(1, READ, 0, ref))
         line.kick()
         backend.wait_for(0, 8)
-        assert 0.04 == line.queue._pause
+        assert 0.04 == line.queue._retries.pause
         backend.repair()
         assert OKAY == line.responses(1)[0].status
         times = backend.times[1:] if threads == 1 else backend.times  # at once is tried twice
@@ -2518,7 +2518,8 @@ class Clock:
     def __init__(self, monkeypatch):
         self.now = self.coarse = 1000.0
         monkeypatch.setattr(queue_module, "_clock", lambda: self.coarse)
-        monkeypatch.setattr(queue_module, "perf_counter", lambda: self.now)
+        for module in (queue_module, idle, retry, stall):
+            monkeypatch.setattr(module, "perf_counter", lambda: self.now)
 
     def tick(self, seconds):
         self.now += seconds

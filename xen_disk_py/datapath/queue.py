@@ -59,9 +59,12 @@ from ..hypervisor import PAGE_SIZE, EventChannel, Hypervisor, Mapping
 from ..ring import BackRing
 from . import statistics as count
 from .disk import RETRY, Disk
-from .grants import PERSISTENT_LIMIT, Grants, GuestPages, Loan, Plan
+from .grants import PERSISTENT_LIMIT, Grants, GuestPages, Loan
+from .idle import Idle
+from .joining import LARGE, Run
 from .journal import Journal
-from .polling import Pace
+from .retry import RetryQueue
+from .stall import StallDetector
 from .statistics import Counters
 from .workers import MORE, Workers
 
@@ -70,16 +73,10 @@ log = logging.getLogger("xen_disk_py")
 MAX_IN_FLIGHT = 64 << 20
 """Bytes of one disk that may be on their way at once where requests are done in threads."""
 
-_JOINED = 32 << 10  # bytes of requests that are worth joining to one call
-_RUN = 1 << 20  # bytes that one call moves at most
 _PUBLISH = 256 << 10  # bytes moved until responses are published, amid a batch
 _LATE = 0.005  # seconds that a response waits for others, and then for the request under way
 _LOOK = 8  # requests until the clock is looked at, of a disk that is quick
 _FEW = 4  # responses: fewer wait while there is more to do, since each notification costs much
-_CROWDED = 20  # times as long as a look takes: if one took so long, others want the processor
-_FLOOD = 16  # wake-ups in a row that find nothing, before the next is put off
-_CALM = 10  # milliseconds that it is put off
-_PAUSES = 0.1, 5.0  # seconds before what is held is tried again: at first, and at most
 
 # CLOCK_MONOTONIC_COARSE: some milliseconds coarse, and never a system call, which any other clock
 # is on a paravirtualised dom0
@@ -100,65 +97,20 @@ class Options(NamedTuple):
 class _Begun:
     """A request under way."""
 
-    __slots__ = ("loan", "request", "since", "slot", "was_held")
+    __slots__ = ("loan", "request", "since", "slot", "was_retried")
 
     def __init__(self, slot: bytes, request: Transfer | Discard, loan: Loan) -> None:
         self.slot = slot
         self.request = request
         self.loan = loan
         self.since = inf  # when somebody began to do it
-        self.was_held = False
+        self.was_retried = False
 
 
 def _timed(begun: _Begun, call: Callable[[], int]) -> int:
     """Do a call in a thread, and note when that began."""
     begun.since = perf_counter()
     return call()
-
-
-class _Run:
-    """Large reads or large writes of contiguous sectors, to be done in one call.
-
-    A guest's kernel cuts what a program asks for into such requests. The call costs more than
-    all else that is done for them, where every system call is dear (a paravirtualised dom0).
-    """
-
-    __slots__ = ("buffers", "end", "operation", "requests", "start")
-
-    def __init__(self) -> None:
-        self.operation = READ
-        self.start = self.end = 0  # bytes from the disk's beginning
-        self.buffers: list[memoryview] = []
-        self.requests: list[tuple[int, int, bytes, bytes | None]] = []
-        """Each one's identity, counter, slot, and descriptors if it is indirect."""
-
-    def add(
-        self,
-        operation: int,
-        offset: int,
-        plan: Plan,
-        request: tuple[int, int, bytes, bytes | None],
-    ) -> None:
-        """Add a request, which is the first one or :meth:`continues` these."""
-        if not self.requests:
-            self.operation = operation
-            self.start = self.end = offset
-        self.end += plan.sectors * SECTOR
-        self.buffers += plan.buffers
-        self.requests.append(request)
-
-    def clear(self) -> None:
-        """Forget all, so that no page is in use for it."""
-        self.buffers.clear()
-        self.requests.clear()
-
-    def continues(self, operation: int, offset: int, length: int) -> bool:
-        """Tell whether the request is one to be done in the same call."""
-        return (
-            offset == self.end
-            and operation == self.operation
-            and offset + length - self.start <= _RUN
-        )
 
 
 class Queue:
@@ -234,23 +186,13 @@ class Queue:
             self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
             undo.pop_all()
         self._with_backend = 0  # requests that an asynchronous backend has begun
-        self._joined = _Run()
+        self._joined = Run()
         self._unanswered: dict[int, _Begun] = {}  # in the order in which they were begun, by id()
-        self._held: list[_Begun] = []  # of these, those that the storage could not do
-        self._pause = _PAUSES[0]  # seconds until they are tried again
-        self._retry_at = inf
-        self._is_timed = False  # what is done until the next sleep
-        self._now = 0.0  # the time then, as we know it
-        self._is_amid = False  # requests are being done here
-        self._moves = 0  # grows with each batch, and each time that responses are published
-        self._seen: tuple[int, int] | None = None  # by whoever asks for how long nothing moved
-        self._seen_at = 0.0
-        self._oldest: tuple[int, float] | None = None  # the same, of an asynchronous disk
-        self._oldest_at = 0.0
+        self._retries: RetryQueue[_Begun] = RetryQueue()  # of these, what the storage failed at
+        self._stall = StallDetector(is_asynchronous=self._many is not None)
+        self._idle = Idle(self._channel, [*self._ends(), self._wake_read], statistics)
         self._looked_at = _clock()  # when last published for being late, by the coarse clock
         self._look = 1  # requests until the clock is looked at
-        self._spurious = 0  # wake-ups since there was something to do
-        self._pace = Pace()
         self._stopping = False
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
@@ -284,25 +226,9 @@ class Queue:
     def stalled_for(self) -> float:
         """For how many seconds a request has been under way and nothing moved; 0 if none is.
 
-        To be asked now and then, from one other thread. A request counts from when somebody
-        began to do it, not while it waits for a thread or for a retry. An asynchronous backend
-        may have it wait for others: there the oldest counts, from the first time that it is seen
-        to be that. What is done in the queue's own thread counts from the first time that it is
-        seen there, and each answer is a new beginning.
+        To be asked now and then, from one other thread.
         """
-        now = perf_counter()
-        seen = (self._moves, len(self._ring.unpublished)) if self._is_amid else None
-        if seen is None or seen != self._seen:
-            self._seen, self._seen_at = seen, now
-        begun = [each for each in list(self._unanswered.values()) if each.since < inf]
-        if self._many is None:
-            since = min([each.since for each in begun], default=now)
-        else:
-            oldest = (id(begun[0]), begun[0].since) if begun else None
-            if oldest is None or oldest != self._oldest:
-                self._oldest, self._oldest_at = oldest, now
-            since = self._oldest_at
-        return max(0.0, now - min(since, self._seen_at))
+        return self._stall.stalled_for(list(self._unanswered.values()), len(self._ring.unpublished))
 
     def ask_to_stop(self) -> None:
         """Have the thread come to its end; :meth:`stop` waits for that."""
@@ -374,14 +300,12 @@ class Queue:
 
     def _loop(self) -> None:
         ring = self._ring
-        sleeper = select.poll()
-        for descriptor in (self._channel.fileno(), *self._ends(), self._wake_read):
-            sleeper.register(descriptor, select.POLLIN)
+        idle, retries = self._idle, self._retries
         if self._resumes:
             self._resume()
         while not self._stopping:
             finished = self._is_any_elsewhere and self._end_finished()
-            if self._held and perf_counter() >= self._retry_at:
+            if retries.is_due:
                 self._retry()
             room = self._most - len(self._unanswered)
             slots = ring.take(room) if room > 0 else b""
@@ -394,8 +318,8 @@ class Queue:
             elif room <= 0:
                 self._await_workers()
             # What is done elsewhere wakes poll when it ends, and must not wait for a busy-poll.
-            elif (self._is_any_elsewhere or not self._busy_poll()) and not ring.arm():
-                self._sleep(sleeper)
+            elif (self._is_any_elsewhere or not idle.busy_poll(ring)) and not ring.arm():
+                idle.sleep(retries.milliseconds)
         self._publish()
 
     def _resume(self) -> None:
@@ -417,8 +341,9 @@ class Queue:
         This is where the time goes. A read or write of known pages costs a look-up of its
         descriptors, the backend's call and the packing of its answer.
         """
-        self._is_amid = True
-        self._moves += 1
+        stall = self._stall
+        stall.is_amid = True
+        stall.moves += 1
         abi, disk, ring, statistics = self._abi, self._disk, self._ring, self._statistics
         plans, kept = self._pages.plans, self._pages.kept
         size, segments_at = abi.slot_size, abi.segments_at
@@ -454,7 +379,7 @@ class Queue:
                 sectors, buffers, word = plan
                 if sector + sectors <= capacity and not sector & misaligned:
                     length = sectors * SECTOR
-                    if length >= _JOINED and (
+                    if length >= LARGE and (
                         operation == READ or (operation == WRITE and not read_only)
                     ):
                         offset = sector * SECTOR
@@ -499,11 +424,9 @@ class Queue:
             words[count.BYTES_WRITTEN] += bytes_written
             disk.count_memory()
         words[count.IN_FLIGHT] = len(self._unanswered)
-        self._spurious = 0
-        self._is_amid = False
-        if self._is_timed:
-            began, self._now = self._now, perf_counter()
-            self._pace.worked(self._now - began)
+        stall.is_amid = False
+        self._idle.spurious = 0
+        self._idle.worked()
 
     def _do_run(self) -> int:
         """Do the requests that were joined; how many bytes were moved at once."""
@@ -540,7 +463,7 @@ class Queue:
             if begun or self._left:
                 waiting = [*(each.slot for each in begun.values()), *self._left]
             self._journal.note(ring.published, responses, waiting)
-            self._moves += 1
+            self._stall.moves += 1
             if ring.push():
                 self._channel.notify()
 
@@ -633,18 +556,18 @@ class Queue:
         return None
 
     def _end(self, begun: _Begun, status: int) -> None:
-        """Give a request's pages back, count it, and put its answer; or hold it."""
+        """Give a request's pages back, count it, and put its answer; or queue it for retry."""
         if status == RETRY:
             if not self._stopping:
-                self._hold(begun)
+                self._retry_later(begun)
                 return
             self._disk.statistics.add(count.ERRORS)
             status = ERROR
         request = begun.request
         del self._unanswered[id(begun)]
-        if begun.was_held and status == OKAY:
-            self._pause = _PAUSES[0]
-            if not any(other.was_held for other in self._unanswered.values()):
+        if begun.was_retried and status == OKAY:
+            self._retries.succeeded()
+            if not any(other.was_retried for other in self._unanswered.values()):
                 log.info("the storage works again")
         try:
             begun.loan.end(deliver=status == OKAY)
@@ -673,77 +596,33 @@ class Queue:
 
     # -- requests that the storage could not do ----------------------------------------
 
-    def _hold(self, begun: _Begun) -> None:
+    def _retry_later(self, begun: _Begun) -> None:
         """Keep a request, to try it again; the guest waits, and knows of nothing."""
         begun.since = inf
-        begun.was_held = True
-        if not self._held:
-            self._retry_at = perf_counter() + self._pause
-        self._held.append(begun)
-        self._statistics.words[count.HELD] = len(self._held)
+        begun.was_retried = True
+        self._retries.add(begun)
+        self._statistics.words[count.HELD] = len(self._retries)
 
     def _retry(self) -> None:
-        """Try again what is held; if we are to stop, that is answered with errors."""
-        held, self._held = self._held, []
+        """Try again what failed; if we are to stop, that is answered with errors."""
+        retries = self._retries
+        taken = retries.take()
         before = len(self._unanswered)
-        self._pause = min(2 * self._pause, _PAUSES[1])
-        while held:
-            begun = held.pop(0)
+        while taken:
+            begun = taken.pop(0)
             status = RETRY if self._stopping else self._do(begun)
             if status is not None:
                 self._end(begun, status)
                 self._publish_if_late()
-            if self._held:  # no better than before: spare the storage the others
-                self._held += held
+            if retries:  # no better than before: spare the storage the others
+                retries.put_back(taken)
                 break
         words = self._statistics.words
-        words[count.HELD] = len(self._held)
+        words[count.HELD] = len(retries)
         words[count.IN_FLIGHT] -= before - len(self._unanswered)
         self._publish()
 
     # -- waiting -----------------------------------------------------------------------
-
-    def _busy_poll(self) -> bool:
-        """Look for more to do before we sleep, as long as the pace says; tell if there is."""
-        pace, ring = self._pace, self._ring
-        if not pace.is_quick:
-            return ring.has_requests
-        last, shortest, until = self._now, inf, self._now + pace.window
-        while not ring.has_requests:
-            os.sched_yield()  # whoever else wants the processor has it now
-            now = perf_counter()
-            took, last = now - last, now
-            shortest = min(shortest, took)
-            if now >= until or took > _CROWDED * shortest:
-                if now < until:
-                    pace.crowded()
-                self._now = now
-                return False
-        self._now = last
-        return True
-
-    def _sleep(self, sleeper: select.poll) -> None:
-        was_timed, self._is_timed = self._is_timed, self._pace.is_to_be_timed()
-        if self._is_timed and not was_timed:
-            self._now = perf_counter()
-        woken = [descriptor for descriptor, _ in sleeper.poll(self._milliseconds())]
-        if self._is_timed:
-            began, self._now = self._now, perf_counter()
-            self._pace.slept(self._now - began)
-        self._statistics.words[count.WAKEUPS] += 1
-        if self._channel.fileno() in woken:
-            self._spurious += 1
-            if self._spurious > _FLOOD:
-                # Nothing but events: the port stays masked for a while (XSA-332).
-                calm = select.poll()
-                for descriptor in (*self._ends(), self._wake_read):
-                    calm.register(descriptor, select.POLLIN)
-                calm.poll(_CALM)
-            self._channel.acknowledge()
-
-    def _milliseconds(self) -> float | None:
-        """How long to sleep at most, for ``poll``: until what is held is to be tried again."""
-        return max(0.0, self._retry_at - perf_counter()) * 1000 + 1 if self._held else None
 
     def _ends(self) -> list[int]:
         """What polls readable when a request ends that is not done in this thread."""
@@ -759,17 +638,18 @@ class Queue:
             poller.register(descriptor, select.POLLIN)
         if not self._stopping:
             poller.register(self._wake_read, select.POLLIN)
-        poller.poll(self._milliseconds())
+        poller.poll(self._retries.milliseconds)
 
     def _drain(self) -> None:
         """Wait until the workers have done what they were given, and nothing is held."""
-        is_amid, self._is_amid = self._is_amid, False  # what is under way counts by itself
-        while self._is_any_elsewhere or self._held:
-            if self._held and (self._stopping or perf_counter() >= self._retry_at):
+        stall, retries = self._stall, self._retries
+        is_amid, stall.is_amid = stall.is_amid, False  # what is under way counts by itself
+        while self._is_any_elsewhere or retries:
+            if retries and (self._stopping or retries.is_due):
                 self._retry()
             elif not self._end_finished():
                 self._await_workers()
-        self._is_amid = is_amid
+        stall.is_amid = is_amid
 
     def _refuse_the_rest(self) -> None:
         """Answer what waits on the ring with errors: a guest cut off must not wait indefinitely.
