@@ -368,6 +368,7 @@ def patience():
             "simulated.xenstored._PATIENCE",
             "recovery.orphan._PATIENCE",
             "host.systemd._PATIENCE",
+            "xenbus.device._FINISHING",
         ):
             patch.setattr(f"xen_disk_py.{name}", PATIENCE)
         patch.setattr(Store.open.__func__, "__defaults__", (None, PATIENCE))

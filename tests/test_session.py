@@ -20,6 +20,7 @@ from xen_disk_py.blkif import READ
 from xen_disk_py.errors import DeviceError, DeviceTaken, StoreError, StoreLost, XenUnavailable
 from xen_disk_py.session import Forced, Interrupts, Outcome
 from xen_disk_py.xenbus import toolstack
+from xen_disk_py.xenbus.device import Device
 from xen_disk_py.xenbus.states import State
 
 PATIENCE = 30.0  # seconds for what must happen to happen
@@ -909,6 +910,25 @@ def test_xenstore_is_away_and_an_event_is_unread(host, watchdog, monkeypatch):
         # each round waits for the next try (0.05 s) or the next sign (0.05 s)
         assert len(rounds) - began <= 3 + 2 * (time.monotonic() - tried[0]) / 0.05
     frontend.read(0, 4096)
+
+
+def test_a_disk_that_takes_its_time_to_finish_is_no_reason(host, watchdog, monkeypatch):
+    """Its guest has closed, and what was taken before is done, one after the other."""
+    monkeypatch.setattr("xen_disk_py.xenbus.device._FINISHING", 0.01)
+    monkeypatch.setattr(Device, "stalled_for", 0.0)  # each answer is progress
+    backend = Hanging()
+    serving = host.serving(backend)
+    frontend = serving.frontend()
+    frontend.submit(READ, 0, length=4096)
+    frontend.kick()
+    assert backend.entered.wait(PATIENCE)
+    write_state(host, serving, State.CLOSED)
+    host.until(lambda: serving.device.is_unsettled)
+    assert {b"WATCHDOG=1"} == watchdog(6)
+    serving.unplug()
+    assert {b"WATCHDOG=1"} == watchdog(6)
+    backend.allowed.set()
+    assert Outcome.UNPLUGGED is serving.wait()
 
 
 def test_a_request_that_hangs_is(host, watchdog, caplog):

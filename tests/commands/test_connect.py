@@ -519,7 +519,7 @@ def test_force_with_a_backend_that_hangs(connect, monkeypatch, caplog, closing):
     class Noted(Queue):
         def start(self):
             queues.append(self)
-            super().start()
+            return super().start()
 
     monkeypatch.setattr("xen_disk_py.xenbus.device.Queue", Noted)
     Hanging.entered.clear()

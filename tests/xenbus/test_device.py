@@ -28,6 +28,7 @@ from xen_disk_py.datapath.journal import Journal
 from xen_disk_py.datapath.queue import Options
 from xen_disk_py.errors import StoreLost
 from xen_disk_py.ring import FrontRing
+from xen_disk_py.xenbus import device as device_module
 from xen_disk_py.xenbus import toolstack
 from xen_disk_py.xenbus.states import State
 
@@ -306,6 +307,81 @@ def test_a_ring_that_overflows_leaves_the_others_alone(host, threaded, caplog):
     guest.device.update()
     assert guest.device.finished
     assert host.hypervisor.mapped_pages == 0
+
+
+@pytest.fixture
+def hanging(host, make, monkeypatch):
+    """A connected guest that waits for a disk that hangs; and what ends that."""
+    monkeypatch.setattr(device_module, "_FINISHING", 0.0)
+    entered, allowed = threading.Event(), threading.Event()
+
+    def read(buffers, offset):
+        entered.set()
+        allowed.wait(LONG)
+
+    guest = make(host.memory(read=read))
+    connect(guest)
+    guest.ask_to_read()
+    assert entered.wait(host.PATIENCE)
+    yield guest, allowed
+    allowed.set()
+
+
+def settle(host, guest):
+    """Update until there is nothing more to do."""
+
+    def done():
+        guest.device.update()
+        return not guest.device.is_unsettled
+
+    host.until(done)
+
+
+@pytest.mark.parametrize("how", ["closed", "gone", "closed, and asked to leave"])
+def test_nobody_waits_for_a_disk_that_takes_long_to_finish(host, hanging, how):
+    """The session has signs of life to send, signals and commands to answer."""
+    guest, allowed = hanging
+    if how == "gone":
+        host.store.remove(guest.address.frontend)
+    else:
+        guest.switch(S.CLOSED)
+    for _ in range(3):
+        guest.device.update()
+        assert guest.device.is_unsettled
+        if how.endswith("leave"):
+            guest.device.unplug()
+        assert guest.backend in (S.CONNECTED, S.CLOSING)
+        assert host.hypervisor.mapped_pages
+        assert not guest.device.finished
+    allowed.set()
+    settle(host, guest)
+    assert S.CLOSED is guest.backend
+    assert not host.hypervisor.mapped_pages
+    assert (how != "closed") == guest.device.finished
+
+
+def test_what_was_begun_is_finished_though_the_guest_changes_its_mind(host, hanging):
+    """Its ring is not served any longer: so it is connected anew, and not left alone."""
+    guest, allowed = hanging
+    guest.switch(S.CLOSED)
+    guest.device.update()
+    guest.switch(S.CONNECTED)
+    guest.device.update()
+    assert guest.device.is_unsettled
+    allowed.set()
+    settle(host, guest)
+    assert S.CONNECTED is guest.backend
+    host.until(guest.rings[0].take)  # the answer to what was under way
+    assert guest.read_works()
+
+
+def test_a_disk_that_hangs_for_hours_when_it_is_to_finish(host, hanging):
+    """Each update asks the queue to stop: no pipe may be full some day."""
+    guest, _ = hanging
+    guest.switch(S.CLOSED)
+    guest.device.update()
+    for _ in range(70_000):
+        guest.device._disconnect()
 
 
 class Refusing:

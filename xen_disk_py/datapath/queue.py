@@ -232,7 +232,7 @@ class Queue:
 
     def ask_to_stop(self) -> None:
         """Have the thread come to its end; :meth:`stop` waits for that."""
-        if self._wake_read >= 0:
+        if self._wake_read >= 0 and not self._stopping:
             self._stopping = True
             os.write(self._wake_write, b"x")
 

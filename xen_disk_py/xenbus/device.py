@@ -27,6 +27,8 @@ from .xenstore import Store
 
 log = logging.getLogger("xen_disk_py")
 
+_FINISHING = 0.05
+"""Seconds that one update waits for requests to return, before the session looks around."""
 _STEPS = 8  # of the handshake, in one update; no handshake in order takes as many
 MAX_RING_PAGE_ORDER = 4
 """Rings of up to 16 pages are offered."""
@@ -89,6 +91,7 @@ class Device:
         self._step = disk.backend.physical_sector_size  # of which any size is a multiple (blkif.h)
         self._queues: list[Queue] = []
         self._unstarted: list[Queue] = []  # of these, those that no thread is to be had for
+        self._unfinished: Action | None = None  # begun; requests have to return first
         self._is_orphaned = False
 
     def __repr__(self) -> str:
@@ -143,7 +146,11 @@ class Device:
     def _follow_states(self) -> None:
         """Do what the two ends' states ask for, until nothing follows or that takes too long."""
         self.is_unsettled = False
+        if self._unfinished is not None:
+            self._do(self._unfinished)  # whatever the guest has changed its mind to
         for _ in range(_STEPS):
+            if self._unfinished is not None:
+                break
             if self.finished or self._is_orphaned:
                 return
             asked = State.parse(self._store.read(f"{self.address.backend}/state"))
@@ -321,25 +328,24 @@ class Device:
 
     def _do(self, action: Action) -> None:
         log.debug("%r, frontend %s: %s", self, self.frontend_state, action.value)
-        if action is Action.CONNECT:
-            self._connect()
-        elif action is Action.CLOSE:
+        if action is Action.CLOSE:
             self._publish(State.CLOSING)
+            return
+        self._unfinished = action
+        if not self._disconnect():
+            self.is_unsettled = True
+            return
+        self._unfinished = None
+        if action is Action.CONNECT:
+            self._open_queues(State.CONNECTED)
         elif action is Action.DISCONNECT:
-            self._disconnect()
             self._publish(State.CLOSED)
         elif action is Action.REOPEN:
-            self._disconnect()
             self._publish(State.INIT_WAIT)
         elif action is Action.FINISH:
-            self._disconnect()
             if not self._is_orphaned:
                 self._publish(State.CLOSED)
             self.finished = True
-
-    def _connect(self) -> None:
-        self._disconnect()
-        self._open_queues(State.CONNECTED)
 
     def _open_queues(self, state: State) -> None:
         """Begin to serve the rings that the frontend has published, and publish ``state``."""
@@ -385,12 +391,17 @@ class Device:
             )
             self._queues.append(queue)
 
-    def _disconnect(self) -> None:
-        """Finish the requests taken so far and unmap everything; before Closed is published."""
+    def _disconnect(self) -> bool:
+        """Finish the requests taken so far and unmap everything; before Closed is published.
+
+        Returns:
+            False if some have not returned yet; to be called again. A slow disk may take minutes,
+            and the session has other duties.
+        """
         self._unstarted = []
         for queue in self._queues:
             queue.ask_to_stop()
-        while self._queues:
-            # a pause between two waits, for a signal that came just before one
-            if self._queues[-1].stop(1.0):
-                self._queues.pop()
+        deadline = time.monotonic() + _FINISHING
+        while self._queues and self._queues[-1].stop(max(0.0, deadline - time.monotonic())):
+            self._queues.pop()
+        return not self._queues
