@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from pathlib import Path
 import pytest
 from libxl_stub import Libxl
 
+from xen_disk_py.backends.nbd.libnbd import NBD
+from xen_disk_py.errors import XenUnavailable
 from xen_disk_py.exit_status import ExitStatus
 from xen_disk_py.recovery.record import find
 from xen_disk_py.xenbus.states import Address, State
@@ -185,6 +188,29 @@ def test_serve(host, processes, image, side, tmp_path):
     frontend.disconnect()
     libxl.finish_detach(address)
     process.signal(signal.SIGTERM)
+    assert ExitStatus.OK == process.wait()
+
+
+@pytest.mark.skipif(shutil.which("nbdkit") is None, reason="needs nbdkit")
+def test_a_server_that_works_for_the_disk_is_not_stopped_by_the_reader_of_our_log(
+    host, processes, side
+):
+    """It says a lot of each request."""
+    try:
+        NBD.load()
+    except XenUnavailable as error:
+        pytest.skip(str(error))
+    options, later = side
+    path = "[ nbdkit --verbose --exit-with-parent memory 1M ]"
+    process = processes.start("connect", "guest", "--vdev=xvdb", "--path", path, **options)
+    frontend = connected(host)
+    later()
+    for _ in range(20):
+        use(frontend)
+    process.signal()
+    host.until(lambda: frontend.backend_state is State.CLOSING)
+    use(frontend)
+    frontend.disconnect()
     assert ExitStatus.OK == process.wait()
 
 

@@ -16,7 +16,7 @@ import tty
 import pytest
 
 from xen_disk_py.host import output as output_module
-from xen_disk_py.host.output import LIMIT, Output
+from xen_disk_py.host.output import LIMIT, Output, relayed_stderr
 
 PATIENCE = 30.0  # seconds for what must happen to happen
 
@@ -249,3 +249,29 @@ def test_closed_standard_descriptors_lead_nowhere(tmp_path):
     shown, inherited, first = eval((tmp_path / "o").read_text())
     assert (0, ["/dev/null"] * 3, [True] * 3) == (done.returncode, shown, inherited)
     assert first >= 3
+
+
+def test_what_a_child_prints_is_passed_on_and_its_end_is_the_end(monkeypatch):
+    said = io.StringIO()
+    monkeypatch.setattr("sys.stderr", said)
+    before = os.readlink("/proc/self/fd/2")
+    with relayed_stderr():
+        child = subprocess.Popen(
+            ["/bin/sh", "-c", "printf 'one\\033[2J\\ntwo' >&2"], stdout=subprocess.DEVNULL
+        )
+    assert before == os.readlink("/proc/self/fd/2")
+    assert 0 == child.wait(PATIENCE)
+    for thread in threading.enumerate():
+        if thread.name == "stderr":
+            thread.join(PATIENCE)
+    assert "one\\x1b[2J\ntwo\n" == said.getvalue()
+
+
+def test_a_child_without_a_thread_of_ours_writes_nowhere(monkeypatch):
+    def none_left(thread):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", none_left)
+        with relayed_stderr():
+            assert "/dev/null" == os.readlink("/proc/self/fd/2")

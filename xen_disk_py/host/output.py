@@ -14,12 +14,18 @@ import os
 import select
 import socket
 import stat
+import sys
 import threading
 import time
+from collections.abc import Iterator
 from typing import Callable, TextIO
+
+from ..text import printable
 
 LIMIT = 64 << 10
 """Bytes that wait for a reader at most."""
+
+_LINE = 4096  # bytes of a line of others that are passed on at once
 
 _Send = Callable[[bytes], int]
 
@@ -36,6 +42,44 @@ def open_standard_descriptors() -> None:
             os.close(descriptor)
             return
         os.set_inheritable(descriptor, True)  # as they are
+
+
+@contextlib.contextmanager
+def relayed_stderr() -> Iterator[None]:
+    """Have programs that are started inside write to us, who pass it on to ``sys.stderr``.
+
+    A server that works for a disk would wait for the reader of our stderr, and the disk for it.
+    """
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    try:
+        threading.Thread(target=_relay, args=(reader,), name="stderr", daemon=True).start()
+    except RuntimeError:  # no thread is to be had
+        os.close(reader)
+        os.close(writer)
+        writer = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        with _changing_stderr:
+            before = os.dup(2)
+            os.dup2(writer, 2)
+            try:
+                yield
+            finally:
+                os.dup2(before, 2)
+                os.close(before)
+    finally:
+        os.close(writer)
+
+
+_changing_stderr = threading.Lock()
+
+
+def _relay(reader: int) -> None:
+    """Pass on lines until all who write them have ended."""
+    with os.fdopen(reader, "rb") as lines:
+        for line in iter(lambda: lines.readline(_LINE), b""):
+            if sys.stderr is not None:
+                text = line.decode(errors="surrogateescape").rstrip("\n")
+                sys.stderr.write(f"{printable(text)}\n")
 
 
 class Output(io.TextIOBase):

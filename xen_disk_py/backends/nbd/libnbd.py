@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from ...errors import BackendError
 from ...host.clibrary import Library, Signature
+from ...host.output import relayed_stderr
 from ...hypervisor import Closing
 from .. import StorageError
 from ..asynchronous import DISCARD, FLUSH, READ, Done
@@ -180,7 +181,8 @@ class Connection(Closing):
             done = nbd.nbd_connect_uri(self._handle, where.encode())
         else:
             words = (c_char_p * (len(where) + 1))(*(os.fsencode(word) for word in where), None)
-            done = nbd.nbd_connect_systemd_socket_activation(self._handle, words)
+            with relayed_stderr():
+                done = nbd.nbd_connect_systemd_socket_activation(self._handle, words)
         if done < 0:
             raise BackendError(self._why()[1])
 
