@@ -34,6 +34,19 @@ from xen_disk_py.xenbus.states import Address
 from xen_disk_py.xenbus.vdev import parse
 from xen_disk_py.xenbus.xenstore import Store
 
+with contextlib.suppress(ImportError):  # dom0 of the lab has none
+    from hypothesis import HealthCheck, settings
+
+    # A busy machine may stop any example for seconds, and the ordinary run is the same each time.
+    settings.register_profile(
+        "ordinary",
+        deadline=None,
+        database=None,
+        derandomize=not os.environ.get("XEN_DISK_LONG"),
+        suppress_health_check=list(HealthCheck),
+    )
+    settings.load_profile("ordinary")
+
 DOMID = 5
 PATIENCE = 30.0  # seconds for what must happen to happen
 
