@@ -294,6 +294,20 @@ def sleeping(bench: Bench) -> None:
     bench.show(table, "4 KiB read", "depth 1")
 
 
+def slow(bench: Bench) -> None:
+    """How soon answers come of a disk that takes 10 ms for each of 16 requests sent at once."""
+    table, workload = "slow", "4 KiB read, 16 at once, 10 ms each"
+    with served("--path", str(HERE / "slow_disk.py"), pages=1) as disk:
+        disk.load.prepare(READ, 4 * KIB, 32, offsets(4 * KIB))
+        for _ in range(bench.rounds):
+            times = disk.load.answer_times()
+            series = {"first": times[0], "mean": statistics.mean(times), "last": times[-1]}
+            for name, seconds in series.items():
+                bench.results.add(table, workload, name, seconds=seconds)
+    for name, found in bench.results.tables[table][workload].items():
+        tell(f"slow: {name:6} {statistics.median(found['seconds']):.3f} s")
+
+
 TABLES: dict[str, Callable[[Bench], None]] = {
     "requests": requests,
     "scattered": scattered,
@@ -301,6 +315,7 @@ TABLES: dict[str, Callable[[Bench], None]] = {
     "vhd": vhd,
     "many": many,
     "sleeping": sleeping,
+    "slow": slow,
     "idle": idle,
     "start": start,
 }

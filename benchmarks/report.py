@@ -53,6 +53,7 @@ LOCAL = {
     ),
     "many": (View("Requests per second, all disks together", RATE, 1, "1 disk"),),
     "sleeping": (View("Requests per second", RATE, 1, "depth 1"),),
+    "slow": (View("Seconds until an answer is there", "seconds", 1, ""),),
     "idle": (
         View("Wake-ups per second", "wakeups_per_second", 1, ""),
         View("Resident memory, MB", "resident_bytes", 1e-6, ""),

@@ -126,6 +126,22 @@ class Load(Frontend):
         self._refill()
         return True
 
+    def answer_times(self) -> list[float]:
+        """Send half of the requests at once; how many seconds later each answer was there."""
+        before, times = self._consumed, list[float]()
+        start = time.perf_counter()
+        self._refill()
+        sent = self._produced - before
+        while len(times) < sent:
+            answered = (self._indices[_RSP_PROD] - before) & _MASK
+            now = time.perf_counter() - start
+            times += [now] * (answered - len(times))
+            if now > self._timeout:
+                raise DeviceError("no response in time")
+            time.sleep(0.0005)
+        self._reap()
+        return times
+
     def finish(self) -> None:
         """Wait until everything is answered.
 
