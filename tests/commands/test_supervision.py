@@ -98,6 +98,7 @@ def test_what_a_guest_wrote_survives(host, supervise, memory, image):
     (line,) = process.out.splitlines()
     assert "xvdb" == json.loads(line)["vdev"]
     assert 2 == process.err.count("takes over\n")
+    assert "xen-disk: guest/xvdb: disk 5 xvdb: process " in process.err
     assert "died of signal 9" in process.err
     assert "changes are kept in memory and vanish" in process.err
     assert process.err.count("xvdb: unplugged\n") == 1

@@ -189,7 +189,8 @@ class _Connection:
 
     def take_over(self, left: Left) -> None:
         """Say in xenstore, and to whoever started us, who serves what another process has left."""
-        notify(f"X_DEVICE={self._domain.domid} {left.disk.device}")
+        name = toolstack.disk_name(self._store, left.disk.address)
+        notify(f"X_DEVICE={self._domain.domid} {left.disk.device}", f"X_NAME={name}")
         toolstack.pass_on(self._store, left.disk.address, os.getpid())
 
     def serve_on(self, left: Left) -> ExitStatus:
@@ -248,7 +249,7 @@ class _Connection:
             is_known=is_known,
         )
 
-        connection = self
+        connection, name = self, toolstack.disk_name(self._store, address)
 
         class Life(Observer):
             wants_ticks = live
@@ -257,7 +258,7 @@ class _Connection:
                 if args.adopt:
                     return
                 # whoever starts another process if this one dies must know which disk it is
-                notify(f"X_DEVICE={connection._domain.domid} {vdev}")
+                notify(f"X_DEVICE={connection._domain.domid} {vdev}", f"X_NAME={name}")
                 toolstack.attach(
                     connection._store,
                     address,
@@ -293,7 +294,7 @@ class _Connection:
                     succession.crash(error)
 
         try:
-            with about(toolstack.disk_name(self._store, address)):
+            with about(name):
                 outcome = session.run(Life())
         finally:
             status_line.clear()

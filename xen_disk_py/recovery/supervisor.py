@@ -25,17 +25,20 @@ import struct
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Callable
 
 from ..errors import DeviceError
 from ..exit_status import ExitStatus
+from ..host.logs import about
 from ..host.systemd import NOTIFY_SOCKET, WATCHDOG_PID, WATCHDOG_USEC, notify, watchdog_interval
 
 log = logging.getLogger("xen_disk_py")
 
 DEVICE = "X_DEVICE="
 """How a worker says which device it serves: ``X_DEVICE=5 xvdb``, domain id and name."""
+NAME = "X_NAME="
+"""How it says what people call it: ``X_NAME=myvm/xvdb``; for the log."""
 DELAYS = (0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 5.0, 5.0, 5.0)
 """Seconds before each restart; after as many without a calm time we give up."""
 CALM = 60.0
@@ -100,7 +103,7 @@ class Supervisor:
         Raises:
             DeviceError: a worker crashed, and another cannot help or did not.
         """
-        with _mailbox() as self._mailbox, _signals() as self._signals:
+        with _mailbox() as self._mailbox, _signals() as self._signals, ExitStack() as self._naming:
             self._poller = select.poll()
             self._poller.register(self._mailbox, select.POLLIN)
             self._poller.register(self._signals, select.POLLIN)
@@ -229,6 +232,9 @@ class Supervisor:
             for assignment in assignments:
                 if assignment.startswith(DEVICE):
                     self._device = assignment[len(DEVICE) :]
+                elif assignment.startswith(NAME):
+                    self._naming.close()
+                    self._naming.enter_context(about(assignment[len(NAME) :]))
                 elif assignment in ("READY=1", "WATCHDOG=1"):
                     self._last_sign = time.monotonic()
             forwarded = [text for text in assignments if text.startswith(_FORWARDED)]
