@@ -38,6 +38,10 @@ INDIRECT = 6
 OKAY = 0
 ERROR = -1
 EOPNOTSUPP = -2
+FLUSH_FAILED = -5
+"""The answer to a flush or barrier that failed: an I/O error to every frontend, as all that is not
+OKAY. Linux's blkfront takes ERROR, if there are no segments, for EOPNOTSUPP: it tells whoever
+flushed that all went well (xen-blkfront.c, "empty flush op failed"; seen with Linux 6.1)."""
 
 DISCARD_SECURE = 1
 VDISK_CDROM = 1
@@ -259,6 +263,11 @@ class Response(NamedTuple):
 encode_response: Callable[[int, int, int], bytes] = _RESPONSE.pack
 """``encode_response(id, operation, status)``: the first 12 bytes of a slot, no guest's or host's
 stale byte among them."""
+
+
+def failure(operation: int) -> int:
+    """Return the status that says of a request that it failed."""
+    return FLUSH_FAILED if operation in (FLUSH, WRITE_BARRIER) else ERROR
 
 
 def decode_response(slot: bytes) -> Response:

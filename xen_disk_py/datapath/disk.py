@@ -20,6 +20,7 @@ from ..blkif import (
     EOPNOTSUPP,
     ERROR,
     FLUSH,
+    FLUSH_FAILED,
     OKAY,
     READ,
     SECTOR,
@@ -93,6 +94,16 @@ class Disk:
     @statistics.setter
     def statistics(self, statistics: Statistics) -> None:
         self._statistics = self._durability.statistics = statistics
+        self._refuse_writes_if_lost()
+
+    def _refuse_writes_if_lost(self) -> None:
+        """Let no write succeed once no flush can.
+
+        Linux's blkfront does not flush any more after a flush that failed, but takes each write
+        that is answered for durable.
+        """
+        if self._durability.is_lost:
+            self._write = self._write_first = self._durability.refuse
 
     def features(
         self,
@@ -314,6 +325,7 @@ class Disk:
         try:
             self._durability.flush()
         except BaseException as error:  # noqa: BLE001 - as above
+            self._refuse_writes_if_lost()
             return self._failed("flush", error)
         return OKAY
 
@@ -356,7 +368,7 @@ class Disk:
             return RETRY
         self.statistics.add(count.ERRORS)
         self.say(logging.ERROR, f"{what} failed in {self.backend}: {reason}")
-        return ERROR
+        return FLUSH_FAILED if what == "flush" else ERROR
 
     def count_memory(self) -> None:
         """Note how much memory the guest's writes hold."""

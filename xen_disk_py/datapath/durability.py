@@ -62,6 +62,12 @@ _PASSING = frozenset(
 )
 
 
+_LOST = (
+    "an earlier flush failed, and what was written before it may be lost: no flush and no write "
+    "succeeds until the disk is connected anew"
+)
+
+
 class FlushFailed(OSError):
     """An earlier flush failed, and what it was for may be lost."""
 
@@ -145,6 +151,16 @@ class Durability:
         finally:
             copies.leave()
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether a flush has failed, and what was written before it cannot be written again."""
+        copies = self._copies
+        return self.statistics.flush_failed and not (copies and copies.are_all_there)
+
+    def refuse(self, buffers: Sequence[memoryview], offset: int) -> int | None:
+        """Write nothing, where that can never become durable."""
+        raise FlushFailed(errno.EIO, _LOST)
+
     def flush(self) -> None:
         """Return when everything that was written before is on stable storage.
 
@@ -156,13 +172,9 @@ class Durability:
         with self._flushing:
             if self._last_good > seen:
                 return  # one that began after we asked was for us as well
+            if self.is_lost:
+                raise FlushFailed(errno.EIO, _LOST)
             copies = self._copies
-            if self.statistics.flush_failed and not (copies and copies.are_all_there):
-                raise FlushFailed(
-                    errno.EIO,
-                    "an earlier flush failed, and what was written before it may be lost: no "
-                    "flush succeeds until the disk is connected anew",
-                )
             self._started += 1
             end = 0
             if copies is not None:

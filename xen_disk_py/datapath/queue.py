@@ -52,6 +52,7 @@ from ..blkif import (
     Ring,
     Transfer,
     encode_response,
+    failure,
     resolve,
 )
 from ..errors import GuestMisbehaved, HypervisorError, XenDiskError
@@ -562,7 +563,7 @@ class Queue:
                 self._retry_later(begun)
                 return
             self._disk.statistics.add(count.ERRORS)
-            status = ERROR
+            status = failure(begun.request.operation)
         request = begun.request
         del self._unanswered[id(begun)]
         if begun.was_retried and status == OKAY:
@@ -664,7 +665,8 @@ class Queue:
             self._left.clear()
             for at in range(0, len(slots), abi.slot_size):
                 request = abi.decode(slots[at : at + abi.slot_size], self._max_indirect_segments)
-                ring.respond(encode_response(request.id, request.operation, ERROR))
+                status = failure(request.operation)
+                ring.respond(encode_response(request.id, request.operation, status))
             self._publish()
         except (GuestMisbehaved, HypervisorError) as error:
             log.debug("%s", error)
