@@ -114,16 +114,16 @@ def test_a_supervised_disk(host, processes, tmp_path):
     frontend.write(0, NEW)
 
     first = facts(host)
-    words = Path(f"/proc/{first['pid']}/cmdline").read_text().split("\0")
+    words = Path(f"/proc/{first.pid}/cmdline").read_text().split("\0")
     assert ["-I", str(one_file), "connect"] == words[2:5]
-    os.kill(first["pid"], signal.SIGKILL)
-    host.until(lambda: is_served_by_another(host, first["pid"]))
+    os.kill(first.pid, signal.SIGKILL)
+    host.until(lambda: is_served_by_another(host, first.pid))
     assert NEW == frontend.read(0, len(NEW))
 
     os.replace(build(tmp_path / "new", "next" * 1000), one_file)
     env = host.environment()
     assert ExitStatus.OK == main(["upgrade", "guest", "xvdb"], env)
-    assert "next" * 1000 == facts(host)["version"]
+    assert "next" * 1000 == facts(host).version
     assert NEW == frontend.read(0, len(NEW))
 
     process.signal()
@@ -134,9 +134,9 @@ def test_a_supervised_disk(host, processes, tmp_path):
 
 def facts(host):
     found = find(host.records, ADDRESS)
-    return found.facts if found is not None else {}
+    return found.facts if found is not None else None
 
 
 def is_served_by_another(host, pid):
     now = facts(host)
-    return now.get("pid") not in (None, pid) and now.get("started") is not None
+    return now is not None and now.pid not in (0, pid) and now.started is not None

@@ -16,15 +16,15 @@ from xen_disk_py.backends import Backend
 from xen_disk_py.backends.raw import RawBackend
 from xen_disk_py.blkif import READ, Ring
 from xen_disk_py.cli import main
-from xen_disk_py.commands import succession
 from xen_disk_py.commands.arguments import parse
-from xen_disk_py.commands.backend_arguments import backend_from
-from xen_disk_py.commands.opening import facts_about
-from xen_disk_py.datapath.disk import Disk
+from xen_disk_py.commands.backend_arguments import spec_from
+from xen_disk_py.commands.environment import Environment
 from xen_disk_py.errors import XenUnavailable
 from xen_disk_py.exit_status import ExitStatus
 from xen_disk_py.libxl import attachment
 from xen_disk_py.libxl.attachment import AdoptedDevice
+from xen_disk_py.recovery import takeover
+from xen_disk_py.recovery.facts import Facts
 from xen_disk_py.recovery.record import Record, find
 from xen_disk_py.xenbus.device import Device
 from xen_disk_py.xenbus.states import Address, State
@@ -106,7 +106,9 @@ def test_a_persistent_disk(adopt, steps, image, host, caplog):
         frontend.discard(0, 4096)
         found = find(host.records, ADDRESS)
         assert found.alive
-        told = {key: found.facts[key] for key in ("domain", "vdev", "backend", "path", "mode")}
+        told = {
+            key: getattr(found.facts, key) for key in ("domain", "vdev", "backend", "path", "mode")
+        }
         assert told == {
             "domain": "guest",
             "vdev": "xvdb",
@@ -277,7 +279,7 @@ def test_a_hangup_resizes(adopt, steps, host, image):
         os.truncate(image, 2 << 20)
         os.kill(os.getpid(), signal.SIGHUP)
         host.until(lambda: host.tree()[f"{ADDRESS.backend}/sectors"] == "4096")
-        assert 2 << 20 == find(host.records, ADDRESS).facts["size"]
+        assert 2 << 20 == find(host.records, ADDRESS).facts.size
         steps.detach(frontend)
 
     assert adopt(script, image) is ExitStatus.OK
@@ -344,7 +346,7 @@ def test_no_hypervisor(adopt, host, libxl, image, monkeypatch):
     def missing(env):
         raise XenUnavailable("no /dev/xen/gntdev: modprobe xen-gntdev")
 
-    monkeypatch.setattr("xen_disk_py.commands.adopt.opened_hypervisor", missing)
+    monkeypatch.setattr(Environment, "hypervisor", missing)
 
     def script():
         libxl.wait(ADDRESS, State.INIT_WAIT)
@@ -418,7 +420,7 @@ def test_the_responder_knows_what_the_process_had_noted(
     libxl.create(image, state="4", xen_disk_pid="123456789", hotplug_status="connected")
     left = Record(host.records, ADDRESS, 2)
     if readable:
-        left.describe({})
+        left.describe(Facts())
     left.journals[1].begin(Ring((8,), 17), 112)
     left.journals[1].note(7, [], [b"x" * 112])
     left.leave()
@@ -454,10 +456,11 @@ def orphan(host, libxl):
         libxl.create(target, state="2", **keys)
         config = attachment.read_config(host.store, ADDRESS)
         options = parse(["connect", "5", *config.arguments])
-        disk = Disk(backend_from(options))
+        spec = spec_from(options)
+        disk = spec.open_disk()
         vdev = VirtualDevice(ADDRESS.devid, "xvdb")
         with Record(host.records, ADDRESS, options.queues) as one:
-            one.describe(facts_about(options, Domain(5, "guest", ""), vdev, disk))
+            one.describe(Facts.about(spec, Domain(5, "guest", ""), vdev, disk))
             one.leave()
         for name, value in Device(host.store, host.hypervisor, ADDRESS, disk).keys().items():
             host.store.write(f"{ADDRESS.backend}/{name}", value)
@@ -477,7 +480,7 @@ def test_it_takes_over_from_a_process_that_died(adopt, steps, host, orphan, imag
         with pytest.raises(OSError, match="-2"):
             frontend.discard(0, 4096)
         found = find(host.records, ADDRESS)
-        assert (True, os.getpid()) == (found.alive, found.facts["pid"])
+        assert (True, os.getpid()) == (found.alive, found.facts.pid)
         assert str(os.getpid()) == host.tree()[f"{ADDRESS.backend}/xen-disk-pid"]
         steps.detach(frontend)
 
@@ -549,7 +552,7 @@ def test_what_it_cannot_take_over(adopt, host, libxl, orphan, image, caplog, cha
 def test_an_error_of_our_own(adopt, host, libxl, steps, image, monkeypatch, broken):
     """It is left to another process; here, nobody ends, and the disk ends as it did before."""
     crashed = []
-    monkeypatch.setattr(succession, "crash", crashed.append)
+    monkeypatch.setattr(takeover, "crash", crashed.append)
 
     def script():
         frontend = steps.connect()

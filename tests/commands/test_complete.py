@@ -52,7 +52,7 @@ def test_options(name):
         for option in action.option_strings
     ]
     assert shown == complete(name, "-")
-    assert "--leave" not in shown
+    assert "--role" not in shown
     for option in shown:
         assert option in complete(name, option[:-1])
 

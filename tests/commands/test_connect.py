@@ -26,6 +26,7 @@ from xen_disk_py.errors import PrivilegeError
 from xen_disk_py.exit_status import ExitStatus
 from xen_disk_py.host import privileges
 from xen_disk_py.recovery.record import find
+from xen_disk_py.recovery.spec import DiskSpec
 from xen_disk_py.session import Interrupts
 from xen_disk_py.xenbus import toolstack
 from xen_disk_py.xenbus.states import Address, State
@@ -177,7 +178,7 @@ def test_hangup_without_a_terminal(connect, image, caplog):
         player.interrupt(signal.SIGHUP)
         player.host.until(lambda: frontend.look_again().sectors == 4096)
         assert bytes(4096) == frontend.read((2 << 20) - 4096, 4096)
-        assert find(player.host.records, player.address()).facts["size"] == 2 << 20
+        assert find(player.host.records, player.address()).facts.size == 2 << 20
         os.truncate(image, 1 << 20)
         player.interrupt(signal.SIGHUP)
         player.host.until(lambda: "not resized: 1048576 bytes is less" in caplog.text)
@@ -340,7 +341,7 @@ class Failing(Backend):
 def test_requests_that_are_held(connect, monkeypatch):
     """A status line tells; and so does who is asked to end. Ctrl-C again gives them up."""
     monkeypatch.setattr("xen_disk_py.session.TICK", 0.01)
-    monkeypatch.setattr(connect_module, "backend_from", lambda args: Failing())
+    monkeypatch.setattr(DiskSpec, "open_backend", lambda spec: Failing())
     failed = []
 
     def script(player):
@@ -406,7 +407,7 @@ def test_the_nodes_tell_who_serves(connect, image):
         assert f"{player.address().toolstack}/backend" in tree
         found = find(player.env.record_directory, player.address())
         assert found.alive
-        assert found.facts["path"] == str(image)
+        assert found.facts.path == str(image)
         frontend.read(0, 4096)
         player.host.until(lambda: find(player.env.record_directory, player.address()).counters)
         player.unplug(frontend)
@@ -513,7 +514,7 @@ class Hanging(Backend):
 def test_force_with_a_backend_that_hangs(connect, monkeypatch, caplog, closing):
     """Also when the guest has released the disk and it is the backend alone that we wait for."""
     monkeypatch.setattr("xen_disk_py.xenbus.device.Device.force.__defaults__", (0.2,))
-    monkeypatch.setattr(connect_module, "backend_from", lambda args: Hanging())
+    monkeypatch.setattr(DiskSpec, "open_backend", lambda spec: Hanging())
     queues = []
 
     class Noted(Queue):
@@ -558,7 +559,7 @@ def test_a_backend_that_keeps_buffers(connect, host, monkeypatch, caplog):
         def read(self, buffers, offset):
             self.kept.append(buffers)
 
-    monkeypatch.setattr(connect_module, "backend_from", lambda args: Keeping())
+    monkeypatch.setattr(DiskSpec, "open_backend", lambda spec: Keeping())
 
     def script(player):
         frontend = player.frontend()

@@ -12,6 +12,7 @@ from xen_disk_py.blkif import Ring
 from xen_disk_py.cli import main
 from xen_disk_py.commands import disconnect as disconnect_module
 from xen_disk_py.exit_status import ExitStatus
+from xen_disk_py.recovery.facts import Facts
 from xen_disk_py.recovery.record import Record, find, forget
 from xen_disk_py.session import Forced, Outcome
 from xen_disk_py.xenbus import toolstack
@@ -177,7 +178,7 @@ def left_by(host, orphan, queues=2):
     """Make the record that a process left with something noted."""
     forget(host.records, orphan.address)
     left = Record(host.records, orphan.address, queues)
-    left.describe({"path": "/a"})
+    left.describe(Facts(path="/a"))
     left.journals[-1].begin(RING, 112)
     left.journals[-1].note(7, [], [b"x" * 112])
     left.leave()
@@ -249,7 +250,7 @@ def test_a_dead_process_whose_guest_holds_on_can_still_be_followed(
     host.store.write(f"{orphan.address.frontend}/state", "4")
     assert disconnect("guest", "xvdb", "--timeout", "0.05")[0] is ExitStatus.ERROR
     with Record.adopt(host.records, orphan.address) as left:
-        assert "/a" == left.facts["path"]
+        assert "/a" == left.facts.path
     toolstack.detach(host.store, orphan.address)
 
 

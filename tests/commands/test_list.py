@@ -12,6 +12,7 @@ from xen_disk_py.cli import main
 from xen_disk_py.datapath.statistics import HELD, REQUESTS
 from xen_disk_py.exit_status import ExitStatus
 from xen_disk_py.recovery import record
+from xen_disk_py.recovery.facts import Facts
 from xen_disk_py.recovery.record import Record
 from xen_disk_py.xenbus.states import Address
 
@@ -38,7 +39,7 @@ def served(host):
         one = Record(host.records, serving.address)
         records.append(one)
         serving.disk.statistics = one.statistics
-        one.describe(facts if facts is not None else {"backend": "raw", "path": "/x:y.raw"})
+        one.describe(facts if facts is not None else Facts(backend="raw", path="/x:y.raw"))
         serving.start()
         return serving
 
@@ -111,7 +112,7 @@ def test_a_dead_process(listing, host):
     assert "dead" in listing()[1].splitlines()[1].split()
 
     lasting = Record(host.records, serving.address)
-    lasting.describe({"backend": "cow", "path": "/some/disk.raw"})
+    lasting.describe(Facts(backend="cow", path="/some/disk.raw"))
     lasting.statistics.of_queue(0).add(REQUESTS, 77)
     content = Path(lasting._path).read_bytes()
     lasting.close()
@@ -125,14 +126,14 @@ def test_a_dead_process(listing, host):
 
 @pytest.mark.parametrize(
     ("changed", "word"),
-    [({}, "orphan"), ({"survives": False}, "dead"), ({"arguments": None}, "dead")],
+    [({}, "orphan"), ({"survives": False}, "dead"), ({"disk": None}, "dead")],
 )
 def test_an_orphan(listing, host, changed, word):
     """Another process can take over the disk of one that has died."""
     serving = host.serving(host.memory(), "xvdb")
-    facts = {"backend": "raw", "survives": True, "arguments": [], **changed}
+    facts = Facts(**{"backend": "raw", "survives": True, "disk": {}, **changed})
     with Record(host.records, serving.address) as one:
-        one.describe({name: value for name, value in facts.items() if value is not None})
+        one.describe(facts)
         (row,) = json.loads(listing("--json")[1])
         assert (True, False) == (row["alive"], row["adoptable"])
         one.leave()
@@ -145,7 +146,7 @@ def test_an_orphan(listing, host, changed, word):
 def test_an_orphan_of_another_version(listing, host, monkeypatch):
     serving = host.serving(host.memory(), "xvdb")
     one = Record(host.records, serving.address)
-    one.describe({"backend": "raw", "survives": True, "arguments": []})
+    one.describe(Facts(backend="raw", survives=True, disk={}))
     one.leave()
     monkeypatch.setattr(record, "FORMAT", -1)
     assert not json.loads(listing("--json")[1])[0]["adoptable"]
@@ -202,7 +203,7 @@ def test_address_is_what_it_was(host):
 def test_a_name_of_a_file_is_one_line_and_obeyed_by_no_terminal(listing, host):
     serving = host.serving(host.memory(), "xvdb")
     with Record(host.records, serving.address) as one:
-        one.describe({"backend": "raw", "path": "a\nb\x1b[2J\udcff"})
+        one.describe(Facts(backend="raw", path="a\nb\x1b[2J\udcff"))
         lines = listing()[1].splitlines()
     assert 2 == len(lines)
     assert lines[1].endswith("a\\nb\\x1b[2J\\xff")

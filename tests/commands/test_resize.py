@@ -184,14 +184,14 @@ def test_a_disk_that_goes_before_we_ask(host, resize, monkeypatch):
     """Its directory is not made anew."""
     serving = host.serving(DiscardBackend(size=MIB), "xvdb", start=False)
     serving.attach()
-    find = resize_module.find
+    find = toolstack.find_attached
 
     def late(store, domid, vdev):
         disk = find(store, domid, vdev)
         toolstack.detach(host.store, serving.address)
         return disk
 
-    monkeypatch.setattr(resize_module, "find", late)
+    monkeypatch.setattr(resize_module.toolstack, "find_attached", late)
     with Record(host.records, serving.address):
         status, _, err = resize("guest", "xvdb", "2M")
     assert (ExitStatus.ERROR, True) == (status, "xvdb was disconnected meanwhile" in err)

@@ -120,7 +120,9 @@ def disk(tmp_path):
 
 def pid(host):
     found = find(host.records, ADDRESS)
-    return found.facts["pid"] if found and found.alive and "started" in found.facts else None
+    return (
+        found.facts.pid if found and found.alive and found.facts and found.facts.started else None
+    )
 
 
 def use(frontend):

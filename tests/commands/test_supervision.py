@@ -62,7 +62,7 @@ def supervise(host, processes, install):
 def worker(host):
     """Return the process that serves the disk now, if one does."""
     found = find(host.records, ADDRESS)
-    return found.facts["pid"] if found is not None and found.alive else None
+    return found.facts.pid if found is not None and found.alive else None
 
 
 def kill(host):
@@ -74,7 +74,7 @@ def kill(host):
 
 def started(host):
     found = find(host.records, ADDRESS)
-    return found.facts.get("started") if found is not None else None
+    return found.facts.started if found is not None else None
 
 
 def unplug(host, process, frontend):
@@ -160,7 +160,7 @@ from xen_disk_py.commands import connect
 def deny(*args):
     raise PermissionError
 if "--supervise" not in sys.argv:
-    connect._remove_temporary = lambda args: None
+    connect.temporary.remove = lambda path: None
     record._unlink = deny
 """
 
@@ -201,7 +201,10 @@ def test_a_disk_that_does_not_survive(processes, install, host, tmp_path):
     [
         ("", "no domain 'nobody'"),
         (
-            "import os\nif '--scratch' in sys.argv:\n    main(sys.argv[3:], env)\n    os.abort()\n",
+            "import os\n"
+            "if 'temporary' in str(sys.argv):\n"
+            "    main(sys.argv[3:], env)\n"
+            "    os.abort()\n",
             "before it attached the disk",
         ),
     ],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
@@ -15,10 +14,12 @@ import xen_disk_py
 from xen_disk_py.blkif import READ
 from xen_disk_py.cli import main
 from xen_disk_py.commands import upgrade as upgrade_module
-from xen_disk_py.commands import upgrading
 from xen_disk_py.exit_status import ExitStatus
 from xen_disk_py.recovery import record
+from xen_disk_py.recovery import upgrade as upgrading_module
+from xen_disk_py.recovery.facts import Facts
 from xen_disk_py.recovery.record import FORMAT, Record, find
+from xen_disk_py.recovery.role import Role
 from xen_disk_py.xenbus import toolstack
 from xen_disk_py.xenbus.states import Address, State
 from xen_disk_py.xenbus.toolstack import Domain
@@ -26,7 +27,7 @@ from xen_disk_py.xenbus.vdev import parse
 
 ADDRESS = Address(0, 5, 51728, "vbd3")
 NEW = b"new" * 4096
-VERSION = "import xen_disk_py.commands.opening as opening\nopening.__version__ = 'next'\n"
+VERSION = "import xen_disk_py.recovery.facts as facts\nfacts.__version__ = 'next'\n"
 
 
 @pytest.fixture
@@ -68,7 +69,7 @@ def test_another_program_takes_over(host, processes, connect, upgrade, image):
     """The same process, with the same disk, again and again."""
     process, frontend = connect()
     frontend.write(0, NEW)
-    assert xen_disk_py.__version__ == find(host.records, ADDRESS).facts["version"]
+    assert xen_disk_py.__version__ == find(host.records, ADDRESS).facts.version
     processes.install(VERSION)
     for _ in range(2):
         start = time.monotonic()
@@ -116,7 +117,7 @@ def test_requests_meanwhile(host, connect, upgrade):
             "would not take over: RuntimeError: half installed",
         ),
         (None, "does not start: "),
-        ("import xen_disk_py.commands.upgrading as u\nu.FORMAT = -1", "another version's"),
+        ("import xen_disk_py.recovery.upgrade as u\nu.FORMAT = -1", "another version's"),
         (
             "def no():\n    raise xen_disk_py.errors.XenUnavailable('no gntdev')\n"
             "import xen_disk_py.errors\nenv.open_hypervisor = no",
@@ -127,7 +128,7 @@ def test_requests_meanwhile(host, connect, upgrade):
 def test_a_program_that_cannot_start(host, processes, connect, upgrade, broken, said):
     """Nobody has released anything; the reason is told, each time."""
     process, frontend = connect()
-    before = find(host.records, ADDRESS).facts["started"]
+    before = find(host.records, ADDRESS).facts.started
     if broken is None:
         processes.program.unlink()
     else:
@@ -137,11 +138,11 @@ def test_a_program_that_cannot_start(host, processes, connect, upgrade, broken, 
         assert (ExitStatus.ERROR, "", 1) == (status, out, len(err.splitlines()))
         assert f"process {process.pid} continues as it was: " in err
         assert said in err
-    assert before == find(host.records, ADDRESS).facts["started"]
+    assert before == find(host.records, ADDRESS).facts.started
     frontend.write(0, NEW)
     processes.install()
     assert ExitStatus.OK is upgrade()[0]  # it has been repaired
-    assert "not_upgraded" not in find(host.records, ADDRESS).facts
+    assert find(host.records, ADDRESS).facts.not_upgraded is None
     end(host, process, frontend)
 
 
@@ -163,9 +164,9 @@ def test_a_worker_of_a_supervisor(host, processes, upgrade, image):
     frontend = host.frontend(ADDRESS)
     frontend.connect()
     process.until(" rw")
-    pid = find(host.records, ADDRESS).facts["pid"]
+    pid = find(host.records, ADDRESS).facts.pid
     assert ExitStatus.OK is upgrade()[0]
-    assert pid == find(host.records, ADDRESS).facts["pid"]
+    assert pid == find(host.records, ADDRESS).facts.pid
     end(host, process, frontend)
 
 
@@ -189,7 +190,7 @@ def served(host, monkeypatch):
         serving = host.serving(host.memory(), "xvdb", start=False)
         serving.attach()
         one = Record(host.records, ADDRESS)
-        one.describe({"pid": os.getpid(), "started": 1.0, "version": "9", "pause": None, **facts})
+        one.describe(Facts(**{"pid": os.getpid(), "started": 1.0, "version": "9", **facts}))
         signals = []
 
         def kill(pid, started, signum):
@@ -266,6 +267,12 @@ def test_wrong_input(upgrade, argv):
     assert ExitStatus.USAGE is upgrade(*argv)[0]
 
 
+def leaving(one, role):
+    """What ends the process of a disk that another user serves, for the next program."""
+    domain, vdev = Domain(5, "guest", ""), parse("xvdb")
+    return upgrading_module.Upgrade(role, [], "nobody", domain, vdev, one, lambda: None)
+
+
 class Ended(BaseException):
     """What ends a process, here."""
 
@@ -274,14 +281,11 @@ class Ended(BaseException):
 def taking_over(host, monkeypatch):
     """Have the process of a disk that another user serves take over; how it has ended."""
 
-    def take_over(**changed):
-        args = argparse.Namespace(quiet=False, user="nobody", leave=True, **changed)
+    def take_over():
         with Record(host.records, ADDRESS) as one:
-            one.describe({"survives": True})
-            successor = upgrading.Upgrade(
-                args, Domain(5, "guest", ""), parse("xvdb"), one, lambda: None
-            )
-            monkeypatch.setattr(upgrading.os, "_exit", lambda status: fail(Ended(status)))
+            one.describe(Facts(survives=True))
+            successor = leaving(one, Role(leaves=True))
+            monkeypatch.setattr(upgrading_module.os, "_exit", lambda status: fail(Ended(status)))
             try:
                 successor.take_over()
             except Ended as end:
@@ -299,29 +303,27 @@ def test_who_has_no_privileges_leaves_it_to_who_started_it(
     processes.install(f"open({str(heard)!r}, 'w').write(sys.stdin.read()); sys.exit()")
     monkeypatch.setattr("sys.executable", str(processes.program))
     monkeypatch.setattr("logging.shutdown", lambda: None)  # the handlers are pytest's
-    popen = upgrading.subprocess.Popen
+    popen = upgrading_module.subprocess.Popen
     descriptors = processes._host.machine.descriptors
     monkeypatch.setattr(
-        upgrading,
+        upgrading_module,
         "subprocess",
         SimpleNamespace(
             **{
-                **vars(upgrading.subprocess),
+                **vars(upgrading_module.subprocess),
                 "Popen": lambda *what, **more: popen(*what, **more, pass_fds=descriptors),
             }
         ),
     )
     status, facts = taking_over()
     assert ExitStatus.CRASHED == status
-    assert facts["let_go"] > 0
-    assert {"survives": True, "format": FORMAT} == json.loads(heard.read_text())
+    assert facts.released_at > 0
+    assert Facts(survives=True) == Facts.parse(heard.read_bytes())
 
 
 def test_who_has_no_privileges_and_nobody_who_started_it(host, caplog):
     with Record(host.records, ADDRESS) as one:
-        one.describe({"survives": True})
-        args = argparse.Namespace(quiet=False, user="nobody", leave=False)
-        domain = Domain(5, "guest", "")
-        upgrading.Upgrade(args, domain, parse("xvdb"), one, lambda: None).take_over()
-        assert "needs --supervise or --recover" in one.facts["not_upgraded"][1]
+        one.describe(Facts(survives=True))
+        leaving(one, Role()).take_over()
+        assert "needs --supervise or --recover" in one.facts.not_upgraded[1]
     caplog.clear()  # what is logged refers to everything

@@ -7,6 +7,7 @@ from libxl_stub import Libxl
 
 from xen_disk_py.errors import DeviceError, DeviceTaken
 from xen_disk_py.libxl import attachment
+from xen_disk_py.xenbus import toolstack
 
 
 @pytest.fixture
@@ -36,13 +37,13 @@ def keys(host, address):
     ],
 )
 def test_which_disks_are_ours(host, libxl, script, ours):
-    assert ours is attachment.is_ours(host.store, libxl.create("/x", script=script))
+    assert ours is toolstack.is_from_libxl(host.store, libxl.create("/x", script=script))
 
 
 def test_no_script_at_all(host, libxl):
     address = libxl.create("/x")
     host.store.remove(f"{address.backend}/script")
-    assert not attachment.is_ours(host.store, address)
+    assert not toolstack.is_from_libxl(host.store, address)
 
 
 @pytest.mark.parametrize("mode", ["r", "w", "", "rw", "x"])

@@ -11,6 +11,7 @@ from libxl_stub import Libxl
 
 from xen_disk_py.libxl.daemon import Supervisor
 from xen_disk_py.recovery import record
+from xen_disk_py.recovery.facts import Facts
 from xen_disk_py.recovery.record import Record
 from xen_disk_py.xenbus import toolstack
 from xen_disk_py.xenbus.states import Address
@@ -206,7 +207,7 @@ def orphan(host, libxl):
         keys = {"state": "4", "xen_disk_pid": "123", "hotplug_status": "connected", **changed}
         address = libxl.create("/x", vdev, **keys)
         one = Record(host.records, address)
-        one.describe({"survives": True, "arguments": []})
+        one.describe(Facts(survives=True, disk={}))
         one.leave()
         left.append(address)
         return address
@@ -298,7 +299,7 @@ def test_what_nobody_can_take_over_is_reported(host, libxl, supervisor, spawner,
     """Copy-on-write, whose changes have died."""
     address = libxl.create("/x", state="4", xen_disk_pid="123", hotplug_status="connected")
     one = Record(host.records, address)
-    one.describe({"survives": False, "arguments": []})
+    one.describe(Facts(survives=False, disk={}))
     one.leave()
     supervisor.look()
     assert ([], None) == (spawner.started, supervisor.pause)

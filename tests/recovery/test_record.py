@@ -24,12 +24,14 @@ from xen_disk_py.datapath.journal import SIZE, Unanswered
 from xen_disk_py.errors import DeviceError, DeviceTaken, XenUnavailable
 from xen_disk_py.host import process
 from xen_disk_py.recovery import record
+from xen_disk_py.recovery.facts import Facts
 from xen_disk_py.recovery.record import Found, Record, find, forget
 from xen_disk_py.xenbus.states import Address
 
 ADDRESS = Address(0, 5, 51728, "vbd3")
 ROOM = (32 * 1024 - 8) // 2 - 4  # bytes of facts
-FACTS = {"vdev": "xvdb", "path": "/images/größe.img", "size": 1 << 40, "format": 2}
+FACTS = Facts(vdev="xvdb", path="/images/größe.img", size=1 << 40)
+EMPTY = len(Facts(path="").encode())
 
 
 UNREADABLE = [b"", b"{", b"nonsense", b"\xff\xfe", b'{"a": 1', b"[]", b"7", b"[" * ROOM]
@@ -54,6 +56,7 @@ def in_another_process(code, *arguments):
     prologue = (
         "import json, os, sys\n"
         "from xen_disk_py.recovery.record import *\n"
+        "from xen_disk_py.recovery.facts import Facts\n"
         "from xen_disk_py.xenbus.states import Address\n"
         "ADDRESS = Address(0, 5, 51728, 'vbd3')\n"
     )
@@ -76,11 +79,15 @@ class TestServing:
             for _ in range(3):
                 mine.statistics.add(statistics.BYTES_READ, 1 << 40)
             mine.statistics.of_queue(7).add(statistics.BYTES_READ, 1)
-            found = in_another_process("print(json.dumps(find(sys.argv[1], ADDRESS)))", directory)
+            found = in_another_process(
+                "found = find(sys.argv[1], ADDRESS)\n"
+                "print(json.dumps([found.facts.path, found.counters, found.alive]))",
+                directory,
+            )
 
         expected = dict.fromkeys(statistics.Statistics().as_dict(), 0)
         expected["bytes_read"] = (3 << 40) + 1
-        assert [FACTS, expected, True] == found
+        assert [FACTS.path, expected, True] == found
 
     def test_what_is_read_is_what_was_counted_last(self, directory):
         with Record(directory, ADDRESS) as mine:
@@ -90,20 +97,20 @@ class TestServing:
 
     def test_the_last_description_counts(self, directory):
         with Record(directory, ADDRESS) as mine:
-            assert {} == find(directory, ADDRESS).facts
-            mine.describe({"text": "a" * 1000})
+            assert find(directory, ADDRESS).facts is None
+            mine.describe(Facts(path="a" * 1000))
             mine.describe(FACTS)
             assert FACTS == find(directory, ADDRESS).facts
 
     def test_the_format_is_told_with_the_facts(self, directory):
         with Record(directory, ADDRESS) as mine:
-            mine.describe({"path": "/a"})
-            assert {"path": "/a", "format": record.FORMAT} == find(directory, ADDRESS).facts
+            mine.describe(Facts(path="/a"))
+            assert Facts(path="/a", format=record.FORMAT) == find(directory, ADDRESS).facts
             assert mine.facts == find(directory, ADDRESS).facts
 
     @pytest.mark.parametrize("count", [1, 2])
     def test_facts_of_half_their_place_fit(self, directory, count):
-        facts = {"path": "x" * (ROOM - len('{"path": "", "format": 2}')), "format": 2}
+        facts = Facts(path="x" * (ROOM - EMPTY))
         with Record(directory, ADDRESS) as mine:
             mine.statistics.add(statistics.REQUESTS, 7)
             for _ in range(count):
@@ -115,7 +122,7 @@ class TestServing:
             mine.statistics.add(statistics.REQUESTS, 7)
             mine.describe(FACTS)
             with pytest.raises(DeviceError, match=f"too long to be noted: {ROOM + 1} bytes"):
-                mine.describe({"path": "x" * (ROOM + 1 - len('{"path": "", "format": 2}'))})
+                mine.describe(Facts(path="x" * (ROOM + 1 - EMPTY)))
             assert FACTS == mine.facts
             assert Found(FACTS, mine.statistics.as_dict(), True) == find(directory, ADDRESS)
 
@@ -138,11 +145,11 @@ class TestServing:
         with contextlib.ExitStack() as stack:
             for number, address in enumerate([ADDRESS, *others]):
                 one = stack.enter_context(Record(directory, address))
-                one.describe({"number": number})
+                one.describe(Facts(number=number))
                 one.statistics.add(statistics.READS, number)
             for number, address in enumerate([ADDRESS, *others]):
                 found = find(directory, address)
-                assert (number, number) == (found.facts["number"], found.counters["reads"])
+                assert (number, number) == (found.facts.number, found.counters["reads"])
 
     def test_one_who_looks_does_not_make_the_device_look_taken(self, directory, monkeypatch):
         Path(directory).mkdir(parents=True)
@@ -216,7 +223,7 @@ class TestEndAsAnotherUser:
 
     def test_the_record_tells_nothing_and_is_not_alive(self, directory):
         found = find(directory, ADDRESS)
-        assert ({}, False) == (found.facts, found.alive)
+        assert (None, False) == (found.facts, found.alive)
         assert 7 == self.mine.statistics.as_dict()["bytes_read"]
 
     def test_the_next_of_any_device_removes_it(self, directory):
@@ -254,7 +261,7 @@ class TestStale:
     def stale(self, directory):
         in_another_process(
             "mine = Record(sys.argv[1], ADDRESS)\n"
-            "mine.describe({'pid': os.getpid()})\n"
+            "mine.describe(Facts(pid=os.getpid()))\n"
             "mine.statistics.add(0, 77)\n"
             "print(os.getpid(), flush=True)\n"
             "os._exit(0)",
@@ -266,13 +273,13 @@ class TestStale:
         found = find(directory, ADDRESS)
 
         assert 77 == found.counters["requests"]
-        assert found.facts["pid"] > 0
+        assert found.facts.pid > 0
         assert not found.alive
 
     @pytest.mark.usefixtures("stale")
     def test_a_successor_takes_it_over_and_starts_from_nothing(self, directory):
         with Record(directory, ADDRESS) as mine:
-            assert Found({}, dict.fromkeys(mine.statistics.as_dict(), 0), True) == find(
+            assert Found(None, dict.fromkeys(mine.statistics.as_dict(), 0), True) == find(
                 directory, ADDRESS
             )
 
@@ -307,10 +314,11 @@ class TestAdopting:
         program = (
             "import os, sys, time\n"
             "from xen_disk_py.blkif import Ring\n"
+            "from xen_disk_py.recovery.facts import Facts\n"
             "from xen_disk_py.recovery.record import Record\n"
             "from xen_disk_py.xenbus.states import Address\n"
             "mine = Record(sys.argv[1], Address(0, 5, 51728, 'vbd3'), 3)\n"
-            "mine.describe({'path': '/a'})\n"
+            "mine.describe(Facts(path='/a'))\n"
             "mine.statistics.add(0, 77)\n"
             "mine.statistics.of_queue(2).add(0, 5)\n"
             "mine.journals[2].begin(Ring((8, 9), 17), 112)\n"
@@ -334,13 +342,13 @@ class TestAdopting:
     def test_all_is_as_it_was_and_continues(self, directory):
         assert not find(directory, ADDRESS).alive
         mine = Record.adopt(directory, ADDRESS)
-        assert {"path": "/a", "format": 2} == mine.facts
+        assert Facts(path="/a") == mine.facts
         assert 82 == mine.statistics.as_dict()["requests"]
         assert [None, None, LEFT] == [journal.recall(RING, 112) for journal in mine.journals]
         mine.statistics.add(statistics.REQUESTS)
-        mine.describe({**mine.facts, "pid": 4})
+        mine.update(pid=4)
         found = find(directory, ADDRESS)
-        assert ({"path": "/a", "pid": 4, "format": 2}, 83, True) == (
+        assert (Facts(path="/a", pid=4), 83, True) == (
             found.facts,
             found.counters["requests"],
             found.alive,
@@ -372,6 +380,7 @@ class TestAdopting:
         program = (
             "import sys\n"
             "from xen_disk_py.errors import DeviceTaken\n"
+            "from xen_disk_py.recovery.facts import Facts\n"
             "from xen_disk_py.recovery.record import Record\n"
             "from xen_disk_py.xenbus.states import Address\n"
             "print('ready', flush=True)\n"
@@ -507,7 +516,7 @@ class TestFinding:
         with Record(directory, ADDRESS) as mine:
             mine.statistics.add(statistics.READS)
             mine._facts.write(text)
-            assert Found({}, mine.statistics.as_dict(), True) == find(directory, ADDRESS)
+            assert Found(None, mine.statistics.as_dict(), True) == find(directory, ADDRESS)
 
     @pytest.mark.parametrize("head", [b"\3", b"\1\0\0\0\0\0\0\0\xff\xff"])
     def test_facts_whose_place_is_damaged_are_none(self, directory, head):
@@ -515,7 +524,7 @@ class TestFinding:
             mine.describe(FACTS)
             with path_in(directory).open("r+b") as file:
                 file.write(head)
-            assert Found({}, mine.statistics.as_dict(), True) == find(directory, ADDRESS)
+            assert Found(None, mine.statistics.as_dict(), True) == find(directory, ADDRESS)
 
     def test_none_without_a_directory(self, directory):
         assert find(directory, ADDRESS) is None
@@ -564,7 +573,7 @@ class TestTrouble:
 
         with monkeypatch.context() as patch:
             patch.setattr(os, "ftruncate", fail)
-            with pytest.raises(XenUnavailable, match="No space"):
+            with pytest.raises(XenUnavailable, match="No space left on device: make room there"):
                 Record(directory, ADDRESS)
         with Record(directory, ADDRESS):
             assert find(directory, ADDRESS).alive
@@ -704,7 +713,7 @@ class TestStrangers:
     def test_a_lock_for_a_moment_does_not_make_a_dead_process_live(self, directory):
         """As that of a sweep, which looks into every record."""
         mine = Record(directory, ADDRESS)
-        mine.describe({"path": "/a", "pid": 999_999_999, "process_started": 1})
+        mine.describe(Facts(path="/a", pid=999_999_999, process_started=1))
         mine.leave()
         path = os.path.join(directory, f"{ADDRESS.frontend_domid}-{ADDRESS.devid}")
         with open(path, "rb") as sweeping:
@@ -718,5 +727,5 @@ class TestStrangers:
         monkeypatch.setattr(record.time, "sleep", lambda seconds: pytest.fail("waited"))
         with Record(directory, ADDRESS) as mine:
             started = process.start_time(os.getpid())
-            mine.describe({"path": "/a", "pid": os.getpid(), "process_started": started})
+            mine.describe(Facts(path="/a", pid=os.getpid(), process_started=started))
             assert find(directory, ADDRESS).alive

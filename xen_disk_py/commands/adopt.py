@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 
 from ..datapath.disk import Disk
 from ..errors import DeviceError, DeviceTaken, XenDiskError
@@ -15,22 +16,22 @@ from ..host.logs import about
 from ..hypervisor import Hypervisor
 from ..libxl import attachment
 from ..libxl.attachment import AdoptedDevice, DiskConfig
-from ..recovery import orphans, record
+from ..recovery import orphans, record, takeover
+from ..recovery.facts import Facts
 from ..recovery.orphan import stand_in
 from ..recovery.record import Record
+from ..recovery.spec import DiskSpec
 from ..session import Interrupts, Observer, Session
 from ..units import format_size
 from ..xenbus import other_backends, toolstack
 from ..xenbus.states import Address, State
 from ..xenbus.toolstack import PID_KEY, Domain
 from ..xenbus.vdev import VirtualDevice, from_number
+from ..xenbus.waiting import until
 from ..xenbus.xenstore import Store
-from . import succession
 from .arguments import parse
-from .backend_arguments import backend_from
+from .backend_arguments import spec_from
 from .environment import Environment
-from .opening import facts_about, opened_hypervisor, queue_options
-from .served_disk import until
 
 log = logging.getLogger("xen_disk_py")
 
@@ -65,16 +66,17 @@ def _serve(env: Environment, store: Store, address: Address) -> None:
             # all that can go wrong, before the guest and libxl hear of the disk
             domain = toolstack.find_domain(store, str(address.frontend_domid))
             config = attachment.read_config(store, address)
-            options = parse(["connect", str(domain.domid), *config.arguments])
-            own_record = stack.enter_context(_claimed(env, store, address, options.queues))
-            disk = _open(options, config, store, stack, env.record_directory)
-            hypervisor = stack.enter_context(opened_hypervisor(env))
+            spec = _spec(config)
+            own_record = stack.enter_context(_claimed(env, store, address, spec.queues))
+            disk = _open(spec, store, stack)
+            orphans.check(env.record_directory, disk.backend.storage)
+            hypervisor = stack.enter_context(env.hypervisor())
         except XenDiskError as error:
             reason = str(error)
             log.error("%s", reason)
             attachment.refuse(store, address, reason)
             return
-        _run(store, hypervisor, address, disk, options, domain, own_record, adopts=False)
+        _run(store, hypervisor, address, disk, spec, domain, own_record, adopts=False)
 
 
 def _take_over(env: Environment, store: Store, address: Address) -> ExitStatus:
@@ -85,36 +87,32 @@ def _take_over(env: Environment, store: Store, address: Address) -> ExitStatus:
             own_record = Record.adopt(env.record_directory, address)
             stack.callback(own_record.leave)  # unless the disk comes to its end here
             facts = own_record.facts
-            succession.check_files(facts, str(vdev), f"xl block-detach {domid} {vdev}")
+            takeover.check_files(facts, str(vdev), f"xl block-detach {domid} {vdev}")
             config = attachment.read_config(store, address)
-            options = parse(["connect", str(domid), *config.arguments])
-            disk = _open(options, config, store, stack)
-            succession.check_size(facts, str(vdev), disk.backend)
-            hypervisor = stack.enter_context(opened_hypervisor(env))
+            spec = _spec(config)
+            disk = _open(spec, store, stack)
+            takeover.check_size(facts, str(vdev), disk.backend)
+            hypervisor = stack.enter_context(env.hypervisor())
             toolstack.pass_on(store, address, os.getpid())
         except XenDiskError as error:
             log.error("%s", error)
-            may_pass = isinstance(error, succession.PASSING)
+            may_pass = isinstance(error, takeover.PASSING)
             return ExitStatus.CRASHED if may_pass else ExitStatus.ERROR
-        domain = Domain(domid, facts.get("domain", ""), "")
-        _run(store, hypervisor, address, disk, options, domain, own_record, adopts=True)
+        domain = Domain(domid, facts.domain, "")
+        _run(store, hypervisor, address, disk, spec, domain, own_record, adopts=True)
     return ExitStatus.OK
 
 
-def _open(
-    options: argparse.Namespace,
-    config: DiskConfig,
-    store: Store,
-    stack: ExitStack,
-    records: str | None = None,
-) -> Disk:
-    disk = Disk(backend_from(options), holds=options.on_error == "hold")
+def _spec(config: DiskConfig) -> DiskSpec:
+    """Say what libxl's keys ask for."""
+    spec = spec_from(parse(["connect", "VM", *config.arguments]))
+    return spec if config.discard else replace(spec, discard=False)
+
+
+def _open(spec: DiskSpec, store: Store, stack: ExitStack) -> Disk:
+    disk = spec.open_disk()
     stack.callback(disk.close)
-    other_backends.check(store, disk.backend.storage, force=options.force)
-    if records is not None:
-        orphans.check(records, disk.backend.storage, force=options.force)
-    if not config.discard:
-        disk.can_discard = disk.can_discard_securely = False
+    other_backends.check(store, disk.backend.storage, force=spec.force)
     return disk
 
 
@@ -123,7 +121,7 @@ def _run(
     hypervisor: Hypervisor,
     address: Address,
     disk: Disk,
-    options: argparse.Namespace,
+    spec: DiskSpec,
     domain: Domain,
     own_record: Record,
     *,
@@ -132,9 +130,9 @@ def _run(
     """Serve until the end; if that comes by an error of ours, a successor may take over."""
     name = store.read(f"{address.backend}/dev") or from_number(address.devid).name
     vdev = VirtualDevice(address.devid, name)
-    is_known = adopts and bool(own_record.facts.get("connected"))
+    is_known = adopts and own_record.facts.connected
     disk.statistics = own_record.statistics
-    own_record.describe({**facts_about(options, domain, vdev, disk), "connected": is_known})
+    own_record.describe(Facts.about(spec, domain, vdev, disk, connected=is_known))
     survives = disk.backend.survives
 
     class Life(Observer):
@@ -143,16 +141,14 @@ def _run(
                 attachment.publish(store, address, device.keys(), os.getpid())
 
         def connected(self) -> None:
-            own_record.describe({**own_record.facts, "connected": True})
-            log.info(
-                "connected: {length} {backend} {mode} {path}".format(
-                    length=format_size(disk.backend.size), **own_record.facts
-                )
-            )
+            own_record.update(connected=True)
+            facts = own_record.facts
+            length = format_size(disk.backend.size)
+            log.info("connected: %s %s %s %s", length, facts.backend, facts.mode, facts.path)
 
         def crashing(self, error: Exception) -> None:
             if survives:
-                succession.crash(error)
+                takeover.crash(error)
 
         def release_nodes(self) -> bool:
             attachment.close(store, address, os.getpid())
@@ -164,10 +160,11 @@ def _run(
             hypervisor,
             address,
             disk,
-            options=queue_options(options),
-            max_queues=options.queues,
-            on_failure=succession.crash if survives else interrupts.fail,
-            on_resize=lambda size: own_record.describe({**own_record.facts, "size": size}),
+            options=spec.queue_options,
+            max_queues=spec.queues,
+            on_failure=takeover.crash if survives else interrupts.fail,
+            on_resizing=lambda size: own_record.update(resizing=size),
+            on_resize=lambda size: own_record.update(size=size, resizing=None),
             journals=own_record.journals,
             adopts=adopts,
         )

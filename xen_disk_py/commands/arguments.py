@@ -15,6 +15,8 @@ from typing import Any, NoReturn
 from .. import __version__
 from ..backends.loader import QEMU_FORMATS
 from ..errors import UsageError
+from ..recovery.role import OPTION as ROLE
+from ..recovery.role import Role
 from ..units import parse_size
 
 PROGRAM = "xen-disk"
@@ -62,6 +64,13 @@ def _name(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("the name of the file is empty")
     return text
+
+
+def _role(text: str) -> Role:
+    try:
+        return Role.parse(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _seconds(text: str) -> float:
@@ -507,11 +516,8 @@ def _add_connect(commands: argparse._SubParsersAction[_Parser]) -> None:
         help="offer requests of up to N pages of 4 KiB, at most 4096; 0: no indirect requests "
         "(default: 256)",
     )
-    # No help, they are for processes that we start ourselves. --leave: with an error of our own,
-    # leave the disk to a successor; --again: this is one, say nothing on stdout; --scratch: remove
-    # the overlay at the end; --rehearse: only see whether --adopt would come so far.
-    for flag in ("--leave", "--again", "--scratch", "--rehearse"):
-        connect.add_argument(flag, action="store_true", help=argparse.SUPPRESS)
+    # No help: it is for processes that we start ourselves.
+    connect.add_argument(ROLE, type=_role, default=Role(), help=argparse.SUPPRESS)
 
 
 _EXAMPLES = """

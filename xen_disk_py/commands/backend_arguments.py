@@ -1,45 +1,71 @@
-"""The arguments that say which backend: the same for every command that opens one."""
+"""What the arguments say that a disk is to be: the same for every command that opens one."""
 
 from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import replace
 
 from ..backends import Backend
-from ..backends.loader import QEMU_FORMATS, choose, open_backend, parse_options
+from ..backends.loader import QEMU_FORMATS, choose
 from ..errors import UsageError
+from ..recovery.spec import DiskSpec, current_directory
+
+
+def spec_from(args: argparse.Namespace, temporary: str | None = None) -> DiskSpec:
+    """Describe the disk that the arguments ask for.
+
+    What ``--overlay`` and ``--format`` imply is in it: the backend and, from the overlay, the path.
+    An argument that a command does not have has its default.
+
+    Args:
+        args: of the command.
+        temporary: the overlay, if that is to be removed with the disk.
+
+    Raises:
+        UsageError: they contradict each other.
+        ImageError: the overlay cannot be read.
+    """
+    given = vars(args)
+    if args.overlay is not None and args.read_only and not os.path.lexists(args.overlay):
+        raise UsageError(
+            f"--overlay {args.overlay}: there is no such file yet, and with --read-only nothing "
+            "will be in it: leave out one of them"
+        )
+    spec = DiskSpec(
+        directory=current_directory(),
+        backend=args.backend,
+        path=args.path,
+        overlay=temporary if temporary is not None else args.overlay,
+        is_temporary=temporary is not None,
+        size=args.size,
+        cow_limit=args.cow_limit,
+        sector_size=args.sector_size,
+        options=tuple(args.option),
+        filters=tuple(args.filter),
+        read_only=args.read_only or given.get("cdrom", False),
+        cdrom=given.get("cdrom", False),
+        discard=not given.get("no_discard", False),
+        force=args.force,
+        retries=given.get("on_error") == "hold",
+    )
+    named = ("queues", "grants", "persistent_grants", "indirect_segments", "timeout", "user")
+    spec = replace(spec, **{name: given[name] for name in named if name in given})
+    if spec.overlay is not None and is_vhd(spec.overlay):
+        return _with_vhd_overlay(spec, spec.overlay, args.format)
+    spec = _of_format(spec, args.format)
+    return spec if spec.overlay is None else _with_overlay(spec, spec.overlay)
 
 
 def backend_from(args: argparse.Namespace) -> Backend:
     """Open the backend that the arguments describe.
-
-    What ``--overlay`` implies is put into ``args``: the backend and, from the overlay, the path.
 
     Raises:
         UsageError: they contradict each other or the backend does not take one of them.
         ImageError: the image cannot be used.
         BackendError: the backend's own code is broken.
     """
-    if args.overlay is not None and args.read_only and not os.path.lexists(args.overlay):
-        raise UsageError(
-            f"--overlay {args.overlay}: there is no such file yet, and with --read-only nothing "
-            "will be in it: leave out one of them"
-        )
-    if args.overlay is not None and is_vhd(args.overlay):
-        _apply_vhd_overlay(args)
-    else:
-        _apply_format(args)
-        if args.overlay is not None:
-            _complete(args)
-    given: dict[str, object] = {}
-    for name in ("path", "size", "cow_limit", "sector_size", "overlay"):
-        if getattr(args, name) is not None:
-            given[name] = getattr(args, name)
-    for name in ("read_only", "force"):
-        if getattr(args, name):
-            given[name] = True
-    given.update(parse_options(args.option))
-    return open_backend(args.backend, given, args.filter)
+    return spec_from(args).open_backend()
 
 
 def is_vhd(overlay: str) -> bool:
@@ -47,62 +73,62 @@ def is_vhd(overlay: str) -> bool:
     return overlay.lower().endswith((".vhd", ".avhd"))
 
 
-def _apply_vhd_overlay(args: argparse.Namespace) -> None:
+def _with_vhd_overlay(spec: DiskSpec, overlay: str, form: str | None) -> DiskSpec:
     """Have the VHD that ``--overlay`` names served, as a child of the image if there is one."""
-    if args.backend not in (None, "vhd"):
-        raise UsageError(f"--backend {args.backend} does not keep changes in a VHD: leave it out")
-    args.backend = "vhd"
-    if args.path is None:
-        if not os.path.lexists(args.overlay):
-            raise UsageError(
-                f"--overlay {args.overlay}: there is no such file yet: name the image with --path"
-            )
-        args.path, args.overlay = args.overlay, None
-    elif args.format is not None:
-        args.option = [f"parent_format={args.format}", *args.option]
+    if spec.backend not in (None, "vhd"):
+        raise UsageError(f"--backend {spec.backend} does not keep changes in a VHD: leave it out")
+    if spec.path is None:
+        _check_exists(overlay)
+        return replace(spec, backend="vhd", path=overlay, overlay=None)
+    options = spec.options if form is None else (f"parent_format={form}", *spec.options)
+    return replace(spec, backend="vhd", options=options)
 
 
-def _apply_format(args: argparse.Namespace) -> None:
+def _of_format(spec: DiskSpec, form: str | None) -> DiskSpec:
     """Have the backend that reads ``--format``; the format is never guessed from the content."""
-    if args.format is None:
-        return
-    if args.format != "raw" and args.path is None:
-        raise UsageError(f"--format {args.format} needs --path: name the file")
-    reads = "qemu" if args.format in QEMU_FORMATS else args.format
-    fits = args.backend not in ("vhd", "qemu") if reads == "raw" else args.backend == reads
-    if args.backend is not None and not fits:
+    if form is None:
+        return spec
+    if form != "raw" and spec.path is None:
+        raise UsageError(f"--format {form} needs --path: name the file")
+    reads = "qemu" if form in QEMU_FORMATS else form
+    fits = spec.backend not in ("vhd", "qemu") if reads == "raw" else spec.backend == reads
+    if spec.backend is not None and not fits:
         raise UsageError(
-            f"--backend {args.backend} does not read --format {args.format}: leave out one of them"
+            f"--backend {spec.backend} does not read --format {form}: leave out one of them"
         )
-    if args.format == "raw":
-        return
-    if args.overlay is not None and args.format in QEMU_FORMATS:
+    if form == "raw":
+        return spec
+    if spec.overlay is not None and form in QEMU_FORMATS:
         raise UsageError(
-            f"--overlay {args.overlay}: QEMU keeps changes itself: make them a file of their own "
-            f"(qemu-img create -f qcow2 -b {args.path} -F {args.format} FILE), and serve that"
+            f"--overlay {spec.overlay}: QEMU keeps changes itself: make them a file of their own "
+            f"(qemu-img create -f qcow2 -b {spec.path} -F {form} FILE), and serve that"
         )
-    if args.overlay is not None:
+    if spec.overlay is not None:
         raise UsageError(
-            f"--overlay {args.overlay}: the changes to a VHD are kept in a VHD: give that a name "
+            f"--overlay {spec.overlay}: the changes to a VHD are kept in a VHD: give that a name "
             "that ends in .vhd"
         )
-    args.backend = args.format
-    if args.format in QEMU_FORMATS:
-        args.backend = "qemu"
-        args.option = [f"format={args.format}", *args.option]
+    if form in QEMU_FORMATS:
+        return replace(spec, backend="qemu", options=(f"format={form}", *spec.options))
+    return replace(spec, backend=form)
 
 
-def _complete(args: argparse.Namespace) -> None:
+def _with_overlay(spec: DiskSpec, overlay: str) -> DiskSpec:
     from ..backends.overlay.file import image_path
 
-    if (args.backend is None and args.path is None) or choose(args.backend, args.path) == "cow":
-        args.backend = "overlay"
-    if args.backend == "overlay" and args.path is None:
-        if not os.path.lexists(args.overlay):
-            raise UsageError(
-                f"--overlay {args.overlay}: there is no such file yet: name the image with --path"
-            )
-        args.path = image_path(args.overlay)
+    if (spec.backend is None and spec.path is None) or spec.backend_name == "cow":
+        spec = replace(spec, backend="overlay")
+    if spec.backend == "overlay" and spec.path is None:
+        _check_exists(overlay)
+        return replace(spec, path=image_path(overlay))
+    return spec
+
+
+def _check_exists(overlay: str) -> None:
+    if not os.path.lexists(overlay):
+        raise UsageError(
+            f"--overlay {overlay}: there is no such file yet: name the image with --path"
+        )
 
 
 def is_cow(args: argparse.Namespace) -> bool:

@@ -7,23 +7,28 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
-from types import MappingProxyType
-from typing import Any
 
 from ..datapath.disk import Disk
 from ..datapath.statistics import Statistics, histogram
-from ..errors import DeviceTaken, UsageError
+from ..errors import DeviceTaken, UsageError, XenDiskError
 from ..exit_status import ExitStatus
-from ..host import privileges
+from ..host import memory, privileges
 from ..host.logs import about
 from ..host.privileges import User
+from ..host.program import own_command
 from ..host.systemd import notify
 from ..hypervisor import Hypervisor
-from ..recovery import orphans, temporary
+from ..recovery import orphans, record, supervisor, takeover, temporary
+from ..recovery.facts import Facts, pause_since
 from ..recovery.record import Record
+from ..recovery.role import Role
+from ..recovery.spec import DiskSpec
+from ..recovery.takeover import Gone, Orphan
+from ..recovery.upgrade import Upgrade, check_takeover
 from ..session import Interrupts, Observer, Outcome, Session
 from ..units import format_size
 from ..xenbus import other_backends, toolstack
@@ -32,46 +37,90 @@ from ..xenbus.states import Address
 from ..xenbus.toolstack import Domain
 from ..xenbus.vdev import VirtualDevice, parse
 from ..xenbus.xenstore import Store
-from . import succession, supervision
-from .backend_arguments import backend_from, backend_name
+from .backend_arguments import is_cow, spec_from
 from .environment import Environment
-from .opening import TOLD, facts_about, facts_of_start, opened_hypervisor, queue_options
-from .succession import Left
-from .upgrading import Upgrade, dry_run
 
 log = logging.getLogger("xen_disk_py")
 
 _SPARE_CONNECTIONS = 4  # to xenstore: for a forced end, and a xenstored that stalls now and then
+_TALK = ("--debug", "--quiet", "-q")  # options that a process passes on to those that follow it
 
 
 def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
-    """Open the image, find the guest, attach, serve, clean up; or take over another's disk."""
+    """Open the image, find the guest, attach, serve, clean up; or take over from another."""
     if args.adopt != (args.device is not None):
         raise UsageError("VM VDEV goes with --adopt; the name of a new disk goes with --vdev")
     for name in ("path", "format", "backend", "overlay", "vdev", "user"):
         if args.adopt and getattr(args, name) is not None:
-            raise UsageError(f"--adopt takes the arguments that there were: no --{name}")
-    if args.rehearse:
-        return dry_run(env)
+            raise UsageError(f"--adopt takes a disk over with the options that it had: no --{name}")
+    role: Role = args.role
+    if role.tries:
+        return _try(env)
     name = args.device if args.device is not None else args.vdev
     wanted = parse(name) if name is not None else None
     if args.supervise:
-        return supervision.supervise(args, env)
-    args.leave |= args.recover
-    if args.recover and not args.adopt:
-        args.adopt = _is_to_recover(args, env, wanted)
-    if args.adopt and wanted is not None:
-        return _take_over(args, env, wanted)
+        return _supervise(args, env)
+    role = replace(role, leaves=role.leaves or args.recover)
+    adopts = args.adopt or (args.recover and _is_to_recover(args, env, wanted))
+    if adopts and wanted is not None:
+        return _take_over(args, env, role, wanted)
     with ExitStack() as stack:
-        stack.callback(_remove_temporary, args)
-        connection = _open(args, env, stack)
-        if args.leave and not connection.disk.backend.survives:
+        if role.temporary is not None:
+            stack.callback(temporary.remove, role.temporary)  # else, if we may not, our parent does
+        spec = spec_from(args, role.temporary)
+        if role.temporary is not None and spec.cow_limit is None:
+            spec = replace(spec, cow_limit=memory.room() // 2)
+        connection = _open(args, env, role, spec, stack)
+        if role.leaves and not connection.disk.backend.survives:
             raise UsageError(
-                f"a {backend_name(args)} disk ends with its process, so that no other can take "
-                "it over: leave out --supervise and --recover, or use another backend (one of your "
+                f"a {spec.backend_name} disk ends with its process, so that no other can take it "
+                "over: leave out --supervise and --recover, or use another backend (one of your "
                 "own whose data is kept elsewhere says so: survives = True)"
             )
         return connection.serve(wanted)
+
+
+def _try(env: Environment) -> ExitStatus:
+    """See whether we could take over the disk that is described on stdin."""
+    spec = check_takeover(env.stdin.read() if env.stdin is not None else "")
+    if spec.user is None:
+        env.open_store().close()
+        env.open_hypervisor().close()
+    return ExitStatus.OK
+
+
+def _supervise(args: argparse.Namespace, env: Environment) -> ExitStatus:
+    """Have a process serve the disk, and another if that one dies."""
+    words = [word for word in args.words if word != "--supervise"]
+    at = words.index("connect") + 1
+    talk = [word for word in _TALK if word in words]
+    # Private memory would die with a process, a file in memory does not.
+    file = temporary.new_path() if not args.adopt and is_cow(args) else None
+    first = Role(leaves=True, temporary=file)
+    again = Role(leaves=True, succeeds=True)
+
+    def command(device: str) -> Sequence[str]:
+        return own_command("connect", *talk, *again.words(), "--adopt", *device.split())
+
+    return supervisor.supervise(
+        own_command(*words[:at], *first.words(), *words[at:]),
+        command,
+        watchdog=args.watchdog,
+        records=env.record_directory,
+        temporary=file if not args.adopt else _temporary_of(args, env),
+    )
+
+
+def _temporary_of(args: argparse.Namespace, env: Environment) -> str | None:
+    """Name the temporary overlay of a disk to be adopted; a worker says what is wrong."""
+    try:
+        with env.open_store() as store:
+            domain = toolstack.find_domain(store, args.vm)
+    except XenDiskError:
+        return None
+    address = Address(0, domain.domid, parse(args.device).number, "")
+    found = record.find(env.record_directory, address)
+    return found.facts.temporary if found is not None and found.facts is not None else None
 
 
 def _is_to_recover(
@@ -82,70 +131,78 @@ def _is_to_recover(
         return False
     with env.open_store() as store:
         domain = toolstack.find_domain(store, args.vm)
-        return succession.is_left(env, store, domain, wanted.number)
+        return takeover.is_orphan(env.record_directory, store, domain, wanted.number)
 
 
-def _take_over(args: argparse.Namespace, env: Environment, vdev: VirtualDevice) -> ExitStatus:
-    """Serve on what a process that was killed has left."""
+def _take_over(
+    args: argparse.Namespace, env: Environment, role: Role, vdev: VirtualDevice
+) -> ExitStatus:
+    """Serve what a process that was killed has left."""
     with ExitStack() as stack:
         try:
             with env.open_store() as store:
-                left = succession.take(env, store, args.vm, vdev)
-            if left is None:
-                return ExitStatus.OK
-            stack.callback(left.record.leave)  # unless it comes to its end here
-            for name in ("vm", "leave", "again", "json", "quiet", "adopt"):
-                setattr(left.arguments, name, getattr(args, name))
-            connection = _open(left.arguments, env, stack, left.domain)
-            succession.check_size(left.record.facts, str(vdev), connection.disk.backend)
-            connection.take_over(left)
-        except succession.PASSING as error:
-            if not args.leave:
+                orphan = takeover.take(env.record_directory, store, args.vm, vdev)
+            stack.callback(orphan.record.leave)  # unless it comes to its end here
+            facts, spec = orphan.record.facts, orphan.spec
+            if spec.temporary is not None and spec.user is not None and not role.leaves:
+                raise UsageError(
+                    f"{vdev} keeps its changes in memory, and {spec.user} cannot remove them at "
+                    "the end: add --supervise"
+                )
+            connection = _open(args, env, role, spec, stack, orphan.domain)
+            takeover.check_size(facts, str(vdev), connection.disk.backend)
+            connection.take_over(orphan)
+        except Gone as gone:
+            env.tell(f"{vdev}: {gone}")
+            return ExitStatus.OK
+        except takeover.PASSING as error:
+            if not role.leaves:
                 raise
             log.error("%s", error)  # whoever started us tries again
             return ExitStatus.CRASHED
         try:
-            return connection.serve_on(left)
+            return connection.serve_orphan(orphan)
         finally:
-            if left.record.is_closed:
-                _remove_temporary(left.arguments)
-
-
-def _remove_temporary(args: argparse.Namespace) -> None:
-    if args.scratch:
-        temporary.remove(args.overlay)  # unless we have become somebody else: then our parent does
+            if orphan.record.is_closed and spec.temporary is not None:
+                temporary.remove(spec.temporary)
 
 
 def _open(
-    args: argparse.Namespace, env: Environment, stack: ExitStack, domain: Domain | None = None
+    args: argparse.Namespace,
+    env: Environment,
+    role: Role,
+    spec: DiskSpec,
+    stack: ExitStack,
+    domain: Domain | None = None,
 ) -> _Connection:
-    """Open all that a disk needs; what is wrong with the command line comes to light first."""
-    user = privileges.find_user(args.user) if args.user is not None else None
+    """Open all that a disk needs; what is wrong with the command line comes to light first.
+
+    With ``domain`` the disk is one to be taken over from another process.
+    """
+    user = privileges.find_user(spec.user) if spec.user is not None else None
     if user is not None:
         privileges.forbid_gains()  # before a backend starts a thread
-    if args.cdrom:
-        args.read_only = True
-    disk = Disk(backend_from(args), holds=args.on_error == "hold")
+    disk = spec.open_disk()
     stack.callback(disk.close)
-    if args.no_discard:
-        disk.can_discard = disk.can_discard_securely = False
     store = stack.enter_context(env.open_store())
-    other_backends.check(store, disk.backend.storage, force=args.force)
-    if not args.adopt:
-        orphans.check(env.record_directory, disk.backend.storage, force=args.force)
-    hypervisor = stack.enter_context(opened_hypervisor(env))
+    other_backends.check(store, disk.backend.storage, force=spec.force)
+    if domain is None:
+        orphans.check(env.record_directory, disk.backend.storage, force=spec.force)
+    hypervisor = stack.enter_context(env.hypervisor())
     domain = domain or toolstack.find_domain(store, args.vm)
     interrupts = stack.enter_context(Interrupts(hangup_resizes=not env.in_terminal).installed())
-    return _Connection(args, env, store, hypervisor, domain, disk, user, interrupts)
+    return _Connection(args, env, role, spec, store, hypervisor, domain, disk, user, interrupts)
 
 
 class _Connection:
-    """One run of the command, once everything it needs is open."""
+    """One run of the command, once everything it needs is open; of ``args``, only how it talks."""
 
     def __init__(
         self,
         args: argparse.Namespace,
         env: Environment,
+        role: Role,
+        spec: DiskSpec,
         store: Store,
         hypervisor: Hypervisor,
         domain: Domain,
@@ -154,20 +211,23 @@ class _Connection:
         interrupts: Interrupts,
     ) -> None:
         self.disk = disk
-        self._args = args
+        self._json: bool = args.json
+        self._quiet: bool = args.quiet
+        self._talk = [word for word in _TALK if word in args.words]
         self._env = env
+        self._role = role
+        self._spec = spec
         self._store = store
         self._hypervisor = hypervisor
         self._domain = domain
         self._user = user
         self._interrupts = interrupts
-        self._backend = backend_name(args)
 
     def serve(self, wanted: VirtualDevice | None) -> ExitStatus:
         """Serve as ``wanted``, or as the first free device."""
         kind = toolstack.choose_kind(self._store, self._domain.domid, self._env.xen_version())
         own = toolstack.own_domid(self._store)
-        if self._args.cdrom:
+        if self._spec.cdrom:
             self._warn_of_cdrom()
         for attempt in range(20):
             vdev = wanted or toolstack.free_device(self._store, self._domain.domid)
@@ -176,7 +236,7 @@ class _Connection:
                 with Record(
                     self._env.record_directory,
                     address,
-                    self._args.queues,
+                    self._spec.queues,
                     is_attached=partial(toolstack.is_attached, self._store, address),
                 ) as record:
                     return self._serve(vdev, address, record)
@@ -187,22 +247,19 @@ class _Connection:
                 time.sleep(0.01 * attempt)
         raise DeviceTaken("every free device was taken by somebody else at once; try again")
 
-    def take_over(self, left: Left) -> None:
+    def take_over(self, orphan: Orphan) -> None:
         """Say in xenstore, and to whoever started us, who serves what another process has left."""
-        name = toolstack.disk_name(self._store, left.disk.address)
-        notify(f"X_DEVICE={self._domain.domid} {left.disk.device}", f"X_NAME={name}")
-        toolstack.pass_on(self._store, left.disk.address, os.getpid())
+        name = toolstack.disk_name(self._store, orphan.disk.address)
+        notify(f"X_DEVICE={self._domain.domid} {orphan.disk.device}", f"X_NAME={name}")
+        toolstack.pass_on(self._store, orphan.disk.address, os.getpid())
 
-    def serve_on(self, left: Left) -> ExitStatus:
+    def serve_orphan(self, orphan: Orphan) -> ExitStatus:
         """Serve what another process has left."""
-        return self._serve(left.disk.device, left.disk.address, left.record, left.record.facts)
+        disk, record = orphan.disk, orphan.record
+        return self._serve(disk.device, disk.address, record, record.facts)
 
     def _serve(
-        self,
-        vdev: VirtualDevice,
-        address: Address,
-        record: Record,
-        before: Mapping[str, Any] = MappingProxyType({}),
+        self, vdev: VirtualDevice, address: Address, record: Record, before: Facts | None = None
     ) -> ExitStatus:
         """Serve until the end.
 
@@ -210,42 +267,43 @@ class _Connection:
             vdev: the device.
             address: where its nodes are.
             record: its record; closed at the end.
-            before: the facts about the process that we follow.
+            before: about the process that we follow; None: we follow none.
         """
-        args, env, disk = self._args, self._env, self.disk
+        env, disk, role, spec = self._env, self.disk, self._role, self._spec
         if self._user is not None:
             self._store.reserve(_SPARE_CONNECTIONS)
-            self._hypervisor.reserve(self._domain.domid, args.queues)
+            self._hypervisor.reserve(self._domain.domid, spec.queues)
         disk.statistics = record.statistics
-        is_known = bool(before.get("connected"))
-        record.describe({**facts_about(args, self._domain, vdev, disk), "connected": is_known})
+        is_known = before is not None and before.connected
+        released_at = before.released_at if before is not None else None
+        record.describe(Facts.about(spec, self._domain, vdev, disk, connected=is_known))
         device = Device(
             self._store,
             self._hypervisor,
             address,
             disk,
-            options=queue_options(args),
-            max_queues=args.queues,
-            cdrom=args.cdrom,
-            on_failure=succession.crash if args.leave else self._interrupts.fail,
+            options=spec.queue_options,
+            max_queues=spec.queues,
+            cdrom=spec.cdrom,
+            on_failure=takeover.crash if role.leaves else self._interrupts.fail,
             # Noted before the storage is changed: if we are killed in between, a successor must
             # not take a disk that is shorter for one that was damaged.
-            on_resizing=lambda size: record.describe({**record.facts, "resizing": size}),
-            on_resize=lambda size: record.describe(
-                {**record.facts, "size": size, "resizing": None}
-            ),
+            on_resizing=lambda size: record.update(resizing=size),
+            on_resize=lambda size: record.update(size=size, resizing=None),
             journals=record.journals,
-            adopts=args.adopt,
+            adopts=before is not None,
         )
         status_line = _StatusLine(env, vdev, disk.statistics)
-        live = not args.quiet and env.err.isatty()
-        successor = Upgrade(args, self._domain, vdev, record, status_line.clear)
+        live = not self._quiet and env.err.isatty()
+        successor = Upgrade(
+            role, self._talk, spec.user, self._domain, vdev, record, status_line.clear
+        )
         session = Session(
             self._store,
             device,
             vdev,
             self._interrupts,
-            patience=args.timeout,
+            patience=spec.timeout,
             is_known=is_known,
         )
 
@@ -255,7 +313,7 @@ class _Connection:
             wants_ticks = live
 
             def attach(self) -> None:
-                if args.adopt:
+                if before is not None:
                     return
                 # whoever starts another process if this one dies must know which disk it is
                 notify(f"X_DEVICE={connection._domain.domid} {vdev}", f"X_NAME={name}")
@@ -264,9 +322,9 @@ class _Connection:
                     address,
                     vdev,
                     backend_keys=device.keys(),
-                    params=f"{connection._backend}:{record.facts['path'] or ''}",
+                    params=f"{spec.backend_name}:{spec.shown_path or ''}",
                     read_only=disk.read_only,
-                    cdrom=args.cdrom,
+                    cdrom=spec.cdrom,
                     pid=os.getpid(),
                 )
 
@@ -275,7 +333,7 @@ class _Connection:
                     privileges.become(connection._user)
 
             def serving(self) -> None:
-                record.describe({**record.facts, **facts_of_start(before.get("let_go"))})
+                record.update(started=time.time(), pause=pause_since(released_at))
 
             def connected(self) -> None:
                 connection._announce(record)
@@ -290,8 +348,8 @@ class _Connection:
                 successor.take_over()
 
             def crashing(self, error: Exception) -> None:
-                if args.leave:
-                    succession.crash(error)
+                if role.leaves:
+                    takeover.crash(error)
 
         try:
             with about(name):
@@ -300,7 +358,7 @@ class _Connection:
             status_line.clear()
             record.close()
         env.tell(f"{vdev}: {outcome.value}")
-        if not args.quiet:
+        if not self._quiet:
             for line in summary(disk.statistics):
                 env.tell(line)
         return ExitStatus.INTERRUPTED if outcome is Outcome.FORCED else ExitStatus.OK
@@ -314,21 +372,20 @@ class _Connection:
             )
 
     def _announce(self, record: Record) -> None:
-        record.describe({**record.facts, "connected": True})
+        record.update(connected=True)
         facts = record.facts
-        notify("READY=1", "STATUS={vdev} of {domain}".format(**facts))
-        if self._args.again:
-            self._env.tell("{vdev}: process {pid} takes over".format(**facts))
+        notify("READY=1", f"STATUS={facts.vdev} of {facts.domain}")
+        if self._role.succeeds:
+            self._env.tell(f"{facts.vdev}: process {facts.pid} takes over")
             return
-        if self._args.json:
-            self._env.announce(json.dumps({name: facts[name] for name in TOLD}))
+        if self._json:
+            self._env.announce(json.dumps(facts.told()))
         else:
             self._env.announce(
-                "{vdev} {number} {device} {length} {backend} {mode}".format(
-                    length=format_size(facts["size"]), **facts
-                )
+                f"{facts.vdev} {facts.number} {facts.device} {format_size(facts.size)} "
+                f"{facts.backend} {facts.mode}"
             )
-        if self._backend == "cow" or self._args.scratch:
+        if facts.backend == "cow" or self._spec.is_temporary:
             self._env.tell(
                 "changes are kept in memory and vanish when the disk is disconnected; to keep "
                 "them beside the image: --overlay FILE; in the image: --backend raw"

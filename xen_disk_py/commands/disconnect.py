@@ -20,10 +20,9 @@ from ..xenbus import toolstack
 from ..xenbus.states import State
 from ..xenbus.toolstack import Attached
 from ..xenbus.vdev import parse
+from ..xenbus.waiting import until
 from ..xenbus.xenstore import Store
 from .environment import Environment
-from .served_disk import find, until
-from .succession import temporary_overlay
 
 _FORCE_PATIENCE = 10.0
 _FORCE_GRACE = 2.0  # seconds that a guest gets to release the disk by itself
@@ -34,7 +33,7 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
     vdev = parse(args.vdev)
     with env.open_store() as store, ExitStack() as stack:
         domain = toolstack.find_domain(store, args.vm)
-        disk = find(store, domain.domid, vdev)
+        disk = toolstack.find_attached(store, domain.domid, vdev)
         found = record.find(env.record_directory, disk.address)
         alive = found is not None and found.alive
         if not alive:
@@ -53,9 +52,9 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
         toolstack.detach(store, disk.address)
     if not alive:
         record.forget(env.record_directory, disk.address)
-        left_over = temporary_overlay(found.facts) if found is not None else None
-        if left_over is not None:
-            temporary.remove(left_over)
+    if found is not None and found.facts is not None and found.facts.temporary is not None:
+        # Its process may not be able to, as another user; there, it is open at most.
+        temporary.remove(found.facts.temporary)
     env.tell(f"{vdev}: {'forced off' if args.force else 'gone from'} {domain}")
     return ExitStatus.OK
 
@@ -119,9 +118,13 @@ def _force(store: Store, disk: Attached, found: Found | None) -> None:
     The record says which process that is. A lock alone does not: an id is given away again.
     """
     path = disk.address.backend
-    facts = found.facts if found is not None else {}
+    facts = found.facts if found is not None else None
     for patience in (_FORCE_GRACE, _FORCE_PATIENCE):
-        send_signal(facts.get("pid"), facts.get("process_started"), signal.SIGTERM)
+        send_signal(
+            facts.pid if facts is not None else None,
+            facts.process_started if facts is not None else None,
+            signal.SIGTERM,
+        )
         if until(store, path, lambda: not store.exists(path), patience):
             return
     raise DeviceError(f"process {disk.pid} does not end; kill it, then try again")

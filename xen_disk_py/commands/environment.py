@@ -9,17 +9,21 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Callable, TextIO
 
-from ..errors import XenDiskError
+from ..errors import BackendError, XenDiskError
 from ..host.logs import is_journal, priority
 from ..host.output import Output
 from ..hypervisor import Hypervisor
 from ..recovery import record
 from ..text import printable
 from ..xenbus.xenstore import Store
+
+log = logging.getLogger("xen_disk_py")
 
 _PATIENCE = 1.0  # seconds that a reader gets at the end
 
@@ -57,6 +61,18 @@ class Environment:
     def err(self) -> Output:
         """Stderr, likewise."""
         return Output(self.stderr)
+
+    @contextmanager
+    def hypervisor(self) -> Iterator[Hypervisor]:
+        """Open the hypervisor; a page that a backend keeps does not change how a command ends."""
+        hypervisor = self.open_hypervisor()
+        try:
+            yield hypervisor
+        finally:
+            try:
+                hypervisor.close()
+            except BackendError as error:
+                log.warning("%s", error)
 
     @property
     def in_terminal(self) -> bool:

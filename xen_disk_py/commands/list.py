@@ -31,14 +31,16 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
 def _row(disk: Attached, directory: str) -> dict[str, Any]:
     found = record.find(directory, disk.address)
     backend, _, path = disk.params.partition(":")  # if there is no better record
-    facts = {"backend": backend, "path": path or None, **(found.facts if found else {})}
+    facts = found.facts if found is not None else None
+    if facts is not None and facts.backend is not None:
+        backend, path = facts.backend, facts.path or ""
     alive = found is not None and found.alive
     return {
         "domid": disk.address.frontend_domid,
         "vdev": disk.device.name,
         "number": disk.address.devid,
-        "backend": facts["backend"],
-        "path": facts["path"],
+        "backend": backend,
+        "path": path or None,
         "mode": "ro" if disk.read_only else "rw",
         "state": disk.backend_state.name.lower() if disk.backend_state is not None else None,
         "frontend_state": (

@@ -14,9 +14,9 @@ from ..units import format_size
 from ..xenbus import resize, toolstack
 from ..xenbus.toolstack import Attached
 from ..xenbus.vdev import parse
+from ..xenbus.waiting import until
 from ..xenbus.xenstore import Store
 from .environment import Environment
-from .served_disk import find, until
 
 
 def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
@@ -26,7 +26,7 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
         raise UsageError(f"SIZE: {args.size} bytes is not a positive multiple of 512")
     with env.open_store() as store:
         domain = toolstack.find_domain(store, args.vm)
-        disk = find(store, domain.domid, vdev)
+        disk = toolstack.find_attached(store, domain.domid, vdev)
         found = record.find(env.record_directory, disk.address)
         if found is None or not found.alive:
             raise DeviceError(

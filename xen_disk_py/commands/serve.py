@@ -13,10 +13,11 @@ from ..errors import XenDiskError, XenUnavailable
 from ..exit_status import ExitStatus
 from ..host.program import own_command
 from ..host.systemd import NOTIFY_SOCKET, notify
-from ..libxl.attachment import FIRST_XEN, SCRIPT
+from ..libxl.attachment import FIRST_XEN
 from ..libxl.daemon import Supervisor
 from ..session import Interrupts
 from ..xenbus.states import Address
+from ..xenbus.toolstack import SCRIPT
 from ..xenbus.xenstore import Store
 from .environment import Environment
 

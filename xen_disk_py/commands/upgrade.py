@@ -6,20 +6,17 @@ import argparse
 import json
 import signal
 import time
-from typing import Any
 
 from ..errors import DeviceError
 from ..exit_status import ExitStatus
 from ..host.process import send_signal
-from ..libxl import attachment
 from ..recovery import record
-from ..recovery.record import FORMAT
+from ..recovery.facts import FORMAT, Facts
 from ..xenbus import toolstack
 from ..xenbus.states import State
 from ..xenbus.toolstack import Attached
 from ..xenbus.vdev import parse
 from .environment import Environment
-from .served_disk import find
 
 _LOOK = 0.02  # seconds between two looks at the record, which tells nobody when it changes
 
@@ -29,23 +26,22 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
     vdev = parse(args.vdev)
     with env.open_store() as store:
         domain = toolstack.find_domain(store, args.vm)
-        disk = find(store, domain.domid, vdev)
-        if attachment.is_ours(store, disk.address):
+        disk = toolstack.find_attached(store, domain.domid, vdev)
+        if toolstack.is_from_libxl(store, disk.address):
             raise DeviceError(
                 f"xl has attached {vdev}: end its process (kill -9 {disk.pid}), and xen-disk serve "
                 "has the new program take over"
             )
     facts = _upgrade(env, disk, args.timeout)
-    pause = facts["pause"]
-    for_so_long = f", nobody served for {pause:.2f} s" if pause is not None else ""
-    env.tell(f"{vdev}: version {facts['version']} takes over{for_so_long}")
+    for_so_long = f", nobody served for {facts.pause:.2f} s" if facts.pause is not None else ""
+    env.tell(f"{vdev}: version {facts.version} takes over{for_so_long}")
     if args.json:
         told = ("domid", "domain", "vdev", "number", "device", "pid", "version", "pause")
-        env.say(json.dumps({name: facts[name] for name in told}))
+        env.say(json.dumps({name: getattr(facts, name) for name in told}))
     return ExitStatus.OK
 
 
-def _upgrade(env: Environment, disk: Attached, timeout: float) -> dict[str, Any]:
+def _upgrade(env: Environment, disk: Attached, timeout: float) -> Facts:
     """Have another program serve the disk; the facts about it.
 
     Raises:
@@ -56,11 +52,8 @@ def _upgrade(env: Environment, disk: Attached, timeout: float) -> dict[str, Any]
     died = DeviceError(f"process {disk.pid} has died; to take over its disk: {adopt}")
     if before is None or not before.alive:
         raise died
-    if (
-        before.facts.get("format") != FORMAT
-        or before.facts.get("pid") != disk.pid
-        or before.facts.get("started") is None
-    ):
+    old = before.facts
+    if old is None or old.format != FORMAT or old.pid != disk.pid or old.started is None:
         raise DeviceError(
             f"process {disk.pid} does not serve {disk.device} yet, or is of a version that cannot "
             "be followed: try again, or disconnect the disk"
@@ -68,7 +61,7 @@ def _upgrade(env: Environment, disk: Attached, timeout: float) -> dict[str, Any]
     if disk.backend_state is State.CLOSING:
         raise DeviceError(f"{disk.device} is about to go: the guest has been asked to release it")
     try:
-        if not send_signal(disk.pid, before.facts.get("process_started"), signal.SIGUSR2):
+        if not send_signal(disk.pid, old.process_started, signal.SIGUSR2):
             raise died
     except PermissionError as error:
         raise DeviceError(f"no signal can be sent to process {disk.pid}: run as root") from error
@@ -77,11 +70,11 @@ def _upgrade(env: Environment, disk: Attached, timeout: float) -> dict[str, Any]
         found = record.find(env.record_directory, disk.address)
         if found is None or not (found.alive or found.facts):
             raise DeviceError(f"{disk.device} was disconnected meanwhile")
-        if found.alive:
-            refusal = found.facts.get("not_upgraded")
-            if refusal not in (None, before.facts.get("not_upgraded")):
+        if found.alive and found.facts is not None:
+            refusal = found.facts.not_upgraded
+            if refusal is not None and refusal != old.not_upgraded:
                 raise DeviceError(f"process {disk.pid} continues as it was: {refusal[1]}")
-            if found.facts.get("started") not in (None, before.facts["started"]):
+            if found.facts.started not in (None, old.started):
                 return found.facts
         if time.monotonic() >= deadline:
             raise DeviceError(

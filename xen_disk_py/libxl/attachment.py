@@ -16,7 +16,6 @@ Sources: libxl (``libxl_disk.c``, ``libxl_device.c``, ``libxl_linux.c``).
 
 from __future__ import annotations
 
-import os
 from typing import NamedTuple
 
 from ..errors import DeviceError, DeviceTaken, UsageError
@@ -32,9 +31,6 @@ KIND = "vbd3"
 FIRST_XEN = (4, 19)
 """The first Xen whose libxl takes ``backendtype=tap`` without a ``tapdisk`` of its own."""
 
-SCRIPT = "block-xen-disk"
-"""The hotplug script, by which a disk line says that the disk is ours."""
-
 _ERROR_MAX = 1000  # characters; with its path it has to fit into one request
 
 
@@ -43,12 +39,6 @@ class DiskConfig(NamedTuple):
 
     arguments: list[str]
     discard: bool
-
-
-def is_ours(store: Store, address: Address) -> bool:
-    """Tell whether a device's disk line names our script."""
-    script = store.read(f"{address.backend}/script")
-    return script is not None and os.path.basename(script) == SCRIPT
 
 
 def read_config(store: Store, address: Address) -> DiskConfig:

@@ -107,7 +107,7 @@ class Supervisor:
         for guest in filter(str.isdigit, self._store.list(self._root)):
             for devid in filter(str.isdigit, self._store.list(f"{self._root}/{guest}")):
                 address = Address(self._own, int(guest), int(devid), attachment.KIND)
-                if attachment.is_ours(self._store, address):
+                if toolstack.is_from_libxl(self._store, address):
                     yield address
 
     def _attend(self, address: Address, now: float) -> bool:

@@ -14,19 +14,6 @@ from ..xenbus.vdev import from_number
 from . import record
 
 
-def storage_facts(storage: Sequence[Storage]) -> list[dict[str, Any]]:
-    """Describe where a disk's bytes are, for a record."""
-    return [
-        {
-            "path": each.path,
-            "writable": each.writable,
-            "files": sorted(each.files),
-            "devices": sorted(each.devices),
-        }
-        for each in storage
-    ]
-
-
 def check(directory: str, storage: Sequence[Storage], *, force: bool | None = None) -> None:
     """See that no disk whose process has died is made of this.
 
@@ -48,9 +35,9 @@ def check(directory: str, storage: Sequence[Storage], *, force: bool | None = No
         if not (domid.isdigit() and devid.isdigit()):
             continue
         found = record.find(directory, Address(0, int(domid), int(devid), ""))
-        if found is None or found.alive or not found.is_orphan:
+        if found is None or found.facts is None or not found.is_orphan:
             continue
-        for theirs in found.facts.get("storage", ()):
+        for theirs in found.facts.storage:
             for ours in storage:
                 if _is_shared(ours, theirs):
                     device = from_number(int(devid))

@@ -20,12 +20,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import json
 import mmap
 import os
 import stat
 import time
-from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Callable, NamedTuple, NoReturn
 
 from ..datapath.double_buffer import DoubleBuffer
@@ -37,10 +36,10 @@ from ..host.process import is_process
 from ..hypervisor import Closing
 from ..xenbus.states import Address
 from ..xenbus.vdev import from_number
+from . import temporary
+from .facts import FORMAT, Facts
 
 DIRECTORY = "/run/xen_disk_py"
-FORMAT = 2
-"""What the layout of this file is, and of all in it."""
 
 _FACTS = 32 << 10  # bytes
 _COUNTERS = 4096
@@ -67,17 +66,11 @@ def _prepare(directory: str) -> None:
         os.chmod(directory, 0o700)
 
 
-def _parse(facts: DoubleBuffer) -> dict[str, Any]:
-    try:
-        found = json.loads(facts.read() or b"{}")
-    except (ValueError, RecursionError):
-        found = None
-    return found if isinstance(found, dict) else {}
-
-
-def _facts_in(fd: int) -> dict[str, Any]:
-    data = os.pread(fd, _FACTS, 0)
-    return _parse(DoubleBuffer(memoryview(bytearray(data)))) if len(data) == _FACTS else {}
+def _facts_in(data: bytes) -> Facts | None:
+    """Read the beginning of a record; None for nothing, or nothing that can be read."""
+    if len(data) < _FACTS:
+        return None
+    return Facts.parse(DoubleBuffer(memoryview(bytearray(data[:_FACTS]))).read() or b"")
 
 
 def _is_at(fd: int, path: str) -> bool:
@@ -176,11 +169,14 @@ class Record(Closing):
                 f"({from_number(address.devid)}): choose another --vdev"
             )
         try:
-            if _facts_in(fd) and is_attached():
+            before = _facts_in(os.pread(fd, _FACTS, 0))
+            if before is not None and is_attached():
                 self._refuse(address)
         except BaseException:
-            os.close(fd)  # it is for a successor, and stays as it is
+            os.close(fd)
             raise
+        if before is not None and before.temporary is not None:
+            temporary.remove(before.temporary)  # of a guest that has gone
         try:
             size = _HEAD + queues * JOURNAL_SIZE
             os.ftruncate(fd, 0)
@@ -216,7 +212,7 @@ class Record(Closing):
             size = os.fstat(fd).st_size
             if size > _HEAD and (size - _HEAD) % JOURNAL_SIZE == 0:
                 record._open(fd, path, size)
-                if record.facts.get("format") == FORMAT:
+                if record.facts.format == FORMAT:
                     return record
         except BaseException:
             os.close(fd)
@@ -243,25 +239,28 @@ class Record(Closing):
         self._path = path
         whole = memoryview(mmap.mmap(fd, size))
         self._facts = DoubleBuffer(whole[:_FACTS])
-        self.facts = _parse(self._facts)
+        self.facts = Facts.parse(self._facts.read() or b"") or Facts(format=0)
         words = whole[_FACTS : _FACTS + 8 * WORDS].cast("Q")
         self.statistics = Statistics(words)
         self.journals = [
             Journal(whole[at : at + JOURNAL_SIZE]) for at in range(_HEAD, size, JOURNAL_SIZE)
         ]
 
-    def describe(self, facts: Mapping[str, Any]) -> None:
+    def describe(self, facts: Facts) -> None:
         """Write who serves what.
 
         Raises:
             DeviceError: that is too much, over 16,000 bytes as JSON; what was written stays.
         """
-        described = {**facts, "format": FORMAT}
         try:
-            self._facts.write(json.dumps(described).encode())
+            self._facts.write(facts.encode())
         except ValueError as error:
             raise DeviceError(f"the arguments are too long to be noted: {error}") from error
-        self.facts = described
+        self.facts = facts
+
+    def update(self, **changed: Any) -> None:
+        """Write some of the facts anew; raises as :meth:`describe` does."""
+        self.describe(replace(self.facts, **changed))
 
     @property
     def is_closed(self) -> bool:
@@ -310,20 +309,22 @@ def sweep(directory: str) -> None:
 
 
 class Found(NamedTuple):
-    """A record read by another process."""
+    """A record read by another process; its facts are None where they cannot be read."""
 
-    facts: dict[str, Any]
+    facts: Facts | None
     counters: dict[str, int]
     alive: bool
 
     @property
     def is_orphan(self) -> bool:
-        """Whether its process has died and another, of this version, can take over the disk."""
+        """Whether its process has died and another, of this version, can take the disk over."""
+        facts = self.facts
         return (
             not self.alive
-            and self.facts.get("format") == FORMAT
-            and bool(self.facts.get("survives"))
-            and "arguments" in self.facts
+            and facts is not None
+            and facts.format == FORMAT
+            and facts.survives
+            and facts.disk is not None
         )
 
 
@@ -344,18 +345,15 @@ def find(directory: str, address: Address) -> Found | None:
     except OSError:
         return None
     try:
-        alive = _is_locked(fd)
-        data = os.pread(fd, _HEAD, 0)
-        facts = (
-            _parse(DoubleBuffer(memoryview(bytearray(data[:_FACTS])))) if len(data) == _HEAD else {}
-        )
-        # A sweep has the lock for a moment: that is not the process that serves. One that has not
-        # said yet what it serves is.
-        tries = _TRIES if facts else 0
-        while alive and tries and not is_process(facts.get("pid"), facts.get("process_started")):
-            tries -= 1
-            time.sleep(_PAUSE)
+        for _ in range(_TRIES):
             alive = _is_locked(fd)
+            data = os.pread(fd, _HEAD, 0)
+            facts = _facts_in(data)
+            # A sweep has the lock for a moment: that is not the process that serves. One that has
+            # described nothing yet has just begun.
+            if not alive or facts is None or is_process(facts.pid, facts.process_started):
+                break
+            time.sleep(_PAUSE)
     finally:
         os.close(fd)
     if len(data) < _HEAD:

@@ -25,13 +25,17 @@ import struct
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Callable
 
 from ..errors import DeviceError
 from ..exit_status import ExitStatus
 from ..host.logs import about
 from ..host.systemd import NOTIFY_SOCKET, WATCHDOG_PID, WATCHDOG_USEC, notify, watchdog_interval
+from ..xenbus.states import Address
+from ..xenbus.vdev import parse
+from . import record
+from .temporary import remove
 
 log = logging.getLogger("xen_disk_py")
 
@@ -48,6 +52,46 @@ _ASKING = (signal.SIGINT, signal.SIGTERM)  # to end
 _PASSED_ON = (*_ASKING, signal.SIGHUP, signal.SIGUSR2)
 _FORWARDED = ("READY=", "STATUS=", "STOPPING=")
 _CREDENTIALS = struct.Struct("iII")  # struct ucred: pid, uid, gid (unix(7))
+
+
+def supervise(
+    first: Sequence[str],
+    again: Callable[[str], Sequence[str]],
+    *,
+    watchdog: float,
+    records: str,
+    temporary: str | None,
+) -> ExitStatus:
+    """Have one disk served, and leave nothing behind but what a successor needs.
+
+    Args:
+        first: as for :class:`Supervisor`.
+        again: likewise.
+        watchdog: likewise.
+        records: the directory of records.
+        temporary: the file that is to be removed with the disk, or None.
+
+    Raises:
+        DeviceError: a worker crashed, and another cannot help or did not.
+    """
+    supervisor = Supervisor(first, again, watchdog=watchdog)
+    try:
+        return supervisor.run()
+    finally:
+        # A worker that became another user, or was killed early, could not remove these.
+        with suppress(OSError):
+            record.sweep(records)
+        if temporary is not None and not _is_left(supervisor.device, records):
+            remove(temporary)
+
+
+def _is_left(device: str, records: str) -> bool:
+    """Tell whether a disk is still there, for somebody to take over."""
+    if not device:
+        return False
+    domid, name = device.split()
+    found = record.find(records, Address(0, int(domid), parse(name).number, ""))
+    return found is not None and found.facts is not None
 
 
 class Supervisor:

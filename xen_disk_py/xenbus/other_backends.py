@@ -21,13 +21,12 @@ from typing import NamedTuple
 from ..backends.sharing import Number, Storage, number_of
 from ..errors import ImageError
 from .states import Address, State
-from .toolstack import PID_KEY, own_domid
+from .toolstack import PID_KEY, is_from_libxl, own_domid
 from .vdev import from_number
 from .xenstore import Store
 
 log = logging.getLogger("xen_disk_py")
 
-_OUR_SCRIPT = "block-xen-disk"
 _FORMAT = re.compile(r"[a-z0-9_+-]+:(?=/)")
 
 
@@ -94,7 +93,7 @@ def _other(store: Store, address: Address) -> Other | None:
     number = _parse_number(key("physical-device"))
     if number is None and "/" not in params:
         return None  # no disk
-    if key(PID_KEY) or os.path.basename(key("script")) == _OUR_SCRIPT:
+    if key(PID_KEY) or is_from_libxl(store, address):
         return None
     if State.parse(key("state")) is State.CLOSED and key("online") == "0":
         return None  # it is over

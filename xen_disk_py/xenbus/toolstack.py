@@ -10,6 +10,7 @@ Sources: libxl (``tools/libs/light/libxl_disk.c``, ``libxl_device.c``), xenstore
 from __future__ import annotations
 
 import errno
+import os
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -24,6 +25,9 @@ KINDS = ("vbd3", "qdisk")
 """The kinds of backend directory that we use."""
 
 _NO_SCRIPT = "/bin/true"
+
+SCRIPT = "block-xen-disk"
+"""The hotplug script, by which a disk line of xl says that the disk is ours."""
 
 PID_KEY = "xen-disk-pid"
 """The key by which we know our own disks: the process that serves it."""
@@ -281,6 +285,26 @@ def attached(store: Store, domid: int | None = None) -> Iterator[Attached]:
                 found = _attached(store, Address(own, int(guest), int(devid), kind))
                 if found is not None:
                     yield found
+
+
+def find_attached(store: Store, domid: int, vdev: VirtualDevice) -> Attached:
+    """Find a disk of ours.
+
+    Raises:
+        DeviceError: there is none; the message lists those that the domain has.
+    """
+    disks = list(attached(store, domid))
+    for disk in disks:
+        if disk.address.devid == vdev.number:
+            return disk
+    names = ", ".join(disk.device.name for disk in disks) or "none"
+    raise DeviceError(f"no {vdev} of ours in domain {domid}; connected there: {names}")
+
+
+def is_from_libxl(store: Store, address: Address) -> bool:
+    """Tell whether libxl has made a disk's nodes, by a disk line that names our script."""
+    script = store.read(f"{address.backend}/script")
+    return script is not None and os.path.basename(script) == SCRIPT
 
 
 def _attached(store: Store, address: Address) -> Attached | None:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,12 +19,12 @@ from xen_disk_py.backends.vhd.create import create, create_child
 from xen_disk_py.blkif import READ, WRITE
 from xen_disk_py.cli import main
 from xen_disk_py.commands.arguments import parse
-from xen_disk_py.commands.backend_arguments import backend_from
-from xen_disk_py.commands.opening import facts_about, queue_options
-from xen_disk_py.datapath.disk import Disk
+from xen_disk_py.commands.backend_arguments import backend_from, spec_from
 from xen_disk_py.exit_status import ExitStatus
 from xen_disk_py.recovery import orphans, record
+from xen_disk_py.recovery.facts import Facts
 from xen_disk_py.recovery.record import Record, find
+from xen_disk_py.recovery.role import Role
 from xen_disk_py.xenbus import toolstack
 from xen_disk_py.xenbus.device import Device
 from xen_disk_py.xenbus.states import Address, State
@@ -63,13 +64,14 @@ FORGETFUL = SLOW.replace("survives = True", "")
 def orphan(host):
     """Make what a process leaves that dies before the guest has connected."""
 
-    def orphan(*argv, **changed):
+    def orphan(*argv, temporary=None, **changed):
         args = parse(["connect", "guest", "--vdev", "xvdb", *map(str, argv)])
         vdev = parse_vdev("xvdb")
-        disk = Disk(backend_from(args))
+        spec = spec_from(args, temporary)
+        disk = spec.open_disk()
         one = Record(host.records, ADDRESS, args.queues)
-        facts = facts_about(args, Domain(5, "guest", ""), vdev, disk)
-        one.describe({**facts, "pid": DEAD, **changed})
+        facts = Facts.about(spec, Domain(5, "guest", ""), vdev, disk)
+        one.describe(replace(facts, **{"pid": DEAD, **changed}))
         toolstack.attach(
             host.store,
             ADDRESS,
@@ -79,7 +81,7 @@ def orphan(host):
                 host.hypervisor,
                 ADDRESS,
                 disk,
-                options=queue_options(args),
+                options=spec.queue_options,
                 max_queues=args.queues,
             ).keys(),
             params="raw:",
@@ -162,8 +164,8 @@ def test_a_guest_notices_nothing(host, processes, adopt, image):
         found = find(host.records, ADDRESS)
         assert (True, os.getpid(), True) == (
             found.alive,
-            found.facts["pid"],
-            found.facts["connected"],
+            found.facts.pid,
+            found.facts.connected,
         )
         assert 2 == found.counters["writes"]  # of both processes
         assert str(os.getpid()) == host.tree()[f"{ADDRESS.backend}/xen-disk-pid"]
@@ -312,7 +314,9 @@ def test_what_nobody_can_take_over(host, adopt, orphan, image, caplog, argv, cha
     assert before == trace(host)
     assert not find(host.records, ADDRESS).alive
     passes = "KiB" in said or "put it back" in said
-    assert (ExitStatus.CRASHED if passes else ExitStatus.ERROR) is adopt("--leave")[0]
+    assert (ExitStatus.CRASHED if passes else ExitStatus.ERROR) is adopt(
+        *Role(leaves=True).words()
+    )[0]
     assert before == trace(host)
     caplog.clear()  # what is logged refers to everything
 
@@ -356,7 +360,7 @@ def test_the_code_of_a_disk_of_your_own_may_change(host, adopt, orphan, tmp_path
         (["nobody", "xvdb"], 1, "no domain 'nobody' is running"),
         (["77", "xvdb"], 1, "no domain '77' is running"),
         (["guest"], 2, "VM VDEV goes with --adopt"),
-        (["guest", "xvdb", "--backend=raw"], 2, "takes the arguments that there were"),
+        (["guest", "xvdb", "--backend=raw"], 2, "takes a disk over with the options that it had"),
     ],
 )
 def test_nothing_there(run, argv, status, said):
@@ -384,10 +388,8 @@ def test_a_process_that_lives(host, adopt, orphan, image):
         lives.leave()
 
 
-def test_a_record_of_another_version(host, adopt, orphan, image, monkeypatch):
-    monkeypatch.setattr("xen_disk_py.recovery.record.FORMAT", -1)
-    orphan("--path", image, "--backend=raw")
-    monkeypatch.undo()
+def test_a_record_of_another_version(host, adopt, orphan, image):
+    orphan("--path", image, "--backend=raw", format=-1)
     before = trace(host)
     status, _, err = adopt()
     assert (ExitStatus.ERROR, before) == (status, trace(host))
@@ -421,7 +423,7 @@ def test_an_image_that_has_become_longer(host, adopt, orphan, image):
 @pytest.mark.parametrize("gone", ["domain", "introduced"])
 def test_the_guest_was_destroyed(host, run, orphan, image, tmp_path, vm, gone):
     """Its id, which a supervisor knows, is enough to clean up by; its name is gone with it."""
-    orphan("--path", image, "--overlay", tmp_path / "temporary", "--scratch")
+    orphan("--path", image, temporary=str(tmp_path / "changes"))
     if gone == "domain":
         host.xenstored.remove_domain(5)
     else:
@@ -433,7 +435,7 @@ def test_the_guest_was_destroyed(host, run, orphan, image, tmp_path, vm, gone):
     assert (ExitStatus.OK, "", "xvdb: the guest has gone\n") == (status, out, err)
     assert ADDRESS.backend not in host.tree()
     assert [] == os.listdir(host.records)
-    assert not (tmp_path / "temporary").exists()
+    assert not (tmp_path / "changes").exists()
 
 
 def test_a_toolstack_took_the_disk_away(host, adopt, orphan, image):
@@ -670,7 +672,7 @@ def test_a_new_disk_in_the_place_of_an_orphan_leaves_it(host, run, orphan, image
     assert before == trace(host)
     found = find(host.records, ADDRESS)
     assert found.is_orphan
-    assert str(image) == found.facts["path"]
+    assert str(image) == found.facts.path
 
 
 def test_killed_between_a_smaller_image_and_the_note_of_it(host, adopt, orphan, image):

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ..backends import Backend
 from ..errors import (
@@ -22,51 +20,62 @@ from ..errors import (
 )
 from ..exit_status import ExitStatus
 from ..host.identity import difference, identity_of
-from ..libxl import attachment
-from ..recovery import record, temporary
-from ..recovery.record import Record
 from ..units import format_size
 from ..xenbus import toolstack
 from ..xenbus.states import Address
 from ..xenbus.toolstack import Attached, Domain
 from ..xenbus.vdev import VirtualDevice
 from ..xenbus.xenstore import Store
-from .arguments import parse
-from .environment import Environment
+from . import record, temporary
+from .facts import Facts
+from .record import Record
+from .spec import DiskSpec
 
 log = logging.getLogger("xen_disk_py")
 
 PASSING = (BackendError, HypervisorError, ImageError, StoreError, XenUnavailable)
-"""What may be otherwise the next time that somebody tries to take over."""
+"""What may be otherwise the next time that somebody tries to take a disk over."""
 
 
-class Left(NamedTuple):
-    """A disk that nobody serves, and that is ours now."""
+class Gone(Exception):
+    """The guest or its disk has gone, and all that was left of it is removed; the text says so."""
+
+
+class Orphan(NamedTuple):
+    """A disk whose process has died, and that is ours now."""
 
     domain: Domain
     disk: Attached
     record: Record
-    arguments: argparse.Namespace
-    """What the process was called with."""
+    spec: DiskSpec
 
 
-def is_left(env: Environment, store: Store, domain: Domain, devid: int) -> bool:
+def is_orphan(directory: str, store: Store, domain: Domain, devid: int) -> bool:
     """Tell whether a process that served this device has died, and left what it was."""
     disk = _find(store, domain, devid)
-    found = record.find(env.record_directory, disk.address) if disk is not None else None
-    return found is not None and not found.alive and "arguments" in found.facts
+    found = record.find(directory, disk.address) if disk is not None else None
+    return (
+        found is not None
+        and not found.alive
+        and found.facts is not None
+        and found.facts.disk is not None
+    )
 
 
-def take(env: Environment, store: Store, vm: str, vdev: VirtualDevice) -> Left | None:
-    """Claim what a process has left.
+def take(directory: str, store: Store, vm: str, vdev: VirtualDevice) -> Orphan:
+    """Claim what a process has left, and go to the directory that its paths start from.
 
-    Returns:
-        None if the guest, or its disk, has gone meanwhile: then all the rest is removed.
+    Args:
+        directory: where records are.
+        store: xenstore.
+        vm: the guest, as a user names it; its number, if it may have gone.
+        vdev: the disk.
 
     Raises:
+        Gone: there is nothing to serve any longer.
         GuestNotFound: there is no such guest, nor anything of it.
-        DeviceTaken: the process lives, or somebody else has adopted the disk.
-        DeviceError: there is nothing, or nothing that one could take over.
+        DeviceTaken: the process lives, or somebody else has taken the disk over.
+        DeviceError: there is nothing, or nothing that one could serve.
     """
     absent = None
     try:
@@ -77,13 +86,14 @@ def take(env: Environment, store: Store, vm: str, vdev: VirtualDevice) -> Left |
         absent, domain = error, Domain(int(vm), "", "")
     disk = _find(store, domain, vdev.number)
     address = disk.address if disk is not None else _address(store, domain, vdev)
-    found = record.find(env.record_directory, address)
-    if disk is None and (found is None or not found.facts):
+    found = record.find(directory, address)
+    facts = found.facts if found is not None else None
+    if disk is None and facts is None:
         raise absent or DeviceError(f"no {vdev} of ours in {domain}: nothing to adopt")
     if found is not None and found.alive:
-        pid = disk.pid if disk is not None else found.facts.get("pid")
+        pid = disk.pid if disk is not None else facts.pid if facts is not None else "of ours"
         raise DeviceTaken(f"process {pid} lives and serves {vdev} of {domain}: nothing to adopt")
-    if attachment.is_ours(store, address):
+    if toolstack.is_from_libxl(store, address):
         raise DeviceError(
             f"xl has attached {vdev}: xen-disk serve takes it over; to take it away: "
             f"xl block-detach {domain.domid} {vdev}"
@@ -92,14 +102,13 @@ def take(env: Environment, store: Store, vm: str, vdev: VirtualDevice) -> Left |
         domain.domid == 0 or store.is_introduced(domain.domid)
     )
     if disk is None or is_guest_gone:
-        _remove(env, store, address)
-        env.tell(f"{vdev}: " + ("the guest has gone" if is_guest_gone else "detached meanwhile"))
-        return None
-    left = Record.adopt(env.record_directory, address)
+        _remove(directory, store, address)
+        raise Gone("the guest has gone" if is_guest_gone else "detached meanwhile")
+    mine = Record.adopt(directory, address)
     try:
-        return Left(domain, disk, left, _arguments(left.facts, disk, domain))
+        return Orphan(domain, disk, mine, _spec(mine, disk, domain))
     except BaseException:
-        left.leave()
+        mine.leave()
         raise
 
 
@@ -112,50 +121,42 @@ def _address(store: Store, domain: Domain, vdev: VirtualDevice) -> Address:
     return Address(toolstack.own_domid(store), domain.domid, vdev.number, toolstack.KINDS[0])
 
 
-def _remove(env: Environment, store: Store, address: Address) -> None:
+def _remove(directory: str, store: Store, address: Address) -> None:
     """Remove all that a process has left of a disk that nobody has any longer.
 
     Raises:
         DeviceTaken: somebody else is at it.
     """
     try:
-        left = Record.adopt(env.record_directory, address)
+        left = Record.adopt(directory, address)
     except DeviceTaken:
         raise
     except DeviceError:  # none, or one of another version
         toolstack.detach(store, address)
-        record.forget(env.record_directory, address)
+        record.forget(directory, address)
         return
     with left:
         toolstack.detach(store, address)
-        overlay = temporary_overlay(left.facts)
-        if overlay is not None:
-            temporary.remove(overlay)
+        file = left.facts.temporary
+        if file is not None:
+            temporary.remove(file)
 
 
-def temporary_overlay(facts: Mapping[str, Any]) -> str | None:
-    """Name the overlay that is to vanish with the disk; None if there is none."""
-    try:
-        arguments = parse(facts["arguments"])
-    except (KeyError, TypeError, UsageError):
-        return None
-    return arguments.overlay if arguments.scratch else None
-
-
-def _arguments(facts: dict[str, Any], disk: Attached, domain: Domain) -> argparse.Namespace:
+def _spec(mine: Record, disk: Attached, domain: Domain) -> DiskSpec:
     forced = f"xen-disk disconnect {domain.domid} {disk.device} --force"
-    check_files(facts, str(disk.device), forced)
+    check_files(mine.facts, str(disk.device), forced)
     try:
-        os.chdir(facts["folder"])  # paths may be relative
-        return parse(facts["arguments"])
-    except (KeyError, TypeError, OSError, UsageError) as error:
+        spec = mine.facts.spec
+        os.chdir(spec.directory)  # paths may be relative
+    except (OSError, DeviceError, UsageError) as error:
         raise DeviceError(
-            f"{disk.device} cannot be opened as process {disk.pid} did ({error!r}): take it away "
+            f"{disk.device} cannot be opened as process {disk.pid} did ({error}): take it away "
             f"with: {forced}"
         ) from error
+    return spec
 
 
-def check_files(facts: Mapping[str, Any], device: str, forced: str) -> None:
+def check_files(facts: Facts, device: str, forced: str) -> None:
     """See that what a disk was made of is there.
 
     Args:
@@ -167,12 +168,12 @@ def check_files(facts: Mapping[str, Any], device: str, forced: str) -> None:
         ImageError: a file is missing; it may come back.
         DeviceError: a file is another one, or the disk never was in a file.
     """
-    if not facts.get("survives"):
+    if not facts.survives:
         raise DeviceError(
-            f"what the guest wrote to {device} has died with process {facts.get('pid')}, as is "
-            f"the way of a {facts.get('backend')} disk: take it away with: {forced}"
+            f"what the guest wrote to {device} has died with process {facts.pid}, as is "
+            f"the way of a {facts.backend} disk: take it away with: {forced}"
         )
-    for path, identity in facts.get("files", {}).items():
+    for path, identity in facts.files.items():
         try:
             now = identity_of(path)
         except OSError as error:
@@ -190,18 +191,18 @@ def check_files(facts: Mapping[str, Any], device: str, forced: str) -> None:
             )
 
 
-def check_size(facts: Mapping[str, Any], device: str, backend: Backend) -> None:
+def check_size(facts: Facts, device: str, backend: Backend) -> None:
     """See that a backend has room for what the guest knows.
 
     Raises:
         ImageError: it has become smaller.
     """
-    size = facts.get("size", 0)
-    if facts.get("resizing"):  # it may have come so far, and the guest is told by us
-        size = min(size, facts["resizing"])
+    size = facts.size
+    if facts.resizing:  # it may have come so far, and the guest is told by us
+        size = min(size, facts.resizing)
     if backend.size < size:
         raise ImageError(
-            f"{facts.get('path') or backend} is {format_size(backend.size)} long now, {device} "
+            f"{facts.path or backend} is {format_size(backend.size)} long now, {device} "
             f"{format_size(size)}: make it as long again ({size} bytes), or take the disk away "
             "by force"
         )

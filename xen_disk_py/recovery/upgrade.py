@@ -7,14 +7,13 @@ new program would work is seen first: if it does not come as far as to the disk,
 
 from __future__ import annotations
 
-import argparse
-import json
 import logging
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from typing import Callable
 
 from ..backends.loader import find_class
@@ -22,12 +21,12 @@ from ..errors import DeviceError
 from ..exit_status import ExitStatus
 from ..host.program import own_command
 from ..host.systemd import notify
-from ..recovery.record import FORMAT, Record
 from ..xenbus.toolstack import Domain
 from ..xenbus.vdev import VirtualDevice
-from .arguments import parse
-from .backend_arguments import backend_name
-from .environment import Environment
+from .facts import FORMAT, Facts
+from .record import Record
+from .role import Role
+from .spec import DiskSpec
 
 log = logging.getLogger("xen_disk_py")
 
@@ -40,7 +39,9 @@ class Upgrade:
     """How the process that serves a disk becomes another program.
 
     Args:
-        args: what it was called with.
+        role: what this process is.
+        options: of ``connect``, that say how it talks.
+        user: whom this process has become, or None.
         domain: the guest.
         vdev: the disk.
         record: says how it went.
@@ -49,18 +50,19 @@ class Upgrade:
 
     def __init__(
         self,
-        args: argparse.Namespace,
+        role: Role,
+        options: Sequence[str],
+        user: str | None,
         domain: Domain,
         vdev: VirtualDevice,
         record: Record,
         before: Callable[[], None],
     ) -> None:
-        self._args = args
+        self._leaves = role.leaves
+        self._user = user
         self._record = record
         self._before = before
-        debug = ["--debug"] if getattr(args, "debug", False) else []
-        quiet = ["--quiet"] if args.quiet else []
-        self._words = [*debug, *quiet, "--adopt", str(domain.domid), str(vdev)]
+        self._words = [*options, "--adopt", str(domain.domid), str(vdev)]
 
     def take_over(self) -> None:
         """Become the new program; return if that would not work, or cannot be."""
@@ -71,37 +73,34 @@ class Upgrade:
             return
         self._before()
         log.info("another program takes over")
-        self._note(let_go=time.monotonic())
-        if self._args.user is not None:
+        self._record.update(released_at=time.monotonic())
+        if self._user is not None:
             logging.shutdown()
             os._exit(ExitStatus.CRASHED)  # whoever started us has the privileges to take over
-        options = ["--again", *(["--leave"] if self._args.leave else [])]
+        role = Role(leaves=self._leaves, succeeds=True)
         # A signal meant for the old program is not to kill the new one before it listens.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         try:
-            os.execv(sys.executable, own_command("connect", *options, *self._words))
+            os.execv(sys.executable, own_command("connect", *role.words(), *self._words))
         except OSError as error:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             self._refuse(DeviceError(f"the new program does not start: {error}"))
 
     def _refuse(self, error: DeviceError) -> None:
         log.error("not upgraded: %s", error)
-        self._note(let_go=None, not_upgraded=[time.time(), str(error)])
-
-    def _note(self, **facts: object) -> None:
-        self._record.describe({**self._record.facts, **facts})
+        self._record.update(released_at=None, not_upgraded=(time.time(), str(error)))
 
     def _try(self) -> None:
-        if not self._record.facts.get("survives"):
+        if not self._record.facts.survives:
             raise DeviceError("what the guest wrote would end with this process")
-        if self._args.user is not None and not self._args.leave:
+        if self._user is not None and not self._leaves:
             raise DeviceError(
                 "this process has given its privileges up, so that it cannot open the disk again: "
                 "with --user, upgrading needs --supervise or --recover"
             )
         try:
             process = subprocess.Popen(
-                own_command("connect", *self._words, "--rehearse"),
+                own_command("connect", *Role(tries=True).words(), *self._words),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
@@ -121,7 +120,7 @@ class Upgrade:
 
     def _await(self, process: subprocess.Popen[str]) -> str:
         """Tell the new program what it has to know, and wait for its end; what it said."""
-        facts: str | None = json.dumps(self._record.facts)
+        facts: str | None = self._record.facts.encode().decode()
         deadline = time.monotonic() + _DRY_RUN
         while True:
             notify("WATCHDOG=1")  # requests are served by other threads
@@ -135,21 +134,23 @@ class Upgrade:
                     ) from error
 
 
-def dry_run(env: Environment) -> ExitStatus:
+def check_takeover(text: str) -> DiskSpec:
     """See whether we could take over a disk that another process still serves.
 
-    That one's facts come on stdin: it may have no privileges, and neither have we then.
+    Args:
+        text: that one's facts; its record may not be ours to read.
+
+    Returns:
+        What the disk is.
 
     Raises:
         XenDiskError: why not.
     """
-    facts = json.load(env.stdin) if env.stdin is not None else {}
-    if facts.get("format") != FORMAT:
+    facts = Facts.parse(text.encode())
+    if facts is None or facts.format != FORMAT:
         raise DeviceError("its record is another version's: the journal cannot be read")
-    arguments = parse(facts["arguments"])
-    if arguments.user is None:
-        os.chdir(facts["folder"])
-        find_class(backend_name(arguments))
-        env.open_store().close()
-        env.open_hypervisor().close()
-    return ExitStatus.OK
+    spec = facts.spec
+    if spec.user is None:  # else neither that process nor we have the privileges just now
+        os.chdir(spec.directory)
+        find_class(spec.backend_name)
+    return spec

@@ -1,0 +1,162 @@
+"""What a record says: who serves what, for ``list``, for scripts, and for a successor."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .. import __version__
+from ..backends.sharing import Storage
+from ..datapath.disk import Disk
+from ..errors import DeviceError
+from ..host.identity import identity_of
+from ..host.process import start_time
+from ..xenbus.toolstack import Domain
+from ..xenbus.vdev import VirtualDevice
+from .plain import from_plain, kept, to_plain
+from .spec import DiskSpec
+
+FORMAT = 2
+"""What the layout of a record is, and of all in it."""
+
+TOLD = ("domid", "domain", "vdev", "number", "device", "size", "backend", "path", "mode", "pid")
+"""Those of the facts that are for scripts; the others are for a successor."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Who serves what.
+
+    Attributes:
+        format: :data:`FORMAT`, if this version can take the disk over.
+        domid, domain: the guest's number and name.
+        vdev, number, device: the disk's name (``xvdb``), its number, its usual name in Linux.
+        size: bytes, as the guest knows it.
+        resizing: bytes that the disk was about to have when this was written, or None.
+        backend, path: as :class:`DiskSpec` shows them.
+        mode: ``rw`` or ``ro``.
+        pid, process_started: who serves it, and when that process was started (in clock ticks).
+        files: what must be the same for a successor: an identity for each path.
+        storage: where its bytes are, so that nobody else writes there: see :mod:`.orphans`.
+        survives: what the guest has written is there when the process has died.
+        disk: what it is to be, as JSON knows it: see :attr:`spec`.
+        version: of the program.
+        connected: the guest has had it.
+        started: since when this process serves it, in seconds since 1970; None: not yet.
+        pause: for how many seconds nobody did, if it was upgraded.
+        released_at: when the process before gave it up for that, in monotonic seconds.
+        not_upgraded: when, and why not.
+    """
+
+    format: int = FORMAT
+    domid: int = 0
+    domain: str = ""
+    vdev: str = ""
+    number: int = 0
+    device: str = ""
+    size: int = 0
+    resizing: int | None = kept(None, int)
+    backend: str | None = kept(None, str)
+    path: str | None = kept(None, str)
+    mode: str = "rw"
+    pid: int = 0
+    process_started: int | None = kept(None, int)
+    files: dict[str, Any] = field(default_factory=dict)
+    storage: tuple[dict[str, Any], ...] = ()
+    survives: bool = False
+    disk: dict[str, Any] | None = kept(None, dict)  # noqa: RUF009 - it makes a field
+    version: str = ""
+    connected: bool = False
+    started: float | None = kept(None, float)
+    pause: float | None = kept(None, float)
+    released_at: float | None = kept(None, float)
+    not_upgraded: tuple[float, str] | None = kept(None, tuple, list)
+
+    @classmethod
+    def about(
+        cls, spec: DiskSpec, domain: Domain, vdev: VirtualDevice, disk: Disk, **more: Any
+    ) -> Facts:
+        """Describe what this process is about to serve."""
+        return cls(
+            domid=domain.domid,
+            domain=domain.name,
+            vdev=vdev.name,
+            number=vdev.number,
+            device=vdev.guest_device,
+            size=disk.backend.size,
+            backend=spec.backend_name,
+            path=spec.shown_path,
+            mode="ro" if disk.read_only else "rw",
+            pid=os.getpid(),
+            process_started=start_time(os.getpid()),
+            files={name: identity_of(name) for name in spec.files},
+            storage=tuple(map(_described, disk.backend.storage)),
+            survives=disk.backend.survives,
+            disk=spec.plain(),
+            version=__version__,
+            **more,
+        )
+
+    @classmethod
+    def parse(cls, text: bytes) -> Facts | None:
+        """Read what :meth:`encode` returned, or what another version or chance has left there.
+
+        Returns:
+            None for nothing, or nothing that can be read. What makes no sense has its default;
+            then, and in what another version wrote, ``format`` is another one.
+        """
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError):
+            return None
+        if not isinstance(data, dict) or not data:
+            return None
+        facts, wrong = from_plain(cls, {"format": 0, **data})
+        if wrong and facts.format == FORMAT:
+            facts, _ = from_plain(cls, {**data, "format": 0})
+        return facts
+
+    def encode(self) -> bytes:
+        """Return it as JSON."""
+        return json.dumps(to_plain(self)).encode()
+
+    @property
+    def spec(self) -> DiskSpec:
+        """What the disk is to be.
+
+        Raises:
+            DeviceError: this version does not know.
+        """
+        if self.format != FORMAT or self.disk is None:
+            raise DeviceError("its record is of another version of xen-disk: use that version")
+        return DiskSpec.parse(self.disk)
+
+    @property
+    def temporary(self) -> str | None:
+        """The file that is to be removed with the disk; None: there is none, or nobody knows."""
+        try:
+            return self.spec.temporary
+        except DeviceError:
+            return None
+
+    def told(self) -> Mapping[str, Any]:
+        """Return what is for scripts."""
+        return {name: getattr(self, name) for name in TOLD}
+
+
+def _described(storage: Storage) -> dict[str, Any]:
+    return {
+        "path": storage.path,
+        "writable": storage.writable,
+        "files": sorted(storage.files),
+        "devices": sorted(storage.devices),
+    }
+
+
+def pause_since(released_at: float | None) -> float | None:
+    """Return for how many seconds nobody served, if one program gave a disk up for the next."""
+    return round(time.monotonic() - released_at, 3) if released_at is not None else None

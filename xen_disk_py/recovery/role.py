@@ -1,0 +1,53 @@
+"""What a process of ours that serves a disk is among others, as whoever starts it says."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import UsageError
+from .plain import from_plain, kept, to_plain
+
+OPTION = "--role"
+"""The option of ``connect`` that says so; not for people."""
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a process is among others.
+
+    Attributes:
+        leaves: after an error of its own it leaves the disk to another process.
+        succeeds: it follows one that has said which disk this is.
+        tries: it only sees whether it could take the disk over that is described on stdin.
+        temporary: the file, to be made, that keeps a disk's changes until its end.
+        cow_limit: bytes of changes at most, where ``temporary`` is given and no other limit.
+    """
+
+    leaves: bool = False
+    succeeds: bool = False
+    tries: bool = False
+    temporary: str | None = kept(None, str)
+    cow_limit: int | None = kept(None, int)
+
+    @classmethod
+    def parse(cls, text: str) -> Role:
+        """Read what :meth:`words` wrote.
+
+        Raises:
+            UsageError: it makes no sense, or not to this version.
+        """
+        try:
+            data: Any = json.loads(text)
+            role, wrong = from_plain(cls, data)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise UsageError(f"{OPTION} {text}: {error}") from error
+        if wrong:
+            raise UsageError(f"{OPTION}: this version knows no {', '.join(wrong)}")
+        return role
+
+    def words(self) -> list[str]:
+        """Return the arguments of ``connect`` that say so."""
+        told = {name: value for name, value in to_plain(self).items() if value}
+        return [OPTION, json.dumps(told, separators=(",", ":"))] if told else []
