@@ -76,7 +76,7 @@ MAX_IN_FLIGHT = 64 << 20
 
 _PUBLISH = 256 << 10  # bytes moved until responses are published, amid a batch
 _LATE = 0.005  # seconds that a response waits for others, and then for the request under way
-_LOOK = 8  # requests until the clock is looked at, of a disk that is quick
+_LOOK = 16  # requests until the clock is looked at, of a disk that is quick
 _FEW = 4  # responses: fewer wait while there is more to do, since each notification costs much
 
 # CLOCK_MONOTONIC_COARSE: some milliseconds coarse, and never a system call, which any other clock
