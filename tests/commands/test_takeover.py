@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from libxl_stub import Libxl
 
+from xen_disk_py.backends.overlay import OverlayBackend
 from xen_disk_py.backends.vhd.check import check
 from xen_disk_py.backends.vhd.create import create, create_child
 from xen_disk_py.blkif import READ, WRITE
@@ -640,18 +641,27 @@ def test_the_parent_of_an_orphan_is_not_committed_to(host, run, orphan, tmp_path
     assert before == base.read_bytes()
 
 
-@pytest.mark.parametrize("command", ["commit", "export"])
-def test_an_overlay_of_an_orphan_is_not_committed_nor_exported(
-    host, run, orphan, image, tmp_path, command
-):
+@pytest.mark.parametrize("command", ["commit", "export", "rebase"])
+def test_an_overlay_of_an_orphan_is_nobodys_to_use(host, run, orphan, image, tmp_path, command):
     overlay = tmp_path / "changes"
     orphan("--path", image, "--overlay", overlay)
     before = image.read_bytes(), overlay.read_bytes()
-    more = [tmp_path / "new"] if command == "export" else []
+    more = {"export": [tmp_path / "new"], "rebase": [image, "--force"]}.get(command, [])
     status, _, err = run(command, overlay, *more)
     assert ExitStatus.ERROR is status
     assert "whose process has died" in err
     assert before == (image.read_bytes(), overlay.read_bytes())
+
+
+def test_the_image_of_an_orphan_is_not_committed_to(host, run, orphan, image, tmp_path):
+    """Through another overlay of it: the orphan's would not fit it any more."""
+    OverlayBackend(str(image), overlay=str(tmp_path / "others")).close()
+    orphan("--path", image, "--overlay", tmp_path / "changes")
+    inode = os.stat(image).st_ino
+    status, _, err = run("commit", tmp_path / "others")
+    assert ExitStatus.ERROR is status
+    assert "whose process has died" in err
+    assert inode == os.stat(image).st_ino
 
 
 def test_a_gold_image_is_shared_with_an_orphan(host, orphan, image, tmp_path):

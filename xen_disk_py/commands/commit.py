@@ -42,7 +42,11 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
     else:
         with ProgressLine(env, "copying the image", quiet=args.quiet) as progress, interruptible():
             image, count = maintenance.commit(
-                args.overlay, keep=args.keep, progress=progress, path=args.path
+                args.overlay,
+                keep=args.keep,
+                progress=progress,
+                path=args.path,
+                before=lambda path: orphans.check_files(env.record_directory, path, writable=True),
             )
     if args.json:
         env.say(json.dumps({"image": image, "held": count, "kept": args.keep}))

@@ -8,6 +8,7 @@ import os
 
 from ..backends.overlay import maintenance
 from ..exit_status import ExitStatus
+from ..recovery import orphans
 from .environment import Environment
 from .progress import ProgressLine
 from .signals import interruptible
@@ -15,6 +16,7 @@ from .signals import interruptible
 
 def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
     """Rebase, and say upon what."""
+    orphans.check_files(env.record_directory, args.overlay, writable=True)
     with ProgressLine(env, "comparing", quiet=args.quiet) as progress, interruptible():
         maintenance.rebase(args.overlay, args.image, force=args.force, progress=progress)
     overlay, image = os.path.abspath(args.overlay), os.path.abspath(args.image)

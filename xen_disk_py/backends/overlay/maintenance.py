@@ -54,7 +54,12 @@ def allocated_bytes(file: OverlayFile) -> int:
 
 
 def commit(
-    overlay: str, *, keep: bool, progress: Progress, path: str | None = None
+    overlay: str,
+    *,
+    keep: bool,
+    progress: Progress,
+    path: str | None = None,
+    before: Callable[[str], None] = lambda path: None,
 ) -> tuple[str, int]:
     """Put what an overlay holds into its image.
 
@@ -67,6 +72,7 @@ def commit(
         keep: leave an empty overlay in its place.
         progress: told how far it is.
         path: the image; by default the one that the overlay names, if that can be trusted.
+        before: called with the path of the image before anything is done; may raise.
 
     Returns:
         The path of the image, symbolic links resolved, and how many bytes were put into it.
@@ -79,6 +85,7 @@ def commit(
     with OverlayFile.open(overlay, writable=True) as file:
         named = _image_of(file, given, path)
         path = os.path.realpath(named)
+        before(path)
         _refuse_what_cannot_be_replaced(path, overlay)
         with Image.open(path, writable=True, sector_size=file.header.sector_size) as image:
             count = allocated_bytes(file)
