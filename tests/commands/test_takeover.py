@@ -21,6 +21,7 @@ from xen_disk_py.blkif import READ, WRITE
 from xen_disk_py.cli import main
 from xen_disk_py.commands.arguments import parse
 from xen_disk_py.commands.backend_arguments import backend_from, spec_from
+from xen_disk_py.errors import ImageError
 from xen_disk_py.exit_status import ExitStatus
 from xen_disk_py.recovery import orphans, record
 from xen_disk_py.recovery.facts import Facts
@@ -669,6 +670,30 @@ def test_a_gold_image_is_shared_with_an_orphan(host, orphan, image, tmp_path):
     orphan("--path", image, "--overlay", tmp_path / "changes")
     disk = backend_from(parse(["connect", "guest", "--path", str(image)]))
     orphans.check(host.records, disk.storage, force=False)
+    disk.close()
+
+
+def test_an_orphan_whose_guest_has_gone_keeps_nobody_out(host, orphan, image):
+    orphan("--path", image, "--backend=raw")
+    disk = backend_from(parse(["connect", "guest", "--path", str(image), "--backend=raw"]))
+    with pytest.raises(ImageError, match="whose process has died"):
+        orphans.check(host.records, disk.storage, store=host.store)
+    name = host.xenstored.domains.pop(5)
+    orphans.check(host.records, disk.storage, store=host.store)
+    host.xenstored.domains[5] = name
+    disk.close()
+
+
+def test_another_file_with_the_number_of_an_orphan_s(host, orphan, image):
+    """As a file system gives it at once to the next one."""
+    orphan("--path", image, "--backend=raw")
+    facts = find(host.records, ADDRESS).facts
+    facts.files[str(image)]["born"] = "1.0"
+    with Record.adopt(host.records, ADDRESS) as one:
+        one.describe(facts)
+        one.leave()
+    disk = backend_from(parse(["connect", "guest", "--path", str(image), "--backend=raw"]))
+    orphans.check(host.records, disk.storage)
     disk.close()
 
 

@@ -187,7 +187,7 @@ def _open(
     store = stack.enter_context(env.open_store())
     other_backends.check(store, disk.backend.storage, force=spec.force)
     if domain is None:
-        orphans.check(env.record_directory, disk.backend.storage, force=spec.force)
+        orphans.check(env.record_directory, disk.backend.storage, force=spec.force, store=store)
     hypervisor = stack.enter_context(env.hypervisor())
     domain = domain or toolstack.find_domain(store, args.vm)
     interrupts = stack.enter_context(Interrupts(hangup_resizes=not env.in_terminal).installed())

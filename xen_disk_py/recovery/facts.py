@@ -74,7 +74,7 @@ class Facts:
     started: float | None = kept(None, float)
     pause: float | None = kept(None, float)
     released_at: float | None = kept(None, float)
-    not_upgraded: tuple[float, str] | None = kept(None, tuple, list)
+    not_upgraded: tuple[float, str] | None = kept(None, tuple)
 
     @classmethod
     def about(

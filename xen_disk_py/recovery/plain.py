@@ -37,7 +37,7 @@ def from_plain(cls: type[T], data: Mapping[str, Any]) -> tuple[T, list[str]]:
         if name not in data:
             continue
         value = data[name]
-        if isinstance(each.default, tuple) and isinstance(value, list):
+        if isinstance(value, list) and tuple in _kinds(each):
             value = tuple(value)
         if _fits(value, each):
             given[name] = value
@@ -46,9 +46,14 @@ def from_plain(cls: type[T], data: Mapping[str, Any]) -> tuple[T, list[str]]:
     return cls(**given), wrong
 
 
-def _fits(value: object, field: Field[Any]) -> bool:
+def _kinds(field: Field[Any]) -> tuple[type, ...]:
     default = {} if field.default is MISSING else field.default
-    kinds = field.metadata.get("kinds", (type(default),))
+    kinds: tuple[type, ...] = field.metadata.get("kinds", (type(default),))
+    return kinds
+
+
+def _fits(value: object, field: Field[Any]) -> bool:
+    kinds = _kinds(field)
     if isinstance(value, bool):
         return bool in kinds
     if isinstance(value, int) and float in kinds:

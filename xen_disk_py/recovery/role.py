@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any
 
 from ..errors import UsageError
 from .plain import from_plain, kept, to_plain
@@ -22,14 +21,12 @@ class Role:
         succeeds: it follows one that has said which disk this is.
         tries: it only sees whether it could take the disk over that is described on stdin.
         temporary: the file, to be made, that keeps a disk's changes until its end.
-        cow_limit: bytes of changes at most, where ``temporary`` is given and no other limit.
     """
 
     leaves: bool = False
     succeeds: bool = False
     tries: bool = False
     temporary: str | None = kept(None, str)
-    cow_limit: int | None = kept(None, int)
 
     @classmethod
     def parse(cls, text: str) -> Role:
@@ -39,15 +36,17 @@ class Role:
             UsageError: it makes no sense, or not to this version.
         """
         try:
-            data: Any = json.loads(text)
-            role, wrong = from_plain(cls, data)
-        except (ValueError, TypeError, RecursionError) as error:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"{OPTION} {text}: {error}") from error
+        if not isinstance(data, dict):
+            raise UsageError(f"{OPTION} {text}: this is no JSON object")
+        role, wrong = from_plain(cls, data)
         if wrong:
             raise UsageError(f"{OPTION}: this version knows no {', '.join(wrong)}")
         return role
 
     def words(self) -> list[str]:
         """Return the arguments of ``connect`` that say so."""
-        told = {name: value for name, value in to_plain(self).items() if value}
+        told = {name: value for name, value in to_plain(self).items() if value not in (None, False)}
         return [OPTION, json.dumps(told, separators=(",", ":"))] if told else []
