@@ -194,6 +194,7 @@ def test_serve(host, processes, image, side, tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("nbdkit") is None, reason="needs nbdkit")
+@pytest.mark.parametrize("side", ["nobody reads", "reader gone"], indirect=True)
 def test_a_server_that_works_for_the_disk_is_not_stopped_by_the_reader_of_our_log(
     host, processes, side
 ):
