@@ -191,7 +191,7 @@ class Load:
         self.wait(lambda: self.flushes("failed") > 0, "no flush failed")
 
     def kill(self) -> None:
-        """End it, after a test that has failed too: it would not let the disk go."""
+        """End it, after a test that has failed too: it would not release the disk."""
         self._stop.touch()
         self._process.kill()
 
