@@ -440,6 +440,17 @@ def test_the_guest_was_destroyed(host, run, orphan, image, tmp_path, vm, gone):
     assert not (tmp_path / "changes").exists()
 
 
+def test_changes_in_memory_that_nobody_could_remove_at_the_end(
+    host, adopt, orphan, image, tmp_path
+):
+    """The process becomes another user, and would have no parent that does."""
+    orphan("--path", image, "--user", "nobody", temporary=str(tmp_path / "changes"))
+    before = trace(host)
+    status, _, err = adopt()
+    assert (ExitStatus.USAGE, before) == (status, trace(host))
+    assert "nobody cannot remove them at the end: add --supervise" in err
+
+
 def test_a_toolstack_took_the_disk_away(host, adopt, orphan, image):
     orphan("--path", image, "--backend=raw")
     toolstack.detach(host.store, ADDRESS)
