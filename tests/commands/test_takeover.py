@@ -680,7 +680,7 @@ def test_a_gold_image_is_shared_with_an_orphan(host, orphan, image, tmp_path):
     """Neither of them writes to it."""
     orphan("--path", image, "--overlay", tmp_path / "changes")
     disk = backend_from(parse(["connect", "guest", "--path", str(image)]))
-    orphans.check(host.records, disk.storage, force=False)
+    orphans.check(host.records, disk.host_storage, force=False)
     disk.close()
 
 
@@ -688,9 +688,9 @@ def test_an_orphan_whose_guest_has_gone_keeps_nobody_out(host, orphan, image):
     orphan("--path", image, "--backend=raw")
     disk = backend_from(parse(["connect", "guest", "--path", str(image), "--backend=raw"]))
     with pytest.raises(ImageError, match="whose process has died"):
-        orphans.check(host.records, disk.storage, store=host.store)
+        orphans.check(host.records, disk.host_storage, store=host.store)
     name = host.xenstored.domains.pop(5)
-    orphans.check(host.records, disk.storage, store=host.store)
+    orphans.check(host.records, disk.host_storage, store=host.store)
     host.xenstored.domains[5] = name
     disk.close()
 
@@ -704,7 +704,7 @@ def test_another_file_with_the_number_of_an_orphan_s(host, orphan, image):
         one.describe(facts)
         one.leave()
     disk = backend_from(parse(["connect", "guest", "--path", str(image), "--backend=raw"]))
-    orphans.check(host.records, disk.storage)
+    orphans.check(host.records, disk.host_storage)
     disk.close()
 
 

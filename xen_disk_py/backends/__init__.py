@@ -180,7 +180,7 @@ class Backend:
         return 0
 
     @property
-    def storage(self) -> Sequence[Storage]:
+    def host_storage(self) -> Sequence[Storage]:
         """The files and devices that the disk is in, to find others who use them; see there."""
         return ()
 

@@ -212,7 +212,7 @@ class CowBackend(Backend):
         return self._used * PAGE
 
     @property
-    def storage(self) -> Sequence[Storage]:
+    def host_storage(self) -> Sequence[Storage]:
         """The image."""
         return [self._image.storage]
 

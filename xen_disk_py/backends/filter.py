@@ -116,9 +116,9 @@ class Filter(Backend):
         return self.source.memory
 
     @property
-    def storage(self) -> Sequence[Storage]:
+    def host_storage(self) -> Sequence[Storage]:
         """The source's."""
-        return self.source.storage
+        return self.source.host_storage
 
     @property
     def can_discard(self) -> bool:

@@ -96,7 +96,7 @@ class MmapBackend(Backend):
         return size
 
     @property
-    def storage(self) -> Sequence[Storage]:
+    def host_storage(self) -> Sequence[Storage]:
         """The image."""
         return [self._image.storage]
 

@@ -83,7 +83,7 @@ class RawBackend(Backend):
         return size
 
     @property
-    def storage(self) -> Sequence[Storage]:
+    def host_storage(self) -> Sequence[Storage]:
         """The image."""
         return [self._image.storage]
 

@@ -69,7 +69,7 @@ def _serve(env: Environment, store: Store, address: Address) -> None:
             spec = _spec(config)
             own_record = stack.enter_context(_claimed(env, store, address, spec.queues))
             disk = _open(spec, store, stack)
-            orphans.check(env.record_directory, disk.backend.storage, store=store)
+            orphans.check(env.record_directory, disk.backend.host_storage, store=store)
             hypervisor = stack.enter_context(env.hypervisor())
         except XenDiskError as error:
             reason = str(error)
@@ -112,7 +112,7 @@ def _spec(config: DiskConfig) -> DiskSpec:
 def _open(spec: DiskSpec, store: Store, stack: ExitStack) -> Disk:
     disk = spec.open_disk()
     stack.callback(disk.close)
-    other_backends.check(store, disk.backend.storage, force=spec.force)
+    other_backends.check(store, disk.backend.host_storage, force=spec.force)
     return disk
 
 

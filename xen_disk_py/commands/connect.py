@@ -185,9 +185,11 @@ def _open(
     disk = spec.open_disk()
     stack.callback(disk.close)
     store = stack.enter_context(env.open_store())
-    other_backends.check(store, disk.backend.storage, force=spec.force)
+    other_backends.check(store, disk.backend.host_storage, force=spec.force)
     if domain is None:
-        orphans.check(env.record_directory, disk.backend.storage, force=spec.force, store=store)
+        orphans.check(
+            env.record_directory, disk.backend.host_storage, force=spec.force, store=store
+        )
     hypervisor = stack.enter_context(env.hypervisor())
     domain = domain or toolstack.find_domain(store, args.vm)
     interrupts = stack.enter_context(Interrupts(hangup_resizes=not env.in_terminal).installed())

@@ -94,7 +94,7 @@ class Facts:
             pid=os.getpid(),
             process_started=start_time(os.getpid()),
             files={name: identity_of(name) for name in spec.files},
-            storage=tuple(map(_described, disk.backend.storage)),
+            storage=tuple(map(_described, disk.backend.host_storage)),
             survives=disk.backend.survives,
             disk=spec.plain(),
             version=__version__,

@@ -145,7 +145,7 @@ def test_a_bitmap_that_is_not_in_memory_takes_waiting(tmp_path, monkeypatch):
 
 def test_the_storage_is_that_of_all_files(child):
     with contextlib.closing(VhdBackend(child)) as disk:
-        found = [(os.path.basename(each.path), each.writable) for each in disk.storage]
+        found = [(os.path.basename(each.path), each.writable) for each in disk.host_storage]
     assert [("a.vhd", True), ("base.vhd", False)] == found
 
 

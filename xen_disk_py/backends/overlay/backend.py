@@ -186,7 +186,7 @@ class OverlayBackend(Backend):
         )
 
     @property
-    def storage(self) -> Sequence[Storage]:
+    def host_storage(self) -> Sequence[Storage]:
         """The image, which is only read, and the file of the changes."""
         file = self._file
         return [

@@ -122,7 +122,7 @@ class VhdBackend(Backend):
         )
 
     @property
-    def storage(self) -> Sequence[Storage]:
+    def host_storage(self) -> Sequence[Storage]:
         """The VHD, and its parents, which are only read."""
         return [self._top.storage] if isinstance(self._top, Image) else self._top.storages
 
