@@ -745,3 +745,23 @@ def test_killed_before_the_image_became_smaller(host, adopt, orphan, image):
         unplug(host, env, frontend)
 
     assert ExitStatus.OK is adopt(script=guest)[0]
+
+
+def test_a_device_that_nothing_identifies_is_taken_over_by_force_only(
+    host, adopt, orphan, image, monkeypatch
+):
+    orphan("--path", image, "--backend=raw")
+    monkeypatch.setattr("xen_disk_py.recovery.takeover.is_known", lambda before, now: False)
+    before = trace(host)
+    status, _, err = adopt()
+    assert ExitStatus.ERROR is status
+    assert "nothing but its path says" in err
+    assert "--force" in err
+    assert before == trace(host)
+
+    def guest(env):
+        frontend = host.frontend(ADDRESS)
+        frontend.connect()
+        unplug(host, env, frontend)
+
+    assert ExitStatus.OK is adopt("--force", script=guest)[0]

@@ -141,7 +141,7 @@ def _take_over(
     with ExitStack() as stack:
         try:
             with env.open_store() as store:
-                orphan = takeover.take(env.record_directory, store, args.vm, vdev)
+                orphan = takeover.take(env.record_directory, store, args.vm, vdev, force=args.force)
             stack.callback(orphan.record.leave)  # unless it comes to its end here
             facts, spec = orphan.record.facts, orphan.spec
             if spec.temporary is not None and spec.user is not None and not role.leaves:

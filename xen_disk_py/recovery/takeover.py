@@ -19,7 +19,7 @@ from ..errors import (
     XenUnavailable,
 )
 from ..exit_status import ExitStatus
-from ..host.identity import difference, identity_of
+from ..host.identity import difference, identity_of, is_known
 from ..units import format_size
 from ..xenbus import toolstack
 from ..xenbus.states import Address
@@ -62,7 +62,9 @@ def is_orphan(directory: str, store: Store, domain: Domain, devid: int) -> bool:
     )
 
 
-def take(directory: str, store: Store, vm: str, vdev: VirtualDevice) -> Orphan:
+def take(
+    directory: str, store: Store, vm: str, vdev: VirtualDevice, *, force: bool = False
+) -> Orphan:
     """Claim what a process has left, and go to the directory that its paths start from.
 
     Args:
@@ -70,6 +72,7 @@ def take(directory: str, store: Store, vm: str, vdev: VirtualDevice) -> Orphan:
         store: xenstore.
         vm: the guest, as a user names it; its number, if it may have gone.
         vdev: the disk.
+        force: take a block device for the same one, though nothing but its path says so.
 
     Raises:
         Gone: there is nothing to serve any longer.
@@ -106,7 +109,7 @@ def take(directory: str, store: Store, vm: str, vdev: VirtualDevice) -> Orphan:
         raise Gone("the guest has gone" if is_guest_gone else "detached meanwhile")
     mine = Record.adopt(directory, address)
     try:
-        return Orphan(domain, disk, mine, _spec(mine, disk, domain))
+        return Orphan(domain, disk, mine, _spec(mine, disk, domain, force=force))
     except BaseException:
         mine.leave()
         raise
@@ -142,9 +145,9 @@ def _remove(directory: str, store: Store, address: Address) -> None:
             temporary.remove(file)
 
 
-def _spec(mine: Record, disk: Attached, domain: Domain) -> DiskSpec:
+def _spec(mine: Record, disk: Attached, domain: Domain, *, force: bool) -> DiskSpec:
     forced = f"xen-disk disconnect {domain.domid} {disk.device} --force"
-    check_files(mine.facts, str(disk.device), forced)
+    check_files(mine.facts, str(disk.device), forced, force=force)
     try:
         spec = mine.facts.spec
         os.chdir(spec.directory)  # paths may be relative
@@ -156,13 +159,14 @@ def _spec(mine: Record, disk: Attached, domain: Domain) -> DiskSpec:
     return spec
 
 
-def check_files(facts: Facts, device: str, forced: str) -> None:
+def check_files(facts: Facts, device: str, forced: str, *, force: bool = False) -> None:
     """See that what a disk was made of is there.
 
     Args:
         facts: about the process that died.
         device: what to call the disk.
         forced: the command that takes it away.
+        force: a block device that nothing but its path identifies is taken for the same one.
 
     Raises:
         ImageError: a file is missing; it may come back.
@@ -188,6 +192,12 @@ def check_files(facts: Facts, device: str, forced: str) -> None:
             raise DeviceError(
                 f"{path} is not what {device} was made of ({other}): put that back, or take the "
                 f"disk away with: {forced}"
+            )
+        if not (force or is_known(identity, now)):
+            raise DeviceError(
+                f"{path}: nothing but its path says that it is the device that {device} was made "
+                "of: look yourself, and take it over with --force, or take the disk away with: "
+                f"{forced}"
             )
 
 
