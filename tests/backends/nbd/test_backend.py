@@ -185,6 +185,25 @@ def test_another_disk_on_the_same_socket_is_not_written_to(serve, tmp_path):
     assert bytes(2 * MIB) == images[1].read_bytes()
 
 
+def test_where_no_thread_is_to_be_had_the_next_request_asks_for_one(serve, tmp_path, monkeypatch):
+    image = tmp_path / "disk.raw"
+    image.write_bytes(bytes(MIB))
+    server = serve("nbdkit", "file", str(image))
+    disk = NbdBackend(server.uri)
+    server.kill()
+
+    def none_left(thread):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", none_left)
+        fails(disk)
+        fails(disk)
+    server.start()
+    wait_for(disk)
+    disk.close()
+
+
 def test_closing_does_not_wait_for_a_server(serve):
     server = serve("nbdkit", "memory", "1M")
     disk = NbdBackend(server.uri)

@@ -138,6 +138,7 @@ class Client(Asynchronous):
     def _issue(self, request: Request) -> None:
         """Give a request, in parts that are not too large, to the connection with least to do."""
         if not self._connections:
+            self._connect_again()
             self._end(request, StorageError(errno.ENOTCONN, "the NBD server is away"))
             return
         connection = min(self._connections.values(), key=lambda each: each.in_flight)
@@ -225,9 +226,19 @@ class Client(Asynchronous):
         for connection in connections.values():
             for request in connection.abandon():
                 self._part_done(request, lost)
-        if not self._closing.is_set():
-            self._thread = threading.Thread(target=self._reconnect, name="nbd", daemon=True)
-            self._thread.start()
+        self._connect_again()
+
+    def _connect_again(self) -> None:
+        """Have a thread connect, if none does; where none is to be had, the next request asks."""
+        if self._thread is not None or self._closing.is_set():
+            return
+        thread = threading.Thread(target=self._reconnect, name="nbd", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            log.warning("no thread to connect to the NBD server: %s", error)
+        else:
+            self._thread = thread
 
     # -- the thread that connects again --------------------------------------------------
 
