@@ -8,6 +8,7 @@ import gc
 import io
 import os
 import select
+import signal
 import sys
 import threading
 import time
@@ -46,6 +47,10 @@ with contextlib.suppress(ImportError):  # dom0 of the lab has none
         suppress_health_check=list(HealthCheck),
     )
     settings.load_profile("ordinary")
+
+# Whoever started us in the background may have had these ignored, and children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 DOMID = 5
 PATIENCE = 30.0  # seconds for what must happen to happen

@@ -61,6 +61,8 @@ xen_disk_py.recovery.supervisor.Supervisor.__init__.__kwdefaults__["delays"] = (
 
 CLOSES = ["/bin/sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"]
 
+F_SETPIPE_SZ = getattr(fcntl, "F_SETPIPE_SZ", 1031)  # in Python's fcntl from 3.10 on
+
 
 class Pipe:
     """A pipe as stdout and stderr."""
@@ -71,7 +73,7 @@ class Pipe:
             self.fill()
 
     def fill(self):
-        fcntl.fcntl(self.writer, fcntl.F_SETPIPE_SZ, 4096)
+        fcntl.fcntl(self.writer, F_SETPIPE_SZ, 4096)
         own = os.open(f"/proc/self/fd/{self.writer}", os.O_WRONLY | os.O_NONBLOCK)
         with contextlib.suppress(BlockingIOError):
             while os.write(own, b"x" * 4096):

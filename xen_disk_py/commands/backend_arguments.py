@@ -135,8 +135,3 @@ def is_cow(args: argparse.Namespace) -> bool:
     """Tell whether the changes to an image would be kept in memory."""
     is_raw = args.format in (None, "raw")
     return args.overlay is None and is_raw and choose(args.backend, args.path) == "cow"
-
-
-def backend_name(args: argparse.Namespace) -> str:
-    """Name the backend as the user knows it."""
-    return choose(args.backend, args.path)

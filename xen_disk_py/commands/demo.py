@@ -34,7 +34,7 @@ from ..xenbus.device import Device
 from ..xenbus.states import Address
 from ..xenbus.vdev import parse
 from ..xenbus.xenstore import Store
-from .backend_arguments import backend_from, backend_name
+from .backend_arguments import spec_from
 from .environment import Environment
 
 GUEST = 1
@@ -50,29 +50,30 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
     with ExitStack() as stack:
         is_kept = args.overlay is not None and os.path.lexists(args.overlay)  # somebody's changes
         is_ours = _make_image(args, stack)
-        disk = Disk(backend_from(args))
+        spec = spec_from(args)
+        disk = Disk(spec.open_backend())
         stack.callback(disk.close)
-        name = backend_name(args)
+        name = spec.backend_name
         length = min(args.bytes, disk.backend.size)
         length -= length % disk.backend.sector_size
         keeps_out = type(disk.backend).__module__.startswith(_OWN) and (
-            name in ("discard", "cow") or (args.overlay is not None and not is_kept)
+            name in ("discard", "cow") or (spec.overlay is not None and not is_kept)
         )
         write = not disk.read_only
         if write and not (keeps_out or is_ours or args.overwrite):
             write = False
-            changed = args.overlay or args.path or name
+            changed = spec.overlay or spec.path or name
             env.tell(f"only reading: writing would change {changed} (to allow that: --overwrite)")
-        image = args.path if name == "cow" or args.overlay is not None else None
+        image = spec.path if name == "cow" or spec.overlay is not None else None
         before = _digest(image, length) if image else None
         interrupts = stack.enter_context(Interrupts().installed())
-        phases = _drive(disk, interrupts, length, write, args, env)
+        phases = _drive(disk, name, interrupts, length, write, args, env)
         if phases is None:
             return ExitStatus.INTERRUPTED
         untouched = image is None or _digest(image, length) == before
     verified = write and _expected(disk, name) != "anything"  # or _drive would have raised
     if args.json:
-        result = {"backend": name, "path": args.path, "phases": phases, "verified": verified}
+        result = {"backend": name, "path": spec.path, "phases": phases, "verified": verified}
         if image:
             result["image_untouched"] = untouched
         env.say(json.dumps(result))
@@ -87,6 +88,7 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
 
 def _drive(
     disk: Disk,
+    name: str,
     interrupts: Interrupts,
     length: int,
     write: bool,
@@ -114,7 +116,7 @@ def _drive(
             length,
             _BLOCKS,
             write,
-            _expected(disk, backend_name(args)),
+            _expected(disk, name),
             args.seconds,
         )
         device = Device(store, hypervisor, address, disk, on_failure=interrupts.fail)
@@ -156,7 +158,7 @@ def _drive(
                     address,
                     vdev,
                     backend_keys=device.keys(),
-                    params=backend_name(args),
+                    params=name,
                     read_only=disk.read_only,
                     pid=os.getpid(),
                 )
