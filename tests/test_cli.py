@@ -205,9 +205,9 @@ def test_a_bug_has_its_traceback_with_debug(env):
     ],
 )
 def test_what_a_backend_is_called(argv, name):
-    from xen_disk_py.commands.backend_arguments import backend_name
+    from xen_disk_py.commands.backend_arguments import spec_from
 
-    assert name == backend_name(build_parser().parse_args(["connect", "vm", *argv]))
+    assert name == spec_from(build_parser().parse_args(["connect", "vm", *argv])).backend_name
 
 
 def test_options_reach_the_backend(tmp_path):
