@@ -40,9 +40,6 @@ class _Callback(ctypes.Structure):
 
 _NO_CALLBACK = _Callback()
 
-FUA = 1
-"""``LIBNBD_CMD_FLAG_FUA``: the request is on stable storage when it is answered."""
-
 _TO_READ, _TO_WRITE = 1, 2  # LIBNBD_AIO_DIRECTION_*
 
 # Calls that do not wait hold the interpreter's lock: to give it up would cost more than they do.
@@ -74,7 +71,6 @@ _AIO = Library(
         "nbd_get_block_size": Signature(c_int64, (_handle, c_int)),
         "nbd_is_read_only": Signature(c_int, (_handle,)),
         "nbd_can_flush": Signature(c_int, (_handle,)),
-        "nbd_can_fua": Signature(c_int, (_handle,)),
         "nbd_can_trim": Signature(c_int, (_handle,)),
         "nbd_can_multi_conn": Signature(c_int, (_handle,)),
         "nbd_aio_pread": Signature(
@@ -119,7 +115,6 @@ class Export(NamedTuple):
     """Bytes."""
     read_only: bool
     can_flush: bool
-    can_fua: bool
     can_trim: bool
     can_multi_conn: bool
     """Several connections see each other's writes, and a flush covers all."""
@@ -196,7 +191,6 @@ class Connection(Closing):
             size=size,
             read_only=nbd.nbd_is_read_only(handle) > 0,
             can_flush=nbd.nbd_can_flush(handle) > 0,
-            can_fua=nbd.nbd_can_fua(handle) > 0,
             can_trim=nbd.nbd_can_trim(handle) > 0,
             can_multi_conn=nbd.nbd_can_multi_conn(handle) > 0,
             minimum=minimum or 1,
@@ -236,7 +230,7 @@ class Connection(Closing):
         )
 
     def issue(
-        self, operation: int, memory: Any, offset: int, length: int, token: Any, flags: int = 0
+        self, operation: int, memory: Any, offset: int, length: int, token: Any
     ) -> OSError | None:
         """Issue a request; :meth:`completed` says when it is over.
 
@@ -247,7 +241,6 @@ class Connection(Closing):
             offset: bytes from the disk's beginning.
             length: bytes.
             token: what :meth:`completed` gives back.
-            flags: :data:`FUA`, for a write or trim.
 
         Returns:
             None, or why nothing was issued.
@@ -258,7 +251,7 @@ class Connection(Closing):
         if operation == FLUSH:
             cookie = nbd.nbd_aio_flush(handle, _NO_CALLBACK, 0)
         elif operation == DISCARD:
-            cookie = nbd.nbd_aio_trim(handle, length, offset, _NO_CALLBACK, flags)
+            cookie = nbd.nbd_aio_trim(handle, length, offset, _NO_CALLBACK, 0)
         else:
             if isinstance(memory, bytes):
                 held = address = memory
@@ -266,7 +259,7 @@ class Connection(Closing):
                 held = ctypes.c_char.from_buffer(memory)
                 address = ctypes.addressof(held)
             do = nbd.nbd_aio_pread if operation == READ else nbd.nbd_aio_pwrite
-            cookie = do(handle, address, length, offset, _NO_CALLBACK, flags)
+            cookie = do(handle, address, length, offset, _NO_CALLBACK, 0)
         if cookie < 0:
             return self._error()
         self._in_flight[cookie] = token, held
