@@ -50,6 +50,8 @@ PACKAGES = (
     "e2fsprogs",
     "dmsetup",
     "strace",
+    "libnbd0",
+    "nbdkit",
 )
 
 # Hundreds of megabytes of drivers and manuals that no test looks at.
