@@ -11,7 +11,20 @@ from xen_disk_py.backends.vhd.create import create, create_child
 from xen_disk_py.backends.vhd.layout import Locator
 from xen_disk_py.errors import ImageError
 
-from .conftest import OTHER_UUID, UUID, build, content_of, digest, entry, needs, read, run, write
+from .conftest import (
+    OTHER_UUID,
+    UUID,
+    build,
+    content_of,
+    digest,
+    entry,
+    needs,
+    patch,
+    read,
+    resummed,
+    run,
+    write,
+)
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -156,6 +169,21 @@ def test_a_parent_that_is_not_there(tmp_path):
 
 def test_a_child_that_names_no_parent(tmp_path):
     assert "it does not say where" in refusal(child_of(tmp_path))
+
+
+@pytest.mark.parametrize("offset", [1 << 63, (1 << 64) - 1, 1 << 41])
+def test_a_locator_that_lies_outside_of_the_file_names_nothing(tmp_path, offset):
+    base_of(tmp_path)
+    path = child_of(tmp_path, locators=[(b"MacX", b"file://./other.vhd")], name="base.vhd")
+    header = bytearray(content_of(path)[512:1536])
+    header[576 + 16 : 576 + 24] = offset.to_bytes(8, "big")
+    patch(path, 512, resummed(bytes(header), 36))
+    with contextlib.closing(VhdBackend(path)) as disk:
+        assert b"p" * 512 == read(disk, 0, 512)
+    patch(path, 512 + 64, bytes(512))  # nor has the header a name
+    patch(path, 512, resummed(content_of(path)[512:1536], 36))
+    with pytest.raises(ImageError, match="its parent is not there"):
+        VhdBackend(path)
 
 
 def test_what_is_no_file_is_no_parent(tmp_path):

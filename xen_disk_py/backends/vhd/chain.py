@@ -270,7 +270,8 @@ def locators(child: Vhd) -> list[tuple[bytes, str]]:
     assert child.blocks is not None
     found = []
     for each in child.blocks.header.locators:
-        if each.code in _ORDER and 0 < each.length <= _LONGEST:
+        is_inside = each.offset + each.length <= child.length
+        if each.code in _ORDER and 0 < each.length <= _LONGEST and is_inside:
             name = decode_name(each.code, os.pread(child.fd, each.length, each.offset))
             if name is not None:
                 found.append((each.code, name))

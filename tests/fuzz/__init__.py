@@ -1,0 +1,1 @@
+"""Random inputs, for a program that must survive all of them."""
