@@ -631,6 +631,9 @@ def test_the_command_shows_what_fails(tmp_path):
         (["./gone.py"], 1, "xen-disk: error: ./gone.py: no such file: check the name\n"),
         (["raw"], 2, "xen-disk: error: the raw backend needs --path\n"),
         (["discard", "--option", "x"], 2, "xen-disk: error: --option x: write it as"),
+        (["raw", "--format", "qcow2"], 2, "xen-disk: error: name a backend, or the --format of"),
+        (["--path", "disk.raw"], 2, "xen-disk: error: name a backend, or the --format of the"),
+        (["--path", "nbd+unix:///"], 1, "xen-disk: error: nbd+unix:///: "),
     ],
 )
 def test_the_command_says_in_one_line_what_cannot_be_opened(capsys, arguments, status, message):

@@ -49,7 +49,7 @@ import pytest
 from ..errors import UsageError, XenDiskError
 from ..units import parse_size
 from . import Backend
-from .loader import check, open_backend, parse_options
+from .loader import QEMU_FORMATS, check, choose, is_file, open_backend, parse_options
 
 PAGE = 4096
 MOST_BUFFERS = 256
@@ -665,13 +665,15 @@ def _size(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def _backend(name: str | None, image_format: str | None) -> str:
-    """Name the backend, which reads and writes that format."""
+def _backend(name: str | None, image_format: str | None, path: str | None) -> str:
+    """Name the backend: by its name, by the format that it reads and writes, or by the path."""
+    if image_format in QEMU_FORMATS and name in (None, "qemu"):
+        return "qemu"
     if image_format is not None and name in (None, image_format):
         return image_format
-    if name is None or image_format is not None:
-        raise UsageError("name a backend, or the --format of the image")
-    return name
+    if image_format is None and (name or (path is not None and not is_file(path))):
+        return choose(name, path)
+    raise UsageError("name a backend, or the --format of the image")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -684,7 +686,9 @@ def main(arguments: Sequence[str]) -> int:
         "backend", nargs="?", help="file.py, file.py:Class, package.module:Class or a name"
     )
     parser.add_argument(
-        "--format", choices=("raw", "vhd"), help="what the image is, in place of a backend's name"
+        "--format",
+        choices=("raw", "vhd", *QEMU_FORMATS),
+        help="what the image is, in place of a backend's name",
     )
     parser.add_argument("--path", help="the image, where the disk has one: give a copy")
     parser.add_argument("--size", type=_size)
@@ -707,7 +711,9 @@ def main(arguments: Sequence[str]) -> int:
     names = ("path", "size", "cow_limit", "sector_size", "read_only", "overlay")
     try:
         options = {**parse_options(given.option), **{name: getattr(given, name) for name in names}}
-        backend = _backend(given.backend, given.format)
+        backend = _backend(given.backend, given.format, given.path)
+        if given.format in QEMU_FORMATS:
+            options["format"] = given.format
         opener = _Opener(backend, options, given.filter, given.patience)
         with bounded(given.patience):
             opener.open().close()  # what is wrong here is said once, and without a traceback
