@@ -72,9 +72,9 @@ class Client(Asynchronous):
     """
 
     def __init__(self, connect: Callable[[], Connection], connections: int) -> None:
+        first = connect()  # before anything is opened that this would have to close
         super().__init__()
         self._connect = connect
-        first = connect()
         self.export = first.export
         self._count = connections if self.export.can_multi_conn else 1
         self._is_logged = self.export.can_flush and not self.export.read_only

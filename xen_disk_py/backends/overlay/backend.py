@@ -221,7 +221,7 @@ def _open(path: str, overlay: str, sector_size: int | None) -> tuple[Image, Over
                 f"--sector-size {sector_size}: the overlay {overlay} was made with {own}: leave "
                 "out --sector-size"
             )
-        image = Image.open(path, writable=False, sector_size=own)
+        image = file.open_image(path, writable=False)
         try:
             if file.header.was_committed(image):  # by a process that was killed
                 sync_directory(os.path.realpath(image.path))

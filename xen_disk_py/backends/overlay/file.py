@@ -199,6 +199,19 @@ class OverlayFile(Closing):
         if length != whole:
             raise damaged(self.path, f"it has {length} bytes, not {whole}: perhaps cut short")
 
+    def open_image(self, path: str, *, writable: bool) -> Image:
+        """Open an image for this overlay; whether it fits is not looked at.
+
+        Raises:
+            ImageError: it cannot be opened.
+        """
+        if not os.path.exists(path):
+            raise ImageError(
+                f"{path}: no such file, but {self.path} has the changes to it: put it back, or "
+                f"name a copy of it: xen-disk rebase {self.path} COPY"
+            )
+        return Image.open(path, writable=writable, sector_size=self.header.sector_size)
+
     def attach(self, image: Image) -> None:
         """Make it ready to be changed, as what lies over ``image``.
 

@@ -87,7 +87,7 @@ def commit(
         path = os.path.realpath(named)
         before(path)
         _refuse_what_cannot_be_replaced(path, overlay)
-        with Image.open(path, writable=True, sector_size=file.header.sector_size) as image:
+        with file.open_image(path, writable=True) as image:
             count = allocated_bytes(file)
             if not file.header.was_committed(image):
                 file.header.check(image, overlay)
@@ -118,12 +118,11 @@ def _replace_image(
 def _finish(file: OverlayFile, named: str, path: str) -> None:
     """Finish a commit whose image is in its place: empty the overlay, or remove it."""
     assert file.header.commit is not None
-    own = file.header.sector_size
     with _uninterrupted():
         try:
             sync_directory(path)  # whoever put it there may have been killed before
             if file.header.commit.keep:
-                with Image.open(named, writable=False, sector_size=own) as image:
+                with file.open_image(named, writable=False) as image:
                     file.empty(image)
             else:
                 os.unlink(file.path)
@@ -166,13 +165,8 @@ def export(
     """
     with ExitStack() as stack:
         file = stack.enter_context(OverlayFile.open(overlay, writable=False, alone=None))
-        image = stack.enter_context(
-            Image.open(
-                _image_of(file, overlay, path),
-                writable=False,
-                sector_size=file.header.sector_size,
-            )
-        )
+        named = _image_of(file, overlay, path)
+        image = stack.enter_context(file.open_image(named, writable=False))
         file.header.check(image, overlay)
         sources = (file.fd, image.fd)
         with _exported(new, image.size, sources, force=force, convert=convert) as raw:
