@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import mmap
 import os
 import shutil
 import signal
 import subprocess
+import sys
 import threading
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from libxl_stub import Libxl
@@ -21,8 +26,10 @@ from xen_disk_py.blkif import READ, WRITE
 from xen_disk_py.cli import main
 from xen_disk_py.commands.arguments import parse
 from xen_disk_py.commands.backend_arguments import backend_from, spec_from
+from xen_disk_py.datapath.double_buffer import DoubleBuffer
 from xen_disk_py.errors import ImageError
 from xen_disk_py.exit_status import ExitStatus
+from xen_disk_py.host import process
 from xen_disk_py.recovery import orphans, record
 from xen_disk_py.recovery.facts import Facts
 from xen_disk_py.recovery.record import Record, find
@@ -674,6 +681,114 @@ def test_the_image_of_an_orphan_is_not_committed_to(host, run, orphan, image, tm
     assert ExitStatus.ERROR is status
     assert "whose process has died" in err
     assert inode == os.stat(image).st_ino
+
+
+def test_who_only_reads_leaves_what_an_orphan_writes_alone(host, run, orphan, image, tmp_path):
+    other = tmp_path / "other.raw"
+    other.write_bytes(image.read_bytes())
+    OverlayBackend(str(other), overlay=str(tmp_path / "others")).close()
+    orphan("--path", image, "--backend=raw")
+    for argv in (
+        ("rebase", tmp_path / "others", image),
+        ("export", image, tmp_path / "new", "--format", "raw"),
+        ("create", tmp_path / "new", "--parent", image, "--parent-format", "raw"),
+        ("demo", "--path", image),
+    ):
+        status, _, err = run(*argv)
+        assert ExitStatus.ERROR is status, argv
+        assert "whose process has died" in err, argv
+        assert not (tmp_path / "new").exists()
+
+
+def test_what_an_orphan_whose_guest_has_gone_had_is_everybodys(host, run, orphan, image, tmp_path):
+    overlay = tmp_path / "changes"
+    orphan("--path", image, "--overlay", overlay)
+    name = host.xenstored.domains.pop(5)
+    try:
+        assert ExitStatus.OK is run("commit", overlay)[0]
+    finally:
+        host.xenstored.domains[5] = name
+    assert not overlay.exists()
+
+
+@pytest.mark.parametrize("command", ["connect", "commit", "rebase", "export", "create", "vhd"])
+def test_orphans_are_looked_for_when_the_storage_is_locked(
+    host, run, image, tmp_path, monkeypatch, command
+):
+    """Who looks before finds nothing yet of a process that is killed between the two."""
+    overlay, other, new = tmp_path / "changes", tmp_path / "other", tmp_path / "new"
+    other.write_bytes(image.read_bytes())
+    OverlayBackend(str(image), overlay=str(overlay)).close()
+    base, child = tmp_path / "base.vhd", tmp_path / "child.vhd"
+    create(str(base), 1 << 20)
+    create_child(str(child), str(base))
+    argv, expected = {
+        "connect": (("--vdev=xvdc", "--path", image, "--backend=raw"), {image}),
+        "commit": ((overlay,), {overlay, image}),
+        "rebase": ((overlay, other), {overlay, other}),
+        "export": ((image, new, "--format=raw"), {image}),
+        "create": ((new, "--parent", image, "--parent-format=raw"), {image}),
+        "vhd": ((child,), {child, base}),
+    }[command]
+    seen = set()
+
+    def check(directory, storage, **options):
+        for each in storage:
+            with open(each.path, "rb") as file, pytest.raises(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            seen.add(Path(each.path))
+        if seen == expected:
+            raise ImageError("enough")
+
+    monkeypatch.setattr(orphans, "check", check)
+    words = ("connect", "guest") if command == "connect" else (command,)
+    _, _, err = run(*(("commit",) if command == "vhd" else words), *argv)
+    assert "enough" in err
+
+
+@pytest.mark.parametrize("end", ["killed", "closed", "hangs"])
+def test_a_process_that_dies_may_have_its_record_s_lock_longer_than_its_image_s(
+    host, orphan, image, monkeypatch, end
+):
+    """The kernel releases one after the other; here a process keeps the record, and no image."""
+    orphan("--path", image, "--backend=raw")
+    file = f"{host.records}/5-51728"
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import fcntl, sys; f = open(sys.argv[1], 'rb+'); fcntl.flock(f, fcntl.LOCK_EX); "
+            "print(flush=True); sys.stdin.read()",
+            file,
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    with holder:
+        assert b"\n" == holder.stdout.readline()
+        started = process.start_time(holder.pid)
+        with open(file, "rb+") as opened:
+            whole = memoryview(mmap.mmap(opened.fileno(), 0))
+            facts = replace(find(host.records, ADDRESS).facts, pid=holder.pid)
+            DoubleBuffer(whole[: 32 << 10]).write(replace(facts, process_started=started).encode())
+        clock = iter(range(1000))
+
+        def sleep(seconds):
+            if end == "closed":
+                os.unlink(file)
+            if end != "hangs":
+                holder.kill()
+                holder.wait()
+
+        monkeypatch.setattr(orphans, "time", SimpleNamespace(sleep=sleep, monotonic=clock.__next__))
+        disk = backend_from(parse(["connect", "guest", "--path", str(image), "--backend=raw"]))
+        try:
+            said = {"killed": "has died", "hangs": "is ending: try again"}.get(end)
+            with pytest.raises(ImageError, match=said) if said else nullcontext():
+                orphans.check(host.records, disk.host_storage)
+        finally:
+            disk.close()
+            holder.kill()
 
 
 def test_a_gold_image_is_shared_with_an_orphan(host, orphan, image, tmp_path):

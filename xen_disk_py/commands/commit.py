@@ -10,18 +10,17 @@ from ..backends.vhd.backend import directories_from
 from ..backends.vhd.commit import commit as commit_vhd
 from ..errors import UsageError
 from ..exit_status import ExitStatus
-from ..recovery import orphans
 from ..text import printable
 from ..units import format_size
 from .backend_arguments import is_vhd
 from .environment import Environment
+from .orphaned import not_of_orphans
 from .progress import ProgressLine
 from .signals import interruptible
 
 
 def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
     """Commit, and say what was changed."""
-    orphans.check_files(env.record_directory, args.overlay, writable=True)
     if is_vhd(args.overlay):
         if args.path is not None:
             raise UsageError("--path is not for a VHD, which finds its parent itself: leave it out")
@@ -33,9 +32,7 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
                     keep=args.keep,
                     directories=directories,
                     progress=progress,
-                    before=lambda parent: orphans.check_files(
-                        env.record_directory, parent, writable=True
-                    ),
+                    check=not_of_orphans(env),
                 )
     elif args.option:
         raise UsageError("--option is for a VHD: leave it out")
@@ -46,7 +43,7 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
                 keep=args.keep,
                 progress=progress,
                 path=args.path,
-                before=lambda path: orphans.check_files(env.record_directory, path, writable=True),
+                check=not_of_orphans(env),
             )
     if args.json:
         env.say(json.dumps({"image": image, "held": count, "kept": args.keep}))

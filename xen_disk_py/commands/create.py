@@ -10,9 +10,9 @@ from ..backends.vhd.backend import directories_from
 from ..backends.vhd.create import create, create_child
 from ..errors import UsageError
 from ..exit_status import ExitStatus
-from ..recovery import orphans
 from ..units import format_size
 from .environment import Environment
+from .orphaned import not_of_orphans
 
 
 def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
@@ -25,12 +25,12 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
     else:
         if args.fixed:
             raise UsageError("--fixed: what has a parent cannot be fixed: leave out one of them")
-        orphans.check_files(env.record_directory, args.parent, writable=False)
         size = create_child(
             args.file,
             args.parent,
             is_raw=args.parent_format == "raw",
             directories=directories_from(args.option),
+            check=not_of_orphans(env),
         )
     path = os.path.abspath(args.file)
     if args.json:

@@ -23,6 +23,7 @@ from ..datapath.disk import Disk
 from ..errors import DeviceError, UsageError
 from ..exit_status import ExitStatus
 from ..host.program import own_command
+from ..recovery import orphans
 from ..session import Interrupts, Observer, Outcome, Session
 from ..simulated.guest import STOPPED, Plan, pattern
 from ..simulated.guest import main as play_guest
@@ -53,6 +54,12 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
         spec = spec_from(args)
         disk = Disk(spec.open_backend())
         stack.callback(disk.close)
+        orphans.check(
+            env.record_directory,
+            disk.backend.host_storage,
+            force=spec.force,
+            open_store=env.open_store,
+        )
         name = spec.backend_name
         length = min(args.bytes, disk.backend.size)
         length -= length % disk.backend.sector_size

@@ -12,24 +12,28 @@ from ..backends.vhd.backend import directories_from
 from ..backends.vhd.export import export as export_vhd
 from ..errors import UsageError
 from ..exit_status import ExitStatus
-from ..recovery import orphans
 from ..units import format_size
 from .backend_arguments import is_vhd
 from .environment import Environment
+from .orphaned import not_of_orphans
 from .progress import ProgressLine
 from .signals import interruptible
 
 
 def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
     """Export, and say what was made."""
-    orphans.check_files(env.record_directory, args.overlay, writable=False)
     with ProgressLine(env, "copying the image", quiet=args.quiet) as progress, interruptible():
-        convert = _converter(args.output_format, progress)
+        convert, check = _converter(args.output_format, progress), not_of_orphans(env)
         if args.format == "raw":
             if args.path is not None or args.option:
                 raise UsageError("--path and --option are not for a raw image: leave them out")
             size = maintenance.export_image(
-                args.overlay, args.new, force=args.force, progress=progress, convert=convert
+                args.overlay,
+                args.new,
+                force=args.force,
+                progress=progress,
+                convert=convert,
+                check=check,
             )
         elif args.format == "vhd" or (args.format is None and is_vhd(args.overlay)):
             if args.path is not None:
@@ -42,6 +46,7 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
                 directories=directories,
                 progress=progress,
                 convert=convert,
+                check=check,
             )
         elif args.option:
             raise UsageError("--option is for a VHD: leave it out")
@@ -53,6 +58,7 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
                 progress=progress,
                 path=args.path,
                 convert=convert,
+                check=check,
             )
     path = os.path.abspath(args.new)
     if args.json:

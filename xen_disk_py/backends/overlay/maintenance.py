@@ -37,6 +37,9 @@ _FICLONE = 0x40049409  # linux/fs.h
 Progress = Callable[[int, int], None]
 """Is told how many bytes are done, and of how many."""
 
+Check = Callable[[str, bool], None]
+"""Is given the path of a file once it is open, and locked, and whether it will be written."""
+
 Convert = Callable[[int, int], None]
 """Is given a raw image and an empty file, both open, and makes the latter of the former."""
 
@@ -59,7 +62,7 @@ def commit(
     keep: bool,
     progress: Progress,
     path: str | None = None,
-    before: Callable[[str], None] = lambda path: None,
+    check: Check = lambda path, writes: None,
 ) -> tuple[str, int]:
     """Put what an overlay holds into its image.
 
@@ -72,7 +75,7 @@ def commit(
         keep: leave an empty overlay in its place.
         progress: told how far it is.
         path: the image; by default the one that the overlay names, if that can be trusted.
-        before: called with the path of the image before anything is done; may raise.
+        check: called with the overlay, then with the image, before anything is done; may raise.
 
     Returns:
         The path of the image, symbolic links resolved, and how many bytes were put into it.
@@ -83,11 +86,12 @@ def commit(
     """
     given, overlay = overlay, os.path.realpath(overlay)  # not a link to it is removed
     with OverlayFile.open(overlay, writable=True) as file:
+        check(overlay, True)
         named = _image_of(file, given, path)
         path = os.path.realpath(named)
-        before(path)
         _refuse_what_cannot_be_replaced(path, overlay)
         with file.open_image(path, writable=True) as image:
+            check(path, True)
             count = allocated_bytes(file)
             if not file.header.was_committed(image):
                 file.header.check(image, overlay)
@@ -142,6 +146,7 @@ def export(
     progress: Progress,
     path: str | None = None,
     convert: Convert | None = None,
+    check: Check = lambda path, writes: None,
 ) -> int:
     """Make a new image of an overlay and its image, which other disks may be using.
 
@@ -155,6 +160,7 @@ def export(
         progress: told how far it is.
         path: the image; by default the one that the overlay names, if that can be trusted.
         convert: given the raw image and an empty file, both open: makes the latter the new image.
+        check: called with the overlay, then with the image, before anything is done; may raise.
 
     Returns:
         The size of the disk, in bytes.
@@ -165,8 +171,10 @@ def export(
     """
     with ExitStack() as stack:
         file = stack.enter_context(OverlayFile.open(overlay, writable=False, alone=None))
+        check(overlay, False)
         named = _image_of(file, overlay, path)
         image = stack.enter_context(file.open_image(named, writable=False))
+        check(image.path, False)
         file.header.check(image, overlay)
         sources = (file.fd, image.fd)
         with _exported(new, image.size, sources, force=force, convert=convert) as raw:
@@ -181,12 +189,14 @@ def export_image(
     force: bool,
     progress: Progress,
     convert: Convert | None = None,
+    check: Check = lambda path, writes: None,
 ) -> int:
     """Make a new image of an image or block device, which no disk may be writing to.
 
     Args and errors are those of :func:`export`.
     """
     with Image.open(image, writable=False) as source:
+        check(image, False)
         with _exported(new, source.size, (source.fd,), force=force, convert=convert) as raw:
             os.ftruncate(raw.fd, source.size)
             _copy_extent(source.fd, 0, raw.fd, 0, source.size, source.size, progress)
@@ -210,7 +220,14 @@ def _exported(
         made.put(new, replacing=force)
 
 
-def rebase(overlay: str, image: str, *, force: bool, progress: Progress) -> None:
+def rebase(
+    overlay: str,
+    image: str,
+    *,
+    force: bool,
+    progress: Progress,
+    check: Check = lambda path, writes: None,
+) -> None:
     """Have an overlay lie over another image, with the content that its own image had.
 
     Args:
@@ -219,6 +236,7 @@ def rebase(overlay: str, image: str, *, force: bool, progress: Progress) -> None
         force: take the caller's word that the content is the same; else it is compared, which
             takes the old image as it was.
         progress: told how far it is.
+        check: called with the overlay, then with the image, before anything is done; may raise.
 
     Raises:
         ImageError: it cannot be done, and nothing has changed.
@@ -227,6 +245,8 @@ def rebase(overlay: str, image: str, *, force: bool, progress: Progress) -> None
         OverlayFile.open(overlay, writable=True) as file,
         Image.open(image, writable=False, sector_size=file.header.sector_size) as new,
     ):
+        check(overlay, True)
+        check(image, False)
         if new.size != file.header.size:
             raise ImageError(
                 f"{new.path}: has {new.size} bytes, the image of {overlay} {file.header.size}: an "

@@ -13,10 +13,10 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from typing import Callable
 
 from ...errors import ImageError
 from ..image import Image
+from ..overlay.maintenance import Check, Progress
 from .blocks import BlockLayer
 from .chain import Committed, candidates, open_chain, open_parent, roots_of
 from .create import create_child
@@ -29,9 +29,6 @@ _CHUNK = 1 << 20
 _SUFFIXES = (".vhd", ".avhd")
 _MOST_FILES = 10_000  # looked into, for other children
 
-Progress = Callable[[int, int], None]
-"""Is told how many bytes are done, and of how many."""
-
 
 def commit(
     path: str,
@@ -39,7 +36,7 @@ def commit(
     keep: bool,
     directories: Sequence[str] = (),
     progress: Progress,
-    before: Callable[[str], None] = lambda parent: None,
+    check: Check = lambda path, writes: None,
 ) -> tuple[str, int]:
     """Put what a VHD has into its parent, and remove it.
 
@@ -48,7 +45,7 @@ def commit(
         keep: leave an empty child of the parent in its place.
         directories: where parents may lie, besides its own directory.
         progress: told how far it is.
-        before: given the parent's path before anything is written; what it raises is raised.
+        check: called with the VHD, then with its parent, before anything is done; may raise.
 
     Returns:
         The parent, and how many bytes were written there.
@@ -59,8 +56,9 @@ def commit(
     path = os.path.realpath(path)  # it is the file that is removed, not a link to it
     child = open_vhd(path, writable=True)
     try:
+        check(path, True)
         roots = roots_of(path, directories)
-        parent, count = _commit(child, roots, directories, progress, before)
+        parent, count = _commit(child, roots, directories, progress, check)
         is_raw = child.blocks is not None and child.blocks.header.parent_uuid == NO_UUID
         if keep:
             create_child(path, parent, is_raw=is_raw, directories=directories, replacing=True)
@@ -76,7 +74,7 @@ def _commit(
     roots: Sequence[str],
     directories: Sequence[str],
     progress: Progress,
-    before: Callable[[str], None],
+    check: Check,
 ) -> tuple[str, int]:
     if child.blocks is None or not child.is_differencing:
         raise ImageError(f"{child.path}: has no parent that it could be committed to")
@@ -94,7 +92,7 @@ def _commit(
             f"{parent.size}: make that larger first"
         )
     try:
-        before(name)
+        check(name, True)
         for other in _other_children(child, parent):
             raise ImageError(
                 f"{other}: is a child of {name}, too, and would read what {child.path} has: commit "
@@ -112,6 +110,7 @@ def _commit(
     try:
         if not os.path.samestat(status, os.fstat(top.fd)):
             raise ImageError(f"{name}: was replaced meanwhile: try again")
+        check(name, True)
         count = _copy(child, top, progress)
         if not is_raw:
             _set_uuid(top, name, committed_uuid(child.footer.uuid, uuid))

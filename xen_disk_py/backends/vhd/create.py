@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from contextlib import closing
 
 from ...errors import ImageError, UsageError
 from ..image import Image, transfer_all
 from ..newfile import NewFile
+from ..overlay.maintenance import Check
 from .chain import open_chain
 from .layout import (
     BLOCK,
@@ -61,6 +63,7 @@ def create_child(
     is_raw: bool = False,
     directories: Sequence[str] = (),
     replacing: bool = False,
+    check: Check = lambda path, writes: None,
 ) -> int:
     """Make a differencing VHD that has nothing yet: it reads as its parent.
 
@@ -70,6 +73,7 @@ def create_child(
         is_raw: the parent is the bytes of a disk, no more.
         directories: where the parent's own parents may lie, besides its directory.
         replacing: put it in the place of what is there.
+        check: called with the parent once it is open and locked; may raise.
 
     Returns:
         The size of the disk, in bytes.
@@ -82,11 +86,13 @@ def create_child(
     uuid = NO_UUID
     if is_raw:
         with Image.open(base, writable=False) as image:
+            check(base, False)
             size = image.size
             if Footer.parse(os.pread(image.fd, FOOTER, size - FOOTER)) is not None:
                 raise ImageError(f"{parent}: is a VHD, no raw image: say so with --format vhd")
     else:
-        open_chain(base, writable=False, directories=directories).close()  # all of it is there
+        with closing(open_chain(base, writable=False, directories=directories)):
+            check(base, False)  # and all of it is there
         vhd = open_vhd(base, writable=False)
         os.close(vhd.fd)
         size, uuid = vhd.size, vhd.footer.uuid

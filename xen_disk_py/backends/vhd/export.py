@@ -9,7 +9,7 @@ from contextlib import ExitStack, closing
 from typing import Callable
 
 from ..image import Image, transfer_all
-from ..overlay.maintenance import Progress, new_image, replaceable
+from ..overlay.maintenance import Check, Progress, new_image, replaceable
 from .blocks import BlockLayer
 from .chain import open_chain
 from .opening import open_vhd
@@ -41,6 +41,7 @@ def export(
     directories: Sequence[str] = (),
     progress: Progress,
     convert: Callable[[int, int], None] | None = None,
+    check: Check = lambda path, writes: None,
 ) -> int:
     """Make a new image of what a VHD and its parents are together.
 
@@ -51,6 +52,7 @@ def export(
         directories: where parents may lie, besides its own directory.
         progress: told how far it is.
         convert: given the raw image and an empty file, both open: makes the latter the new image.
+        check: called with each file of the chain before anything is done; may raise.
 
     Returns:
         The size of the disk, in bytes.
@@ -62,6 +64,8 @@ def export(
     new = os.path.realpath(new) if force else os.path.abspath(new)
     with closing(open_chain(path, writable=False, directories=directories)) as top:
         sources = [top.fd] if isinstance(top, Image) else top.descriptors
+        for source in sources:
+            check(os.readlink(f"/proc/self/fd/{source}"), False)
         with ExitStack() as stack:
             stack.enter_context(replaceable(new, force, *sources))
             raw = made = stack.enter_context(new_image(new, top.size))
