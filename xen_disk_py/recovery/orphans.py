@@ -36,7 +36,7 @@ def check(
     store: Store | None = None,
     open_store: Callable[[], Store] | None = None,
 ) -> None:
-    """See that no disk whose process has died is made of this, which is locked by now.
+    """See that no disk whose process has died is made of this, which is locked already.
 
     Args:
         directory: where records are.
@@ -108,7 +108,7 @@ def _shared(storage: Sequence[Storage], found: Found | None) -> Storage | None:
 def _ended(directory: str, address: Address, found: Found) -> Found | None:
     """Wait for the end of a process that has closed its storage; what is left of its record.
 
-    None if it goes on using its storage: the locks have said that this may be shared.
+    None if it keeps using its storage: the locks have said that this may be shared.
     """
     deadline = time.monotonic() + _PATIENCE
     now: Found | None = found
