@@ -55,6 +55,18 @@ def test_a_child(cli, tmp_path):
     assert {"path": str(path), "errors": [], "warnings": []} == json.loads(cli.out)
 
 
+def test_a_child_that_is_larger_and_may_become_larger_still(cli, tmp_path):
+    base, path = tmp_path / "base.vhd", tmp_path / "a.vhd"
+    cli("create", str(base), "--size", "1M")
+    words = ["create", str(path), "--parent", str(base), "--size", "3M", "--max-size", "4G"]
+    assert ExitStatus.OK == cli(*words)
+    assert f"{path} 3 MiB\n" == cli.out
+    disk = VhdBackend(str(path))
+    assert 4 << 30 == disk.resize(4 << 30)
+    disk.close()
+    assert ExitStatus.OK == cli("check", str(path))
+
+
 def test_a_child_of_a_raw_image(cli, tmp_path):
     (tmp_path / "gold.img").write_bytes(bytes(1 << 20))
     words = ["create", str(tmp_path / "a.vhd"), "--parent", str(tmp_path / "gold.img")]
@@ -85,8 +97,8 @@ def test_a_parent_whose_own_is_elsewhere(cli, tmp_path):
         (["--size", "1000"], "positive multiple of 512"),
         (["--size", "3T"], "has 2 TiB at most"),
         (["--size", "1M", "--parent-format", "raw"], "how to read --parent"),
-        (["--size", "1M", "--parent", "x"], "not allowed with"),
-        ([], "one of the arguments --size --parent is required"),
+        (["--size", "1M", "--fixed", "--max-size", "2M"], "larger always"),
+        ([], "--size or --parent"),
         (["--parent", "x", "--fixed"], "cannot be fixed"),
         (["--parent", "x", "--option", "a=b"], "there is only parents"),
     ],

@@ -13,6 +13,8 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import atheris
 
@@ -36,11 +38,12 @@ def main() -> int:
     arguments = [f"-max_len={LONGEST}", "-rss_limit_mb=1024", "-timeout=20"]
     if given.crash is not None:
         arguments += [given.crash]
-    elif given.merge:
-        arguments += ["-merge=1", str(CORPUS), str(FOUND)]
     else:
         arguments += [f"-max_total_time={given.seconds}", str(FOUND), str(CORPUS)]
     with tempfile.TemporaryDirectory() as directory:
+        if given.merge:
+            merge(Path(directory))
+            return 0
         child = os.fork()  # libFuzzer ends its process without any cleaning up
         if not child:
             fuzz(Path(directory), arguments)
@@ -56,6 +59,30 @@ def fuzz(directory: Path, arguments: list[str]) -> None:
 
     atheris.Setup([sys.argv[0], *arguments], one_input)
     atheris.Fuzz()
+
+
+def merge(directory: Path) -> None:
+    """Copy to the corpus what reaches lines of the program that nothing in it reaches."""
+    good = images.seeds(directory)
+    known: set[tuple[str, int]] = set()
+    inputs = [*sorted(CORPUS.iterdir()), *sorted(FOUND.iterdir(), key=lambda p: p.stat().st_size)]
+    for path in inputs:
+        lines: set[tuple[str, int]] = set()
+
+        def trace(frame: FrameType, event: str, argument: object) -> Any:
+            if "backends/vhd" in frame.f_code.co_filename:
+                lines.add((frame.f_code.co_filename, frame.f_lineno))  # noqa: B023 - called in here
+                return trace
+            return None
+
+        sys.settrace(trace)
+        try:
+            images.survives(directory / "disk.vhd", images.damaged(good, path.read_bytes()))
+        finally:
+            sys.settrace(None)
+        if path.parent != CORPUS and not lines <= known:
+            (CORPUS / path.name[:12]).write_bytes(path.read_bytes())
+        known |= lines
 
 
 if __name__ == "__main__":

@@ -95,12 +95,12 @@ class Image(Closing):
                 flags |= os.O_EXCL  # the kernel then refuses a device that is mounted
             fd = os.open(path, flags)
         except OSError as error:
-            raise ImageError(f"{path}: {_reason(error, path, writable)}") from error
+            raise ImageError(f"{path}: {reason_of(error, path, writable)}") from error
         locks: Sequence[int] = ()
         try:
             _check_kind(path, os.fstat(fd).st_mode)
             if writable and is_block_device:
-                _check_writable(fd, path)
+                check_writable(fd, path)
             locks = claim(fd, path, writable=writable)
             size = os.lseek(fd, 0, os.SEEK_END)
             own = _logical_block_size(fd) if is_block_device else SECTOR
@@ -400,7 +400,7 @@ def _check_size(path: str, size: int, sector_size: int, container: Signature | N
         )
 
 
-def _reason(error: OSError, path: str, writable: bool) -> str:
+def reason_of(error: OSError, path: str, writable: bool) -> str:
     """Say why a file cannot be opened, and what to do."""
     if error.errno == errno.ENOENT and "://" in path:
         return (
@@ -429,7 +429,12 @@ def _is_read_only(fd: int) -> bool:
     return bool(answer)
 
 
-def _check_writable(fd: int, path: str) -> None:
+def check_writable(fd: int, path: str) -> None:
+    """See that an open block device is not write-protected.
+
+    Raises:
+        ImageError: it is.
+    """
     if _is_read_only(fd):
         raise ImageError(f"{path}: {_READ_ONLY}")
 

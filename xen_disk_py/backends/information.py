@@ -109,6 +109,8 @@ def _vhd(path: str, depth: int) -> dict[str, Any]:
         vhd = examine(fd, os.path.abspath(path))
         found = _common(fd, path, "vhd", vhd.size, 512)
         found["kind"] = _KINDS[vhd.footer.kind]
+        if vhd.is_device:
+            found["allocated"] = found["disk_usage"] = vhd.length
         if vhd.blocks is not None:
             used = sum(entry != FREE for entry in vhd.blocks.bat)
             found["allocated"] = min(used * vhd.blocks.header.block_size, vhd.size)

@@ -320,14 +320,16 @@ def _add_image_commands(commands: argparse._SubParsersAction[_Parser]) -> None:
         "create",
         help="make an empty VHD, or one that holds the changes to another image",
         description="Make FILE, a VHD: an empty one of --size, or one that reads as --parent and "
-        "keeps what is written, while the parent is not changed. Only the owner can read FILE "
-        "(mode 0600).",
+        "keeps what is written, while the parent is not changed; with both, one that is larger "
+        "than its parent. Only the owner can read FILE (mode 0600).",
     )
     create.add_argument("file", metavar="FILE", type=_name, help="the image to make")
-    what = create.add_mutually_exclusive_group(required=True)
-    what.add_argument("--size", type=_size, help="size of the disk: bytes, or 512M, 10G, 2T")
-    what.add_argument(
+    create.add_argument("--size", type=_size, help="size of the disk: bytes, or 512M, 10G, 2T")
+    create.add_argument(
         "--parent", metavar="IMAGE", type=_name, help="the image whose changes FILE is to hold"
+    )
+    create.add_argument(
+        "--max-size", type=_size, metavar="SIZE", help="how large resize may make the disk later"
     )
     create.add_argument(
         "--format", choices=("vhd",), default="vhd", help="what to make (default: vhd)"

@@ -17,10 +17,15 @@ from .orphaned import not_of_orphans
 
 def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
     """Make it, and say what was made."""
+    most = args.max_size or 0
     if args.parent is None:
+        if args.size is None:
+            raise UsageError("--size or --parent: say how large the disk is, or what it reads as")
         if args.parent_format is not None or args.option:
             raise UsageError("--parent-format and --option say how to read --parent: give that")
-        create(args.file, args.size, fixed=args.fixed)
+        if args.fixed and most:
+            raise UsageError("--max-size: a fixed VHD can be made larger always: leave it out")
+        create(args.file, args.size, fixed=args.fixed, most=most)
         size = args.size
     else:
         if args.fixed:
@@ -29,6 +34,8 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
             args.file,
             args.parent,
             is_raw=args.parent_format == "raw",
+            size=args.size,
+            most=most,
             directories=directories_from(args.option),
             check=not_of_orphans(env),
         )

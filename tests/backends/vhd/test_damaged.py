@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 from fuzz.images import damaged, seeds, survives
 from long_run import repeat
+
+CORPUS = Path(__file__).parents[2] / "fuzz/corpus/vhd"
+
+
+def test_what_the_fuzzer_has_kept(tmp_path):
+    good = seeds(tmp_path)
+    for path in CORPUS.iterdir():
+        survives(tmp_path / "disk.vhd", damaged(good, path.read_bytes()))
 
 
 @pytest.mark.parametrize("seed", repeat(4, 400))

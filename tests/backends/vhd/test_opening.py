@@ -64,7 +64,7 @@ def test_a_short_file_is_refused(make_image, size):
 
 def test_what_is_no_file_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    assert "not a file" in refusal(tmp_path / "pipe")
+    assert "neither a file nor" in refusal(tmp_path / "pipe")
     assert "a directory" in refusal(tmp_path)
     assert "xen-disk create" in refusal(tmp_path / "none.vhd")
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Iterable, Sequence
 
-from ...errors import DeviceError, ImageError, UsageError
+from ...errors import DeviceError, ImageError, UsageError, XenDiskError
 from .. import Backend
 from ..image import Image
 from ..loader import parse_options
@@ -14,6 +15,8 @@ from ..sharing import Storage
 from ..trim import punch_hole
 from .chain import open_chain, open_parent, roots_of
 from .create import create_child
+from .growing import grow
+from .layout import check_size
 from .opening import open_vhd
 from .stable import Stable
 
@@ -79,8 +82,11 @@ class VhdBackend(Backend):
                 self._top.prepare()
         except OSError as error:
             raise ImageError(f"{self.path}: cannot be written: {error.strerror}") from error
+        status = os.fstat(self._top.fd)
+        if stat.S_ISBLK(status.st_mode):
+            return
         try:  # nothing is there: a harmless question
-            punch_hole(self._top.fd, os.fstat(self._top.fd).st_size, 4096)
+            punch_hole(self._top.fd, status.st_size, 4096)
         except OSError:
             return
         self._can_discard = True
@@ -109,17 +115,28 @@ class VhdBackend(Backend):
 
     @property
     def can_discard(self) -> bool:
-        """Whether the file system can; asked when the VHD was opened."""
+        """Whether the file system can, asked when the VHD was opened; never on a device."""
         return self._can_discard
 
     def resize(self, size: int | None) -> int:
-        """Refuse: no program makes a VHD larger or smaller while it is used."""
-        if size in (None, self.size):
+        """Become larger, as far as the table of a dynamic or differencing VHD has room."""
+        if size is None or size == self.size:
             return self.size
-        raise DeviceError(
-            f"{self.path}: a VHD keeps its size while it is served: disconnect the disk, and copy "
-            "it into a larger one (or use vhd-util resize)"
+        remedy = (
+            "disconnect the disk, and make a larger child of it: xen-disk create NEW "
+            f"--parent {self.path} --size {size} (or use vhd-util resize)"
         )
+        if size < self.size:
+            raise DeviceError(f"{self.path}: a VHD of {self.size} bytes is never made smaller")
+        if self.read_only:
+            raise DeviceError(f"{self.path}: opened for reading only")
+        try:
+            check_size(size)
+            grow(self._top, size)
+        except XenDiskError as error:
+            raise DeviceError(f"{self.path}: {error}: {remedy}") from error
+        self.size = size
+        return size
 
     @property
     def host_storage(self) -> Sequence[Storage]:

@@ -15,6 +15,9 @@ after each single write, and after a crash of the host that kept any of what was
 * The copy of the footer at the start is what it was.
 
 Room that is not used is given back when the file is closed.
+
+A block device has all the room that it will have, and its footer at its end, as blktap has it. What
+lies there is unknown: a new block is filled with zeros, and flushed, before the BAT points to it.
 """
 
 from __future__ import annotations
@@ -27,11 +30,13 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from ...errors import ImageError
+from ...units import format_size
 from ..image import IOV_MAX, Image, cut, nowait_flags, transfer_all
 from ..overlay.file import data_extents
 from ..sharing import Storage, storage_of
 from ..trim import punch_hole
-from .layout import FOOTER, FREE, SECTOR, checksum, whole_sectors
+from .layout import FOOTER, FREE, SECTOR, Footer, blocks_of, checksum, whole_sectors
 from .opening import Blocks, Vhd
 from .stable import Stable
 from .zeros import fill_zeros, is_zero
@@ -92,7 +97,7 @@ class BlockLayer:
         self._nowait = nowait_flags(vhd.fd)
         self._tail = vhd.tail if vhd.tail is not None else vhd.length
         self._end = blocks.used  # what is used ends there
-        self._is_ours = False  # so that all from there to the tail is zeros
+        self._is_ours = vhd.is_device  # what lies from there to the tail: in a file it is zeros
 
     # -- reading -----------------------------------------------------------------------
 
@@ -325,7 +330,9 @@ class BlockLayer:
         if not self._is_ours:
             self._claim()
         start = self._aligned(self._end)
-        if start + self._blocks.span > self._tail:
+        if self._vhd.is_device:
+            self._clear(start)
+        elif start + self._blocks.span > self._tail:
             self._grow()
             start = self._aligned(self._end)
         entry = start // SECTOR
@@ -336,6 +343,17 @@ class BlockLayer:
         self._bat[block] = entry
         self._whole[block] = 0
         self._absent -= 1
+
+    def _clear(self, start: int) -> None:
+        """Fill the place of a new block, on a device, with zeros that are on stable storage."""
+        if start + self._blocks.span > self._tail:
+            raise OSError(
+                errno.ENOSPC,
+                f"{self.path} has no room for another block: make it larger (such as: lvextend -L "
+                f"+1G {self.path}), then connect again",
+            )
+        self._pwrite(bytes(self._blocks.span), start)
+        self.stable.sync()
 
     def _aligned(self, end: int) -> int:
         """Return where the next block starts if all before ``end`` is used: its data is aligned."""
@@ -385,9 +403,12 @@ class BlockLayer:
         if vhd.tail is None or vhd.length - vhd.tail != FOOTER:
             length = whole_sectors(vhd.length)
             at = max(self._end, length - FOOTER)
+            if vhd.is_device and at + FOOTER > length:
+                raise OSError(errno.ENOSPC, "the device has no room for a footer at its end")
             old = os.pread(self.fd, FOOTER, at)
-            if at != self._end and any(old) and not old.startswith(vhd.footer.raw[:8]):
-                at = length  # what stands there is no damaged footer
+            is_data = any(old) and not old.startswith(vhd.footer.raw[:8])  # no damaged footer
+            if is_data and at != self._end and not vhd.is_device:
+                at = length
             self._pwrite(vhd.footer.raw, at)
             self.stable.sync()
             self._tail = at
@@ -418,11 +439,80 @@ class BlockLayer:
 
     def set_uuid(self, uuid: bytes) -> None:
         """Be another VHD from now on, on stable storage."""
-        footer = self._vhd.footer.with_uuid(uuid)
+        self._put_footer(self._vhd.footer.with_uuid(uuid))
+
+    def _put_footer(self, footer: Footer) -> None:
         self._vhd = replace(self._vhd, footer=footer)
         for place in (self._tail, 0):
             self._pwrite(footer.raw, place)
             self.stable.sync()
+
+    def grow(self, size: int) -> None:
+        """Become a larger disk, while requests run inside the old size.
+
+        After each single write it is a good VHD, of the old size or the new one. Blocks stay where
+        they are, so that the table grows as far as nothing lies behind it.
+
+        Raises:
+            ImageError: the table has no room for that.
+            OSError: it cannot be written.
+        """
+        with self._lock:
+            count, old = len(self._bat), self.size
+            extra = blocks_of(size, self._block_size) - count
+            if extra > 0:
+                self._extend_table(count, count + extra)
+            self._absent += extra
+            self._bat.extend([FREE] * extra)
+            self._added.extend(bytes(extra))
+            self._whole.extend([_ABSENT] * extra)
+            before = self._vhd
+            try:
+                self._put_footer(before.footer.with_size(size))
+            except OSError:
+                self._vhd = before
+                raise
+            # The last block may have been whole up to the old end only: its bitmap will tell.
+            last = (old - 1) >> self._shift
+            self._whole[last] = min(self._whole[last], 0)
+            self._below = 0 if self._parent is None else min(self._parent.size, size)
+            self.size = size
+
+    def _extend_table(self, count: int, needed: int) -> None:
+        """Have the table end in free entries, from number ``count`` on."""
+        header, batmap = self._blocks.header, self._blocks.batmap
+        end = header.table + whole_sectors(4 * needed)
+        behind = [entry * SECTOR for entry in self._bat if entry != FREE]
+        behind += [each.offset for each in header.locators]
+        behind.append(self._vhd.footer.data_offset)
+        if batmap is not None:  # it stands behind the table, wherever that ends
+            behind.append(header.end_of_table)
+        if self._vhd.is_device:
+            behind.append(self._tail)
+        limit = min((place for place in behind if place >= header.table), default=end)
+        most = (limit - header.table) // 4
+        if batmap is not None:
+            most = min(most, 8 * batmap.length)
+        if needed > max(most, header.entries):
+            most = max(most, header.entries)
+            raise ImageError(f"its table has room for {format_size(most * self._block_size)}")
+        if end > self._end:
+            self._make_room_for_table(end)
+        self._pwrite(b"\xff" * (4 * (needed - count)), header.table + 4 * count)
+        self.stable.sync()
+        if needed > header.entries:
+            header = header.with_entries(needed)
+            self._pwrite(header.raw[:SECTOR], self._vhd.footer.data_offset)
+            self.stable.sync()
+            self._blocks = replace(self._blocks, header=header)
+
+    def _make_room_for_table(self, end: int) -> None:
+        """Have what is used end at ``end`` at least, where there is no block yet."""
+        if not self._is_ours:
+            self._claim()
+        self._end = max(self._end, end)
+        if self._end > self._tail and not self._vhd.is_device:
+            self._grow()
 
     def discard(self, offset: int, length: int) -> None:
         """Give the space of what is in the file back: zeros are read there.
@@ -477,7 +567,7 @@ class BlockLayer:
         if self.fd < 0:
             return
         try:
-            if self._is_ours and self._end < self._tail:
+            if self._is_ours and self._end < self._tail and not self._vhd.is_device:
                 self._trim()
         finally:
             fd, self.fd = self.fd, -1

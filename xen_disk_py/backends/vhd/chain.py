@@ -253,6 +253,8 @@ def candidates(child: Vhd, roots: Sequence[str] = ()) -> Iterator[str]:
     for name in local:
         if not name.startswith("/"):
             yield os.path.join(here, name)
+            if child.is_device:  # the names of LVs are links
+                yield os.path.join(os.path.dirname(child.path), name)
     bases = dict.fromkeys(os.path.basename(name) for name in reversed(names))
     bases.pop("", None)
     for base in bases:

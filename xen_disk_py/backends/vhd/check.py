@@ -64,7 +64,7 @@ def check(path: str, *, directories: Sequence[str] = ()) -> list[Finding]:
     """
     fd = open_file(path, writable=False)
     try:
-        length = os.fstat(fd).st_size
+        length = os.lseek(fd, 0, os.SEEK_END)
         found = list(_check_footers(fd, length))
         try:
             vhd = examine(fd, os.path.abspath(path))

@@ -20,6 +20,7 @@ from ..overlay.maintenance import Check, Progress
 from .blocks import BlockLayer
 from .chain import Committed, candidates, open_chain, open_parent, roots_of
 from .create import create_child
+from .growing import grow
 from .layout import NO_UUID, committed_uuid
 from .opening import Vhd, examine, open_vhd
 
@@ -57,6 +58,11 @@ def commit(
     child = open_vhd(path, writable=True)
     try:
         check(path, True)
+        if child.is_device:
+            raise ImageError(
+                f"{path}: on a block device, which could not be removed then: commit it with "
+                "vhd-util coalesce"
+            )
         roots = roots_of(path, directories)
         parent, count = _commit(child, roots, directories, progress, check)
         is_raw = child.blocks is not None and child.blocks.header.parent_uuid == NO_UUID
@@ -85,12 +91,6 @@ def _commit(
     is_raw = isinstance(parent, Image)
     name, status = parent.path, os.fstat(parent.fd)
     uuid = b"" if isinstance(parent, Image) else parent.footer.uuid
-    if child.size > parent.size:
-        _close(parent)
-        raise ImageError(
-            f"{child.path}: has {child.size} bytes of disk, more than its parent, {name}, with "
-            f"{parent.size}: make that larger first"
-        )
     try:
         check(name, True)
         for other in _other_children(child, parent):
@@ -111,6 +111,8 @@ def _commit(
         if not os.path.samestat(status, os.fstat(top.fd)):
             raise ImageError(f"{name}: was replaced meanwhile: try again")
         check(name, True)
+        if child.size > top.size:
+            _grow(child, top, name, is_raw=is_raw)
         count = _copy(child, top, progress)
         if not is_raw:
             _set_uuid(top, name, committed_uuid(child.footer.uuid, uuid))
@@ -127,6 +129,22 @@ def _commit(
     finally:
         top.close()
     return name, count
+
+
+def _grow(child: Vhd, top: BlockLayer | Image, name: str, *, is_raw: bool) -> None:
+    """Make the parent as large as the child."""
+    try:
+        if isinstance(top, Image) and is_raw:
+            top.resize(child.size)
+        else:
+            if isinstance(top, BlockLayer):
+                top.prepare()
+            grow(top, child.size)
+    except ImageError as error:
+        raise ImageError(
+            f"{child.path}: has {child.size} bytes of disk, more than its parent, {name}, with "
+            f"{top.size}, which cannot be made larger: {error}: export the child instead"
+        ) from error
 
 
 def _copy(child: Vhd, top: BlockLayer | Image, progress: Progress) -> int:

@@ -35,13 +35,14 @@ from .opening import open_vhd
 _WRITTEN = (b"MacX", b"W2ku", b"W2ru")  # what blktap writes, in its order
 
 
-def create(path: str, size: int, *, fixed: bool = False) -> None:
+def create(path: str, size: int, *, fixed: bool = False, most: int = 0) -> None:
     """Make an empty VHD.
 
     Args:
         path: no such file may exist.
         size: of the disk, in bytes.
         fixed: as long as the disk from the beginning, though sparse; else it grows with it.
+        most: bytes that its table has room for, to make the disk larger while it is used.
 
     Raises:
         UsageError: that size cannot be.
@@ -52,7 +53,7 @@ def create(path: str, size: int, *, fixed: bool = False) -> None:
     if fixed:
         _make(path, [(size, footer.raw)])
     else:
-        header = Header.new(blocks_of(size, BLOCK))
+        header = Header.new(_entries(size, most))
         _make(path, _pieces(footer, header, []))
 
 
@@ -61,6 +62,8 @@ def create_child(
     parent: str,
     *,
     is_raw: bool = False,
+    size: int | None = None,
+    most: int = 0,
     directories: Sequence[str] = (),
     replacing: bool = False,
     check: Check = lambda path, writes: None,
@@ -71,6 +74,8 @@ def create_child(
         path: no such file may exist, unless ``replacing``.
         parent: a VHD or a raw image, of which nothing is changed.
         is_raw: the parent is the bytes of a disk, no more.
+        size: of the disk, in bytes: the parent's, or more, which reads as zeros.
+        most: see :func:`create`.
         directories: where the parent's own parents may lie, besides its directory.
         replacing: put it in the place of what is there.
         check: called with the parent once it is open and locked; may raise.
@@ -79,7 +84,7 @@ def create_child(
         The size of the disk, in bytes.
 
     Raises:
-        UsageError: the parent's size cannot be.
+        UsageError: the size cannot be.
         ImageError: the parent cannot be used, or the child not made.
     """
     base = os.path.realpath(parent)
@@ -87,26 +92,29 @@ def create_child(
     if is_raw:
         with Image.open(base, writable=False) as image:
             check(base, False)
-            size = image.size
-            if Footer.parse(os.pread(image.fd, FOOTER, size - FOOTER)) is not None:
+            own = image.size
+            if Footer.parse(os.pread(image.fd, FOOTER, own - FOOTER)) is not None:
                 raise ImageError(f"{parent}: is a VHD, no raw image: say so with --format vhd")
     else:
         with closing(open_chain(base, writable=False, directories=directories)):
             check(base, False)  # and all of it is there
         vhd = open_vhd(base, writable=False)
         os.close(vhd.fd)
-        size, uuid = vhd.size, vhd.footer.uuid
+        own, uuid = vhd.size, vhd.footer.uuid
         if uuid == NO_UUID:
             raise ImageError(
                 f"{parent}: has no UUID, by which a child knows its parent: convert it "
                 "(qemu-img convert -O vpc)"
             )
+    size = own if size is None else size
     check_size(size)
+    if size < own:
+        raise UsageError(f"{parent} has {own} bytes: a child is never smaller than its parent")
     modified = min(max(0, int(os.stat(base).st_mtime) - EPOCH), 0xFFFFFFFF)
     footer = Footer.new(DIFFERENCING, size, new_uuid(), _now())
     here = os.path.dirname(os.path.realpath(path))
     name = os.path.join(".", os.path.relpath(base, here))
-    entries = blocks_of(size, BLOCK)
+    entries = _entries(size, most)
     at = FOOTER + HEADER + whole_sectors(4 * entries)
     locators, texts = [], []
     for code in _WRITTEN:
@@ -124,6 +132,14 @@ def create_child(
     )
     _make(path, _pieces(footer, header, texts), replacing=replacing)
     return size
+
+
+def _entries(size: int, most: int) -> int:
+    if most:
+        check_size(most)
+        if most < size:
+            raise UsageError(f"room for {most} bytes: the disk has {size} already")
+    return blocks_of(max(size, most), BLOCK)
 
 
 def _pieces(

@@ -132,6 +132,11 @@ class Footer:
         raw = self.raw[:68] + uuid + self.raw[84:]
         return replace(self, uuid=uuid, raw=_summed(raw, _FOOTER_SUM))
 
+    def with_size(self, size: int) -> Footer:
+        """Return the same for a disk of ``size`` bytes; the original size stays."""
+        raw = self.raw[:48] + struct.pack(">QHBB", size, *geometry(size)) + self.raw[60:]
+        return replace(self, size=size, raw=_summed(raw, _FOOTER_SUM))
+
     @classmethod
     def new(cls, kind: int, size: int, uuid: bytes, timestamp: int) -> Footer:
         """Make one.
@@ -244,6 +249,14 @@ class Header:
             raw += _LOCATOR.pack(each.code, each.space, each.length, 0, each.offset)
         raw = _summed(raw.ljust(HEADER, b"\0"), _HEADER_SUM)
         return cls(table, entries, BLOCK, parent_uuid, parent_time, parent_name, locators, raw)
+
+    def with_entries(self, entries: int) -> Header:
+        """Return the same with a table of so many entries.
+
+        The part that differs is in its first sector, checksum and all.
+        """
+        raw = self.raw[:28] + struct.pack(">I", entries) + self.raw[32:]
+        return replace(self, entries=entries, raw=_summed(raw, _HEADER_SUM))
 
     @property
     def bitmap_size(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import sys
@@ -9,6 +10,8 @@ from array import array
 from dataclasses import dataclass
 
 from ...errors import ImageError
+from .. import sharing
+from ..image import check_writable, reason_of
 from ..locks import claim
 from .layout import (
     DIFFERENCING,
@@ -58,10 +61,11 @@ class Vhd:
     Attributes:
         fd: to be closed by whoever has this; locked until then.
         path: absolute.
-        length: of the file, in bytes.
+        length: of the file or device, in bytes.
         footer: what counts.
         tail: where it stands at the end of the file, in bytes; None if only its copy is left.
         blocks: None in a fixed one.
+        is_device: it is on a block device: the footer is at its end, as blktap has it (LVHD).
     """
 
     fd: int
@@ -70,6 +74,7 @@ class Vhd:
     footer: Footer
     tail: int | None
     blocks: Blocks | None
+    is_device: bool = False
 
     @property
     def size(self) -> int:
@@ -97,10 +102,10 @@ def open_vhd(path: str, *, writable: bool) -> Vhd:
 
 
 def open_file(path: str, *, writable: bool, name: str | None = None) -> int:
-    """Open and lock a file: for us alone if ``writable``, else shared with other readers.
+    """Open and lock: for us alone if ``writable``, else shared with other readers.
 
     Args:
-        path: a regular file.
+        path: a regular file or a block device.
         writable: for reading and writing.
         name: what to call it in messages.
 
@@ -108,22 +113,31 @@ def open_file(path: str, *, writable: bool, name: str | None = None) -> int:
         ImageError: it cannot be used; the message says why and what to do.
     """
     name = name or path
+    # O_NONBLOCK: opening a pipe would wait for its other end
+    flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_NONBLOCK
     try:
-        # O_NONBLOCK: opening a pipe would wait for its other end
-        fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_NONBLOCK)
+        if writable and not sharing.is_forced() and stat.S_ISBLK(os.stat(path).st_mode):
+            flags |= os.O_EXCL  # the kernel then refuses a device that is mounted
+        fd = os.open(path, flags)
     except OSError as error:
         hint = ""
         if isinstance(error, FileNotFoundError):
             hint = f": check the name, or make it with: xen-disk create {name} --size 10G"
         elif isinstance(error, PermissionError):
             hint = ": run as its owner or root" + (", or add --read-only" if writable else "")
-        raise ImageError(f"{name}: {(error.strerror or str(error)).lower()}{hint}") from error
+        reason = (error.strerror or str(error)).lower()
+        if error.errno == errno.EBUSY:
+            reason = reason_of(error, path, writable)
+        raise ImageError(f"{name}: {reason}{hint}") from error
     try:
         mode = os.fstat(fd).st_mode
-        if not stat.S_ISREG(mode):
-            what = "a directory" if stat.S_ISDIR(mode) else "not a file"
-            raise ImageError(f"{name}: {what}: a VHD must be a file")  # noqa: TRY301 - closed below
-        claim(fd, name, writable=writable)  # of a file it is all in this descriptor
+        if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
+            what = "a directory" if stat.S_ISDIR(mode) else "neither a file nor a block device"
+            raise ImageError(f"{name}: {what}: it cannot be a VHD")  # noqa: TRY301 - closed below
+        if writable and stat.S_ISBLK(mode):
+            check_writable(fd, name)
+        for other in claim(fd, name, writable=writable):
+            os.close(other)  # of a device's other names; who comes by them looks for users of it
     except OSError as error:
         os.close(fd)
         raise ImageError(f"{name}: cannot be locked: {error.strerror}") from error
@@ -140,13 +154,14 @@ def examine(fd: int, path: str) -> Vhd:
         ImageError: it is no VHD that can be used.
     """
     try:
-        length = os.fstat(fd).st_size
+        is_device = stat.S_ISBLK(os.fstat(fd).st_mode)
+        length = os.lseek(fd, 0, os.SEEK_END)
         tail, at = _find_tail(fd, length)
         if tail is not None and tail.kind == FIXED:
             tail.check(path)
             if at < tail.size:
                 raise damaged(path, f"it says {tail.size} bytes of disk, but the file has {length}")
-            return Vhd(fd, path, length, tail, at, None)
+            return Vhd(fd, path, length, tail, at, None, is_device)
         copy = Footer.parse(os.pread(fd, FOOTER, 0)) if length >= FOOTER else None
         if copy is not None and copy.kind == FIXED:
             copy = None
@@ -167,7 +182,7 @@ def examine(fd: int, path: str) -> Vhd:
             blocks = _read_blocks(fd, length, footer, path)
     except OSError as error:
         raise ImageError(f"{path}: cannot be read: {error.strerror}") from error
-    return Vhd(fd, path, length, footer, None if tail is None else at, blocks)
+    return Vhd(fd, path, length, footer, None if tail is None else at, blocks, is_device)
 
 
 def _find_tail(fd: int, length: int) -> tuple[Footer | None, int]:
