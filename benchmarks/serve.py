@@ -1,7 +1,7 @@
 """``connect`` in a process of its own, on a simulated host that another process has made.
 
 ``python -m benchmarks.serve MACHINE SOCKET RECORDS ARGUMENT...``: the machine's address, dom0's
-xenstore socket, a directory for the records, and what comes after ``xen-disk connect``.
+xenstore socket, a directory for the records, and what comes after ``xen-disk connect``; or ``fork-server``.
 """
 
 from __future__ import annotations
@@ -22,4 +22,6 @@ if __name__ == "__main__":
             xen_version=lambda: None,
             record_directory=records,
         )
-        sys.exit(main(["connect", *arguments], environment))
+        if arguments != ["fork-server"]:
+            arguments = ["connect", *arguments]
+        sys.exit(main(arguments, environment))

@@ -14,6 +14,7 @@ from .commands.arguments import PROGRAM, parse
 from .commands.environment import Environment
 from .errors import UsageError, XenDiskError
 from .exit_status import ExitStatus
+from .host.forkserver import Forked
 from .host.logs import LineHandler
 from .host.output import open_standard_descriptors
 
@@ -40,13 +41,16 @@ def _main(argv: Sequence[str], env: Environment, *, is_program: bool) -> ExitSta
     try:
         args = parse(argv)
         program = f"{PROGRAM} {args.command}"
-        command = importlib.import_module(f"xen_disk_py.commands.{args.command}")
+        module = args.command.replace("-", "_")
+        command = importlib.import_module(f"xen_disk_py.commands.{module}")
         with ExitStack() as stack:
             if is_program:
                 # What a disk's author prints is no data of ours, and must not fail in his disk.
                 stack.enter_context(redirect_stdout(env.err))
                 stack.enter_context(redirect_stderr(env.err))
             return ExitStatus(command.run(args, env))
+    except Forked as process:
+        words = process.words
     except UsageError as error:
         hint = f"{error} (try: {error.program or program} --help)"
         return _fail(env, UsageError(hint), ExitStatus.USAGE, debug)
@@ -63,6 +67,7 @@ def _main(argv: Sequence[str], env: Environment, *, is_program: bool) -> ExitSta
             raise
         message = f"{type(error).__name__}: {error} (a bug, or a broken system: see --debug)"
         return _fail(env, XenDiskError(message), ExitStatus.ERROR, debug)
+    return _main(words, env, is_program=is_program)
 
 
 def _fail(env: Environment, error: Exception, status: ExitStatus, debug: bool) -> ExitStatus:

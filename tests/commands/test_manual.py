@@ -15,7 +15,8 @@ from xen_disk_py.commands.arguments import build_parser, commands_of
 from xen_disk_py.commands.manual import manual
 
 COMMANDS = commands_of(build_parser())
-PEOPLES = [name for name in COMMANDS if name != "adopt"]  # that one is for serve
+HIDDEN = "adopt", "fork-server"  # for serve
+PEOPLES = [name for name in COMMANDS if name not in HIDDEN]
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -20,6 +21,7 @@ import xen_disk_py
 from xen_disk_py.blkif import READ
 from xen_disk_py.cli import main
 from xen_disk_py.exit_status import ExitStatus
+from xen_disk_py.host.forkserver import ForkServer
 from xen_disk_py.recovery.record import find
 from xen_disk_py.simulated.frontend import RequestFailed
 from xen_disk_py.xenbus.states import Address, State
@@ -27,8 +29,9 @@ from xen_disk_py.xenbus.states import Address, State
 ADDRESS = Address(0, 5, 51728, "vbd3")
 NEW = b"new" * 4096
 
-# Stands in for Python as ``serve`` starts it: ``… adopt 5 51728``, on this host.
+# Stands in for Python as ``serve`` starts it: ``… fork-server``, on this host.
 PROGRAM = """#!{python}
+import os
 import sys
 
 sys.path.insert(0, {package!r})
@@ -38,8 +41,9 @@ from xen_disk_py.commands.environment import Environment
 from xen_disk_py.simulated.hypervisor import SimulatedHypervisor, SimulatedMachine
 
 assert sys.argv[1] == "-I"
-if {dies!r} in sys.argv:
-    raise SystemExit(3)
+assert sys.argv[-1] == "fork-server"
+if {dies!r}:
+    xen_disk_py.commands.adopt.run = lambda args, env: os._exit(3)
 {patient}
 xen_disk_py.commands.adopt._PATIENCE = 30.0
 machine = SimulatedMachine.attach({machine!r})
@@ -76,11 +80,16 @@ def serve(host, tmp_path, monkeypatch, caplog):
     processes = []
 
     def popen(*arguments, **options):
-        options["pass_fds"] = host.machine.descriptors
-        processes.append(subprocess.Popen(*arguments, **options))
-        return processes[-1]
+        return subprocess.Popen(*arguments, **options, pass_fds=host.machine.descriptors)
 
-    def serve(script, dies="", signum=signal.SIGTERM):
+    fork = ForkServer.start
+
+    def start(server, words):
+        process = fork(server, words)
+        processes.append(Started(process.pid))
+        return process
+
+    def serve(script, dies=False, signum=signal.SIGTERM):
         words = {
             "python": sys.executable,
             "package": str(Path(xen_disk_py.__file__).parents[1]),
@@ -103,10 +112,8 @@ def serve(host, tmp_path, monkeypatch, caplog):
 
         with monkeypatch.context() as patch:
             patch.setattr("sys.executable", str(program))
-            patch.setattr(
-                "xen_disk_py.commands.serve.subprocess",
-                SimpleNamespace(Popen=popen, DEVNULL=subprocess.DEVNULL),
-            )
+            patch.setattr("xen_disk_py.host.forkserver.subprocess", SimpleNamespace(Popen=popen))
+            patch.setattr(ForkServer, "start", start)
             before = signal.getsignal(signal.SIGCHLD)
             handlers = [
                 (number, signal.signal(number, signal.SIG_IGN))  # one that comes after the end
@@ -129,19 +136,37 @@ def serve(host, tmp_path, monkeypatch, caplog):
     serve.processes = processes
     yield serve
     for process in processes:
+        in_time = process.has_ended()
+        process.kill()
+        process.close()
+        assert in_time
+
+
+class Started:
+    """A process that was forked for a disk; not our child."""
+
+    def __init__(self, pid):
         try:
-            process.wait(30)
-        finally:
-            process.kill()
-            process.wait(30)
+            self._pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:  # it was quick
+            self._pidfd = os.open(os.devnull, os.O_RDONLY)
+
+    def kill(self):
+        with contextlib.suppress(OSError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+    def has_ended(self, seconds=30.0):
+        return bool(select.select([self._pidfd], [], [], seconds)[0])
+
+    def close(self):
+        os.close(self._pidfd)
 
 
 def kill(process, host):
     """Kill a process that is idle; and give back what was its, as a kernel would."""
     host.machine.bury_backend()  # first: another may be there very soon
     process.kill()
-    with contextlib.suppress(ChildProcessError):  # it was waited for already
-        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    assert process.has_ended()
 
 
 def detach(libxl, address, frontend):
@@ -165,7 +190,7 @@ def test_a_disk_from_attach_to_detach(serve, host, libxl, image, systemd):
     assert serve(script) is ExitStatus.OK
     assert "STOPPING=1" == systemd()
     assert NEW == image.read_bytes()[4096 : 4096 + len(NEW)]
-    assert [0] == [process.wait(30) for process in serve.processes]
+    assert [True] == [process.has_ended() for process in serve.processes]
 
 
 def test_many_guests_disks_share_a_gold_image(serve, host, libxl, image):
@@ -235,7 +260,7 @@ def test_a_process_that_dies_at_once(serve, libxl, image):
             libxl.attach(image)
         libxl.detach(ADDRESS)
 
-    assert serve(script, dies="51728") is ExitStatus.OK
+    assert serve(script, dies=True) is ExitStatus.OK
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -268,7 +293,7 @@ def test_a_process_that_is_killed(serve, host, libxl, image, caplog, when):
         kill(serve.processes[0], host)
         assert serve(second) is ExitStatus.OK
     assert "another process takes over from" in caplog.text
-    assert [-9, 0] == [process.wait(30) for process in serve.processes]
+    assert [True, True] == [process.has_ended() for process in serve.processes]
 
 
 def test_a_process_that_is_killed_with_what_the_guest_wrote(serve, host, libxl, image, caplog):
@@ -292,7 +317,7 @@ def test_a_process_that_is_killed_with_what_the_guest_wrote(serve, host, libxl, 
 
     assert serve(script) is ExitStatus.OK
     assert "ended with status -9" in caplog.text
-    assert [-9, 0] == [process.wait(30) for process in serve.processes]
+    assert [True, True] == [process.has_ended() for process in serve.processes]
 
 
 def test_an_image_that_is_away_for_a_while(serve, host, libxl, image, caplog):

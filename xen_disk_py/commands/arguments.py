@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import functools
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
@@ -578,6 +579,7 @@ def find_command(parser: _Parser, commands: Mapping[str, _Parser], name: str) ->
     return commands[name]
 
 
+@functools.cache
 def build_parser() -> _Parser:
     """Build the parser of the whole command line."""
     parser = _Parser(
@@ -673,7 +675,8 @@ def build_parser() -> _Parser:
         "--force", action="store_true", help="also replace or remove files that differ"
     )
 
-    # no help: it is what serve starts, not for people
+    # no help: they are what serve starts, not for people
+    commands.add_parser("fork-server")
     adopt = commands.add_parser("adopt")
     adopt.add_argument("domid", type=int)
     adopt.add_argument("devid", type=int)
@@ -724,7 +727,7 @@ def build_parser() -> _Parser:
     asked.add_argument("about", metavar="COMMAND", nargs="?", help="the command (default: all)")
 
     for name, each in (("", parser), *commands.choices.items()):
-        if each.usage is None and name != "adopt":
+        if each.usage is None and name not in ("adopt", "fork-server"):
             each.usage = " ".join(["%(prog)s [OPTIONS]", *_arguments_of(each)])
         each.add_argument(
             "--debug",

@@ -6,11 +6,12 @@ import argparse
 import logging
 import os
 import select
-import signal
-import subprocess
+from collections.abc import Sequence
+from contextlib import ExitStack
 
 from ..errors import XenDiskError, XenUnavailable
 from ..exit_status import ExitStatus
+from ..host.forkserver import ForkServer, Process
 from ..host.program import own_command
 from ..host.systemd import NOTIFY_SOCKET, notify
 from ..libxl.attachment import FIRST_XEN
@@ -39,28 +40,48 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
         log.warning("there is no %s, which disk lines name: run xen-disk install", _SCRIPT_PATH)
     debug = ["--debug"] if getattr(args, "debug", False) else []
 
-    def start(address: Address) -> subprocess.Popen[bytes]:
-        """Start what serves a disk; no signal to us or our terminal reaches it."""
-        return subprocess.Popen(
-            own_command(*debug, "adopt", str(address.frontend_domid), str(address.devid)),
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-            env={name: value for name, value in os.environ.items() if name != NOTIFY_SOCKET},
-        )
-
-    with env.open_store() as store, Interrupts().installed() as interrupts:
-        # A child's end wakes us as any signal does.
-        before = signal.signal(signal.SIGCHLD, lambda signum, frame: None)
-        try:
-            supervisor = Supervisor(store, env.record_directory, start)
-            supervisor.watch()
-            _supervise(store, supervisor, interrupts)
-        finally:
-            signal.signal(signal.SIGCHLD, before)
+    with ExitStack() as stack:
+        store = stack.enter_context(env.open_store())
+        interrupts = stack.enter_context(Interrupts().installed())
+        starter = _Starter(debug)
+        stack.callback(starter.close)
+        supervisor = Supervisor(store, env.record_directory, starter.start)
+        supervisor.watch()
+        _supervise(store, supervisor, interrupts, starter)
     return ExitStatus.OK
 
 
-def _supervise(store: Store, supervisor: Supervisor, interrupts: Interrupts) -> None:
+class _Starter:
+    """Starts what serves a disk; no signal to us or our terminal reaches it."""
+
+    def __init__(self, options: Sequence[str]) -> None:
+        self._command = own_command(*options, "fork-server")
+        self._environment = {n: value for n, value in os.environ.items() if n != NOTIFY_SOCKET}
+        self._server: ForkServer | None = None
+
+    def start(self, address: Address) -> Process:
+        """Start the process of a disk.
+
+        Raises:
+            OSError: that is not possible.
+        """
+        if self._server is None or self._server.is_lost:
+            self._server = ForkServer(self._command, self._environment)
+        return self._server.start(["adopt", str(address.frontend_domid), str(address.devid)])
+
+    def fileno(self) -> int:
+        """Return a descriptor that becomes readable when a process has ended; -1: there is none."""
+        return -1 if self._server is None else self._server.fileno()
+
+    def close(self) -> None:
+        """End what forks; the disks stay."""
+        if self._server is not None:
+            self._server.close()
+
+
+def _supervise(
+    store: Store, supervisor: Supervisor, interrupts: Interrupts, starter: _Starter
+) -> None:
     supervisor.look()
     log.info("ready: %s", _disks(supervisor.served))
     notify("READY=1", f"STATUS={_disks(supervisor.served)}")
@@ -85,15 +106,19 @@ def _supervise(store: Store, supervisor: Supervisor, interrupts: Interrupts) -> 
             pause, failed = _RETRY, True
         if supervisor.served != told:
             notify(f"STATUS={_disks(supervisor.served)}")
-        _sleep(store, interrupts, pause, failed=failed)
+        _sleep(store, interrupts, starter, pause, failed=failed)
     notify("STOPPING=1")
     log.info("stopped; %s by a process of its own, as before", _disks(supervisor.served))
 
 
-def _sleep(store: Store, interrupts: Interrupts, pause: float | None, *, failed: bool) -> None:
-    """Wait for a signal, for xenstore unless that has failed, and so many seconds at most."""
+def _sleep(
+    store: Store, interrupts: Interrupts, starter: _Starter, pause: float | None, *, failed: bool
+) -> None:
+    """Wait for a signal, a process's end, xenstore if it is there; so many seconds at most."""
     poller = select.poll()
     poller.register(interrupts.fileno(), select.POLLIN)
+    if starter.fileno() >= 0:
+        poller.register(starter.fileno(), select.POLLIN)
     if not failed:
         if store.has_pending:
             return

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import logging
 import math
-import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from typing import Callable
 
 from ..exit_status import ExitStatus
+from ..host.forkserver import Process
 from ..recovery import record
 from ..recovery.supervisor import CALM, DELAYS
 from ..xenbus import toolstack
@@ -43,7 +43,7 @@ class Supervisor:
         self,
         store: Store,
         directory: str,
-        start: Callable[[Address], subprocess.Popen[bytes]],
+        start: Callable[[Address], Process],
         *,
         delays: Sequence[float] = DELAYS,
         calm: float = CALM,
@@ -55,7 +55,7 @@ class Supervisor:
         self._root = f"/local/domain/{self._own}/backend/{attachment.KIND}"
         self._delays = delays
         self._calm = calm
-        self._processes: dict[Address, subprocess.Popen[bytes]] = {}
+        self._processes: dict[Address, Process] = {}
         self._restarts: dict[Address, _Restarts] = {}
         self._reported: set[Address] = set()
         self._orphans: set[Address] = set()
@@ -92,12 +92,13 @@ class Supervisor:
         ended = [item for item in self._processes.items() if item[1].poll() is not None]
         for address, process in ended:
             del self._processes[address]
-            if process.returncode:
-                why = f"process {process.pid} ended with status {process.returncode}"
+            status = process.returncode or 0
+            if status:
+                why = f"process {process.pid} ended with status {status}"
                 log.error("%s: %s", self._name(address), why)
                 attachment.refuse(self._store, address, f"{why}; see the log of xen-disk serve")
             restarts = self._restarts.setdefault(address, _Restarts())
-            if process.returncode > 0 and process.returncode != ExitStatus.CRASHED:
+            if status > 0 and status != ExitStatus.CRASHED:
                 restarts.count = len(self._delays)  # another would come to no other end
             elif time.monotonic() - restarts.started >= self._calm:
                 restarts.count = 0
