@@ -11,9 +11,9 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import Callable, NamedTuple, Union
 
-from xen_disk_py.host.forkserver import ForkServer
+from xen_disk_py.host.forkserver import ForkServer, Process
 from xen_disk_py.simulated.frontend import Frontend
 from xen_disk_py.simulated.hypervisor import SimulatedGuest, SimulatedMachine
 from xen_disk_py.simulated.xenstored import SimulatedXenstored
@@ -22,8 +22,10 @@ from xen_disk_py.xenbus.xenstore import Store
 
 from .workload import GUEST, await_device, cpu_seconds
 
-_FIRST = 202 << 8 | 16 << 4  # xvdq: those before it have room for 15 partitions in their numbers
 _EXTENDED = 1 << 28
+_FIRST = 30  # no name of it is in the old numbering
+
+_Start = Callable[[Sequence[str]], Union["subprocess.Popen[bytes]", Process]]
 
 
 class Fleet(NamedTuple):
@@ -59,47 +61,48 @@ def fleet(count: int, image: str, *, forks: bool) -> Fleet:
         program += [machine.address, xenstored.socket_path(0), records]
         start = _forks(program, machine, stack) if forks else _processes(program, machine)
         begun = time.perf_counter()
-        pids, frontends = [], []
-        numbers = [_EXTENDED | 256 * (30 + place) for place in range(count)]
+        processes, frontends = [], []
+        numbers = [_EXTENDED | 256 * (_FIRST + place) for place in range(count)]
         for number in numbers:
             name = from_number(number).name
-            words = ["connect", "--quiet", "--vdev", name, "--path", image, str(GUEST)]
-            pids.append(start(words))
-        stack.callback(_end, pids)
-        for number in numbers:
+            words = ["connect", "--quiet", "--timeout", "300", "--vdev", name, "--path", image]
+            processes.append(start([*words, str(GUEST)]))
+        stack.callback(_kill, processes)
+        for number, process in zip(numbers, processes):
             directory = f"/local/domain/{GUEST}/device/vbd/{number}"
-            await_device(store, directory)
+            await_device(store, directory, process.poll)
             frontends.append(Frontend(store, guest, directory, max_segments=1, depth=1))
             frontends[-1].connect()
         seconds = time.perf_counter() - begun
-        cpu = sum(map(cpu_seconds, pids))
-        private = sorted(map(_private, pids))[count // 2]
+        cpu = sum(cpu_seconds(process.pid) for process in processes)
+        private = sorted(_private(process.pid) for process in processes)[count // 2]
+        for process in processes:
+            os.kill(process.pid, signal.SIGINT)
         for frontend in frontends:
             frontend.disconnect()
             frontend.close()
+        while any(process.poll() is None for process in processes):
+            time.sleep(0.01)
         return Fleet(seconds, cpu, private)
 
 
-def _processes(program: Sequence[str], machine: SimulatedMachine) -> Callable[[Sequence[str]], int]:
-    def start(words: Sequence[str]) -> int:
+def _processes(program: Sequence[str], machine: SimulatedMachine) -> _Start:
+    def start(words: Sequence[str]) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             [*program, *words[1:]],
             stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
             pass_fds=machine.descriptors,
             cwd=Path(__file__).parents[1],
-        ).pid
+        )
 
     return start
 
 
-def _forks(
-    program: Sequence[str], machine: SimulatedMachine, stack: ExitStack
-) -> Callable[[Sequence[str]], int]:
-    for descriptor in machine.descriptors:
-        os.set_inheritable(descriptor, True)
-    server = ForkServer([*program, "fork-server"], os.environ)
+def _forks(program: Sequence[str], machine: SimulatedMachine, stack: ExitStack) -> _Start:
+    server = ForkServer([*program, "fork-server"], os.environ, machine.descriptors)
     stack.callback(server.close)
-    return lambda words: server.start(words).pid
+    return server.start
 
 
 def _private(pid: int) -> int:
@@ -107,6 +110,7 @@ def _private(pid: int) -> int:
     return sum(int(line.split()[1]) << 10 for line in lines if line.startswith("Private_"))
 
 
-def _end(pids: Sequence[int]) -> None:
-    for pid in pids:
-        os.kill(pid, signal.SIGINT)
+def _kill(processes: Sequence[subprocess.Popen[bytes] | Process]) -> None:
+    for process in processes:
+        if process.poll() is None:
+            os.kill(process.pid, signal.SIGKILL)

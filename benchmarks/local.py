@@ -26,6 +26,7 @@ from xen_disk_py.backends.vhd.create import create, create_child
 from xen_disk_py.blkif import READ, WRITE
 
 from . import bare, nbdkit
+from .fleet import fleet
 from .results import BYTES, CPU, RATE, Results, about, number, tell
 from .workload import Sample, ServedDisk, drive, served
 
@@ -37,6 +38,7 @@ OPERATIONS = {"read": READ, "write": WRITE}
 LIMIT, COPY = "bare call", "bare copy"
 HERE = Path(__file__).parent
 IDLE_SECONDS = 5
+FLEET = 8  # as many event channels as a simulated guest has
 
 Loop = Callable[[float], Sample]
 
@@ -285,6 +287,28 @@ def many(bench: Bench) -> None:
     bench.show(table, workload, "1 disk")
 
 
+def fleet_of(bench: Bench) -> None:
+    """Compare many disks of one image as ``serve`` starts them with processes of their own."""
+    table, workload, image = "fleet", f"{FLEET} cow disks at once", bench.image("fleet")
+    for _ in range(bench.rounds):
+        for name, forks in (("process each", False), ("fork each", True)):
+            found = fleet(FLEET, image, forks=forks)
+            bench.results.add(
+                table,
+                workload,
+                name,
+                seconds=found.seconds,
+                cpu_seconds=found.cpu,
+                private_bytes=found.private,
+            )
+    for name, series in bench.results.tables[table][workload].items():
+        tell(
+            f"fleet: {name:13} {statistics.median(series['seconds']):.2f} s, "
+            f"{statistics.median(series['cpu_seconds']):.2f} s of processor time, "
+            f"{statistics.median(series['private_bytes']) / 1e6:.1f} MB private each"
+        )
+
+
 def sleeping(bench: Bench) -> None:
     """Compare many requests at once with one at a time, to a disk that takes a millisecond."""
     table, size = "sleeping", 4 * KIB
@@ -314,6 +338,7 @@ TABLES: dict[str, Callable[[Bench], None]] = {
     "memory": memory,
     "vhd": vhd,
     "many": many,
+    "fleet": fleet_of,
     "sleeping": sleeping,
     "slow": slow,
     "idle": idle,

@@ -1,7 +1,8 @@
 """``connect`` in a process of its own, on a simulated host that another process has made.
 
 ``python -m benchmarks.serve MACHINE SOCKET RECORDS ARGUMENT...``: the machine's address, dom0's
-xenstore socket, a directory for the records, and what comes after ``xen-disk connect``; or ``fork-server``.
+xenstore socket, a directory for the records, and what comes after ``xen-disk connect``, or
+``fork-server``.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Callable, TextIO
 
 from xen_disk_py.blkif import (
     MAX_SEGMENTS,
@@ -325,7 +325,7 @@ def served(*arguments: str, pages: int = _PAGES) -> Iterator[ServedDisk]:
             cwd=Path(__file__).parents[1],
         )
         stack.callback(_end, process, said)
-        _await_device(store, directory, process)
+        await_device(store, directory, process.poll)
         load = stack.enter_context(Load(store, guest, directory, pages))
         load.connect()
         assert process.stdout is not None
@@ -335,12 +335,18 @@ def served(*arguments: str, pages: int = _PAGES) -> Iterator[ServedDisk]:
         load.disconnect()
 
 
-def _await_device(store: Store, directory: str, process: subprocess.Popen[str]) -> None:
+def await_device(store: Store, directory: str, ended: Callable[[], int | None]) -> None:
+    """Wait until a guest finds a device; ``ended`` says how the process that makes it ended.
+
+    Raises:
+        DeviceError: it did.
+    """
     poller = select.poll()
     poller.register(store.fileno(), select.POLLIN)
     while store.read(f"{directory}/state") is None:
-        if process.poll() is not None:
-            raise DeviceError(f"connect ended with status {process.returncode}")
+        status = ended()
+        if status is not None:
+            raise DeviceError(f"connect ended with status {status}")
         if not store.has_pending:
             poller.poll(100)
         store.pending()

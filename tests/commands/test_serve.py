@@ -80,7 +80,7 @@ def serve(host, tmp_path, monkeypatch, caplog):
     processes = []
 
     def popen(*arguments, **options):
-        return subprocess.Popen(*arguments, **options, pass_fds=host.machine.descriptors)
+        return subprocess.Popen(*arguments, **{**options, "pass_fds": host.machine.descriptors})
 
     fork = ForkServer.start
 

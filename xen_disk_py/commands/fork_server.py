@@ -14,7 +14,14 @@ from .environment import Environment
 
 log = logging.getLogger("xen_disk_py")
 
-_USED = ("commands.adopt", "libxen", "backends.raw", "backends.cow", "backends.overlay.backend")
+_USED = (
+    "commands.adopt",
+    "commands.connect",
+    "libxen",
+    "backends.raw",
+    "backends.cow",
+    "backends.overlay.backend",
+)
 
 
 def run(args: argparse.Namespace, env: Environment) -> ExitStatus:

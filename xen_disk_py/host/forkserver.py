@@ -18,7 +18,7 @@ import select
 import signal
 import socket
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any, Callable
 
@@ -130,18 +130,28 @@ class ForkServer:
     Args:
         command: the command line of a process that calls :func:`serve`.
         environment: its environment, and that of all processes that it starts.
+        pass_fds: descriptors that it inherits.
 
     Raises:
         OSError: no process can be started.
     """
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        pass_fds: Collection[int] = (),
+    ) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._running: dict[int, Process] = {}
         try:
             with theirs:
                 self._server = subprocess.Popen(
-                    command, stdin=theirs.fileno(), env=environment, start_new_session=True
+                    command,
+                    stdin=theirs.fileno(),
+                    env=environment,
+                    pass_fds=pass_fds,
+                    start_new_session=True,
                 )
         except BaseException:
             self._socket.close()
