@@ -167,12 +167,16 @@ def memory(bench: Bench) -> None:
     with ExitStack() as stack:
         disks = _disks(bench, stack, ("raw", "mmap"))
         disks["Python disk"] = stack.enter_context(served("--path", str(HERE / "memory_disk.py")))
-        servers = {  # not started yet
-            "nbdkit Python": nbdkit.served("python", str(HERE / "nbdkit_disk.py")),
-            "nbdkit memory": nbdkit.served("memory", f"size={DISK}"),
+        servers = {
+            "nbdkit Python": ("python", str(HERE / "nbdkit_disk.py")),
+            "nbdkit memory": ("memory", f"size={DISK}"),
         }
-        present = not nbdkit.version().startswith("not")
-        peers = {name: stack.enter_context(server) for name, server in servers.items() if present}
+        peers = {}
+        for name, words in servers.items():
+            if nbdkit.has(words[0]):
+                peers[name] = stack.enter_context(nbdkit.served(*words))
+            else:
+                tell(f"{name}: not here (package nbdkit, or nbdkit-plugin-{words[0]})")
         for label, size in SIZES.items():
             for depth in DEPTHS:
                 for way, operation in OPERATIONS.items():
@@ -183,7 +187,7 @@ def memory(bench: Bench) -> None:
                         loops[name] = peer.fio(operation, size, depth)
                     workload = f"{label} {way}, depth {depth}"
                     bench.interleave(table, workload, size, loops)
-                    bench.show(table, workload, "nbdkit Python")
+                    bench.show(table, workload, next(iter(peers), "raw"))
 
 
 def vhd(bench: Bench) -> None:

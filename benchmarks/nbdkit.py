@@ -55,6 +55,15 @@ class Server:
         return loop
 
 
+def has(plugin: str) -> bool:
+    """Tell whether nbdkit is here, and has a plugin: each is a package of its own."""
+    try:
+        command = ["nbdkit", plugin, "--version"]
+        return not subprocess.run(command, capture_output=True, check=False).returncode
+    except OSError:
+        return False
+
+
 def served(*plugin: str) -> AbstractContextManager[Server]:
     """Run nbdkit with a plugin and its parameters."""
     return _served("nbdkit", "--foreground", "--unix", _SOCKET, *plugin)

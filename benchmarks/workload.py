@@ -331,8 +331,12 @@ def served(*arguments: str, pages: int = _PAGES) -> Iterator[ServedDisk]:
         assert process.stdout is not None
         process.stdout.readline()
         seconds = time.perf_counter() - start
-        yield ServedDisk(process, load, seconds)
-        load.disconnect()
+        try:
+            yield ServedDisk(process, load, seconds)
+            load.disconnect()
+        except BaseException:
+            _force(process)  # else its mappings are in the way, and their error hides this one
+            raise
 
 
 def await_device(store: Store, directory: str, ended: Callable[[], int | None]) -> None:
@@ -350,6 +354,17 @@ def await_device(store: Store, directory: str, ended: Callable[[], int | None]) 
         if not store.has_pending:
             poller.poll(100)
         store.pending()
+
+
+def _force(process: subprocess.Popen[str]) -> None:
+    """End it whatever the guest does; what it has mapped of the guest's is unmapped."""
+    for _ in range(50):
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(0.2)
+        except subprocess.TimeoutExpired:
+            continue
+        return
 
 
 def _end(process: subprocess.Popen[str], said: TextIO) -> None:

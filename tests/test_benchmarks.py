@@ -158,3 +158,8 @@ def test_a_report_leaves_what_was_not_measured_again(tmp_path, document):
     report.main([str(tmp_path / "lab.json"), "--document", str(document)])
     assert 2 == document.read_text().count("old")
     assert "<!-- local -->\nold\n" in document.read_text()
+
+
+def test_what_goes_wrong_is_not_hidden_by_the_disk_that_is_still_there():
+    with pytest.raises(ZeroDivisionError), workload.served("--size=1M", "--backend=discard"):
+        raise ZeroDivisionError
