@@ -33,7 +33,8 @@ class MappedPages(Closing):
         view = memoryview(pages).cast("B")
         self._view = view if writable else view.toreadonly()
         self._viewed = weakref.ref(pages)
-        self._unmap: Callable[[Any], None] | None = unmap
+        self._unmap: list[Callable[[Any], None]] = [unmap]
+        """Empty when they are unmapped, or about to be: list.pop is atomic."""
 
     @property
     def view(self) -> memoryview:
@@ -41,13 +42,16 @@ class MappedPages(Closing):
         return self._view
 
     def close(self) -> None:
-        """Unmap the pages.
+        """Unmap the pages, once: several threads may ask at the same time.
+
+        A backend that hangs may return while its disk is being ended by force: then its queue's
+        thread unmaps what whoever closes the hypervisor does.
 
         Raises:
             BackendError: somebody still has a view of them. They stay mapped; closing again
                 later, when the view is gone, unmaps them.
         """
-        if self._unmap is None:
+        if not self._unmap:
             return
         try:
             self._view.release()
@@ -58,8 +62,15 @@ class MappedPages(Closing):
             raise BackendError(
                 f"a buffer was kept after its request: {self.count} pages stay mapped"
             )
-        self._unmap(self)
-        self._unmap = None
+        try:
+            unmap = self._unmap.pop()
+        except IndexError:  # another thread was quicker
+            return
+        try:
+            unmap(self)
+        except BaseException:
+            self._unmap.append(unmap)  # they are mapped still
+            raise
 
 
 class GrantedPages(MappedPages):
