@@ -7,6 +7,7 @@ import json
 import os
 
 from ..backends import qemu_img
+from ..backends.exporting import Convert, Progress
 from ..backends.overlay import maintenance
 from ..backends.vhd.backend import directories_from
 from ..backends.vhd.export import export as export_vhd
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
     return ExitStatus.OK
 
 
-def _converter(output_format: str, progress: maintenance.Progress) -> maintenance.Convert | None:
+def _converter(output_format: str, progress: Progress) -> Convert | None:
     """Return what makes the new image of a raw one; None: that is the new image."""
     if output_format == "raw":
         return None

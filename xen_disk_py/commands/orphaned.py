@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..backends.overlay.maintenance import Check
+from ..backends.exporting import Check
 from ..recovery import orphans
 from .environment import Environment
 

@@ -4,6 +4,7 @@ import random
 
 import pytest
 
+from xen_disk_py.backends import exporting
 from xen_disk_py.backends.vhd import VhdBackend
 from xen_disk_py.backends.vhd.create import create, create_child
 from xen_disk_py.backends.vhd.export import allocated, export
@@ -82,12 +83,68 @@ def test_a_file_that_is_there_is_replaced_only_by_force(tmp_path):
     assert before == content_of(base)
 
 
-def test_a_disk_that_is_being_written_is_refused(tmp_path):
+def test_a_parent_that_is_being_written_is_refused(tmp_path):
     path, new = str(tmp_path / "a.vhd"), str(tmp_path / "new.raw")
-    create(path, MIB)
-    with contextlib.closing(VhdBackend(path)):
+    create(str(tmp_path / "base.vhd"), MIB)
+    create_child(path, str(tmp_path / "base.vhd"))
+    with contextlib.closing(VhdBackend(str(tmp_path / "base.vhd"))):
         with pytest.raises(ImageError, match="being written by process"):
             export(path, new, force=False, progress=nothing)
         with pytest.raises(ImageError, match="being written by process"):
-            allocated(path)
-    assert not os.path.exists(new)
+            allocated(str(tmp_path / "base.vhd"))
+    assert {"a.vhd", "base.vhd"} == set(os.listdir(tmp_path))
+
+
+# of one that a disk is writing
+
+
+@pytest.fixture
+def used(tmp_path):
+    """A child that a disk is writing, and what is read of it."""
+    create(str(tmp_path / "base.vhd"), 8 * MIB)
+    with contextlib.closing(VhdBackend(str(tmp_path / "base.vhd"))) as disk:
+        write(disk, 0, random.Random(1).randbytes(MIB))
+    create_child(str(tmp_path / "a.vhd"), str(tmp_path / "base.vhd"))
+    with contextlib.closing(VhdBackend(str(tmp_path / "a.vhd"))) as disk:
+        write(disk, MIB // 2, b"c" * MIB)
+        yield disk
+
+
+def test_a_disk_may_be_writing_it(used, tmp_path):
+    new = str(tmp_path / "new.raw")
+    checked = []
+    size = export(
+        used.path, new, force=False, progress=nothing, check=lambda *each: checked.append(each)
+    )
+    assert (8 * MIB, read(used)) == (size, content_of(new))
+    assert {(str(tmp_path / name), False) for name in ("a.vhd", "base.vhd")} == set(checked)
+    write(used, 0, b"x" * 512)  # and it is not locked out
+
+
+def test_what_is_written_meanwhile_is_there_or_not_but_never_in_part(used, tmp_path, monkeypatch):
+    """Where the file system cannot clone, it is copied again."""
+    monkeypatch.setattr(exporting, "_clone", lambda fd, path: None)
+    new, told = str(tmp_path / "new.raw"), []
+
+    def progress(done, total):
+        told.append(done)
+        if len(told) == 2:
+            write(used, 0, b"1" * 512)
+            write(used, 7 * MIB, b"1" * 512)
+
+    export(used.path, new, force=False, progress=progress)
+    assert read(used) == content_of(new)
+    assert told.count(8 * MIB) == 2
+
+
+def test_a_guest_that_never_stops_is_told_of(used, tmp_path, monkeypatch):
+    monkeypatch.setattr(exporting, "_clone", lambda fd, path: None)
+    before = read(used)
+    with pytest.raises(ImageError, match="its guest writes while it is copied"):
+        export(
+            used.path,
+            str(tmp_path / "new.raw"),
+            force=False,
+            progress=lambda done, total: write(used, 0, before[:512]),
+        )
+    assert {"a.vhd", "base.vhd"} == set(os.listdir(tmp_path))

@@ -9,18 +9,15 @@ next sees by that, and by which image is there, whether to finish the commit or 
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import signal
 import stat
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Callable
 
-from ...errors import ImageError, UsageError
-from ...units import format_size
-from ..image import Image, lock
+from ...errors import ImageError
+from ..exporting import Check, Convert, Progress, at_one_instant, exported, new_image
+from ..image import Image
 from ..newfile import NewFile, sync_directory
 from .file import OverlayFile, data_extents
 from .header import Commit
@@ -29,19 +26,7 @@ from .trust import require_trusted
 _CHUNK = 16 << 20  # copied in one go, between two reports of progress
 _COMPARED = 1 << 20  # compared in one go
 _PIECE = 64 << 10  # if it is nothing but zeros, a hole is left
-_SETTLING = 0.05  # seconds; file systems note times of modification in steps of up to 0.01
-_ATTEMPTS = 3
 _PRIVILEGES = ("security.capability", "security.ima", "security.evm")
-_FICLONE = 0x40049409  # linux/fs.h
-
-Progress = Callable[[int, int], None]
-"""Is told how many bytes are done, and of how many."""
-
-Check = Callable[[str, bool], None]
-"""Is given the path of a file once it is open, and locked, and whether it will be written."""
-
-Convert = Callable[[int, int], None]
-"""Is given a raw image and an empty file, both open, and makes the latter of the former."""
 
 
 def allocated_extents(file: OverlayFile) -> list[tuple[int, int]]:
@@ -177,7 +162,7 @@ def export(
         check(image.path, False)
         file.header.check(image, overlay)
         sources = (file.fd, image.fd)
-        with _exported(new, image.size, sources, force=force, convert=convert) as raw:
+        with exported(new, image.size, sources, force=force, convert=convert) as raw:
             _merge_consistently(file, image, raw, progress)
         return image.size
 
@@ -197,27 +182,10 @@ def export_image(
     """
     with Image.open(image, writable=False) as source:
         check(image, False)
-        with _exported(new, source.size, (source.fd,), force=force, convert=convert) as raw:
+        with exported(new, source.size, (source.fd,), force=force, convert=convert) as raw:
             os.ftruncate(raw.fd, source.size)
             _copy_extent(source.fd, 0, raw.fd, 0, source.size, source.size, progress)
         return source.size
-
-
-@contextmanager
-def _exported(
-    new: str, size: int, sources: Sequence[int], *, force: bool, convert: Convert | None
-) -> Iterator[NewFile]:
-    """Make a file to be filled with a raw image; what comes of that gets its name at the end."""
-    new = os.path.realpath(new) if force else os.path.abspath(new)
-    with ExitStack() as stack:
-        stack.enter_context(replaceable(new, force, *sources))
-        raw = made = stack.enter_context(new_image(new, size))
-        yield raw
-        if convert is not None:
-            made = stack.enter_context(new_image(new, size))
-            convert(raw.fd, made.fd)
-        os.fsync(made.fd)
-        made.put(new, replacing=force)
 
 
 def rebase(
@@ -300,50 +268,14 @@ def _merge_consistently(file: OverlayFile, image: Image, raw: NewFile, progress:
         _merge(file, image, raw.fd, progress)
         _check_still_fits(file, image)
         return
-    with ExitStack() as stack:
-        clone = _clone(file, stack)
-        if clone is not None:
-            _merge(clone, image, raw.fd, progress)
-            _check_still_fits(clone, image)
-            return
-        for _ in range(_ATTEMPTS):
-            before = _settled(file.fd)
-            if before is None:
-                continue
-            with OverlayFile.open(file.path, writable=False, alone=None) as now:
-                os.ftruncate(raw.fd, 0)
-                _merge(now, image, raw.fd, progress)
-                _check_still_fits(now, image)
-            if before == os.fstat(file.fd).st_mtime_ns:
-                return
-    raise ImageError(
-        f"{file.path}: its guest writes while it is copied, and this file system cannot clone "
-        "files: pause the guest meanwhile (xl pause VM, then xl unpause VM), or disconnect the disk"
-    )
 
+    def copy(fd: int) -> None:
+        with OverlayFile.of(fd, file.path) as now:
+            os.ftruncate(raw.fd, 0)
+            _merge(now, image, raw.fd, progress)
+            _check_still_fits(now, image)
 
-def _clone(file: OverlayFile, stack: ExitStack) -> OverlayFile | None:
-    """Clone an overlay, all of it at one instant; None where that cannot be done."""
-    try:
-        copy = stack.enter_context(NewFile(file.path))
-        fcntl.ioctl(copy.fd, _FICLONE, file.fd)
-        return stack.enter_context(OverlayFile.of(copy.detach(), file.path))
-    except OSError:
-        return None
-
-
-def _settled(fd: int) -> int | None:
-    """Wait until a file was not written for a moment; None if that does not happen.
-
-    Returns:
-        The time of modification, in nanoseconds: whatever is written from now on changes it.
-    """
-    for _ in range(100):
-        modified = os.fstat(fd).st_mtime_ns
-        time.sleep(_SETTLING)
-        if os.fstat(fd).st_mtime_ns == modified:
-            return modified
-    return None
+    at_one_instant(file.fd, file.path, copy)
 
 
 def _image_of(file: OverlayFile, given: str, path: str | None) -> str:
@@ -388,47 +320,6 @@ def _uninterrupted() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextmanager
-def replaceable(new: str, force: bool, *sources: int) -> Iterator[None]:
-    """See that ``new`` may be made; what is replaced is locked meanwhile."""
-    if not os.path.lexists(new):
-        yield
-        return
-    if not force:
-        if os.path.isdir(new):
-            raise UsageError(f"{new}: a directory: name the file to make in it")
-        raise UsageError(f"{new}: there is such a file: give another name, or --force")
-    status = os.stat(new)
-    if any(os.path.samestat(status, os.fstat(source)) for source in sources):
-        raise UsageError(f"{new}: the overlay or its image itself: give another name")
-    if not stat.S_ISREG(status.st_mode):
-        raise UsageError(f"{new}: not a file, so it is not replaced: give another name")
-    try:
-        fd = os.open(new, os.O_RDWR)
-    except OSError as error:
-        raise ImageError(f"{new}: cannot be replaced: {error.strerror}") from error
-    try:
-        lock(fd, new, True, False)
-        yield
-    finally:
-        os.close(fd)
-
-
-@contextmanager
-def new_image(path: str, size: int) -> Iterator[NewFile]:
-    """Make a file that is to become the image ``path``, of a disk of ``size`` bytes."""
-    try:
-        with NewFile(path) as new:
-            yield new
-    except OSError as error:
-        hint = ""
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            hint = f" (up to {format_size(size)} are needed there)"
-        raise ImageError(
-            f"{path}: the new image cannot be made: {error.strerror}{hint}; nothing was changed"
-        ) from error
 
 
 def _merge(file: OverlayFile, image: Image, fd: int, progress: Progress) -> None:

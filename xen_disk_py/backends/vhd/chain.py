@@ -58,18 +58,21 @@ class Committed(ImageError):
         self.parent = parent
 
 
-def open_chain(path: str, *, writable: bool, directories: Sequence[str] = ()) -> Top:
+def open_chain(
+    path: str, *, writable: bool, directories: Sequence[str] = (), vhd: Vhd | None = None
+) -> Top:
     """Open a VHD and all its parents, these for reading only. Nothing is changed.
 
     Args:
         path: the VHD.
         writable: open it for writing.
         directories: where parents may lie, besides its own directory.
+        vhd: the VHD, where it is open already; closed with what is returned, and on errors.
 
     Raises:
         ImageError: one of them cannot be used; the message says why and what to do.
     """
-    vhds = [open_vhd(path, writable=writable)]
+    vhds = [vhd or open_vhd(path, writable=writable)]
     base: Image | None = None
     try:
         roots = roots_of(vhds[0].path, directories)
@@ -83,15 +86,15 @@ def open_chain(path: str, *, writable: bool, directories: Sequence[str] = ()) ->
                 vhds.append(parent)
             else:
                 base = parent
-        if sum(len(vhd.blocks.bat) for vhd in vhds if vhd.blocks) > MOST_BLOCKS_OF_ALL:
+        if sum(len(each.blocks.bat) for each in vhds if each.blocks) > MOST_BLOCKS_OF_ALL:
             raise ImageError(  # noqa: TRY301 - as above
                 f"{path}: its chain has more than {MOST_BLOCKS_OF_ALL} blocks: commit some of its "
                 "files first"
             )
         return _stack(vhds, base, writable=writable)
     except BaseException:
-        for vhd in vhds:
-            os.close(vhd.fd)
+        for each in vhds:
+            os.close(each.fd)
         if base is not None:
             base.close()
         raise

@@ -15,8 +15,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
 from ...errors import ImageError
+from ..exporting import Check, Progress
 from ..image import Image
-from ..overlay.maintenance import Check, Progress
 from .blocks import BlockLayer
 from .chain import Committed, candidates, open_chain, open_parent, roots_of
 from .create import create_child

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from contextlib import closing
 
 from ...errors import ImageError, UsageError
+from ..exporting import Check
 from ..image import Image, transfer_all
 from ..newfile import NewFile
-from ..overlay.maintenance import Check
 from .chain import open_chain
 from .layout import (
     BLOCK,

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import stat
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
-from typing import Callable
+from contextlib import closing
 
+from ..exporting import Check, Convert, Progress, at_one_instant, exported
 from ..image import Image, transfer_all
-from ..overlay.maintenance import Check, Progress, new_image, replaceable
 from .blocks import BlockLayer
-from .chain import open_chain
-from .opening import open_vhd
+from .chain import Top, open_chain
+from .opening import examine, open_vhd
 
 _CHUNK = 1 << 20
 
@@ -40,13 +41,16 @@ def export(
     force: bool,
     directories: Sequence[str] = (),
     progress: Progress,
-    convert: Callable[[int, int], None] | None = None,
+    convert: Convert | None = None,
     check: Check = lambda path, writes: None,
 ) -> int:
     """Make a new image of what a VHD and its parents are together.
 
+    A disk may even be writing the VHD: then the new image is what a guest would find if its host
+    had failed at one instant of the copying.
+
     Args:
-        path: the VHD, which no disk may be writing to.
+        path: the VHD.
         new: the new image, sparse, for its owner alone.
         force: replace the file that is there.
         directories: where parents may lie, besides its own directory.
@@ -61,30 +65,76 @@ def export(
         UsageError: there is a file, or something that is never replaced.
         ImageError: it cannot be done, and nothing has changed.
     """
-    new = os.path.realpath(new) if force else os.path.abspath(new)
-    with closing(open_chain(path, writable=False, directories=directories)) as top:
-        sources = [top.fd] if isinstance(top, Image) else top.descriptors
-        for source in sources:
-            check(os.readlink(f"/proc/self/fd/{source}"), False)
-        with ExitStack() as stack:
-            stack.enter_context(replaceable(new, force, *sources))
-            raw = made = stack.enter_context(new_image(new, top.size))
-            os.ftruncate(raw.fd, top.size)
-            extents = [(0, top.size)] if isinstance(top, Image) else top.allocated(0, top.size)
-            for start, stop in extents:
-                for at in range(start, stop, _CHUNK):
-                    _copy(top, raw.fd, at, min(_CHUNK, stop - at))
-                    progress(at, top.size)
-            progress(top.size, top.size)
-            if convert is not None:
-                made = stack.enter_context(new_image(new, top.size))
-                convert(raw.fd, made.fd)
-            os.fsync(made.fd)
-            made.put(new, replacing=force)
-        return top.size
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK) if _is_being_written(path) else -1
+    if fd < 0:
+        with closing(open_chain(path, writable=False, directories=directories)) as top:
+            sources = [top.fd] if isinstance(top, Image) else top.descriptors
+            _check(sources, check)
+            with exported(new, top.size, sources, force=force, convert=convert) as raw:
+                return _fill(raw.fd, top, progress)
+    try:
+        size = 0
+        length = os.lseek(fd, 0, os.SEEK_END)
+        with exported(new, length, [fd], force=force, convert=convert) as raw:
+
+            def copy(now: int) -> None:
+                nonlocal size
+                top = _open_chain_of(now, path, directories)
+                with closing(top):
+                    sources = [] if isinstance(top, Image) else top.descriptors[1:]
+                    _check([fd, *sources], check)
+                    os.ftruncate(raw.fd, 0)
+                    size = _fill(raw.fd, top, progress)
+
+            at_one_instant(fd, path, copy)
+        return size
+    finally:
+        os.close(fd)
 
 
-def _copy(top: BlockLayer | Image, fd: int, offset: int, length: int) -> None:
+def _is_being_written(path: str) -> bool:
+    """Tell whether one of our disks writes to a file."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError:
+        return False  # whoever opens it says why
+    try:
+        if stat.S_ISREG(os.fstat(fd).st_mode):  # a device has no time of modification
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def _open_chain_of(fd: int, path: str, directories: Sequence[str]) -> Top:
+    try:
+        vhd = examine(fd, os.path.abspath(path))
+    except BaseException:
+        os.close(fd)
+        raise
+    return open_chain(path, writable=False, directories=directories, vhd=vhd)
+
+
+def _check(sources: Sequence[int], check: Check) -> None:
+    for source in sources:
+        check(os.readlink(f"/proc/self/fd/{source}"), False)
+
+
+def _fill(fd: int, top: Top, progress: Progress) -> int:
+    """Make a raw image, sparse, in an empty file; return its size."""
+    os.ftruncate(fd, top.size)
+    extents = [(0, top.size)] if isinstance(top, Image) else top.allocated(0, top.size)
+    for start, stop in extents:
+        for at in range(start, stop, _CHUNK):
+            _copy(top, fd, at, min(_CHUNK, stop - at))
+            progress(at, top.size)
+    progress(top.size, top.size)
+    return top.size
+
+
+def _copy(top: Top, fd: int, offset: int, length: int) -> None:
     piece = memoryview(bytearray(length))
     done = 0
     while done < length:

@@ -1,0 +1,158 @@
+"""What exports of all kinds have in common: the new file, and a source that is being written."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Callable
+
+from ..errors import ImageError, UsageError
+from ..units import format_size
+from .locks import lock
+from .newfile import NewFile
+
+_SETTLING = 0.05  # seconds; file systems note times of modification in steps of up to 0.01
+_ATTEMPTS = 3
+_FICLONE = 0x40049409  # linux/fs.h
+
+Progress = Callable[[int, int], None]
+"""Is told how many bytes are done, and of how many."""
+
+Check = Callable[[str, bool], None]
+"""Is given the path of a file once it is open, and locked, and whether it will be written."""
+
+Convert = Callable[[int, int], None]
+"""Is given a raw image and an empty file, both open, and makes the latter of the former."""
+
+
+@contextmanager
+def exported(
+    new: str, size: int, sources: Sequence[int], *, force: bool, convert: Convert | None
+) -> Iterator[NewFile]:
+    """Make a file to be filled with a raw image; what comes of that gets its name at the end.
+
+    Args:
+        new: the new image, for its owner alone.
+        size: of the disk, in bytes.
+        sources: open files that it must not replace.
+        force: replace the file that is there.
+        convert: makes the new image of the raw one.
+
+    Raises:
+        UsageError: there is a file, or something that is never replaced.
+        ImageError: it cannot be made, and nothing has changed.
+    """
+    new = os.path.realpath(new) if force else os.path.abspath(new)
+    with ExitStack() as stack:
+        stack.enter_context(_replaceable(new, force, *sources))
+        raw = made = stack.enter_context(new_image(new, size))
+        yield raw
+        if convert is not None:
+            made = stack.enter_context(new_image(new, size))
+            convert(raw.fd, made.fd)
+        os.fsync(made.fd)
+        made.put(new, replacing=force)
+
+
+def at_one_instant(fd: int, path: str, copy: Callable[[int], None]) -> None:
+    """Copy what a file is at one instant, though somebody is writing it.
+
+    Args:
+        fd: the file, which is left open.
+        path: its name.
+        copy: given a descriptor, which it closes, of a clone, or of the file itself: then it is
+            called again if the file was written meanwhile.
+
+    Raises:
+        ImageError: it is written all the time; or from ``copy``.
+    """
+    clone = _clone(fd, path)
+    if clone is not None:
+        copy(clone)
+        return
+    for _ in range(_ATTEMPTS):
+        before = _settled(fd)
+        if before is None:
+            continue
+        try:
+            copy(os.open(f"/proc/self/fd/{fd}", os.O_RDONLY))
+        except ImageError:
+            if before == os.fstat(fd).st_mtime_ns:
+                raise
+        else:
+            if before == os.fstat(fd).st_mtime_ns:
+                return
+    raise ImageError(
+        f"{path}: its guest writes while it is copied, and this file system cannot clone "
+        "files: pause the guest meanwhile (xl pause VM, then xl unpause VM), or disconnect the disk"
+    )
+
+
+def _clone(fd: int, path: str) -> int | None:
+    """Clone a file, all of it at one instant; None where that cannot be done."""
+    try:
+        with NewFile(path) as copy:
+            fcntl.ioctl(copy.fd, _FICLONE, fd)
+            return copy.detach()
+    except OSError:
+        return None
+
+
+def _settled(fd: int) -> int | None:
+    """Wait until a file was not written for a moment; None if that does not happen.
+
+    Returns:
+        The time of modification, in nanoseconds: whatever is written from now on changes it.
+    """
+    for _ in range(100):
+        modified = os.fstat(fd).st_mtime_ns
+        time.sleep(_SETTLING)
+        if os.fstat(fd).st_mtime_ns == modified:
+            return modified
+    return None
+
+
+@contextmanager
+def _replaceable(new: str, force: bool, *sources: int) -> Iterator[None]:
+    """See that ``new`` may be made; what is replaced is locked meanwhile."""
+    if not os.path.lexists(new):
+        yield
+        return
+    if not force:
+        if os.path.isdir(new):
+            raise UsageError(f"{new}: a directory: name the file to make in it")
+        raise UsageError(f"{new}: there is such a file: give another name, or --force")
+    status = os.stat(new)
+    if any(os.path.samestat(status, os.fstat(source)) for source in sources):
+        raise UsageError(f"{new}: the overlay or its image itself: give another name")
+    if not stat.S_ISREG(status.st_mode):
+        raise UsageError(f"{new}: not a file, so it is not replaced: give another name")
+    try:
+        fd = os.open(new, os.O_RDWR)
+    except OSError as error:
+        raise ImageError(f"{new}: cannot be replaced: {error.strerror}") from error
+    try:
+        lock(fd, new, True, False)
+        yield
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def new_image(path: str, size: int) -> Iterator[NewFile]:
+    """Make a file that is to become the image ``path``, of a disk of ``size`` bytes."""
+    try:
+        with NewFile(path) as new:
+            yield new
+    except OSError as error:
+        hint = ""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            hint = f" (up to {format_size(size)} are needed there)"
+        raise ImageError(
+            f"{path}: the new image cannot be made: {error.strerror}{hint}; nothing was changed"
+        ) from error
