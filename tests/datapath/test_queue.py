@@ -2768,3 +2768,64 @@ def test_an_asynchronous_backend_may_have_requests_wait_for_others(host, clock):
     many.end(4096)
     line.responses(1)
     assert 0 == line.queue.stalled_for
+
+
+class _Broken(Many):
+    """Raises what an author did not think of, on each look at what is over."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+        self.is_open = True
+
+    def _begin(self, request):
+        super()._begin(request)
+        self._tell()
+
+    def _progress(self):
+        raise self.error
+
+    def close(self):
+        self.is_open = False
+        super().close()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no idea"), BackendError("no idea")])
+def test_an_asynchronous_backend_that_raises_ends_its_queue_with_errors(host, error):
+    backend = Backend()
+    backend.size = SIZE
+    backend.asynchronous = many = _Broken(error)
+    host._stack.callback(many.close)
+    line = host.line(backend)
+    line.put(*(whole(id_, READ, 8 * id_, [ref]) for id_, ref in enumerate(host.share(2).refs)))
+    line.kick()
+    host.until(lambda: line.failures)
+    assert line.queue.stop(PATIENCE)
+    assert [Response(id_, READ, ERROR) for id_ in range(2)] == line.responses(2)
+    assert [error] == line.failures
+    assert not many.is_open
+    assert 0 == host.hypervisor.mapped_pages
+
+
+def test_what_an_asynchronous_backend_cannot_begin_is_an_error_of_that_request(host, caplog):
+    backend = Backend()
+    backend.size = SIZE
+    backend.asynchronous = many = Many()
+    begin = many._begin
+
+    def broken(request):
+        if request.offset == 0:
+            raise RuntimeError("no idea")
+        begin(request)
+
+    many._begin = broken
+    host._stack.callback(many.close)
+    line = host.line(backend)
+    line.put(*(whole(id_, READ, 8 * id_, [ref]) for id_, ref in enumerate(host.share(2).refs)))
+    line.kick()
+    assert [Response(0, READ, ERROR)] == line.responses(1)
+    assert "no idea" in caplog.text
+    many.end(4096)
+    assert [Response(1, READ, OKAY)] == line.responses(1)
+    assert 0 == many.unfinished
+    assert not line.failures

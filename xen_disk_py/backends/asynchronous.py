@@ -105,8 +105,8 @@ class Asynchronous(Closing):
             token: anything.
         """
         with self._lock:
-            self.unfinished += 1
             self._begin(Request(operation, buffers, offset, length, token))
+            self.unfinished += 1
             if self._finished:  # nothing else makes fileno() readable for that
                 self._tell()
 

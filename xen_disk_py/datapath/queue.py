@@ -35,6 +35,7 @@ from math import inf
 from time import clock_gettime, perf_counter
 from typing import Callable, NamedTuple
 
+from ..backends.loader import user_line
 from ..blkif import (
     ERROR,
     INDIRECT,
@@ -275,8 +276,7 @@ class Queue:
             self._on_failure(error)
         finally:
             self._stopping = True  # nothing is held any longer
-            while not self._attempt(self._drain):
-                pass  # one response could not be told; the others' turn
+            self._finish()
             self._attempt(self._refuse_the_rest)
             self._journal.clear()  # a queue that never ran leaves it to the next
             self._attempt(self._release)
@@ -289,6 +289,25 @@ class Queue:
             self._disk.say(logging.ERROR, str(error))
             return False
         return True
+
+    def _finish(self) -> None:
+        """Wait for what is under way; answer with errors what the backend will never finish."""
+        before = None
+        try:
+            # After an error one response could not be told: the others' turn.
+            while not self._attempt(self._drain) and before != len(self._unanswered):
+                before = len(self._unanswered)
+        except Exception as error:  # noqa: BLE001 - an author's code must not stop our clean-up
+            self._disk.say(logging.ERROR, user_line(error, self._disk.backend))
+        if self._unanswered and self._many is not None:
+            # Nothing may touch a request's buffers when its pages are the guest's again.
+            with contextlib.suppress(Exception):
+                self._many.close()
+        self._with_backend = 0
+        self._retries.take()
+        with contextlib.suppress(ValueError):  # unmapped under us
+            for begun in list(self._unanswered.values()):
+                self._attempt(partial(self._end, begun, failure(begun.request.operation)))
 
     def _release(self) -> None:
         """Unmap and unbind everything: in the queue's thread, where no signal cuts it short."""
@@ -519,9 +538,12 @@ class Queue:
         else:
             call = partial(disk.transfer, request, begun.loan.buffers)
         begun.since = perf_counter()
-        if disk.begin(request, begun.loan.buffers, begun):
-            self._with_backend += 1
-            return None
+        try:
+            if disk.begin(request, begun.loan.buffers, begun):
+                self._with_backend += 1
+                return None
+        except Exception as error:  # noqa: BLE001 - whatever an author's code raises
+            return disk.outcome(request, error)
         if not self._is_concurrent or request.operation == WRITE_BARRIER:
             return call()
         begun.since = inf  # until there is a thread for it
