@@ -291,6 +291,103 @@ def test_another_node_of_a_device_is_the_same_device(loop_device, tmp_path, writ
         assert f"process {os.getpid()}" in refused(loop_device, writable=True)
 
 
+@pytest.mark.parametrize("what", ["device", "file"])
+@pytest.mark.parametrize("writable", [True, False])
+def test_what_is_mounted_in_another_namespace_is_refused(
+    make_image, attach_loop, mount_point, writable, what
+):
+    need("unshare")
+    image = make_image(4 << 20)
+    device = attach_loop(image)
+    run("mkfs.ext4", "-q", device)
+    script = f"mount {device} '{mount_point}' && echo there && read line"
+    with subprocess.Popen(
+        ["unshare", "--mount", "sh", "-c", script],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    ) as other:
+        if other.stdout.readline() != b"there\n":
+            pytest.skip("no mount namespaces here")
+        assert not os.path.ismount(mount_point)
+        path = device if what == "device" else image
+        message = refused(path, writable=writable)
+        other.communicate(b"\n")
+    assert f"mounted on {mount_point}" in message
+
+
+def test_readers_are_refused_what_is_mounted_through_a_volume(make_image, attach_loop, mount_point):
+    need("dmsetup")
+    device = attach_loop(make_image(4 << 20))
+    name = f"xen_disk_py-{os.getpid()}"
+    environment = {**os.environ, "DM_DISABLE_UDEV": "1"}
+    done = subprocess.run(
+        ["dmsetup", "create", name, "--table", f"0 8192 linear {device} 0"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
+    if done.returncode:
+        pytest.skip(f"no device-mapper here: {done.stderr.strip()}")
+    try:
+        with mounted(f"/dev/mapper/{name}", mount_point):
+            message = refused(device, writable=False)
+            assert "a part of /dev/dm-" in message
+            assert f", mounted on {mount_point}, and it may be written: umount" in message
+    finally:
+        subprocess.run(["dmsetup", "remove", name], check=True, env=environment)
+
+
+@pytest.mark.parametrize(
+    ("files", "what"),
+    [
+        (
+            {
+                "target/core/fileio_0/disk/enable": "1",
+                "target/core/fileio_0/disk/info": "Status: ACTIVATED  Max Queue Depth: 128\n"
+                "        TCM FILEIO ID: 0        File: {}  Size: 1048576  Mode: O_DSYNC Async: 0\n",
+            },
+            "LIO's fileio disk): targetcli /backstores/fileio delete disk",
+        ),
+        (
+            {
+                "target/core/iblock_1/two words/enable": "1",
+                "target/core/iblock_1/two words/udev_path": "{}\n",
+            },
+            "LIO's iblock two words): targetcli /backstores/iblock delete 'two words'",
+        ),
+        (
+            {
+                "nvmet/subsystems/nqn/namespaces/1/enable": "1",
+                "nvmet/subsystems/nqn/namespaces/1/device_path": "{}\n",
+            },
+            "NVMe target nqn): echo 0 > ",
+        ),
+        (
+            {"usb_gadget/g1/functions/mass_storage.0/lun.0/file": "{}\n"},
+            "USB gadget g1): end that first",
+        ),
+    ],
+)
+def test_what_the_kernel_exports_is_refused(image, tmp_path, monkeypatch, files, what):
+    """A copy of what its drivers show; tests/xen asks a real one."""
+    monkeypatch.setattr(sharing, "_CONFIGFS", str(tmp_path / "config"))
+    for name, text in files.items():
+        path = tmp_path / "config" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text.format(image))
+    for writable in (True, False):
+        message = refused(image, writable=writable).replace(
+            ", and a disk that writes needs its image alone", ""
+        )
+        assert f"exported by the kernel ({what}" in message.replace(", and it may be written", "")
+    for name in files:
+        if name.endswith("enable"):
+            (tmp_path / "config" / name).write_text("0\n")
+            Image.open(image, writable=True).close()
+
+
 @pytest.mark.parametrize("writable", [True, False])
 def test_swap_space_is_refused(make_image, writable):
     need("mkswap", "swapon")

@@ -15,7 +15,7 @@ import shlex
 import stat
 import struct
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import NamedTuple
@@ -25,6 +25,9 @@ _LOOP_INFO = struct.Struct("=5Q176x16x")  # lo_device, lo_inode, lo_rdevice, lo_
 _SECTOR = 512  # of sizes in sysfs, whatever the device's own is
 _DEPTH = 8  # of loop devices over loop devices
 _EVERYTHING = (0, 1 << 63)
+_NAMESPACES = 256  # of mounts, that are looked into: each is a file to be read
+_PROCESSES = 20_000  # that are asked for theirs
+_CONFIGFS = "/sys/kernel/config"
 _PROBES = 5
 _PROBE_PAUSE = 0.05
 
@@ -127,11 +130,13 @@ def uses(status: os.stat_result, *, writable: bool) -> list[Use]:
         number = number_of(status)
         if not writable or is_forced():  # else the kernel has said so already (O_EXCL)
             found += _uses_of_device(number)
+        found += _exports(status)
         below = next(iter(below_all(number)), None)
         if below is not None:
             found += _uses_of_file(below.identity, below.extent, writable, {whole_of(number)})
     else:
         found += _uses_of_file((status.st_dev, status.st_ino), _EVERYTHING, writable, set())
+        found += _exports(status)
     return sorted(found, key=lambda use: not use.refused)
 
 
@@ -171,15 +176,15 @@ def _uses_of_file(
 def _uses_of_device(number: Number) -> Iterator[Use]:
     """Who uses a block device, or a part of it, that we only want to read."""
     found = [use for n in overlapping(number) for use in _known_uses(n)]
-    yield from (use for use in found if use.reason not in _HARMLESS)
+    yield from (use for use in found if not use.reason.endswith(_HARMLESS))
     if not found and _is_claimed(number):
         yield Use("opened by a program that wants it alone", None, refused=False)
 
 
-_HARMLESS = ("mounted read-only",)
+_HARMLESS = "mounted read-only"
 
 
-def _known_uses(number: Number) -> Iterator[Use]:
+def _known_uses(number: Number, depth: int = _DEPTH) -> Iterator[Use]:
     """Mounts, swap and what is built on a block device."""
     for point, writes in _mounts(number):
         if writes:
@@ -192,7 +197,12 @@ def _known_uses(number: Number) -> Iterator[Use]:
             if stat.S_ISBLK(status.st_mode) and number_of(status) == number:
                 yield Use("used as swap space", f"swapoff {shlex.quote(name)}", True)
     for holder in _list(f"{_sysfs(number)}/holders"):
-        yield Use(f"a part of /dev/{holder}", None, False)
+        above = _parse_number(_read(f"/sys/class/block/{holder}/dev"))
+        through = list(_known_uses(above, depth - 1)) if above is not None and depth else []
+        for use in through:  # a mounted volume of LVM, md or dm-crypt
+            yield use._replace(reason=f"a part of /dev/{holder}, {use.reason}")
+        if not through:
+            yield Use(f"a part of /dev/{holder}", None, False)
 
 
 def below_all(number: Number) -> Iterator[Below]:
@@ -314,7 +324,8 @@ def _mounts(number: Number) -> Iterator[tuple[str, bool]]:
     """Where a block device is mounted, and whether its file system is written."""
     # 36 35 98:0 /root /mnt rw,noatime master:1 - ext4 /dev/sda1 rw   (proc(5))
     wanted = f"{number[0]}:{number[1]}"
-    for line in _read("/proc/self/mountinfo").splitlines():
+    seen = set()
+    for line in _mountinfo():
         fields = line.split(" ")
         try:
             at = fields.index("-")
@@ -322,7 +333,73 @@ def _mounts(number: Number) -> Iterator[tuple[str, bool]]:
         except (ValueError, IndexError):
             continue
         if device == wanted or (device.startswith("0:") and _is_node(_unescaped(source), number)):
-            yield _unescaped(point), "rw" in options.split(",")
+            writes = "rw" in options.split(",")
+            if (point, writes) not in seen:  # each namespace has a copy of most
+                seen.add((point, writes))
+                yield _unescaped(point), writes
+
+
+def _mountinfo() -> Iterator[str]:
+    """Return the lines of all mount namespaces, as far as we may see them; our own first."""
+    yield from _read("/proc/self/mountinfo").splitlines()
+    namespaces = {_link("/proc/self/ns/mnt")}
+    for name in _list("/proc")[:_PROCESSES]:
+        if len(namespaces) > _NAMESPACES:
+            return
+        if not name.isdigit():
+            continue
+        namespace = _link(f"/proc/{name}/ns/mnt")
+        if namespace is not None and namespace not in namespaces:
+            namespaces.add(namespace)
+            yield from _read(f"/proc/{name}/mountinfo").splitlines()
+
+
+def _exports(status: os.stat_result) -> Iterator[Use]:
+    """What the kernel itself serves to others, without a lock: LIO, NVMe targets, USB gadgets."""
+    for what, path, remedy in _exported():
+        try:
+            other = os.stat(path)
+        except OSError:
+            continue  # of another mount namespace, or gone
+        same_device = (
+            stat.S_ISBLK(status.st_mode)
+            and stat.S_ISBLK(other.st_mode)
+            and number_of(other) in overlapping(number_of(status))
+        )
+        if same_device or os.path.samestat(status, other):
+            yield Use(f"exported by the kernel ({what})", remedy, refused=True)
+
+
+def _exported() -> Iterator[tuple[str, str, str | None]]:
+    """List what configfs has: who serves it, the path, and a command that ends that."""
+    core = f"{_CONFIGFS}/target/core"
+    for hba in _list(core):
+        for name in _list(f"{core}/{hba}"):
+            directory = f"{core}/{hba}/{name}"
+            if _read(f"{directory}/enable").strip() != "1":
+                continue
+            plugin = hba.rpartition("_")[0]
+            # "TCM FILEIO ID: 0        File: PATH  Size: 1048576  Mode: …" (target_core_file.c)
+            _, found, rest = _read(f"{directory}/info").partition("        File: ")
+            path = rest.rpartition("  Size: ")[0] if found else ""
+            remedy = f"targetcli /backstores/{plugin} delete {shlex.quote(name)}"
+            for each in {path, _read(f"{directory}/udev_path").strip()} - {""}:
+                yield f"LIO's {_printable(plugin)} {_printable(name)}", each, remedy
+    subsystems = f"{_CONFIGFS}/nvmet/subsystems"
+    for subsystem in _list(subsystems):
+        for name in _list(f"{subsystems}/{subsystem}/namespaces"):
+            directory = f"{subsystems}/{subsystem}/namespaces/{name}"
+            if _read(f"{directory}/enable").strip() == "1":
+                remedy = f"echo 0 > {shlex.quote(directory)}/enable"
+                path = _read(f"{directory}/device_path").strip()
+                yield f"NVMe target {_printable(subsystem)}", path, remedy
+    gadgets = f"{_CONFIGFS}/usb_gadget"
+    for gadget in _list(gadgets):
+        for function in _list(f"{gadgets}/{gadget}/functions"):
+            for lun in _list(f"{gadgets}/{gadget}/functions/{function}"):
+                path = _read(f"{gadgets}/{gadget}/functions/{function}/{lun}/file").strip()
+                if path:
+                    yield f"USB gadget {_printable(gadget)}", path, None
 
 
 def _is_node(path: str, number: Number) -> bool:
@@ -390,12 +467,19 @@ def _read(path: str) -> str:
         return ""
 
 
+def _link(path: str) -> str | None:
+    try:
+        return os.readlink(path)
+    except OSError:
+        return None
+
+
 def _integer(path: str) -> int:
     text = _read(path).strip()
     return int(text) if text.isdigit() else 0
 
 
-def _list(directory: str) -> Iterable[str]:
+def _list(directory: str) -> list[str]:
     try:
         return sorted(os.listdir(directory))
     except OSError:
