@@ -86,6 +86,7 @@ def run(argv: Sequence[str] | None = None, env: Environment | None = None) -> No
     """
     open_standard_descriptors()
     env = env if env is not None else Environment()
+    env.err.inherit()
     try:
         status = _main(sys.argv[1:] if argv is None else argv, env, is_program=True)
     finally:

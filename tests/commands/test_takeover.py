@@ -455,7 +455,8 @@ def test_changes_in_memory_that_nobody_could_remove_at_the_end(
     before = trace(host)
     status, _, err = adopt()
     assert (ExitStatus.USAGE, before) == (status, trace(host))
-    assert "nobody cannot remove them at the end: add --supervise" in err
+    assert "nobody cannot remove them at the end" in err
+    assert "xen-disk connect --adopt 5 xvdb --supervise" in err
 
 
 def test_a_toolstack_took_the_disk_away(host, adopt, orphan, image):

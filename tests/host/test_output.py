@@ -275,3 +275,59 @@ def test_a_child_without_a_thread_of_ours_writes_nowhere(monkeypatch):
         patch.setattr(threading.Thread, "start", none_left)
         with relayed_stderr():
             assert "/dev/null" == os.readlink("/proc/self/fd/2")
+
+
+HEIR = """
+import os, sys
+from xen_disk_py.host.output import Output
+err = Output(sys.stderr)
+err.inherit()
+assert "XEN_DISK_WAITING" not in os.environ
+err.write("the next program\\n")
+os.write(1, b"x")
+err.drain(30)
+"""
+
+BEQUEATHS = """
+import os, sys
+from xen_disk_py.host.output import Output
+err = Output(sys.stderr)
+for number in range(int(sys.argv[2])):
+    err.write(f"{number:099}\\n")
+with err.handed_over():
+    os.execv(sys.executable, [sys.executable, "-c", sys.argv[1]])
+"""
+
+
+@pytest.mark.parametrize("lines", [0, 1000, 3000])
+def test_the_program_that_a_process_becomes_says_what_it_has_not_said_yet(lines):
+    reader, writer = pipe()
+    command = [sys.executable, "-c", BEQUEATHS, HEIR, str(lines)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=writer) as process:
+        os.close(writer)
+        assert b"x" == process.stdout.read(1)  # the next one is there: until now nobody has read
+        with os.fdopen(reader, encoding="utf-8") as file:
+            said = file.read().splitlines()
+    assert 0 == process.returncode
+    assert "the next program" == said.pop()
+    lost = 0
+    if lines == 3000:
+        lost = int(said.pop().split()[0][1:])
+        assert lost > 0
+    assert [f"{number:099}" for number in range(lines - lost)] == said
+
+
+def test_a_descriptor_that_is_no_heir_s_is_left_alone(output, monkeypatch, tmp_path):
+    """The variable may come from anywhere."""
+    reader, writer = pipe()
+    made = output(writer)
+    with open(tmp_path / "secret", "w+", encoding="utf-8") as file:
+        file.write("secret")
+        file.flush()
+        for value in (str(file.fileno()), "-1", "x", "9" * 30, ""):
+            monkeypatch.setenv("XEN_DISK_WAITING", value)
+            made.inherit()
+            assert "XEN_DISK_WAITING" not in os.environ
+        os.fstat(file.fileno())
+    assert [] == select.select([reader], [], [], 0)[0]
+    os.close(reader)

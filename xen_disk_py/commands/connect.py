@@ -147,7 +147,8 @@ def _take_over(
             if spec.temporary is not None and spec.user is not None and not role.leaves:
                 raise UsageError(
                     f"{vdev} keeps its changes in memory, and {spec.user} cannot remove them at "
-                    "the end: add --supervise"
+                    "the end: have a parent do that: xen-disk connect --adopt "
+                    f"{orphan.domain.domid} {vdev} --supervise"
                 )
             connection = _open(args, env, role, spec, stack, orphan.domain)
             takeover.check_size(facts, str(vdev), connection.disk.backend)
@@ -298,7 +299,14 @@ class _Connection:
         status_line = _StatusLine(env, vdev, disk.statistics)
         live = not self._quiet and env.err.isatty()
         successor = Upgrade(
-            role, self._talk, spec.user, self._domain, vdev, record, status_line.clear
+            role,
+            self._talk,
+            spec.user,
+            self._domain,
+            vdev,
+            record,
+            status_line.clear,
+            env.err.handed_over,
         )
         session = Session(
             self._store,

@@ -25,6 +25,9 @@ from ..text import printable
 LIMIT = 64 << 10
 """Bytes that wait for a reader at most."""
 
+_HEIR = "XEN_DISK_WAITING"
+"""Environment variable: a descriptor with what waits for the reader, for the next program."""
+
 _LINE = 4096  # bytes of a line of others that are passed on at once
 
 _Send = Callable[[bytes], int]
@@ -169,6 +172,40 @@ class Output(io.TextIOBase):
                 return
             self._sink.wait(left)
             self.flush()
+
+    @contextlib.contextmanager
+    def handed_over(self) -> Iterator[None]:
+        """Leave what waits to the program that this process becomes inside."""
+        with self._lock:
+            self._push()
+            lost = b"(%d lines were lost: nobody read them)\n" % self._lost if self._lost else b""
+            waiting = bytes(self._waiting) + lost
+        fd = -1
+        try:
+            with contextlib.suppress(OSError):  # no descriptor to be had: they are lost
+                if waiting:
+                    fd = os.memfd_create("xen_disk_py", 0)  # the program inherits it
+                    os.write(fd, waiting)
+                    os.environ[_HEIR] = str(fd)
+            yield
+        finally:
+            os.environ.pop(_HEIR, None)
+            if fd >= 0:
+                os.close(fd)
+
+    def inherit(self) -> None:
+        """Take what the program before us in this process has left of its lines."""
+        number = os.environ.pop(_HEIR, "")
+        if not number.isdecimal():
+            return
+        with contextlib.suppress(OSError, OverflowError):
+            fd = int(number)
+            name = os.readlink(f"/proc/self/fd/{fd}")
+            if name.startswith("/memfd:xen_disk_py"):
+                with self._lock:
+                    self._waiting[:0] = os.pread(fd, 2 * LIMIT, 0)
+                    self._push()
+                os.close(fd)
 
     def close(self) -> None:
         """Give back what was opened to write; the stream stays open."""

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Callable
 
 from ..backends.loader import find_class
@@ -46,6 +47,7 @@ class Upgrade:
         vdev: the disk.
         record: says how it went.
         before: called when all is seen to be fine.
+        handed_over: the process becomes the new program inside of this.
     """
 
     def __init__(
@@ -57,11 +59,13 @@ class Upgrade:
         vdev: VirtualDevice,
         record: Record,
         before: Callable[[], None],
+        handed_over: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._leaves = role.leaves
         self._user = user
         self._record = record
         self._before = before
+        self._handed_over = handed_over
         self._words = [*options, "--adopt", str(domain.domid), str(vdev)]
 
     def take_over(self) -> None:
@@ -81,7 +85,8 @@ class Upgrade:
         # A signal meant for the old program is not to kill the new one before it listens.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         try:
-            os.execv(sys.executable, own_command("connect", *role.words(), *self._words))
+            with self._handed_over():
+                os.execv(sys.executable, own_command("connect", *role.words(), *self._words))
         except OSError as error:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             self._refuse(DeviceError(f"the new program does not start: {error}"))
