@@ -284,7 +284,7 @@ def test_a_good_flush_means_that_all_is_stable(steps):
     cuts=st.lists(st.tuples(st.integers(0, 20), st.integers(1, 9)), max_size=3),
 )
 def test_of_what_was_lost_the_newest_is_written_again_once(writes, cuts):
-    copies, expected = durability._Copies(), {}
+    copies, expected = durability._SharedCopies(), {}
     for number, (offset, length) in enumerate(writes):
         copies.add([memoryview(bytes([number + 1]) * length)], offset, None)
         expected.update(dict.fromkeys(range(offset, offset + length), number + 1))

@@ -19,12 +19,11 @@ from __future__ import annotations
 
 import errno
 import threading
-from bisect import bisect_right
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Callable, Optional
 
 from ..backends import Backend, StorageError
+from ..backends.copies import Copies, Piece, cut
 from .statistics import Statistics
 
 COPIES = 64 << 20
@@ -32,9 +31,6 @@ COPIES = 64 << 20
 written."""
 
 Move = Callable[["Sequence[memoryview]", int], Optional[int]]
-
-Piece = tuple[int, bytes]
-"""Where it begins on the disk, in bytes, and what is there."""
 
 _PASSING = frozenset(
     (
@@ -96,7 +92,7 @@ class Durability:
         self._flushing = threading.Lock()
         self._started = 0  # flushes
         self._last_good = 0  # the number of the last that succeeded
-        self._copies = _Copies() if keeps and not backend.repeats_flush else None
+        self._copies = _SharedCopies() if keeps and not backend.repeats_flush else None
 
     def reading(self, move: Move) -> Move:
         """Wrap a way to read, so that it fails where the storage may have lost something."""
@@ -195,31 +191,33 @@ class Durability:
                 self.statistics.flush_failed = False
 
 
-class _Copies:
+class _SharedCopies:
     """What was written and not flushed, oldest first; several threads write.
 
     Attributes:
-        size: bytes.
         lost: what a failed flush may have lost, the newest of each sector, until it is written
             again; in no order, no two overlap.
         are_all_there: nothing that was written before a flush failed is missing here.
     """
 
     def __init__(self) -> None:
-        self.size = 0
         self.lost: list[Piece] = []
         self.are_all_there = False
-        self._first = 0  # the number of the oldest, counted from the first ever
-        self._copies: deque[list[Piece]] = deque()  # of one write each, in pieces
+        self._copies = Copies()
         self._changed = threading.Condition()
         self._writers = 0
         self._is_alone = False
 
     @property
+    def size(self) -> int:
+        """Bytes of all copies."""
+        return self._copies.size
+
+    @property
     def end(self) -> int:
         """The number that the next copy will have."""
         with self._changed:
-            return self._first + len(self._copies)
+            return self._copies.end
 
     def enter(self, *, may_wait: bool = True) -> bool:
         """Begin to write, once nothing is written again; False if that would take waiting."""
@@ -244,22 +242,19 @@ class _Copies:
             data = data[: max(0, moved)]
         if data:
             with self._changed:
-                self._copies.append([(offset, data)])
-                self.size += len(data)
+                self._copies.add(offset, data)
                 self._found(offset, offset + len(data))
 
     def forget(self, offset: int, length: int) -> None:
         """Cut an extent out of all copies."""
         end = offset + length
         with self._changed:
-            for copy in self._copies:
-                copy[:] = [left for piece in copy for left in _cut(piece, offset, end)]
-            self.size = sum(len(data) for copy in self._copies for _, data in copy)
+            self._copies.forget(offset, length)
             self._found(offset, end)
 
     def _found(self, start: int, end: int) -> None:
         if self.lost:
-            self.lost = [left for piece in self.lost for left in _cut(piece, start, end)]
+            self.lost = [left for piece in self.lost for left in cut(piece, start, end)]
 
     def is_lost(self, start: int, end: int) -> bool:
         """Tell whether some of an extent is."""
@@ -270,15 +265,13 @@ class _Copies:
         """Drop the copies before number ``end``."""
         with self._changed:
             self.are_all_there = False
-            while self._first < end:
-                self.size -= sum(len(data) for _, data in self._copies.popleft())
-                self._first += 1
+            self._copies.flushed(end)
 
     def lose(self, *, for_good: bool) -> None:
         """Note that nothing of this may be on the storage."""
         with self._changed:
             self.are_all_there = not for_good
-            self.lost = [] if for_good else list(_newest(self._copies))
+            self.lost = [] if for_good else list(self._copies.newest())
 
     def write_again(self, write: Move) -> None:
         """Write what was lost, while nobody else writes; what cannot be written stays lost."""
@@ -304,34 +297,3 @@ class _Copies:
             with self._changed:
                 self._is_alone = False
                 self._changed.notify_all()
-
-
-def _cut(piece: Piece, start: int, end: int) -> Iterator[Piece]:
-    """What is left of a piece without what lies from ``start`` to ``end``."""
-    offset, data = piece
-    if start >= offset + len(data) or end <= offset:
-        yield piece
-        return
-    if start > offset:
-        yield offset, data[: start - offset]
-    if end < offset + len(data):
-        yield end, data[end - offset :]
-
-
-def _newest(copies: Sequence[Sequence[Piece]]) -> Iterator[Piece]:
-    """What was written last of each byte."""
-    bounds: list[int] = []  # where what is known begins and ends, by turns
-    for copy in reversed(copies):
-        for offset, data in copy:
-            at, end = offset, offset + len(data)
-            first = bisect_right(bounds, offset)
-            last = bisect_right(bounds, end)
-            inner = bounds[first:last]
-            edges = [*([] if first % 2 else [offset]), *inner, *([] if last % 2 else [end])]
-            for at, stop in zip(edges[::2], edges[1::2]):
-                if stop > at:
-                    yield at, data[at - offset : stop - offset]
-            bounds[first:last] = [
-                *([] if first % 2 else [offset]),
-                *([] if last % 2 else [end]),
-            ]

@@ -7,6 +7,8 @@ import shutil
 import signal
 import subprocess
 import threading
+import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,6 +16,7 @@ from backends.blocks import read, write
 from xen_disk_py.backends import StorageError
 from xen_disk_py.backends.conformance import BackendConformance
 from xen_disk_py.backends.loader import QEMU_FORMATS
+from xen_disk_py.backends.nbd import qemu
 from xen_disk_py.backends.nbd.qemu import QemuBackend
 from xen_disk_py.errors import BackendError, ImageError, UsageError
 
@@ -114,3 +117,21 @@ def test_what_cannot_be_served(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(BackendError, match="install qemu-utils"):
         QemuBackend(str(tmp_path), "qcow2")
+
+
+def test_one_that_still_has_the_image_is_waited_for(tmp_path, monkeypatch):
+    """As after a kill of its client, when it stores what it has before it ends."""
+    path, number = make(tmp_path / "disk", "qcow2"), tmp_path / "pid"
+    command = ["qemu-nbd", "--fork", "--persistent", "--pid-file", str(number), "-f", "qcow2"]
+    subprocess.run([*command, "--socket", str(tmp_path / "socket"), path], check=True)
+    slept = []
+
+    def sleep(seconds):
+        if not slept:
+            os.kill(int(number.read_text()), signal.SIGTERM)
+        slept.append(seconds)
+        time.sleep(seconds)
+
+    monkeypatch.setattr(qemu, "time", SimpleNamespace(monotonic=lambda: 0, sleep=sleep))
+    QemuBackend(path, "qcow2").close()
+    assert slept

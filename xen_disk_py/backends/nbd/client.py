@@ -13,13 +13,13 @@ import errno
 import logging
 import select
 import threading
-from collections import deque
 from collections.abc import Sequence
 from typing import Any, Callable
 
 from ...errors import BackendError
 from .. import StorageError
 from ..asynchronous import DISCARD, FLUSH, WRITE, Asynchronous, Request
+from ..copies import Copies
 from .libnbd import Connection
 
 log = logging.getLogger("xen_disk_py")
@@ -31,33 +31,6 @@ fails until a flush has succeeded."""
 _PAUSES = 0.1, 5.0  # seconds between two tries to connect: at first, and at most
 _DISCARD = 1 << 30  # bytes in one request, whose length has 32 bits
 _PATIENCE = 1.0  # seconds that closing waits for a try to connect
-
-
-class _Unflushed:
-    """Copies of the writes that no flush has covered yet, in the order of their answers."""
-
-    def __init__(self) -> None:
-        self.size = 0  # bytes
-        self.first = 0  # the number of the oldest, counted from the first ever
-        self._writes: deque[tuple[int, bytes]] = deque()
-
-    @property
-    def end(self) -> int:
-        """The number that the next will have."""
-        return self.first + len(self._writes)
-
-    def add(self, offset: int, data: bytes) -> None:
-        self._writes.append((offset, data))
-        self.size += len(data)
-
-    def flushed(self, end: int) -> None:
-        """Forget those before number ``end``."""
-        while self.first < end:
-            self.size -= len(self._writes.popleft()[1])
-            self.first += 1
-
-    def copies(self) -> list[tuple[int, bytes]]:
-        return list(self._writes)
 
 
 class Client(Asynchronous):
@@ -78,7 +51,7 @@ class Client(Asynchronous):
         self.export = first.export
         self._count = connections if self.export.can_multi_conn else 1
         self._is_logged = self.export.can_flush and not self.export.read_only
-        self._unflushed = _Unflushed()
+        self._unflushed = Copies()
         self._is_flushing = False  # by ourselves
         self._epoll = select.epoll()
         self._connections: dict[int, Connection] = {}  # by socket
@@ -277,7 +250,7 @@ class Client(Asynchronous):
                 f"the server that answers now has another disk: {now.size} bytes, "
                 f"{'read-only' if now.read_only else 'writable'}"
             )
-        writes = self._unflushed.copies()
+        writes = list(self._unflushed.newest())
         for offset, data in writes:
             for at in range(0, len(data), now.maximum):
                 connection.do(WRITE, data[at : at + now.maximum], offset + at)

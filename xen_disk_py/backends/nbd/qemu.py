@@ -7,12 +7,18 @@ what it had not flushed is written again (see :mod:`.client`).
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import time
+from contextlib import suppress
 
 from ...errors import BackendError, ImageError, UsageError
+from .. import qemu_locks
 from ..loader import QEMU_FORMATS
 from .backend import NbdBackend
 
+_PATIENCE = 5.0  # seconds
+_OURS = re.compile("xen.disk")  # in our command lines
 _PACKAGES = "qemu-utils (Debian, Ubuntu) or qemu-img (Fedora)"
 
 
@@ -54,6 +60,7 @@ class QemuBackend(NbdBackend):
             command = [program, "--format", format, "--read-only"]
         self._image_path = path
         self._format = format
+        _wait_for_another(path)
         try:
             super().__init__([*command, "--", path], read_only=read_only, sector_size=sector_size)
         except BackendError as error:
@@ -64,3 +71,41 @@ class QemuBackend(NbdBackend):
 
     def __str__(self) -> str:
         return f"{self._format} {self._image_path}"
+
+
+def _wait_for_another(path: str) -> None:
+    """Wait a while for a ``qemu-nbd`` that still has the image locked.
+
+    That of a process which was killed ends when it sees that; it stores what it has first.
+    """
+    deadline = time.monotonic() + _PATIENCE
+    pause = 0.01
+    while time.monotonic() < deadline and any(map(_is_left_over, _holders(path))):
+        time.sleep(pause)
+        pause = min(2 * pause, 0.2)
+
+
+def _holders(path: str) -> list[int]:
+    try:
+        return qemu_locks.holders(os.stat(path))
+    except OSError:
+        return []  # whoever opens it says why
+
+
+def _is_left_over(pid: int) -> bool:
+    """Tell whether a process is a ``qemu-nbd``, and not that of a disk that is served."""
+    with suppress(OSError, ValueError, IndexError):
+        # 1234 (qemu-nbd) S 1200 ...: its parent comes last (proc(5))
+        name, _, rest = _content(f"/proc/{pid}/stat").partition(" (")[2].rpartition(") ")
+        parent = int(rest.split()[1])
+        return (
+            name == "qemu-nbd"
+            and parent != os.getpid()
+            and not _OURS.search(_content(f"/proc/{parent}/cmdline"))
+        )
+    return False
+
+
+def _content(path: str) -> str:
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return file.read()

@@ -1,0 +1,85 @@
+"""Copies of what was written since the last flush that is known to be good, to write it again.
+
+Two keep such: the datapath, for a file whose flush has failed, and the NBD client, for a server
+that has gone away. Which sectors of an overlay no flush covers is another matter (see
+:mod:`.overlay.unflushed`): its data stays in the file, so there is no bound for it, and no copy.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Iterator, Sequence
+
+Piece = tuple[int, bytes]
+"""Where it begins on the disk, in bytes, and what is there."""
+
+
+class Copies:
+    """Writes in the order of their answers, each with a number. Nothing here is locked.
+
+    Attributes:
+        size: bytes of all copies.
+    """
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._first = 0  # the number of the oldest, counted from the first ever
+        self._writes: deque[list[Piece]] = deque()  # each in pieces
+
+    @property
+    def end(self) -> int:
+        """The number that the next will have."""
+        return self._first + len(self._writes)
+
+    def add(self, offset: int, data: bytes) -> None:
+        """Keep what was written ``offset`` bytes into the disk."""
+        self._writes.append([(offset, data)])
+        self.size += len(data)
+
+    def forget(self, offset: int, length: int) -> None:
+        """Cut an extent out of all copies: it was discarded."""
+        for write in self._writes:
+            write[:] = [left for piece in write for left in cut(piece, offset, offset + length)]
+        self.size = sum(len(data) for write in self._writes for _, data in write)
+
+    def flushed(self, end: int) -> None:
+        """Drop those before number ``end``."""
+        while self._first < end:
+            self.size -= sum(len(data) for _, data in self._writes.popleft())
+            self._first += 1
+
+    def newest(self) -> Iterator[Piece]:
+        """Return what was written last of each byte, in no order; no two overlap."""
+        return _newest(self._writes)
+
+
+def cut(piece: Piece, start: int, end: int) -> Iterator[Piece]:
+    """Return what is left of a piece without what lies from ``start`` to ``end``."""
+    offset, data = piece
+    if start >= offset + len(data) or end <= offset:
+        yield piece
+        return
+    if start > offset:
+        yield offset, data[: start - offset]
+    if end < offset + len(data):
+        yield end, data[end - offset :]
+
+
+def _newest(writes: Sequence[Sequence[Piece]]) -> Iterator[Piece]:
+    """What was written last of each byte."""
+    bounds: list[int] = []  # where what is known begins and ends, by turns
+    for write in reversed(writes):
+        for offset, data in write:
+            at, end = offset, offset + len(data)
+            first = bisect_right(bounds, offset)
+            last = bisect_right(bounds, end)
+            inner = bounds[first:last]
+            edges = [*([] if first % 2 else [offset]), *inner, *([] if last % 2 else [end])]
+            for at, stop in zip(edges[::2], edges[1::2]):
+                if stop > at:
+                    yield at, data[at - offset : stop - offset]
+            bounds[first:last] = [
+                *([] if first % 2 else [offset]),
+                *([] if last % 2 else [end]),
+            ]
