@@ -17,6 +17,7 @@ LAYERS = (  # from the bottom to the top: each may import itself and what stands
     {"__init__", "errors", "exit_status"},
     {"units", "text", "ration"},
     {"blkif", "ring", "hypervisor"},
+    {"trace"},
     {"host"},
     {"libxen"},
     {"backends"},
@@ -32,7 +33,7 @@ LAYERS = (  # from the bottom to the top: each may import itself and what stands
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 # A hypervisor is chosen when a command runs, and the real one is loaded by then only.
-PURE = {"blkif", "ring", "datapath.journal", "datapath.polling", "xenbus.states"}
+PURE = {"blkif", "ring", "datapath.journal", "datapath.polling", "trace.format", "xenbus.states"}
 EFFECTS = {"os", "socket", "select", "subprocess", "ctypes", "threading", "mmap", "fcntl"}
 
 

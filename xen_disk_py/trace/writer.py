@@ -1,0 +1,207 @@
+"""Writes a trace: blocks behind one another, or round and round in a ring."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from ..errors import ImageError
+from ..hypervisor import Closing
+from .format import (
+    EVENTS,
+    FLUSH,
+    HEADER_SIZE,
+    MAX_DATA,
+    MAX_RECORDS,
+    NO_QUEUE,
+    SLOTS,
+    Header,
+    Record,
+    pack_block,
+    pack_record,
+)
+from .reader import TraceReader
+
+
+class TraceWriter(Closing):
+    """A trace that grows; one thread calls it.
+
+    Args:
+        fd: of the file, whose header is there; closed with this.
+        header: that one.
+        sequence, requests, flushes: of blocks, requests and good flushes that are there.
+        at: where the next block begins, in bytes.
+    """
+
+    def __init__(
+        self,
+        fd: int,
+        header: Header,
+        *,
+        sequence: int = 0,
+        requests: int = 0,
+        flushes: int = 0,
+        at: int = HEADER_SIZE,
+    ) -> None:
+        self.fd = fd
+        self.header = header
+        self.sequence = sequence
+        self.requests = requests
+        self.flushes = flushes
+        self.at = at
+
+    @classmethod
+    def create(cls, path: str, header: Header) -> TraceWriter:
+        """Make a new file, for its owner alone.
+
+        Raises:
+            ImageError: there is one of that name, or it cannot be made.
+        """
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        except FileExistsError:
+            raise ImageError(
+                f"{path}: exists, and a trace is never overwritten: give another name, or remove it"
+            ) from None
+        except OSError as error:
+            raise ImageError(f"{path}: {error.strerror}") from error
+        try:
+            _write(fd, header.pack(), 0)
+        except OSError as error:
+            os.close(fd)
+            os.unlink(path)
+            raise ImageError(f"{path}: {error.strerror}") from error
+        return cls(fd, header)
+
+    @classmethod
+    def resume(cls, fd: int, reader: TraceReader) -> TraceWriter:
+        """Append to a trace that another process has begun; what cannot be read is cut off.
+
+        Args:
+            fd: of the file, open for writing; closed with the writer.
+            reader: of the same file.
+
+        Raises:
+            ImageError: it cannot be read.
+            OSError: it cannot be cut.
+        """
+        sequence = requests = flushes = 0
+        at = HEADER_SIZE
+        for block in reader.blocks():
+            sequence = block.header.sequence + 1
+            requests = block.header.requests + sum(each.is_request for each in block.records)
+            flushes = block.header.flushes + sum(map(is_good_flush, block.records))
+            at = block.at + block.header.length
+        if not reader.header.ring:
+            os.ftruncate(fd, at)
+        return cls(fd, reader.header, sequence=sequence, requests=requests, flushes=flushes, at=at)
+
+    def append(self, records: Sequence[Record]) -> None:
+        """Write records, in as many blocks as it takes; their numbers are not looked at.
+
+        Raises:
+            OSError: they cannot be written; nothing of the last block counts.
+        """
+        packed: list[bytes] = []
+        data: list[bytes] = []
+        size = requests = flushes = 0
+        for record in records:
+            written = record.data or b""
+            if packed and (len(packed) == MAX_RECORDS or size + len(written) > MAX_DATA):
+                self.write(packed, data, requests=requests, flushes=flushes)
+                packed, data = [], []
+                size = requests = flushes = 0
+            packed.append(pack(record))
+            if written:
+                data.append(written)
+                size += len(written)
+            requests += record.operation < EVENTS
+            flushes += is_good_flush(record)
+        if packed:
+            self.write(packed, data, requests=requests, flushes=flushes)
+
+    def write(
+        self, records: Sequence[bytes], data: Sequence[bytes], *, requests: int, flushes: int
+    ) -> None:
+        """Write one block.
+
+        Args:
+            records: as :func:`~.format.pack_block` takes them.
+            data: the same.
+            requests: how many of the records are requests.
+            flushes: how many of these are flushes that succeeded.
+
+        Raises:
+            OSError: it cannot be written; nothing of it counts.
+        """
+        block = pack_block(
+            self.header.id, self.sequence, self.requests, self.flushes, records, data
+        )
+        at = self._place(len(block))
+        _write(self.fd, block, at)
+        self.at = at + len(block)
+        self.sequence += 1
+        self.requests += requests
+        self.flushes += flushes
+
+    def _place(self, length: int) -> int:
+        """Where a block of so many bytes goes."""
+        slot = self.header.slot
+        if not slot:
+            return self.at
+        number, used = divmod(self.at - HEADER_SIZE, slot)
+        if self.at > HEADER_SIZE and not used:  # the last one filled its slot to the end
+            return HEADER_SIZE + number % SLOTS * slot
+        if used + length <= slot:
+            return self.at
+        return HEADER_SIZE + (number + 1) % SLOTS * slot
+
+    def sync(self) -> None:
+        """Return when all of it is on stable storage."""
+        os.fdatasync(self.fd)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def is_good_flush(record: Record) -> bool:
+    """Whether it is a flush that succeeded."""
+    return record.operation == FLUSH and not record.status
+
+
+def pack(record: Record) -> bytes:
+    """Return the bytes of a record, without its data."""
+    return pack_record(
+        record.start,
+        record.latency,
+        record.offset,
+        record.length,
+        len(record.data or b""),
+        record.status,
+        record.queue,
+        record.operation,
+    )
+
+
+def event(operation: int, start: int, *, size: int = 0, lost: int = 0, text: str = "") -> Record:
+    """Make the record of an event.
+
+    Args:
+        operation: see :class:`Record`.
+        start: nanoseconds since the trace began.
+        size: of the disk from now on, in bytes.
+        lost: so many requests were not recorded.
+        text: why, for people.
+    """
+    return Record(0, operation, start, 0, size, lost, 0, NO_QUEUE, text.encode() or None)
+
+
+def _write(fd: int, data: bytes, at: int) -> None:
+    view = memoryview(data)
+    while view:
+        count = os.pwrite(fd, view, at)
+        view = view[count:]
+        at += count
