@@ -35,7 +35,6 @@ PROGRAM = """#!{python}
 import os
 import subprocess
 import sys
-from functools import partial
 
 sys.path.insert(0, {package!r})
 from xen_disk_py.host.output import open_standard_descriptors
@@ -53,7 +52,8 @@ if "--adopt" in sys.argv and '"tries"' not in " ".join(sys.argv):
     machine.bury_backend()  # what a kernel has done when a process has died, or become this one
 for descriptor in machine.descriptors:
     os.set_inheritable(descriptor, True)
-subprocess.Popen = partial(subprocess.Popen, pass_fds=machine.descriptors)
+popen = subprocess.Popen
+subprocess.Popen = lambda *what, **more: popen(*what, **{{**more, "pass_fds": machine.descriptors}})
 env = Environment(
     open_store=lambda: Store.open({socket!r}),
     open_hypervisor=lambda: SimulatedHypervisor(machine),
