@@ -17,11 +17,13 @@ import storage
 
 from xen_disk_py.backends import newfile, qemu_img
 from xen_disk_py.backends.image import Image
+from xen_disk_py.backends.nbd.libnbd import NBD
 from xen_disk_py.backends.overlay import maintenance
 from xen_disk_py.backends.overlay.backend import OverlayBackend
+from xen_disk_py.backends.vhd.create import create as create_vhd
 from xen_disk_py.cli import main
 from xen_disk_py.commands.environment import Environment
-from xen_disk_py.errors import ImageError
+from xen_disk_py.errors import ImageError, XenUnavailable
 from xen_disk_py.exit_status import ExitStatus
 
 SIZE = (4 << 20) + 512
@@ -309,3 +311,74 @@ def test_no_such_directory(export, tmp_path):
     status, _, err = export(to=tmp_path / "no" / "new.img")
     assert ExitStatus.ERROR is status
     assert "cannot be made: No such file or directory" in err
+
+
+# any other disk
+
+
+@pytest.fixture
+def export_of(tmp_path):
+    def export_of(source, *argv):
+        env = Environment(stdout=io.StringIO(), stderr=io.StringIO(), stdin=None)
+        new = tmp_path / "copy.raw"
+        new.unlink(missing_ok=True)
+        status = main(["export", str(source), str(new), *map(str, argv)], env)
+        return status, new.read_bytes() if new.exists() else None, env.stderr.getvalue()
+
+    return export_of
+
+
+def test_filters_are_over_what_is_exported(export_of, files, tmp_path):
+    image, overlay, content = files
+    part = ("--filter", "offset:start=512,size=1K")
+    assert (ExitStatus.OK, content[512:1536], "") == export_of(overlay, *part)
+    expected = image.read_bytes()[512:1536]
+    assert (ExitStatus.OK, expected, "") == export_of(image, "--format", "raw", *part)
+    path = str(tmp_path / "a.vhd")
+    create_vhd(path, SIZE)
+    assert (ExitStatus.OK, bytes(1024), "") == export_of(path, *part)
+    assert ExitStatus.USAGE is export_of(overlay, "--filter", "nonsense")[0]
+
+
+def test_a_program_is_exported_sparse(export_of, tmp_path):
+    (tmp_path / "mydisk.py").write_text(
+        "from xen_disk_py.backends import Backend\n"
+        "class Disk(Backend):\n"
+        "    def __init__(self, *, letter='a'):\n"
+        "        self.size = (3 << 20) + 512\n"
+        "        self.letter = letter.encode()\n"
+        "    def read(self, buffers, offset):\n"
+        "        if offset > 3 << 20: raise ValueError('not mine')\n"
+        "        done = min(4096, len(buffers[0]))\n"
+        "        buffers[0][:done] = (self.letter if offset < 4096 else bytes(1)) * done\n"
+        "        return done\n"
+        "    def write(self, buffers, offset): raise AssertionError\n",
+        encoding="ascii",
+    )
+    status, content, err = export_of(tmp_path / "mydisk.py", "--option", "letter=x")
+    assert (ExitStatus.OK, "") == (status, err)
+    assert b"x" * 4096 + bytes((3 << 20) + 512 - 4096) == content
+    assert os.stat(tmp_path / "copy.raw").st_blocks * 512 <= 128 << 10
+    program = (tmp_path / "mydisk.py").read_text(encoding="ascii")
+    (tmp_path / "mydisk.py").write_text(program.replace("> 3 <<", "> 2 <<"), encoding="ascii")
+    status, content, err = export_of(tmp_path / "mydisk.py")
+    assert (ExitStatus.ERROR, None) == (status, content)
+    assert "cannot be read at 2097152" in err
+    assert "not mine" in err
+
+
+def test_qcow2(export_of, tmp_path):
+    if shutil.which("qemu-nbd") is None or shutil.which("qemu-img") is None:
+        pytest.skip("needs qemu-nbd and qemu-img")
+    try:
+        NBD.load()
+    except XenUnavailable as error:
+        pytest.skip(str(error))
+    raw, path = tmp_path / "disk.raw", tmp_path / "disk.qcow2"
+    raw.write_bytes(os.urandom(100_000).ljust(3 << 20, b"\0"))
+    words = ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(raw), str(path)]
+    subprocess.run(words, check=True)
+    before = path.read_bytes()
+    expected = (ExitStatus.OK, raw.read_bytes(), "")
+    assert expected == export_of(path, "--format", "qcow2")
+    assert before == path.read_bytes()

@@ -8,14 +8,17 @@ import io
 import json
 import os
 import shutil
+import subprocess
 
 import pytest
 
 from xen_disk_py.backends.image import Image
+from xen_disk_py.backends.nbd.libnbd import NBD
 from xen_disk_py.backends.overlay import maintenance
 from xen_disk_py.backends.overlay.backend import OverlayBackend
 from xen_disk_py.cli import main
 from xen_disk_py.commands.environment import Environment
+from xen_disk_py.errors import XenUnavailable
 from xen_disk_py.exit_status import ExitStatus
 
 SIZE = 1 << 20
@@ -181,3 +184,64 @@ def test_what_is_no_image(info, tmp_path, what):
     status, out, err = info(path)
     assert (ExitStatus.ERROR, "") == (status, out)
     assert str(path) in err
+
+
+# what has to be asked of others
+
+
+def needs(*programs):
+    missing = [program for program in programs if shutil.which(program) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"needs {', '.join(missing)}")
+
+
+@needs("qemu-img")
+def test_a_qcow2_and_its_backing_files(told, info, tmp_path):
+    base, path = str(tmp_path / "base.raw"), str(tmp_path / "a.qcow2")
+    with open(base, "wb") as file:
+        file.truncate(SIZE)
+    words = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "raw", path, "2M"]
+    subprocess.run(words, check=True)
+    found = told(path, "--format", "qcow2")
+    parent = found["parent"]
+    assert (path, "qcow2", 2 * SIZE, False) == tuple(
+        found[name] for name in ("path", "format", "size", "in_use")
+    )
+    assert (base, "raw", SIZE, None) == tuple(
+        parent[name] for name in ("path", "format", "size", "parent")
+    )
+    assert f"  parent      {base}" in info(path, "--format", "qcow2")[1].splitlines()
+    os.unlink(base)
+    status, out, err = info(path, "--format", "qcow2")
+    assert (ExitStatus.ERROR, "", 1) == (status, out, err.count("\n"))
+    assert base in err
+
+
+def test_a_program(told, info, tmp_path):
+    path = tmp_path / "mydisk.py"
+    path.write_text(
+        "from xen_disk_py.backends import Backend\n"
+        "class Disk(Backend):\n"
+        "    size = 8192\n"
+        "    read_only = True\n"
+        "    def read(self, buffers, offset): pass\n",
+        encoding="ascii",
+    )
+    found = told(path)
+    assert ("python", 8192, None) == (found["format"], found["size"], found["in_use"])
+    assert [
+        "  format      python",
+        "  size        8 KiB (8192 bytes)",
+        "  sectors     512 bytes",
+    ] == (info(path)[1].splitlines()[1:])
+
+
+@needs("nbdkit")
+def test_a_servers_disk(info):
+    try:
+        NBD.load()
+    except XenUnavailable as error:
+        pytest.skip(str(error))
+    status, out, err = info("[ nbdkit memory 8M ]", "--json")
+    assert (ExitStatus.OK, "") == (status, err)
+    found = json.loads(out)
+    assert ("nbd", 8 << 20, None) == (found["format"], found["size"], found["allocated"])

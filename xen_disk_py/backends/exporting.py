@@ -11,11 +11,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Callable
 
-from ..errors import ImageError, UsageError
+from ..errors import BackendError, ImageError, UsageError
 from ..units import format_size
+from . import Backend
+from .image import transfer_all
 from .locks import lock
 from .newfile import NewFile
 
+_CHUNK = 1 << 20  # read in one go
+_PIECE = 64 << 10  # if it is nothing but zeros, a hole is left
 _SETTLING = 0.05  # seconds; file systems note times of modification in steps of up to 0.01
 _ATTEMPTS = 3
 _FICLONE = 0x40049409  # linux/fs.h
@@ -57,6 +61,52 @@ def exported(
             convert(raw.fd, made.fd)
         os.fsync(made.fd)
         made.put(new, replacing=force)
+
+
+def export_disk(
+    disk: Backend, new: str, *, force: bool, progress: Progress, convert: Convert | None = None
+) -> int:
+    """Make a new image of what a guest would read of any disk; return its size, in bytes.
+
+    Args:
+        disk: open; nothing is written to it.
+        new: the new image, sparse, for its owner alone.
+        force: replace the file that is there.
+        progress: told how far it is.
+        convert: makes the new image of the raw one.
+
+    Raises:
+        UsageError: there is a file, or something that is never replaced.
+        ImageError: the new image cannot be made, and nothing has changed.
+        BackendError: the disk cannot be read.
+    """
+    with exported(new, disk.size, (), force=force, convert=convert) as raw:
+        os.ftruncate(raw.fd, disk.size)
+        buffer = memoryview(bytearray(_CHUNK))
+        for at in range(0, disk.size, _CHUNK):
+            chunk = buffer[: min(_CHUNK, disk.size - at)]
+            _read(disk, chunk, at)
+            for start in range(0, len(chunk), _PIECE):
+                piece = chunk[start : start + _PIECE]
+                if any(piece):
+                    transfer_all(os.pwritev, raw.fd, [piece], at + start)
+            progress(at, disk.size)
+        progress(disk.size, disk.size)
+    return disk.size
+
+
+def _read(disk: Backend, chunk: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(chunk):
+        try:
+            moved = disk.read([chunk[done:]], offset + done)
+        except Exception as error:
+            raise BackendError(f"{disk} cannot be read at {offset}: {error}") from error
+        if moved is None:
+            return
+        if moved <= 0:
+            raise BackendError(f"{disk} cannot be read at {offset}: it ends too early")
+        done += moved
 
 
 def at_one_instant(fd: int, path: str, copy: Callable[[int], None]) -> None:

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import ImageError
+from . import qemu_img, qemu_locks
 from .image import Image
+from .loader import QEMU_FORMATS, choose, is_file, open_backend
 from .locks import holders
 from .overlay.file import OverlayFile
 from .overlay.maintenance import allocated_bytes
@@ -25,9 +27,10 @@ def describe(path: str, format: str | None = None) -> dict[str, Any]:  # noqa: A
     """Describe a file or device, and what lies below it.
 
     Args:
-        path: what.
-        format: ``raw``, ``vhd`` or ``overlay``; None: a name that ends in .vhd is a VHD, a file
-            that begins like an overlay one. That is good enough to be told, not to be served.
+        path: what; also what ``--path`` takes besides.
+        format: ``raw``, ``vhd``, ``overlay``, or one of QEMU's; None: a name that ends in .vhd is
+            a VHD, a file that begins like an overlay one. That is good enough to be told, not to
+            be served.
 
     Returns:
         ``path``, ``format``, ``size`` (of the disk, in bytes), ``sector_size``, ``allocated``
@@ -37,7 +40,10 @@ def describe(path: str, format: str | None = None) -> dict[str, Any]:  # noqa: A
 
     Raises:
         ImageError: it cannot be read.
+        XenDiskError: from its backend, where that has to be opened.
     """
+    if format is None and (not is_file(path) or choose(None, path) != "cow"):
+        return _served(path)
     try:
         return _describe(path, format, 1)
     except OSError as error:
@@ -48,6 +54,8 @@ def _describe(path: str, kind: str | None, depth: int) -> dict[str, Any]:
     if depth > _DEEPEST:
         raise ImageError(f"{path}: more than {_DEEPEST} files below each other")
     kind = kind or _guess(path)
+    if kind in QEMU_FORMATS:
+        return _of_qemu(path, kind)
     return {"overlay": _overlay, "vhd": _vhd, "raw": _raw}[kind](path, depth)
 
 
@@ -122,6 +130,50 @@ def _vhd(path: str, depth: int) -> dict[str, Any]:
         return found
     finally:
         os.close(fd)
+
+
+def _of_qemu(path: str, kind: str) -> dict[str, Any]:
+    """Describe an image and its backing files as QEMU does."""
+    described = None
+    for each in reversed(qemu_img.describe(path, kind)):
+        described = {
+            "path": os.path.abspath(each["filename"]),
+            "format": each["format"],
+            "size": each["virtual-size"],
+            "sector_size": _UNIT,
+            "allocated": each["actual-size"],
+            "disk_usage": each["actual-size"],
+            "in_use": _is_in_use(each["filename"]),
+            "parent": described,
+        }
+    assert described is not None
+    return described
+
+
+def _is_in_use(path: str) -> bool | None:
+    try:
+        status = os.stat(path)
+    except OSError:  # no file: QEMU may know other things by that name
+        return None
+    return bool(holders(status) or qemu_locks.holders(status))
+
+
+def _served(path: str) -> dict[str, Any]:
+    """Describe what has to be opened for that: a server's disk, or one that a program makes."""
+    disk = open_backend(None, {"path": path, "read_only": True})
+    try:
+        return {
+            "path": path,
+            "format": "python" if is_file(path) else choose(None, path),
+            "size": disk.size,
+            "sector_size": disk.sector_size,
+            "allocated": None,
+            "disk_usage": None,
+            "in_use": None,
+            "parent": None,
+        }
+    finally:
+        disk.close()
 
 
 def _is_vhd(path: str) -> bool:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import selectors
 import shutil
 import subprocess
-from typing import Callable
+from typing import Any, Callable
 
 from ..errors import ImageError, UsageError
 
@@ -67,6 +68,29 @@ def convert(raw: int, made: int, output_format: str, progress: Callable[[int, in
             raise ImageError(f"qemu-img cannot make it: {said or 'it does not say why'}")
 
 
+def describe(path: str, image_format: str) -> list[dict[str, Any]]:
+    """Return what ``qemu-img info`` says of an image and its backing files, the image first.
+
+    Raises:
+        UsageError: ``qemu-img`` is not installed.
+        ImageError: it fails; the message says why.
+    """
+    path = os.path.abspath(path)
+    words = ["info", "--force-share", "--backing-chain", "--output=json", "-f", image_format]
+    done = subprocess.run(
+        [find(), *words, "--", path],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        cwd="/",
+        env={"PATH": _DIRECTORIES, "LC_ALL": "C"},
+        check=False,
+    )
+    if done.returncode:
+        raise ImageError(f"{path}: {_in_one_line(done.stderr) or 'qemu-img does not say why'}")
+    found: list[dict[str, Any]] = json.loads(done.stdout)
+    return found
+
+
 def _follow(process: subprocess.Popen[bytes], progress: Callable[[int, int], None]) -> str:
     """Report what it says of its progress until it ends; return what it says of errors."""
     assert process.stdout is not None
@@ -85,4 +109,8 @@ def _follow(process: subprocess.Popen[bytes], progress: Callable[[int, int], Non
                 else:
                     for percent in _PERCENT.findall(data):
                         progress(int(float(percent)), 100)
-    return said.decode(errors="replace").strip().removeprefix("qemu-img: ")
+    return _in_one_line(said)
+
+
+def _in_one_line(said: bytes) -> str:
+    return " ".join(said[:_LONGEST].decode(errors="replace").split()).removeprefix("qemu-img: ")

@@ -214,15 +214,20 @@ def _add_result_arguments(parser: _Parser) -> None:
 def _add_overlay_commands(commands: argparse._SubParsersAction[_Parser]) -> None:
     info = commands.add_parser(
         "info",
-        help="say what an image, an overlay or a VHD is",
+        help="say what an image, an overlay, a VHD or another disk is",
         description="Print the format, size and allocated space of SOURCE and of what lies below "
-        "it: an overlay's image, a VHD's parents. Of an overlay, whether its image is as it was, "
-        "and what differs. Locks and changes nothing; a disk may be using SOURCE.",
+        "it: an overlay's image, a VHD's parents, a qcow2's backing files. Of an overlay, whether "
+        "its image is as it was, and what differs; of a server's disk, what a guest would have. "
+        "Locks and changes nothing; a disk may be using SOURCE.",
     )
-    info.add_argument("source", metavar="SOURCE", help="an image, a block device, an overlay")
+    info.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="an image, a block device, an overlay, or an address such as nbd://HOST/EXPORT",
+    )
     info.add_argument(
         "--format",
-        choices=("raw", "vhd", "overlay"),
+        choices=("raw", "vhd", "overlay", *QEMU_FORMATS),
         help="what SOURCE is (default: vhd if its name ends in .vhd, overlay if it begins like "
         "one, else raw)",
     )
@@ -275,25 +280,41 @@ def _add_overlay_commands(commands: argparse._SubParsersAction[_Parser]) -> None
 
     export = commands.add_parser(
         "export",
-        help="make a new image from an overlay and its image",
+        help="make a new image of any disk",
         description="Make NEW, a sparse image of what a guest would read from SOURCE: an overlay "
-        "and its image, a VHD and its parents, or a raw image. They are not changed. A guest may "
-        "be using an overlay meanwhile; NEW is the disk as it was at one instant. Only the owner "
-        "can read NEW (mode 0600).",
+        "and its image, a VHD and its parents, any other image or disk that connect takes as "
+        "--path, with filters over it. They are not changed. A guest may be using an overlay or a "
+        "VHD meanwhile; NEW is the disk as it was at one instant. Only the owner can read NEW "
+        "(mode 0600).",
     )
     export.add_argument(
         "overlay",
         metavar="SOURCE",
         type=_name,
-        help="a file made by connect --overlay, a VHD, or another image",
+        help="a file made by connect --overlay, a VHD, another image, or an address such as "
+        "nbd://HOST/EXPORT",
     )
     export.add_argument("new", metavar="NEW", type=_name, help="the image to make")
-    _add_vhd_argument(export)
+    export.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an option of SOURCE, as in connect; of a VHD: parents=DIR[:DIR], directories where "
+        "its parents may be, besides the one that it is in",
+    )
     _add_image_argument(export)
     export.add_argument(
         "--format",
-        choices=("overlay", "vhd", "raw"),
+        choices=("overlay", "vhd", "raw", *QEMU_FORMATS),
         help="what SOURCE is (default: vhd if its name ends in .vhd, else overlay)",
+    )
+    export.add_argument(
+        "--filter",
+        action="append",
+        default=[],
+        metavar="NAME[:KEY=VALUE,...]",
+        help="a filter over SOURCE, as in connect; the first is next to it",
     )
     export.add_argument(
         "--output-format",

@@ -1,14 +1,17 @@
-"""``export``: make a new image of an overlay, a VHD or a raw image, and of what is below it."""
+"""``export``: make a new image of what a guest would read of any disk."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
+from contextlib import closing
 
-from ..backends import qemu_img
-from ..backends.exporting import Convert, Progress
+from ..backends import Backend, qemu_img
+from ..backends.exporting import Convert, Progress, export_disk
+from ..backends.loader import QEMU_FORMATS, choose, is_file, open_backend, parse_options
 from ..backends.overlay import maintenance
+from ..backends.overlay.file import image_path
 from ..backends.vhd.backend import directories_from
 from ..backends.vhd.export import export as export_vhd
 from ..errors import UsageError
@@ -25,7 +28,14 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
     """Export, and say what was made."""
     with ProgressLine(env, "copying the image", quiet=args.quiet) as progress, interruptible():
         convert, check = _converter(args.output_format, progress), not_of_orphans(env)
-        if args.format == "raw":
+        if args.filter or args.format in QEMU_FORMATS or not _is_image(args.overlay):
+            with closing(_open(args)) as disk:
+                if is_file(args.overlay):
+                    check(args.overlay, False)
+                size = export_disk(
+                    disk, args.new, force=args.force, progress=progress, convert=convert
+                )
+        elif args.format == "raw":
             if args.path is not None or args.option:
                 raise UsageError("--path and --option are not for a raw image: leave them out")
             size = maintenance.export_image(
@@ -67,6 +77,30 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
     else:
         env.say(f"{path} {format_size(size)}")
     return ExitStatus.OK
+
+
+def _is_image(source: str) -> bool:
+    """Tell whether it is a file that we read ourselves: no server's disk, nor a program."""
+    return is_file(source) and choose(None, source) == "cow"
+
+
+def _open(args: argparse.Namespace) -> Backend:
+    """Open the disk that SOURCE is, with its filters, for reading only."""
+    source, form = args.overlay, args.format
+    options: dict[str, object] = {**parse_options(args.option), "path": source, "read_only": True}
+    backend = None
+    if form in QEMU_FORMATS:
+        backend, options["format"] = "qemu", form
+    elif form == "vhd" or (form is None and is_vhd(source)):
+        backend = "vhd"
+    elif form == "raw":
+        backend = "raw"
+    elif form == "overlay" or _is_image(source):
+        backend, options["overlay"] = "overlay", source
+        options["path"] = args.path if args.path is not None else image_path(source)
+    elif args.path is not None:
+        raise UsageError("--path is for an overlay: leave it out")
+    return open_backend(backend, options, args.filter)
 
 
 def _converter(output_format: str, progress: Progress) -> Convert | None:

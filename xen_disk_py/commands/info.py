@@ -1,4 +1,4 @@
-"""``info``: say what an image, an overlay or a VHD is, and what lies below it."""
+"""``info``: say what a disk is, and what lies below it."""
 
 from __future__ import annotations
 
@@ -33,8 +33,10 @@ def _lines(found: Mapping[str, Any]) -> Iterator[str]:
     yield f"  format      {found['format']}{kind}"
     yield f"  size        {format_size(found['size'])} ({found['size']} bytes)"
     yield f"  sectors     {found['sector_size']} bytes"
-    yield f"  allocated   {format_size(found['allocated'])}"
-    yield f"  in use      {'yes' if found['in_use'] else 'no'}"
+    if found["allocated"] is not None:
+        yield f"  allocated   {format_size(found['allocated'])}"
+    if found["in_use"] is not None:
+        yield f"  in use      {'yes' if found['in_use'] else 'no'}"
     if found.get("looks_like") is not None:
         yield f"  looks like  {found['looks_like']}"
     if found.get("committed"):
