@@ -50,8 +50,9 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
         return ExitStatus(play_guest(args.guest, env.say))
     with ExitStack() as stack:
         is_kept = args.overlay is not None and os.path.lexists(args.overlay)  # somebody's changes
-        is_ours = _make_image(args, stack)
-        spec = spec_from(args)
+        with_image = _with_image(args, stack)
+        is_ours = with_image is not args
+        spec = spec_from(with_image)
         disk = Disk(spec.open_backend())
         stack.callback(disk.close)
         orphans.check(
@@ -224,24 +225,28 @@ def _describe(phase: dict[str, Any]) -> str:
     )
 
 
-def _make_image(args: argparse.Namespace, stack: ExitStack) -> bool:
-    """Make what a disk needs of which nothing was named, gone afterwards; tell whether so."""
+def _with_image(args: argparse.Namespace, stack: ExitStack) -> argparse.Namespace:
+    """Return the arguments; if no image was named, copies of them that name one just made.
+
+    The image, and the overlay of an overlay disk, are removed with ``stack``.
+    """
     is_raw = args.format in (None, "raw")
     wanted = args.backend in (None, "cow", "raw", "mmap", "overlay")
     if args.path is not None or args.overlay is not None or not (is_raw and wanted):
-        return False
+        return args
     step = args.sector_size or SECTOR
     if args.bytes < step or args.bytes % step:
         raise UsageError(f"--bytes takes a multiple of {step}, not {format_size(args.bytes)}")
     directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="xen-disk-demo-"))
-    args.path = os.path.join(directory, "disk.raw")
-    args.backend = args.backend or "cow"
-    if args.backend == "overlay":
-        args.overlay = os.path.join(directory, "changes.overlay")
-    with open(args.path, "wb") as image:
+    named = argparse.Namespace(**vars(args))
+    named.path = os.path.join(directory, "disk.raw")
+    named.backend = args.backend or "cow"
+    if named.backend == "overlay":
+        named.overlay = os.path.join(directory, "changes.overlay")
+    with open(named.path, "wb") as image:
         for start in range(0, args.bytes, _CHUNK):
             image.write(pattern(min(_CHUNK, args.bytes - start), start)[::-1])
-    return True
+    return named
 
 
 def _digest(path: str, length: int) -> tuple[str, int]:
