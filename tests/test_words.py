@@ -18,6 +18,7 @@ WORDS = {
     r"for ever\b": "indefinitely",
     r"(go|goes|going|went|gone) on\b": "take over, resume, continue",
     r"halves\b": "double buffer; frontend and backend",
+    r"(lend(s|ing)?|lent|loans?)\b": "acquire and release buffers; map",
     r"(let|lets|letting) (it |them |him |the disk )?go\b": "release; unpause",
     r"look(s|ed|ing)? on\b": "busy-poll",
     r"mend(s|ed|ing)?\b": "fix",

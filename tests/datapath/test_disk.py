@@ -162,7 +162,7 @@ def test_alignment(sector_size, sector, segments, is_refused):
 def do(disk, operation, data, sector=0):
     """Do a request at once or however long it takes, as a queue does."""
     length = sum(map(len, data))
-    at_once = {READ: disk.read, WRITE: disk.write}.get(operation)
+    at_once = {READ: disk.serve_read, WRITE: disk.serve_write}.get(operation)
     status = at_once(data, sector * 512, length) if at_once else None
     if status is None:
         status = disk.transfer(whole(operation, sector, length), data)
@@ -219,7 +219,7 @@ def test_what_takes_waiting_is_left_to_a_thread(operation, at_once, status):
     """All of it, though a part may have been done."""
     disk = Disk(Quick(at_once=at_once))
     name = {READ: "read", WRITE: "write"}[operation]
-    assert status == getattr(disk, name)(buffers(bytes(1000), bytes(24)), 512, 1024)
+    assert status == getattr(disk, f"serve_{name}")(buffers(bytes(1000), bytes(24)), 512, 1024)
     assert [(f"{name}_nowait", 512)] == disk.backend.calls
     disk.backend.calls.clear()
     assert OKAY == disk.transfer(whole(operation, 1, 1024), buffers(b"a" * 1024))
@@ -380,7 +380,7 @@ def test_discard(backend, request_, status):
     assert (None if status == OKAY else status) == judge(disk, request)
     if status == OKAY:
         backend.calls.clear()
-        assert OKAY == disk.discard(request)
+        assert OKAY == disk.serve_discard(request)
         name = "discard securely" if secure else "discard"
         assert [(name, sector * 512, sectors * 512)] == backend.calls
 
@@ -461,7 +461,7 @@ def test_an_exception_is_an_error_and_a_line_that_names_the_place(users_disk, ca
     for operation in (READ, WRITE):
         assert do(users_disk, operation, buffers(bytes(4096))) == ERROR
     assert do(users_disk, FLUSH, []) == FLUSH_FAILED
-    assert users_disk.discard(Discard(1, DISCARD, 0, 8, secure=False)) == ERROR
+    assert users_disk.serve_discard(Discard(1, DISCARD, 0, 8, secure=False)) == ERROR
     users_disk.close()
     lines = [record.getMessage() for record in caplog.records]
     places = [
@@ -574,7 +574,7 @@ def test_what_the_storage_cannot_do_is_not_done_rather_than_an_error(
 ):
     monkeypatch.setattr(disk_module.time, "monotonic", lambda: 100.0)
     disk = Disk(Storage(BROKEN, BROKEN, threads=threads), holds=True)
-    do_first = {READ: disk.read, WRITE: disk.write}[operation]
+    do_first = {READ: disk.serve_read, WRITE: disk.serve_write}[operation]
     given = buffers(bytes(1024))
     assert do_first(given, 512, 1024) is None
     assert RETRY == disk.transfer(whole(operation, 1, 1024), given)
@@ -591,7 +591,7 @@ def test_what_the_storage_cannot_do_is_not_done_rather_than_an_error(
 @pytest.mark.parametrize("operation", [READ, WRITE])
 def test_a_part_that_was_done_before_the_storage_failed_is_done_again(operation, threads):
     disk = Disk(Storage(512, BROKEN, 512, BROKEN, 1024, 512, threads=threads), holds=True)
-    do_first = {READ: disk.read, WRITE: disk.write}[operation]
+    do_first = {READ: disk.serve_read, WRITE: disk.serve_write}[operation]
     given = buffers(bytes(1000), bytes(536))
     request = whole(operation, 1, 1536)
     assert do_first(given, 512, 1536) is None
@@ -623,7 +623,7 @@ def test_flushes_and_discards_are_held():
     disk = Disk(Storage(BROKEN, None, BROKEN, None), holds=True)
     discard = Discard(1, DISCARD, 0, 8, secure=False)
     assert [RETRY, OKAY] == [disk.transfer(whole(FLUSH, 0, 0), []) for _ in range(2)]
-    assert [RETRY, OKAY] == [disk.discard(discard) for _ in range(2)]
+    assert [RETRY, OKAY] == [disk.serve_discard(discard) for _ in range(2)]
 
 
 @pytest.mark.parametrize("result", [ValueError("no"), SystemExit(3), 0, 2048, "all"], ids=repr)

@@ -94,7 +94,7 @@ def flush(disk):
 
 
 def write(disk, offset, data):
-    status = disk.write([memoryview(bytearray(data))], offset, len(data))
+    status = disk.serve_write([memoryview(bytearray(data))], offset, len(data))
     assert status is not None
     return status
 
@@ -193,7 +193,7 @@ def test_copies_are_bounded_and_a_write_waits_when_nothing_can_be_flushed(thin, 
     disk = Disk(RawBackend(thin.path), holds=True)
     written = fill(disk, last=12 * MIB)
     data = pattern(99)
-    assert disk.write([memoryview(bytearray(data))], 13 * MIB, CHUNK) is None
+    assert disk.serve_write([memoryview(bytearray(data))], 13 * MIB, CHUNK) is None
     request = Transfer(1, WRITE, 13 * MIB // 512, CHUNK // 512, (1,), (0,), (7,))
     assert RETRY == disk.transfer(request, [memoryview(bytearray(data))])
     thin.grow()
@@ -268,7 +268,7 @@ def test_a_good_flush_means_that_all_is_stable(steps):
                 expected[at] = data[:512]
         elif what == "discard":
             sector, length = how[0], min(how[1], SECTORS - how[0])
-            assert OKAY == disk.discard(Discard(1, DISCARD, sector, length, secure=False))
+            assert OKAY == disk.serve_discard(Discard(1, DISCARD, sector, length, secure=False))
             for at in range(sector, sector + length):
                 expected.pop(at, None)
         else:
@@ -313,11 +313,11 @@ def test_nobody_reads_what_may_be_lost():
     write(disk, 512, b"a" * 512)
     disk.backend.is_broken = True
     assert RETRY == flush(disk)
-    assert disk.read(page, 512, 512) is None
+    assert disk.serve_read(page, 512, 512) is None
     assert RETRY == disk.transfer(Transfer(1, READ, 1, 1, (1,), (0,), (0,)), page)
-    assert OKAY == disk.read(page, 1024, 512)
+    assert OKAY == disk.serve_read(page, 1024, 512)
     write(disk, 512, b"b" * 512)
-    assert OKAY == disk.read(page, 512, 512)  # it is in the cache again
+    assert OKAY == disk.serve_read(page, 512, 512)  # it is in the cache again
     disk.backend.is_broken = False
     assert OKAY == flush(disk)
     assert b"b" * 512 == disk.backend.stable[512:1024]
@@ -329,7 +329,7 @@ def test_what_is_discarded_is_not_written_again(offset, length):
     disk.backend.is_broken = True
     assert OKAY == write(disk, 10 * 512, b"".join(bytes([n]) * 512 for n in range(1, 21)))
     assert RETRY == flush(disk)
-    assert OKAY == disk.discard(Discard(1, DISCARD, offset, length, secure=False))
+    assert OKAY == disk.serve_discard(Discard(1, DISCARD, offset, length, secure=False))
     disk.backend.is_broken = False
     assert OKAY == flush(disk)
     for sector in range(64):
@@ -407,7 +407,7 @@ def test_nothing_is_written_while_copies_are_written_again():
     flushing.start()
     assert disk.backend.entered.wait(30)
     newer = [memoryview(bytearray(b"b" * 512))]
-    assert disk.write(newer, 0, 512) is None  # not at once: a thread waits
+    assert disk.serve_write(newer, 0, 512) is None  # not at once: a thread waits
     writing = threading.Thread(target=lambda: statuses.append(disk.transfer(request, newer)))
     writing.start()
     disk.backend.go.set()
@@ -471,4 +471,4 @@ def test_a_discard_of_nothing_is_done(holds):
         def discard(self, offset, length):
             raise OSError(errno.EINVAL, "length is 0")
 
-    assert OKAY == Disk(Picky(), holds=holds).discard(Discard(1, DISCARD, 0, 0, secure=False))
+    assert OKAY == Disk(Picky(), holds=holds).serve_discard(Discard(1, DISCARD, 0, 0, secure=False))

@@ -51,7 +51,7 @@ def ask(operation, refs, segments=None):
 
 def use(pages, refs, operation=READ):
     """Do a request."""
-    pages.lend(*ask(operation, refs)).end(deliver=True)
+    pages.acquire(*ask(operation, refs)).release(deliver=True)
 
 
 def some_segments(dice, count):
@@ -69,7 +69,7 @@ def places(shared, refs, segments):
 
 
 @every_way
-def test_what_is_lent_are_the_segments_in_order(host, make, way):
+def test_acquired_buffers_are_the_segments_in_order(host, make, way):
     """And nothing else of the pages is changed by a read."""
     dice = random.Random(1)
     shared = host.share(20)
@@ -80,14 +80,14 @@ def test_what_is_lent_are_the_segments_in_order(host, make, way):
         refs = dice.sample(shared.refs, dice.randint(1, 20))
         segments = some_segments(dice, len(refs))
         operation = dice.choice([READ, WRITE])
-        loan = pages.lend(*ask(operation, refs, segments))
+        acquired = pages.acquire(*ask(operation, refs, segments))
         wanted = list(places(shared, refs, segments))
         if operation == WRITE:
-            assert b"".join(model[place] for place in wanted) == b"".join(loan.buffers)
+            assert b"".join(model[place] for place in wanted) == b"".join(acquired.buffers)
         else:
             new = dice.randbytes(sum(place.stop - place.start for place in wanted))
             at = 0
-            for buffer in loan.buffers:
+            for buffer in acquired.buffers:
                 buffer[:] = new[at : at + len(buffer)]
                 at += len(buffer)
             del buffer  # else its pages could not be unmapped
@@ -96,7 +96,7 @@ def test_what_is_lent_are_the_segments_in_order(host, make, way):
             for place in wanted:
                 model[place] = new[at : at + place.stop - place.start]
                 at += place.stop - place.start
-        loan.end(deliver=True)
+        acquired.release(deliver=True)
         assert model == shared.view
 
 
@@ -137,9 +137,9 @@ def test_which_way_pages_are_got_at(host, make, monkeypatch, persistent, mode, c
     counters = host.hypervisor.counters
     pages = make(persistent, grants=mode)
     for turn in range(1, 4):
-        loan = pages.lend(*ask(WRITE, shared.refs))
+        acquired = pages.acquire(*ask(WRITE, shared.refs))
         in_use = host.guest.in_use(shared.refs)
-        loan.end(deliver=True)
+        acquired.release(deliver=True)
         found = (counters.maps, counters.copies, in_use, host.guest.in_use(shared.refs))
         assert (
             found
@@ -154,29 +154,29 @@ def test_which_way_pages_are_got_at(host, make, monkeypatch, persistent, mode, c
 def test_mapping_for_a_write_needs_no_more_than_reading(host, make):
     shared = host.share(writable=False)
     pages = make(**MAPPED)
-    loan = pages.lend(*ask(WRITE, shared.refs))
-    assert loan.buffers[0].readonly
-    loan.end(deliver=True)
+    acquired = pages.acquire(*ask(WRITE, shared.refs))
+    assert acquired.buffers[0].readonly
+    acquired.release(deliver=True)
     with pytest.raises(HypervisorError):
-        pages.lend(*ask(READ, shared.refs))
+        pages.acquire(*ask(READ, shared.refs))
 
 
 def test_copying_for_a_write_needs_no_more_than_reading(host, make):
     shared = host.share(writable=False)
     pages = make(**COPIED)
     use(pages, shared.refs, WRITE)
-    loan = pages.lend(*ask(READ, shared.refs))
+    acquired = pages.acquire(*ask(READ, shared.refs))
     with pytest.raises(HypervisorError):
-        loan.end(deliver=True)
+        acquired.release(deliver=True)
 
 
 def test_kept_pages_are_writable_and_mapped_once(host, make):
     shared = host.share(6)
     pages = make()
     for _ in range(4):
-        loan = pages.lend(*ask(WRITE, shared.refs[:4]))
-        assert not loan.buffers[0].readonly
-        loan.end(deliver=True)
+        acquired = pages.acquire(*ask(WRITE, shared.refs[:4]))
+        assert not acquired.buffers[0].readonly
+        acquired.release(deliver=True)
     assert host.hypervisor.counters.maps == 1
     use(pages, shared.refs)  # only what is new is mapped
     assert host.hypervisor.counters.maps == 2
@@ -186,8 +186,8 @@ def test_kept_pages_are_writable_and_mapped_once(host, make):
 def test_one_page_named_twice_is_mapped_once(host, make):
     shared = host.share()
     pages = make(limit=1)
-    loan = pages.lend(*ask(WRITE, shared.refs * 11))
-    assert 11 * 4096 == sum(map(len, loan.buffers))
+    acquired = pages.acquire(*ask(WRITE, shared.refs * 11))
+    assert 11 * 4096 == sum(map(len, acquired.buffers))
     assert host.hypervisor.mapped_pages == len(pages.kept) == 1
 
 
@@ -225,9 +225,9 @@ def test_what_is_contiguous_is_one_buffer(host, make, way):
             for sector in range(first, last + 1)
         ]
         expected = [len(sectors)] if way is COPIED else runs(sectors)
-        loan = pages.lend(*ask(READ, refs, segments))
-        assert expected == [len(buffer) // 512 for buffer in loan.buffers]
-        loan.end(deliver=True)
+        acquired = pages.acquire(*ask(READ, refs, segments))
+        assert expected == [len(buffer) // 512 for buffer in acquired.buffers]
+        acquired.release(deliver=True)
         seen.add(len(expected))
     assert seen == {1} if way is COPIED else len(seen) > 4
 
@@ -238,7 +238,7 @@ def test_pages_mapped_apart_are_not_joined(host, make):
     pages = make()
     for ref in shared.refs:
         use(pages, [ref])
-    assert [4096] * 4 == [len(buffer) for buffer in pages.lend(*ask(READ, shared.refs)).buffers]
+    assert [4096] * 4 == [len(buffer) for buffer in pages.acquire(*ask(READ, shared.refs)).buffers]
 
 
 # -- plans ---------------------------------------------------------------------------------
@@ -249,11 +249,11 @@ def test_a_request_is_found_again_by_its_descriptors(host, make):
     pages = make()
     for segments in ([(0, 7)] * 12, [(1, 2)] * 12):
         request, descriptors = ask(READ, shared.refs, segments)
-        loan = pages.lend(request, descriptors)
+        acquired = pages.acquire(request, descriptors)
         plan = pages.plans[descriptors]
         assert (request.sectors, segments_word(12)) == (plan.sectors, plan.word)
-        assert loan.buffers is plan.buffers
-        loan.end(deliver=True)
+        assert acquired.buffers is plan.buffers
+        acquired.release(deliver=True)
         assert plan.buffers  # still
         shared.view[4096 * 5 + 512] = 77
         assert 77 in b"".join(plan.buffers)
@@ -280,8 +280,8 @@ def test_plans_are_bounded(host, make, monkeypatch):
     for _ in range(300):
         refs = dice.sample(shared.refs, dice.randint(1, 30))
         request, descriptors = ask(READ, refs)
-        loan = pages.lend(request, descriptors)
-        assert loan.buffers is pages.plans[descriptors].buffers
+        acquired = pages.acquire(request, descriptors)
+        assert acquired.buffers is pages.plans[descriptors].buffers
         planned = sum(len(descriptors) // 8 for descriptors in pages.plans)
         assert planned <= 100
         most = max(most, planned)
@@ -302,11 +302,11 @@ def test_pages_beyond_the_limit_are_had_for_one_request(host, make, monkeypatch,
     pages = make(limit=4)
     use(pages, shared.refs[:3])
     shared.view[3 * 4096 : 3 * 4096 + 2] = b"hi"
-    loan = pages.lend(*ask(WRITE, shared.refs[1:6]))  # two too many: none of them is kept
+    acquired = pages.acquire(*ask(WRITE, shared.refs[1:6]))  # two too many: none of them is kept
     assert set(shared.refs[:3]) == set(pages.kept)
     assert (3 if can_copy else 8) == host.hypervisor.mapped_pages
-    assert b"hi" == b"".join(loan.buffers)[2 * 4096 :][:2]
-    loan.end(deliver=True)
+    assert b"hi" == b"".join(acquired.buffers)[2 * 4096 :][:2]
+    acquired.release(deliver=True)
     assert host.hypervisor.mapped_pages == 3
     assert b"hi" == pages.read(shared.refs[3:6], 2)
     assert host.hypervisor.mapped_pages == 3
@@ -357,11 +357,11 @@ def test_a_plan_lives_no_longer_than_its_pages(host, make, clock):
             expected = bytes(ref - shared.refs[0] for ref in refs)
             assert expected == pages.read(refs, count * 4096)[::4096]
         else:
-            loan = pages.lend(*ask(WRITE, refs))
+            acquired = pages.acquire(*ask(WRITE, refs))
             expected = bytes(ref - shared.refs[0] for ref in refs)
-            assert expected == b"".join(loan.buffers)[::4096]
-            loan.end(deliver=True)
-            del loan
+            assert expected == b"".join(acquired.buffers)[::4096]
+            acquired.release(deliver=True)
+            del acquired
         evictions += not before <= set(pages.kept)
         assert len(pages.kept) == host.hypervisor.mapped_pages <= 16
         for descriptors in pages.plans:
@@ -376,7 +376,7 @@ def test_a_plan_lives_no_longer_than_its_pages(host, make, clock):
 def test_pages_that_are_in_use_when_they_leave_are_unmapped_later(host, make, clock, caplog):
     shared = host.share(6)
     pages = make(limit=2)
-    loan = pages.lend(*ask(READ, shared.refs[:2]))
+    acquired = pages.acquire(*ask(READ, shared.refs[:2]))
 
     def turn(refs):
         clock.now += 2
@@ -388,10 +388,10 @@ def test_pages_that_are_in_use_when_they_leave_are_unmapped_later(host, make, cl
     assert host.guest.in_use(shared.refs[:2]) == 2
     turn(shared.refs[4:])
     turn(shared.refs[4:])
-    loan.buffers[0][:5] = b"there"  # does no harm
+    acquired.buffers[0][:5] = b"there"  # does no harm
     assert host.guest.in_use(shared.refs[:2]) == 2
-    loan.end(deliver=True)
-    del loan
+    acquired.release(deliver=True)
+    del acquired
     turn(shared.refs[:1])
     assert host.guest.in_use(shared.refs[1:2]) == 0
     assert b"there" == shared.view[:5]
@@ -402,12 +402,12 @@ def test_pages_that_are_in_use_when_they_leave_are_unmapped_later(host, make, cl
 def test_pages_in_use_at_the_end_are_told_of(host, make, clock, caplog):
     shared = host.share(2)
     pages = make()
-    loan = pages.lend(*ask(READ, shared.refs[:1]))
+    acquired = pages.acquire(*ask(READ, shared.refs[:1]))
     use(pages, shared.refs[1:])
     pages.close()
     assert "1 pages stay mapped" in caplog.text
     assert host.hypervisor.mapped_pages == 1
-    del loan
+    del acquired
     pages.close()
     assert host.hypervisor.mapped_pages == 0
 
@@ -415,17 +415,17 @@ def test_pages_in_use_at_the_end_are_told_of(host, make, clock, caplog):
 # -- memory for copies ---------------------------------------------------------------------
 
 
-def test_memory_is_used_again_and_no_more_than_is_lent_at_once(host, make):
+def test_memory_is_used_again_and_no_more_than_is_acquired_at_once(host, make):
     shared = host.share(16)
     pages = make(**COPIED)
     seen = set()
     for count in (1, 16, 3, 16, 16, 2):
-        one, two = (pages.lend(*ask(READ, shared.refs[:count])) for _ in range(2))
+        one, two = (pages.acquire(*ask(READ, shared.refs[:count])) for _ in range(2))
         assert one.buffers[0].obj is not two.buffers[0].obj
         if count == 16:
-            seen |= {id(loan.buffers[0].obj) for loan in (one, two)}
-        two.end(deliver=True)
-        one.end(deliver=True)
+            seen |= {id(acquired.buffers[0].obj) for acquired in (one, two)}
+        two.release(deliver=True)
+        one.release(deliver=True)
     assert len(seen) == len(pages._spare) == 2
 
 
@@ -438,11 +438,11 @@ def test_no_request_gets_another_one_s_data(host, make, end):
     pages = make(**COPIED)
     use(pages, secret.refs, WRITE)
     segments = [(0, 7)] if end == "failed" else [(2, 3)]
-    loan = pages.lend(*ask(READ, page.refs, segments))
+    acquired = pages.acquire(*ask(READ, page.refs, segments))
     if end == "short":
-        assert 1024 == len(loan.buffers[0])
-        loan.buffers[0][:] = b"d" * 1024
-    loan.end(deliver=end == "short")
+        assert 1024 == len(acquired.buffers[0])
+        acquired.buffers[0][:] = b"d" * 1024
+    acquired.release(deliver=end == "short")
     expected = b"p" * 1024 + b"d" * 1024 + b"p" * 2048 if end == "short" else b"p" * 4096
     assert expected == page.view
 
@@ -463,10 +463,10 @@ def test_a_copy_that_fails_takes_nothing_with_it(host, make, operation):
         host.hypervisor.before_copy = None
         assert b"p" * (3 * 4096) == shared.view
         assert 1 == len(pages._spare)
-    loan = pages.lend(*ask(operation, shared.refs))
+    acquired = pages.acquire(*ask(operation, shared.refs))
     if operation == WRITE:
-        assert b"p" * (3 * 4096) == b"".join(loan.buffers)
-    loan.end(deliver=False)
+        assert b"p" * (3 * 4096) == b"".join(acquired.buffers)
+    acquired.release(deliver=False)
 
 
 # -- what is wrong -------------------------------------------------------------------------
@@ -495,9 +495,9 @@ def test_a_page_that_somebody_keeps(host, make, caplog):
     pages = make(**MAPPED)
     kept = []
     for _ in range(3):
-        loan = pages.lend(*ask(READ, shared.refs[:1]))
-        kept.append(loan.buffers[0][:3])
-        loan.end(deliver=True)
+        acquired = pages.acquire(*ask(READ, shared.refs[:1]))
+        kept.append(acquired.buffers[0][:3])
+        acquired.release(deliver=True)
     assert host.hypervisor.mapped_pages == 3
     assert caplog.text.count("stay mapped") == 1
     kept[0][:3] = b"sin"  # does no harm
@@ -511,7 +511,7 @@ def test_a_page_that_somebody_keeps(host, make, caplog):
 def test_a_kept_page_that_somebody_keeps(host, make, caplog):
     shared = host.share(2)
     pages = make()
-    (buffer,) = pages.lend(*ask(READ, shared.refs[:1])).buffers
+    (buffer,) = pages.acquire(*ask(READ, shared.refs[:1])).buffers
     use(pages, shared.refs[1:])
     pages.close()
     assert "1 pages stay mapped" in caplog.text

@@ -310,7 +310,7 @@ def test_model(host, monkeypatch, abi, way, threads, order):
     dice = random.Random(f"{abi.name}{way}{threads}{order}")
     backend = host.memory(2 << 20) if threads == 1 else threaded(host, 2 << 20)
     line = host.line(backend, abi, order=order, **way)
-    lends = spy(monkeypatch, line.queue._pages, "lend")
+    acquired = spy(monkeypatch, line.queue._pages, "acquire")
     model = Model(line, backend, host.share(600), dice, overtaking=threads > 1)
     for _ in repeat(15 if way is SQUEEZED else 6, 15):  # until they are too many
         for _ in range(dice.choice([1, 5, line.ring.slots])):
@@ -321,7 +321,7 @@ def test_model(host, monkeypatch, abi, way, threads, order):
             assert host.hypervisor.mapped_pages == 1 << order  # the ring
         assert len(line.queue._pages.kept) <= way.get("limit", 600)
     assert model.data == backend.data
-    planned = model.transfers - len(lends)
+    planned = model.transfers - len(acquired)
     if way is KEPT:
         assert planned > model.transfers / 10
     if way is SQUEEZED:

@@ -230,7 +230,7 @@ class Disk:
 
     # -- requests that lie inside the disk and are allowed ------------------------------
 
-    def read(self, buffers: Sequence[memoryview], offset: int, length: int) -> int | None:
+    def serve_read(self, buffers: Sequence[memoryview], offset: int, length: int) -> int | None:
         """Read ``length`` bytes at ``offset`` into ``buffers``.
 
         Returns:
@@ -249,8 +249,8 @@ class Disk:
         status = self._finish("read", self._read, buffers, offset, length, done)
         return None if status == RETRY else status
 
-    def write(self, buffers: Sequence[memoryview], offset: int, length: int) -> int | None:
-        """Write ``length`` bytes from ``buffers`` at ``offset``; returns as :meth:`read` does."""
+    def serve_write(self, buffers: Sequence[memoryview], offset: int, length: int) -> int | None:
+        """Write ``length`` bytes from ``buffers`` at ``offset``; returns as :meth:`serve_read`."""
         try:
             done = self._write_first(buffers, offset)
         except BaseException as error:  # noqa: BLE001 - whatever an author's code raises, exit() too
@@ -308,7 +308,7 @@ class Disk:
             return OKAY
         return self._failed(_NAMES.get(request.operation, "request"), error)
 
-    def discard(self, request: Discard) -> int:
+    def serve_discard(self, request: Discard) -> int:
         """Do a discard that :meth:`refusal` let pass."""
         if not request.sectors:
             return OKAY

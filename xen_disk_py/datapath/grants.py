@@ -55,14 +55,14 @@ class Plan(NamedTuple):
     """The counter of requests of so many segments."""
 
 
-class Loan:
+class GuestBuffers:
     """The buffers of one request."""
 
     def __init__(self, buffers: Sequence[memoryview]) -> None:
         self.buffers = buffers
 
-    def end(self, *, deliver: bool) -> None:
-        """Have nothing of the guest's in use any longer; before the request is answered.
+    def release(self, *, deliver: bool) -> None:
+        """Unmap, or copy to the guest what was read for it; before the request is answered.
 
         Args:
             deliver: the data of a read is good, and goes to the guest.
@@ -120,7 +120,7 @@ class GuestPages:
 
     # -- for one request ---------------------------------------------------------------
 
-    def lend(self, request: Transfer, descriptors: bytes) -> Loan:
+    def acquire(self, request: Transfer, descriptors: bytes) -> GuestBuffers:
         """Return the buffers of a request, in order, cut to its segments.
 
         For a write they hold the guest's data.
@@ -136,7 +136,7 @@ class GuestPages:
         if self._keep(request.grefs):
             places = [self._places[ref] for ref in request.grefs]
             buffers = _cut([(group.mapping.view, at) for group, at in places], request)
-            return Loan(self._remember(descriptors, request, tuple(buffers)))
+            return GuestBuffers(self._remember(descriptors, request, tuple(buffers)))
         if self._copies:
             return self._copied(request)
         # a read of the disk is a write to the guest's pages
@@ -144,7 +144,7 @@ class GuestPages:
             self._domid, request.grefs, writable=request.operation == READ
         )
         view = mapping.view
-        return _Mapped(self, mapping, _cut([(view, at) for at in _starts(view)], request))
+        return _MappedBuffers(self, mapping, _cut([(view, at) for at in _starts(view)], request))
 
     def read(self, refs: Sequence[int], length: int) -> bytes:
         """Copy ``length`` bytes out of pages, each byte read once (XSA-155).
@@ -167,7 +167,7 @@ class GuestPages:
         self.unmap(mapping)
         return copied
 
-    def _copied(self, request: Transfer) -> Loan:
+    def _copied(self, request: Transfer) -> GuestBuffers:
         pieces = [
             Piece(ref, first * SECTOR, (last + 1 - first) * SECTOR)
             for ref, first, last in zip(request.grefs, request.firsts, request.lasts)
@@ -176,21 +176,21 @@ class GuestPages:
         memory = self._spare.pop() if self._spare else memoryview(b"")
         if len(memory) < length:
             memory = memoryview(bytearray(length))
-        loan = _Copied(self, memory, length, pieces if request.operation == READ else ())
+        acquired = _CopiedBuffers(self, memory, length, pieces if request.operation == READ else ())
         if request.operation != READ:
             try:
-                self._hypervisor.copy_from_grants(self._domid, pieces, loan.buffers[0])
+                self._hypervisor.copy_from_grants(self._domid, pieces, acquired.buffers[0])
             except HypervisorError:
-                loan.end(deliver=False)
+                acquired.release(deliver=False)
                 raise
-        return loan
+        return acquired
 
     def deliver(self, pieces: Sequence[Piece], memory: memoryview) -> None:
         """Copy to the guest what was read for it."""
         self._hypervisor.copy_to_grants(self._domid, pieces, memory)
 
     def use_again(self, memory: memoryview) -> None:
-        """Take back memory that a loan was made of; it never gets to another guest."""
+        """Take back memory that data was copied through; it never gets to another guest."""
         self._spare.append(memory)
 
     def unmap(self, mapping: Mapping, level: int = logging.WARNING) -> None:
@@ -284,19 +284,19 @@ class GuestPages:
             self.unmap(group.mapping)
 
 
-class _Mapped(Loan):
+class _MappedBuffers(GuestBuffers):
     def __init__(self, pages: GuestPages, mapping: Mapping, buffers: list[memoryview]) -> None:
         super().__init__(buffers)
         self._views = buffers
         self._pages = pages
         self._mapping = mapping
 
-    def end(self, *, deliver: bool) -> None:
+    def release(self, *, deliver: bool) -> None:
         self._views.clear()  # whoever still has the list has no page
         self._pages.unmap(self._mapping)
 
 
-class _Copied(Loan):
+class _CopiedBuffers(GuestBuffers):
     def __init__(
         self, pages: GuestPages, memory: memoryview, length: int, pieces: Sequence[Piece]
     ) -> None:
@@ -305,7 +305,7 @@ class _Copied(Loan):
         self._memory = memory
         self._pieces = pieces
 
-    def end(self, *, deliver: bool) -> None:
+    def release(self, *, deliver: bool) -> None:
         (buffer,) = self.buffers
         self._pages.use_again(self._memory)
         if deliver and self._pieces:

@@ -61,7 +61,7 @@ from ..hypervisor import PAGE_SIZE, EventChannel, Hypervisor, Mapping
 from ..ring import BackRing
 from . import statistics as count
 from .disk import RETRY, Disk
-from .grants import PERSISTENT_LIMIT, Grants, GuestPages, Loan
+from .grants import PERSISTENT_LIMIT, Grants, GuestBuffers, GuestPages
 from .idle import Idle
 from .joining import LARGE, Run
 from .journal import Journal
@@ -99,12 +99,12 @@ class Options(NamedTuple):
 class _Begun:
     """A request under way."""
 
-    __slots__ = ("loan", "request", "since", "slot", "was_retried")
+    __slots__ = ("acquired", "request", "since", "slot", "was_retried")
 
-    def __init__(self, slot: bytes, request: Transfer | Discard, loan: Loan) -> None:
+    def __init__(self, slot: bytes, request: Transfer | Discard, acquired: GuestBuffers) -> None:
         self.slot = slot
         self.request = request
-        self.loan = loan
+        self.acquired = acquired
         self.since = inf  # when somebody began to do it
         self.was_retried = False
 
@@ -412,9 +412,9 @@ class Queue:
                         unpublished += self._do_run()
                     status = None
                     if operation == READ:
-                        status = disk.read(buffers, sector * SECTOR, length)
+                        status = disk.serve_read(buffers, sector * SECTOR, length)
                     elif operation == WRITE and not read_only:
-                        status = disk.write(buffers, sector * SECTOR, length)
+                        status = disk.serve_write(buffers, sector * SECTOR, length)
                     if status is not None:
                         if operation == READ:
                             reads += 1
@@ -453,7 +453,7 @@ class Queue:
         run, disk, words = self._joined, self._disk, self._statistics.words
         requests, length = run.requests, run.end - run.start
         is_read = run.operation == READ
-        status = (disk.read if is_read else disk.write)(run.buffers, run.start, length)
+        status = (disk.serve_read if is_read else disk.serve_write)(run.buffers, run.start, length)
         if status == OKAY or (status is not None and len(requests) == 1):
             for id_, word, _, _ in requests:
                 words[word] += 1
@@ -513,7 +513,7 @@ class Queue:
         begun = self._judge(slot, descriptors)
         if begun is None:
             return
-        disk, request, buffers = self._disk, begun.request, begun.loan.buffers
+        disk, request, buffers = self._disk, begun.request, begun.acquired.buffers
         is_barrier = request.operation == WRITE_BARRIER
         if is_barrier:
             self._drain()  # what came before is done before
@@ -521,7 +521,7 @@ class Queue:
         begun.since = perf_counter()
         status = None
         if isinstance(request, Transfer) and request.operation <= WRITE and not waits:
-            do = disk.read if request.operation == READ else disk.write
+            do = disk.serve_read if request.operation == READ else disk.serve_write
             status = do(buffers, request.sector * SECTOR, request.sectors * SECTOR)
         if status is None:
             status = self._do(begun)
@@ -534,12 +534,12 @@ class Queue:
         """Do a request, however long it takes; None if a worker does."""
         disk, request = self._disk, begun.request
         if isinstance(request, Discard):
-            call = partial(disk.discard, request)
+            call = partial(disk.serve_discard, request)
         else:
-            call = partial(disk.transfer, request, begun.loan.buffers)
+            call = partial(disk.transfer, request, begun.acquired.buffers)
         begun.since = perf_counter()
         try:
-            if disk.begin(request, begun.loan.buffers, begun):
+            if disk.begin(request, begun.acquired.buffers, begun):
                 self._with_backend += 1
                 return None
         except Exception as error:  # noqa: BLE001 - whatever an author's code raises
@@ -564,13 +564,13 @@ class Queue:
             else:
                 refusal = disk.refusal(request)
                 if refusal is None:
-                    loan = Loan([])
+                    acquired = GuestBuffers([])
                     if isinstance(request, Transfer) and request.grefs:
                         if descriptors is None:
                             start = self._abi.segments_at
                             descriptors = slot[start : start + 8 * len(request.grefs)]
-                        loan = pages.lend(request, descriptors)
-                    return _Begun(slot, request, loan)
+                        acquired = pages.acquire(request, descriptors)
+                    return _Begun(slot, request, acquired)
                 reason, status = refusal
         except (HypervisorError, MemoryError) as error:
             reason, status = str(error) or "no memory", ERROR
@@ -593,7 +593,7 @@ class Queue:
             if not any(other.was_retried for other in self._unanswered.values()):
                 log.info("the storage works again")
         try:
-            begun.loan.end(deliver=status == OKAY)
+            begun.acquired.release(deliver=status == OKAY)
         except HypervisorError as error:
             self._disk.refuse(str(error))
             status = ERROR
