@@ -120,6 +120,7 @@ def test_of_images(run, image, tmp_path):
 
 def test_of_a_disk_that_is_served(host, processes, image):
     argv = ["connect", "guest", "--vdev=xvdb", "--path", str(image), "--backend=raw", "--json"]
+    argv += ["--filter=protect:range=0-512"]
     process = processes.start(*argv)
     host.until(lambda: ADDRESS.backend in host.tree())
     frontend = host.frontend(ADDRESS)
@@ -128,6 +129,7 @@ def test_of_a_disk_that_is_served(host, processes, image):
     check("connect", process.out)
     for command, *more in (
         ["list"],
+        ["filter", "guest", "xvdb", "list"],
         ["resize", "guest", "xvdb", "2M"],
         ["upgrade", "guest", "xvdb"],
     ):

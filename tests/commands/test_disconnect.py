@@ -47,9 +47,9 @@ def orphan(host):
     serving = host.serving(host.memory(), "xvdb", start=False)
     serving.attach()
     record = Record(host.records, serving.address)
-    content = Path(record._path).read_bytes()
+    content = Path(record.path).read_bytes()
     record.close()
-    Path(record._path).write_bytes(content)
+    Path(record.path).write_bytes(content)
     return serving
 
 

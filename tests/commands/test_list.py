@@ -114,9 +114,9 @@ def test_a_dead_process(listing, host):
     lasting = Record(host.records, serving.address)
     lasting.describe(Facts(backend="cow", path="/some/disk.raw"))
     lasting.statistics.of_queue(0).add(REQUESTS, 77)
-    content = Path(lasting._path).read_bytes()
+    content = Path(lasting.path).read_bytes()
     lasting.close()
-    Path(lasting._path).write_bytes(content)
+    Path(lasting.path).write_bytes(content)
     (row,) = json.loads(listing("--json")[1])
     assert not row["alive"]
     assert row["counters"]["requests"] == 77
@@ -168,7 +168,7 @@ def test_a_disk_that_holds_requests(listing, served):
 def test_a_record_of_nonsense(listing, host):
     serving = host.serving(host.memory(), "xvdb")
     os.makedirs(host.records, exist_ok=True)
-    path = record._path(host.records, serving.address)
+    path = record.path_of(host.records, serving.address)
     for content in (b"", b"{", b"not json" + bytes(9000), b"[1]" + bytes(9000)):
         Path(path).write_bytes(content)
         assert listing()[0] is ExitStatus.OK

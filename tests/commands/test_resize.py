@@ -142,16 +142,16 @@ def test_a_process_that_has_ended(host, resize):
     serving = host.serving(DiscardBackend(size=MIB), "xvdb", start=False)
     serving.attach()
     record = Record(host.records, serving.address)
-    content = Path(record._path).read_bytes()
+    content = Path(record.path).read_bytes()
     record.close()
-    Path(record._path).write_bytes(content)
+    Path(record.path).write_bytes(content)
     status, _, err = resize("guest", "xvdb")
     assert status is ExitStatus.ERROR
     assert f"the process that served xvdb, {os.getpid()}, has ended" in err
     assert "disconnect guest xvdb" in err
     assert [] == requests(host, serving)
     toolstack.detach(host.store, serving.address)
-    os.unlink(record._path)
+    os.unlink(record.path)
 
 
 def test_a_process_that_does_not_answer(host, resize):

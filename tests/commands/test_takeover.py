@@ -150,7 +150,7 @@ def unplug(host, env, frontend):
 
 def trace(host):
     """Return all that somebody who takes over would find."""
-    path = Path(record._path(host.records, ADDRESS))
+    path = Path(record.path_of(host.records, ADDRESS))
     nodes = {path: value for path, value in host.tree().items() if "51728" in path}
     return nodes, path.read_bytes() if path.exists() else None
 

@@ -17,14 +17,16 @@ A filter is the methods it changes; everything else is passed on::
     xen-disk demo --path disk.raw --filter ./upper.py:shift=32
 
 Several may be given; the first is next to the source, the last next to the guest. What follows the
-name is passed to the constructor, converted as ``--option`` is.
+name is passed to the constructor, converted as ``--option`` is. With ``configure`` a filter takes
+other settings while the disk is in use (``xen-disk filter``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
+from ..errors import UsageError
 from . import Backend
 from .asynchronous import Asynchronous
 from .sharing import Storage
@@ -53,10 +55,19 @@ class Filter(Backend):
 
     Args:
         source: the disk below; closed with this one.
+
+    Attributes:
+        name: what ``--filter`` calls it.
+        given: the options that it has, as text.
     """
+
+    actions: ClassVar[Mapping[str, Mapping[str, str]]] = {}
+    """What ``xen-disk filter VM VDEV ACTION`` sets, by action."""
 
     def __init__(self, source: Backend) -> None:
         self.source = source
+        self.name = type(self).__name__
+        self.given: Mapping[str, str] = {}
         own = {name for cls in _subclasses(type(self)) for name in vars(cls)}
         for name in _ATTRIBUTES:
             if name not in own:
@@ -109,6 +120,21 @@ class Filter(Backend):
         done = self.source.resize(size)
         self.size = self.source.size
         return done
+
+    def configure(self, *_: Any, **options: Any) -> None:
+        """Take these settings while the disk is in use; all of them, or none and raise.
+
+        Called from a thread of its own while requests run, with all options of the constructor,
+        converted alike. By default a filter keeps what it has.
+
+        Raises:
+            UsageError: one of them cannot be.
+        """
+        raise UsageError(f"{self.name} keeps its settings as long as the disk is connected")
+
+    def counters(self) -> Mapping[str, int]:
+        """Tell what it has done so far, by names."""
+        return {}
 
     @property
     def memory(self) -> int:

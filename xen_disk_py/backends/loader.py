@@ -186,37 +186,62 @@ def _filtered(source: Backend, text: str) -> Backend:
             f"--filter {text}: there is no filter {name}: use one of {', '.join(_FILTERS)}, or a "
             "file.py"
         )
-    arguments = _filter_arguments(cls, name, match["options"] or "")
+    given = filter_options(cls, name, filter(None, (match["options"] or "").split(",")))
+    arguments = filter_arguments(cls, name, given)
     try:
         disk = cls(source, **arguments)
     except XenDiskError:
         raise
     except Exception as error:
         raise BackendError(f"--filter {text}: {user_line(error, cls)}") from error
+    disk.name, disk.given = match["name"], given
     check(disk)
     return disk
 
 
-def _filter_arguments(cls: type[Filter], name: str, options: str) -> dict[str, Any]:
+def filter_parameters(cls: type[Filter]) -> dict[str, inspect.Parameter]:
+    """Return what a filter can be given, by name."""
     parameters = list(inspect.signature(cls).parameters.values())[1:]  # behind the source
     by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    takes = {p.name: p for p in parameters if p.kind in by_name}
-    given: dict[str, Any] = {}
-    for item in filter(None, options.split(",")):
+    return {p.name: p for p in parameters if p.kind in by_name}
+
+
+def filter_options(cls: type[Filter], name: str, items: Iterable[str]) -> dict[str, str]:
+    """Read the ``key=value`` of a filter.
+
+    Raises:
+        UsageError: it takes no such option.
+    """
+    takes = filter_parameters(cls)
+    given = {}
+    for item in items:
         key, equals, value = item.partition("=")
         if not equals or key not in takes:
             raise UsageError(
                 f"--filter {name}: {item!r} is no option of it; it takes "
                 f"{', '.join(takes) or 'none'}"
             )
+        given[key] = value
+    return given
+
+
+def filter_arguments(cls: type[Filter], name: str, given: Mapping[str, str]) -> dict[str, Any]:
+    """Convert what a filter was given.
+
+    Raises:
+        UsageError: something is not what it takes, or is missing.
+    """
+    takes = filter_parameters(cls)
+    arguments = {}
+    for key, value in given.items():
         try:
-            given[key] = convert(value, takes[key].annotation)
+            arguments[key] = convert(value, takes[key].annotation)
         except UsageError as error:
             raise UsageError(f"--filter {name}: {key}={value}: {error}") from None
     for key, parameter in takes.items():
         if parameter.default is parameter.empty and key not in given:
             raise UsageError(f"--filter {name} needs {key}=…")
-    return given
+    return arguments
 
 
 def check(backend: Backend) -> None:

@@ -16,7 +16,8 @@ from ..host.logs import about
 from ..hypervisor import Hypervisor
 from ..libxl import attachment
 from ..libxl.attachment import AdoptedDevice, DiskConfig
-from ..recovery import orphans, record, takeover
+from ..recovery import orphans, record, takeover, verbs
+from ..recovery.control import Control
 from ..recovery.facts import Facts
 from ..recovery.orphan import stand_in
 from ..recovery.record import Record
@@ -89,7 +90,7 @@ def _take_over(env: Environment, store: Store, address: Address) -> ExitStatus:
             facts = own_record.facts
             takeover.check_files(facts, str(vdev), f"xl block-detach {domid} {vdev}")
             config = attachment.read_config(store, address)
-            spec = _spec(config)
+            spec = replace(_spec(config), filters=facts.spec.filters)  # as they were set last
             disk = _open(spec, store, stack)
             takeover.check_size(facts, str(vdev), disk.backend)
             hypervisor = stack.enter_context(env.hypervisor())
@@ -134,11 +135,16 @@ def _run(
     disk.statistics = own_record.statistics
     own_record.describe(Facts.about(spec, domain, vdev, disk, connected=is_known))
     survives = disk.backend.survives
+    control = Control(own_record)
+    verbs.register(control, disk, own_record)
 
     class Life(Observer):
         def attach(self) -> None:
             if not adopts:
                 attachment.publish(store, address, device.keys(), os.getpid())
+
+        def serving(self) -> None:
+            control.start()
 
         def connected(self) -> None:
             own_record.update(connected=True)
@@ -177,7 +183,8 @@ def _run(
             is_known=is_known,
         )
         try:
-            outcome = session.run(Life())
+            with control:
+                outcome = session.run(Life())
         finally:
             own_record.close()
     log.info("%s", outcome.value)

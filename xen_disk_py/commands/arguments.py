@@ -551,6 +551,30 @@ _EXAMPLES = """
   xen-disk connect myvm --path gold.raw --overlay web.changes --supervise"""
 
 
+def _add_filter(commands: argparse._SubParsersAction[_Parser]) -> None:
+    changing = commands.add_parser(
+        "filter",
+        help="show or change the filters of a disk while the guest uses it",
+        description="Show or change the filters of a disk while the guest uses it. list: the "
+        "filters, the first next to the image, with their settings and what they have done. set: "
+        "change settings, all that are named or none. arm, disarm: have the error filter begin or "
+        "cease to fail requests. FILTER is a filter's name, or its number in the list. Whoever "
+        "takes the disk over has the same settings.",
+    )
+    _add_disk_of_a_guest(changing)
+    changing.add_argument(
+        "action",
+        metavar="ACTION",
+        choices=("list", "set", "arm", "disarm"),
+        help="list, set, arm or disarm",
+    )
+    changing.add_argument("filter", metavar="FILTER", nargs="?", help="which filter")
+    changing.add_argument(
+        "settings", metavar="KEY=VALUE", nargs="*", help="of set: as behind --filter NAME:"
+    )
+    changing.add_argument("--json", action="store_true", help="print the filters as JSON")
+
+
 def _add_upgrade(commands: argparse._SubParsersAction[_Parser]) -> None:
     upgrade = commands.add_parser(
         "upgrade",
@@ -667,6 +691,7 @@ def build_parser() -> _Parser:
     )
     resize.add_argument("--json", action="store_true", help="print the new size as JSON")
 
+    _add_filter(commands)
     _add_upgrade(commands)
     _add_overlay_commands(commands)
     _add_image_commands(commands)

@@ -22,7 +22,8 @@ from ..host.privileges import User
 from ..host.program import own_command
 from ..host.systemd import notify
 from ..hypervisor import Hypervisor
-from ..recovery import orphans, record, supervisor, takeover, temporary
+from ..recovery import orphans, record, supervisor, takeover, temporary, verbs
+from ..recovery.control import Control
 from ..recovery.facts import Facts, pause_since
 from ..recovery.record import Record
 from ..recovery.role import Role
@@ -318,6 +319,8 @@ class _Connection:
         )
 
         connection, name = self, toolstack.disk_name(self._store, address)
+        control = Control(record)
+        verbs.register(control, disk, record)
 
         class Life(Observer):
             wants_ticks = live
@@ -343,6 +346,7 @@ class _Connection:
                     privileges.become(connection._user)
 
             def serving(self) -> None:
+                control.start()
                 record.update(started=time.time(), pause=pause_since(released_at))
 
             def connected(self) -> None:
@@ -362,7 +366,7 @@ class _Connection:
                     takeover.crash(error)
 
         try:
-            with about(name):
+            with about(name), control:
                 outcome = session.run(Life())
         finally:
             status_line.clear()

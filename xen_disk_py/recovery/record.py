@@ -13,6 +13,8 @@ after what its successor does.
 
 A process that has become another user cannot remove its file; it clears the facts, and its
 supervisor, or whoever makes a record next, removes what is empty.
+
+Beside it is the socket of :mod:`.control`, which goes with it.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import fcntl
 import mmap
 import os
 import stat
+import threading
 import time
 from dataclasses import replace
 from typing import Any, Callable, NamedTuple, NoReturn
@@ -40,6 +43,8 @@ from . import temporary
 from .facts import FORMAT, Facts
 
 DIRECTORY = "/run/xen_disk_py"
+SOCKET = ".control"
+"""What the name of the process's socket ends with; see :mod:`.control`."""
 
 _FACTS = 32 << 10  # bytes
 _COUNTERS = 4096
@@ -48,7 +53,8 @@ _TRIES = 50  # one who looks has the lock for a moment, one who ends has it unti
 _PAUSE = 0.01
 
 
-def _path(directory: str, address: Address) -> str:
+def path_of(directory: str, address: Address) -> str:
+    """Return the name of a device's record."""
     return os.path.join(directory, f"{address.frontend_domid}-{address.devid}")
 
 
@@ -84,6 +90,8 @@ def _unlink(fd: int, path: str) -> None:
     """Remove the locked file, unless somebody who asks for no lock was quicker."""
     with contextlib.suppress(FileNotFoundError):
         if _is_at(fd, path):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(f"{path}{SOCKET}")
             os.unlink(path)
 
 
@@ -139,6 +147,7 @@ class Record(Closing):
             of it is for a successor, and stays as it is.
 
     Attributes:
+        path: the file.
         facts: who serves what, as it was described last.
         statistics: the disk's counters.
         journals: one for each queue.
@@ -156,7 +165,7 @@ class Record(Closing):
         *,
         is_attached: Callable[[], bool] = lambda: False,
     ) -> None:
-        path = _path(directory, address)
+        path = path_of(directory, address)
         try:
             _prepare(directory)
             sweep(directory)
@@ -197,7 +206,7 @@ class Record(Closing):
             DeviceTaken: the process lives, or another has taken it over.
             DeviceError: there is none, or one that this version cannot read.
         """
-        path = _path(directory, address)
+        path = path_of(directory, address)
         name = f"{from_number(address.devid)} of domain {address.frontend_domid}"
         try:
             fd = _claim(path, os.O_RDWR)
@@ -236,7 +245,8 @@ class Record(Closing):
 
     def _open(self, fd: int, path: str, size: int) -> None:
         self._fd = fd
-        self._path = path
+        self.path = path
+        self._lock = threading.RLock()  # commands change facts, too
         whole = memoryview(mmap.mmap(fd, size))
         self._facts = DoubleBuffer(whole[:_FACTS])
         self.facts = Facts.parse(self._facts.read() or b"") or Facts(format=0)
@@ -252,15 +262,17 @@ class Record(Closing):
         Raises:
             DeviceError: that is too much, over 16,000 bytes as JSON; what was written stays.
         """
-        try:
-            self._facts.write(facts.encode())
-        except ValueError as error:
-            raise DeviceError(f"the arguments are too long to be noted: {error}") from error
-        self.facts = facts
+        with self._lock:
+            try:
+                self._facts.write(facts.encode())
+            except ValueError as error:
+                raise DeviceError(f"the arguments are too long to be noted: {error}") from error
+            self.facts = facts
 
     def update(self, **changed: Any) -> None:
         """Write some of the facts anew; raises as :meth:`describe` does."""
-        self.describe(replace(self.facts, **changed))
+        with self._lock:
+            self.describe(replace(self.facts, **changed))
 
     @property
     def is_closed(self) -> bool:
@@ -280,7 +292,7 @@ class Record(Closing):
             return
         fd, self._fd = self._fd, -1
         try:
-            _unlink(fd, self._path)
+            _unlink(fd, self.path)
         except PermissionError:
             self._facts.clear()
             fcntl.flock(fd, fcntl.LOCK_UN)  # the mapping has a copy of the descriptor
@@ -341,7 +353,7 @@ def _is_locked(fd: int) -> bool:
 def find(directory: str, address: Address) -> Found | None:
     """Read the record of a device; None if there is none."""
     try:
-        fd = os.open(_path(directory, address), os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(path_of(directory, address), os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return None
     try:
@@ -364,7 +376,7 @@ def find(directory: str, address: Address) -> Found | None:
 
 def forget(directory: str, address: Address) -> None:
     """Remove what a killed process left; not what one that lives has made of it."""
-    path = _path(directory, address)
+    path = path_of(directory, address)
     try:
         fd = _lock(path, os.O_RDONLY)
     except FileNotFoundError:

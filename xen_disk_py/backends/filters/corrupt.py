@@ -39,13 +39,23 @@ class Corrupt(Filter):
         seed: int = 0,
     ) -> None:
         super().__init__(source)
+        self.keeps_data = False
+        self._lock = threading.Lock()
+        self._flipped = 0
+        self.configure(rate=rate, operations=operations, range=range, seed=seed)
+
+    def configure(self, *, rate: float, operations: str, range: str, seed: int) -> None:  # noqa: A002
+        """Flip these from now on; what is drawn begins anew."""
         if not 0 <= rate <= 1:
             raise UsageError(f"--filter corrupt: rate={rate:g} is not from 0 to 1")
-        self.keeps_data = False
-        self._rate, self._operations = rate, operations.split("+")
-        self._ranges = parse_ranges("corrupt", range) if range else None
-        self._dice = random.Random(seed)
-        self._lock = threading.Lock()
+        ranges = parse_ranges("corrupt", range) if range else None
+        with self._lock:
+            self._rate, self._operations = rate, operations.split("+")
+            self._ranges, self._dice = ranges, random.Random(seed)
+
+    def counters(self) -> dict[str, int]:
+        """How many bits were flipped."""
+        return {"flipped": self._flipped}
 
     def _bit(self, operation: str, offset: int, length: int) -> int | None:
         """Draw a bit of the request that flips; None: none does."""
@@ -56,6 +66,7 @@ class Corrupt(Filter):
         with self._lock:
             if self._dice.random() >= self._rate:
                 return None
+            self._flipped += 1
             return self._dice.randrange(length * 8)
 
     def read(self, buffers: Sequence[memoryview], offset: int) -> int:

@@ -10,6 +10,7 @@ import random
 import threading
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from ...errors import UsageError
 from ...units import parse_duration
@@ -42,22 +43,53 @@ class Delay(Filter):
         seed: int = 0,
     ) -> None:
         super().__init__(source)
-        given = {"read": read, "write": write, "flush": flush, "discard": discard}
-        self._bounds = {name: _bounds(name, text) for name, text in given.items()}
-        self._dice = random.Random(seed)
         # Many wait here at once; below, as many are at work as the source lets in.
         self._inside = threading.Semaphore(max(1, source.threads))
+        self._is_shared = source.threads > 1
+        self._waits = 0
+        self.configure(read=read, write=write, flush=flush, discard=discard, seed=seed)
 
-        if source.threads > 1:  # what waits for nothing is passed on as it is
-            if not self._bounds["read"][1]:
-                self.read_nowait = source.read_nowait  # type: ignore[method-assign]  # this object
-            if not self._bounds["write"][1]:
-                self.write_nowait = source.write_nowait  # type: ignore[method-assign]  # as above
+    def configure(self, *, read: str, write: str, flush: str, discard: str, seed: int) -> None:
+        """Wait so long from now on; what is drawn begins anew."""
+        given = {"read": read, "write": write, "flush": flush, "discard": discard}
+        bounds = {name: _bounds(name, text) for name, text in given.items()}
+        self._dice = random.Random(seed)
+        self._bounds = bounds
+
+    def counters(self) -> dict[str, int]:
+        """How many requests have waited."""
+        return {"delayed": self._waits}
 
     def _wait(self, operation: str) -> None:
         least, most = self._bounds[operation]
         if most:
+            self._waits += 1
             time.sleep(least if least == most else self._dice.uniform(least, most))
+
+    def read_nowait(self, buffers: Sequence[memoryview], offset: int) -> int:
+        """Read, where that waits for nothing, in the queue's own thread."""
+        if self._bounds["read"][1]:
+            return 0
+        if self._is_shared:
+            return self.source.read_nowait(buffers, offset)
+        return self._if_free(self.source.read, buffers, offset)
+
+    def write_nowait(self, buffers: Sequence[memoryview], offset: int) -> int:
+        """Write, where that waits for nothing, in the queue's own thread."""
+        if self._bounds["write"][1]:
+            return 0
+        if self._is_shared:
+            return self.source.write_nowait(buffers, offset)
+        return self._if_free(self.source.write, buffers, offset)
+
+    def _if_free(self, call: Any, buffers: Sequence[memoryview], offset: int) -> int:
+        """Do what the queue's thread would do without the filter, unless another is inside."""
+        if not self._inside.acquire(blocking=False):
+            return 0
+        try:
+            return do_all(call, buffers, offset)
+        finally:
+            self._inside.release()
 
     def read(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Wait, then read."""

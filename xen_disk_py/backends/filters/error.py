@@ -12,6 +12,7 @@ import os
 import random
 import threading
 from collections.abc import Sequence
+from typing import ClassVar
 
 from ...errors import UsageError
 from .. import Backend
@@ -19,6 +20,7 @@ from ..filter import Filter
 from .ranges import parse_ranges, touches
 
 _OPERATIONS = ("read", "write", "flush", "discard")
+_BOOLEANS = ("", "yes", "no")  # of armed; everything else is a file
 
 
 class Error(Filter):
@@ -32,10 +34,13 @@ class Error(Filter):
         errno: the error's name, such as ``EIO``.
         range: only requests that touch these bytes: ``1M-2M``, several with + between them; a flush
             touches none.
-        armed: only while there is a file of this name.
+        armed: only while there is a file of this name; ``no``: not before it is armed by a command,
+            ``yes`` (or nothing): always.
         sticky: once one has failed, all of these fail.
         seed: draws the same failures again.
     """
+
+    actions: ClassVar = {"arm": {"armed": "yes"}, "disarm": {"armed": "no"}}
 
     def __init__(
         self,
@@ -51,23 +56,57 @@ class Error(Filter):
         seed: int = 0,
     ) -> None:
         super().__init__(source)
-        self._operations = set(operations.split("+"))
-        unknown = self._operations - set(_OPERATIONS)
+        self._lock = threading.Lock()
+        self._failed = 0
+        self.configure(
+            rate=rate,
+            every=every,
+            operations=operations,
+            errno=errno,
+            range=range,
+            armed=armed,
+            sticky=sticky,
+            seed=seed,
+        )
+
+    def configure(
+        self,
+        *,
+        rate: float,
+        every: int,
+        operations: str,
+        errno: str,
+        range: str,  # noqa: A002 - as the user writes it
+        armed: str,
+        sticky: bool,
+        seed: int,
+    ) -> None:
+        """Fail these from now on; what is counted and drawn begins anew, nothing is sticky yet."""
+        chosen = set(operations.split("+"))
+        unknown = chosen - set(_OPERATIONS)
         if unknown:
             known = "+".join(_OPERATIONS)
             raise UsageError(f"--filter error: operations={operations}: use some of {known}")
         if not 0 <= rate <= 1:
             raise UsageError(f"--filter error: rate={rate:g} is not from 0 to 1")
+        if every < 0:
+            raise UsageError(f"--filter error: every={every} is less than 0")
         number = getattr(errors, errno, None)
-        if number is None or not errno.startswith("E"):
+        if not isinstance(number, int) or not errno.startswith("E"):
             raise UsageError(f"--filter error: errno={errno}: there is no such error; EIO is one")
-        self._number: int = number
-        self._ranges = parse_ranges("error", range) if range else None
-        self._rate, self._every, self._armed, self._sticky = rate, every, armed, sticky
-        self._count = 0
-        self._has_failed = False
-        self._dice = random.Random(seed)
-        self._lock = threading.Lock()
+        ranges = parse_ranges("error", range) if range else None
+        with self._lock:
+            self._operations, self._ranges, self._number = chosen, ranges, number
+            self._rate, self._every, self._sticky = rate, every, sticky
+            self._file = armed if armed not in _BOOLEANS else ""
+            self._is_disarmed = armed == "no"
+            self._count = 0
+            self._has_failed = False
+            self._dice = random.Random(seed)
+
+    def counters(self) -> dict[str, int]:
+        """How many requests could have failed since the last change, and how many ever have."""
+        return {"matched": self._count, "failed": self._failed}
 
     def _try(self, operation: str, offset: int = 0, length: int = 0) -> None:
         """Raise if this request is to fail."""
@@ -75,7 +114,7 @@ class Error(Filter):
             return
         if self._ranges is not None and not touches(self._ranges, offset, length):
             return
-        if self._armed and not os.path.exists(self._armed):
+        if self._is_disarmed or (self._file and not os.path.exists(self._file)):
             return
         with self._lock:
             self._count += 1
@@ -85,8 +124,10 @@ class Error(Filter):
                 fails = self._dice.random() < self._rate
             fails |= self._sticky and self._has_failed
             self._has_failed |= fails
+            self._failed += fails
+            number = self._number
         if fails:
-            raise OSError(self._number, f"{os.strerror(self._number)} (the error filter)")
+            raise OSError(number, f"{os.strerror(number)} (the error filter)")
 
     def read(self, buffers: Sequence[memoryview], offset: int) -> int | None:
         """Read, or fail."""

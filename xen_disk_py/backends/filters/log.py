@@ -9,9 +9,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import Any, Literal, TypeVar
 
 from ...errors import UsageError
@@ -28,6 +28,7 @@ class Log(Filter):
         source: the disk below.
         file: appended to; made for its owner alone if it does not exist; no symbolic link.
         format: ``text`` or ``json``.
+        on: no: write nothing.
     """
 
     def __init__(
@@ -36,17 +37,33 @@ class Log(Filter):
         *,
         file: str,
         format: Literal["text", "json"] = "text",  # noqa: A002
+        on: bool = True,
     ) -> None:
         super().__init__(source)
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
-        try:
-            self._fd = os.open(file, flags | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise UsageError(f"--filter log: file={file}: {error.strerror}") from error
-        self._is_json = format == "json"
+        self._lock = threading.Lock()  # of the descriptor: a line is not to go to another's file
+        self._fd = -1
+        self._file = ""
+        self._lines = self._lost = 0
+        self.configure(file=file, format=format, on=on)
+
+    def configure(self, *, file: str, format: str, on: bool) -> None:  # noqa: A002
+        """Write so from now on; with the file's name it is opened anew, if that is another one."""
+        fd = _open(file) if file != self._file else -1
+        with self._lock:
+            self._is_json, self._is_on = format == "json", on
+            if fd >= 0:
+                before, self._fd, self._file = self._fd, fd, file
+                if before >= 0:
+                    os.close(before)
+
+    def counters(self) -> dict[str, int]:
+        """How many lines were written, and how many lost."""
+        return {"lines": self._lines, "lost": self._lost}
 
     def _logged(self, operation: str, offset: int, length: int, call: Callable[[], T]) -> T:
         """Do a request and write its line."""
+        if not self._is_on:
+            return call()
         begin, start = time.time(), time.perf_counter()
         outcome = "ok"
         try:
@@ -73,16 +90,32 @@ class Log(Filter):
         else:
             line = "{time:.6f} {operation} {offset} {length} {seconds:.6f} {outcome}"
             line = line.format(**facts)
-        with suppress(OSError):
-            os.write(self._fd, f"{line}\n".encode())
+        with self._lock:
+            try:
+                os.write(self._fd, f"{line}\n".encode())
+                self._lines += 1
+            except OSError:
+                self._lost += 1
+
+    def read_nowait(self, buffers: Sequence[memoryview], offset: int) -> int:
+        """Read, if no line is to be written."""
+        return 0 if self._is_on else self.source.read_nowait(buffers, offset)
+
+    def write_nowait(self, buffers: Sequence[memoryview], offset: int) -> int:
+        """Write, if no line is to be written."""
+        return 0 if self._is_on else self.source.write_nowait(buffers, offset)
 
     def read(self, buffers: Sequence[memoryview], offset: int) -> int | None:
         """Read, and write a line."""
+        if not self._is_on:
+            return self.source.read(buffers, offset)
         length = sum(map(len, buffers))
         return self._logged("read", offset, length, lambda: self.source.read(buffers, offset))
 
     def write(self, buffers: Sequence[memoryview], offset: int) -> int | None:
         """Write, and write a line."""
+        if not self._is_on:
+            return self.source.write(buffers, offset)
         length = sum(map(len, buffers))
         return self._logged("write", offset, length, lambda: self.source.write(buffers, offset))
 
@@ -101,10 +134,20 @@ class Log(Filter):
 
     def close(self) -> None:
         """Close the file and the source."""
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+        with self._lock:
+            fd, self._fd, self._is_on = self._fd, -1, False
+            if fd >= 0:
+                os.close(fd)
         super().close()
+
+
+def _open(file: str) -> int:
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        return os.open(file, flags | os.O_CLOEXEC, 0o600)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(f"--filter log: file={file}: {reason}") from error
 
 
 def _name(error: BaseException) -> str:

@@ -35,11 +35,20 @@ class Protect(Filter):
         mode: Literal["refuse", "watch"] = "refuse",
     ) -> None:
         super().__init__(source)
-        self._ranges = parse_ranges("protect", range)
-        self._refuses = mode == "refuse"
+        self._touched = 0
+        self.configure(range=range, mode=mode)
+
+    def configure(self, *, range: str, mode: str) -> None:  # noqa: A002 - as the user writes it
+        """Keep these from now on."""
+        self._ranges, self._refuses = parse_ranges("protect", range), mode == "refuse"
+
+    def counters(self) -> dict[str, int]:
+        """How many writes and discards touched what is protected."""
+        return {"touched": self._touched}
 
     def _check(self, operation: str, offset: int, length: int) -> None:
         if touches(self._ranges, offset, length):
+            self._touched += 1
             log.warning("%s of %d bytes at %d, which are protected", operation, length, offset)
             if self._refuses:
                 raise OSError(errno.EPERM, f"{operation} of what is protected")

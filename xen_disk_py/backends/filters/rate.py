@@ -57,16 +57,26 @@ class Rate(Filter):
         burst: str = "1s",
     ) -> None:
         super().__init__(source)
+        self._lock = threading.Lock()
+        self._waits = 0
+        self._inside = threading.Semaphore(max(1, source.threads))
+        self.configure(bytes=bytes, requests=requests, burst=burst)
+
+    def configure(self, *, bytes: int, requests: int, burst: str) -> None:  # noqa: A002
+        """Let so much pass from now on; what waits already waits as long as it was told."""
         try:
             seconds = parse_duration(burst)
         except UsageError as error:
             raise UsageError(f"--filter rate: burst={burst}: {error}") from None
-        if not bytes and not requests:
+        if bytes < 0 or requests < 0 or not (bytes or requests):
             raise UsageError("--filter rate needs bytes=… or requests=…")
-        self._bytes = Bucket(bytes, seconds) if bytes else None
-        self._requests = Bucket(requests, seconds) if requests else None
-        self._lock = threading.Lock()
-        self._inside = threading.Semaphore(max(1, source.threads))
+        with self._lock:
+            self._bytes = Bucket(bytes, seconds) if bytes else None
+            self._requests = Bucket(requests, seconds) if requests else None
+
+    def counters(self) -> dict[str, int]:
+        """How many requests have waited."""
+        return {"delayed": self._waits}
 
     def _wait(self, length: int) -> None:
         now = time.monotonic()
@@ -76,6 +86,7 @@ class Rate(Filter):
                 for bucket, amount in ((self._bytes, length), (self._requests, 1))
                 if bucket is not None
             ]
+            self._waits += max(waits) > 0
         if max(waits) > 0:
             time.sleep(max(waits))
 
