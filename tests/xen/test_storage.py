@@ -1,8 +1,9 @@
 """Storage that fails, by Linux's device-mapper: what a flush was answered OK for is there.
 
 A device-mapper table is swapped under a disk that a guest writes to: for one whose reads and writes
-are errors; or the disk is a thin volume whose pool runs out of room. Afterwards each block is
-compared with what may be there (see ``durable.py``), past every page cache.
+are errors, for one that fails now and then, for one that loses what it takes; or the disk is a thin
+volume whose pool runs out of room. Afterwards each block is compared with what may be there (see
+``durable.py``), past every page cache.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any, Callable
 
 import pytest
 
-from .disk import Disk
+from .disk import Disk, xen_disk
 from .durable import BLOCK, content
 from .guest import PATIENCE, Dom0, Guest, Job, sh
 from .test_integrity import leave, mounted_in
@@ -31,6 +32,9 @@ SECTORS = MIB // 512  # in a MiB
 SIZE = 16  # MiB
 
 Connect = Callable[..., Disk]
+
+BACKENDS = [pytest.param("raw", marks=pytest.mark.smoke), "mmap"]
+"""Those that leave it to Linux to write to the device."""
 
 
 def dmsetup(command: str, *words: str, check: bool = True) -> str:
@@ -57,7 +61,7 @@ class Device:
     path = Path("/dev/mapper/lab")
 
     def __init__(self, loop: str) -> None:
-        self._loop = loop
+        self.below = self._loop = loop
 
     def make(self) -> None:
         """Make it sound."""
@@ -74,6 +78,14 @@ class Device:
     def broken(self) -> None:
         """Have everything fail."""
         table(self.name, self._line("error"))
+
+    def fails_now_and_then(self) -> None:
+        """Have writes and flushes fail in every other second."""
+        table(self.name, self._line("flakey", 1, 1, 1, "error_writes"))
+
+    def loses(self) -> None:
+        """Have it say of each write that it is done, and forget it: power that fails."""
+        table(self.name, self._line("flakey", 0, 3600, 1, "drop_writes"))
 
 
 class Thin:
@@ -123,7 +135,7 @@ def remove(name: str) -> None:
 def device(tmp_path: Path) -> Iterator[Device]:
     """A sound device."""
     with ExitStack() as stack:
-        sh("modprobe", "dm-mod")
+        sh("modprobe", "-a", "dm-mod", "dm-flakey")
         device = Device(loop_device(stack, tmp_path / "storage", SIZE))
         stack.callback(remove, device.name)
         device.make()
@@ -145,14 +157,14 @@ def thin(tmp_path: Path) -> Iterator[Thin]:
 class Load:
     """Writers in dom0 that flush; see ``durable.py``."""
 
-    def __init__(self, dom0: Dom0, disk: Disk, directory: Path, writers: int) -> None:
+    def __init__(self, dom0: Dom0, disk: Disk, directory: Path, writers: int, mib: int) -> None:
         dom0.wait_for_device(disk.device)
         self._disk = disk
         self._journal, self._stop = directory / "journal", directory / "stop"
         self._process = subprocess.Popen(
             [
                 *(sys.executable, "-m", "tests.xen.durable", f"/dev/{disk.device}"),
-                *(str(self._journal), str(self._stop), str(writers), str(SIZE * MIB // BLOCK)),
+                *(str(self._journal), str(self._stop), str(writers), str(mib * MIB // BLOCK)),
             ],
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -205,7 +217,7 @@ class Load:
         return {int(block): values for block, values in last["possible"].items()}
 
 
-Starting = Callable[[Disk], Load]
+Starting = Callable[..., Load]
 
 
 @pytest.fixture
@@ -213,9 +225,10 @@ def start(dom0: Dom0, connect: Connect, tmp_path: Path) -> Iterator[Starting]:
     """Return a function that starts writers; they have ended when the disk is taken away."""
     loads: list[Load] = []
 
-    def begin(disk: Disk) -> Load:
+    def begin(disk: Disk, mib: int = SIZE) -> Load:
         # One where errors are told: after one failed flush, blkfront tells others that all is well.
-        loads.append(Load(dom0, disk, tmp_path, 3 if "hold" in disk.command else 1))
+        writers = 3 if "hold" in disk.command else 1
+        loads.append(Load(dom0, disk, tmp_path, writers, mib))
         return loads[-1]
 
     yield begin
@@ -224,8 +237,8 @@ def start(dom0: Dom0, connect: Connect, tmp_path: Path) -> Iterator[Starting]:
 
 
 def compare(path: Path, possible: dict[int, list[int]]) -> None:
-    """See that each block of a device is what it may be."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    """See that each block of a device, or of a file that is finished, is what it may be."""
+    fd = os.open(path, os.O_RDONLY | (os.O_DIRECT if path.is_block_device() else 0))
     try:
         with mmap.mmap(-1, BLOCK) as page:
             wrong = {}
@@ -241,12 +254,12 @@ def compare(path: Path, possible: dict[int, list[int]]) -> None:
 # -- errors that are reported ----------------------------------------------------------------------
 
 
-@pytest.mark.smoke
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_flush_never_lies_while_the_storage_fails(
-    dom0: Dom0, connect: Connect, device: Device, start: Starting
+    backend: str, dom0: Dom0, connect: Connect, device: Device, start: Starting
 ) -> None:
     """Under load everything fails for a while: what a later flush says is true, too."""
-    disk = connect(dom0, "--path", device.path, "--backend", "raw")
+    disk = connect(dom0, "--path", device.path, "--backend", backend)
     load = start(disk)
     load.wait_flushes()
     device.broken()
@@ -275,6 +288,42 @@ def test_a_flush_never_lies_to_whoever_has_a_successor(
     load.wait(lambda: len(load.notes()) > before + 10, "nothing happens")
     possible = load.end()
     leave(dom0, disk)
+    compare(device.path, possible)
+
+
+def test_a_flush_never_lies_while_writes_fail_now_and_then(
+    dom0: Dom0, connect: Connect, device: Device, start: Starting
+) -> None:
+    """Every other second."""
+    disk = connect(dom0, "--path", device.path, "--backend", "raw")
+    load = start(disk)
+    load.wait_flushes()
+    device.fails_now_and_then()
+    load.wait_failure()
+    device.sound()
+    possible = load.end()
+    leave(dom0, disk)
+    compare(device.path, possible)
+
+
+def test_what_was_flushed_outlives_a_loss_of_power(
+    dom0: Dom0, connect: Connect, device: Device, start: Starting
+) -> None:
+    """A flush is not answered before all is past every cache of dom0's."""
+    disk = connect(dom0, "--path", device.path, "--backend", "raw")
+    load = start(disk)
+    load.wait_flushes(20)
+    possible = load.end()
+    dom0.check(f"dd if=/dev/urandom of=/dev/{disk.device} bs=4k count=1 oflag=direct seek=9")
+    possible.pop(9, None)  # written, and not flushed
+    device.loses()
+    disk.kill()
+    disk.wait()
+    sh("blockdev", "--flushbufs", str(device.path))  # what dom0 still has goes nowhere
+    device.sound()
+    gone = xen_disk("disconnect", dom0.name, disk.vdev, "--force")
+    assert gone.returncode == 0, gone
+    dom0.wait_gone(disk.device)
     compare(device.path, possible)
 
 
@@ -351,3 +400,44 @@ def test_a_full_pool_is_waited_for(
     assert load.errors() == []
     leave(dom0, disk)
     compare(thin.path, possible)
+
+
+# -- the same storage by another way ---------------------------------------------------------------
+
+
+def test_what_is_mounted_through_a_volume_is_refused_to_readers(
+    dom0: Dom0, device: Device, tmp_path: Path
+) -> None:
+    """By the device below the volume."""
+    sh("mkfs.ext4", "-q", str(device.path))
+    sh("mount", str(device.path), str(tmp_path))
+    try:
+        refused = xen_disk("connect", dom0.name, "--path", device.below, "--read-only")
+        assert refused.returncode == 1, refused
+        assert f", mounted on {tmp_path}" in refused.stderr, refused
+    finally:
+        sh("umount", str(tmp_path))
+
+
+def test_what_the_kernel_exports_is_refused(dom0: Dom0, tmp_path: Path) -> None:
+    """A file-backed LUN of LIO's: no lock, no loop device."""
+    loaded = subprocess.run(["modprobe", "target_core_file"], capture_output=True, check=False)
+    if loaded.returncode:
+        pytest.skip("this dom0 has no LIO")
+    config = Path("/sys/kernel/config")
+    if not os.path.ismount(config):
+        sh("mount", "-t", "configfs", "none", str(config))
+    image = tmp_path / "image"
+    image.write_bytes(bytes(MIB))
+    lun = config / "target/core/fileio_0/lab"
+    lun.mkdir(parents=True)
+    try:
+        (lun / "control").write_text(f"fd_dev_name={image},fd_dev_size={MIB}\n")
+        (lun / "enable").write_text("1\n")
+        print((lun / "info").read_text())
+        refused = xen_disk("connect", dom0.name, "--path", image, "--backend", "raw")
+        assert refused.returncode == 1, refused
+        assert "exported by the kernel (LIO's fileio lab)" in refused.stderr, refused
+    finally:
+        lun.rmdir()
+        lun.parent.rmdir()
