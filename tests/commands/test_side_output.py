@@ -191,6 +191,7 @@ def test_serve(host, processes, image, side, tmp_path):
     libxl.ask_to_detach(address)
     frontend.disconnect()
     libxl.finish_detach(address)
+    host.until(lambda: not os.listdir(host.records), what="the end of the disk's process")
     process.signal(signal.SIGTERM)
     assert ExitStatus.OK == process.wait()
 

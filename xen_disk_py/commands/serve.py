@@ -45,6 +45,7 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
         interrupts = stack.enter_context(Interrupts().installed())
         starter = _Starter(debug)
         stack.callback(starter.close)
+        starter.prepare()
         supervisor = Supervisor(store, env.record_directory, starter.start)
         supervisor.watch()
         _supervise(store, supervisor, interrupts, starter)
@@ -65,9 +66,19 @@ class _Starter:
         Raises:
             OSError: that is not possible.
         """
+        return self._ready().start(["adopt", str(address.frontend_domid), str(address.devid)])
+
+    def prepare(self) -> None:
+        """Import what disks need, so that the first one need not wait for that."""
+        try:
+            self._ready()
+        except OSError as error:
+            log.warning("cannot start a process: %s", error)  # the next disk tries again
+
+    def _ready(self) -> ForkServer:
         if self._server is None or self._server.is_lost:
             self._server = ForkServer(self._command, self._environment)
-        return self._server.start(["adopt", str(address.frontend_domid), str(address.devid)])
+        return self._server
 
     def fileno(self) -> int:
         """Return a descriptor that becomes readable when a process has ended; -1: there is none."""

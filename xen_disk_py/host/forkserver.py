@@ -5,8 +5,9 @@ But what a thread holds, and what a library has opened, does not survive one. So
 process of its own, which imports, and does nothing else: no thread, no handle, no file.
 
 It talks with whoever started it over a socket that keeps messages apart, a JSON object each:
-``{"words": […]}`` there, ``{"pid": 5}`` or ``{"error": "…"}`` back, and ``{"pid": 5, "status":
-0}`` when that process has ended. It ends when the socket is closed; its children stay.
+``{}`` from it when all is imported, ``{"words": […]}`` there, ``{"pid": 5}`` or ``{"error": "…"}``
+back, and ``{"pid": 5, "status": 0}`` when that process has ended. It ends when the socket is
+closed; its children stay.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any, Callable
 from .process import show_as
 
 _MESSAGE = 1 << 16  # bytes
-_PATIENCE = 10.0  # seconds for a fork; it takes milliseconds
+_PATIENCE = 30.0  # seconds to import everything, or for a fork: a tenth, and milliseconds
 
 
 class Forked(BaseException):
@@ -64,6 +65,8 @@ def serve(name: Callable[[Sequence[str]], str]) -> None:
         poller = select.poll()
         poller.register(asked, select.POLLIN)
         poller.register(wake, select.POLLIN)
+        with suppress(OSError):
+            asked.send(b"{}")
         while True:
             poller.poll()
             with suppress(BlockingIOError):
@@ -156,6 +159,7 @@ class ForkServer:
         except BaseException:
             self._socket.close()
             raise
+        self._answer()
 
     def fileno(self) -> int:
         """Return a descriptor that becomes readable when a process has ended."""
@@ -172,9 +176,24 @@ class ForkServer:
         Raises:
             OSError: that is not possible; or the server has gone.
         """
+        with suppress(OSError):  # then there is no answer
+            self._socket.send(json.dumps({"words": list(words)}).encode())
+        answer = self._answer()
+        if "error" in answer:
+            raise OSError(answer["error"])
+        process = Process(self, answer["pid"])
+        self._running[process.pid] = process
+        return process
+
+    def _answer(self) -> dict[str, Any]:
+        """Wait for what is no end of a process.
+
+        Raises:
+            ConnectionResetError: nothing came; the server is closed.
+        """
+        answer: dict[str, Any] | None
         try:
             self._socket.settimeout(_PATIENCE)
-            self._socket.send(json.dumps({"words": list(words)}).encode())
             answer = self._receive()
             while answer is not None and "status" in answer:
                 answer = self._receive()
@@ -184,11 +203,7 @@ class ForkServer:
         if answer is None:
             self.close()
             raise ConnectionResetError("the process that forks does not answer")
-        if "error" in answer:
-            raise OSError(answer["error"])
-        process = Process(self, answer["pid"])
-        self._running[process.pid] = process
-        return process
+        return answer
 
     def collect(self) -> None:
         """Learn which processes have ended, without waiting."""
