@@ -65,3 +65,11 @@ def test_what_a_document_names_is_there(document):
     for name in re.findall(r"\b(test_\w+)(?:…)?`", text):
         if not INVENTED.search(name):
             assert f"def {name}" in TESTS or f"/{name}" in TESTS, name
+
+
+def test_a_disk_of_the_readme_is_tried_by_a_test():
+    """In the lab, with real Xen; Ceph's with a real cluster."""
+    rows = re.findall(r"^\| `(connect myvm[^`]*)` \|", README, flags=re.MULTILINE)
+    assert len(rows) > 9
+    assert [] == [row for row in rows if "rbd:" not in row and f'"{row}",\n' not in TESTS]
+    assert '"rbd:' in TESTS

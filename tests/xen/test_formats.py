@@ -18,7 +18,7 @@ from typing import Callable
 import pytest
 
 from .disk import Disk, block_nodes, left_over, xen_disk, xenstore_snapshot
-from .guest import PATIENCE, START_SECONDS, Guest, sh
+from .guest import PATIENCE, START_SECONDS, Dom0, Guest, sh
 from .test_boot import GOLD, wait_offered
 from .test_integrity import digest, leave, mounted, mounted_in
 from .test_reliability import ext4_load, kill, no_errors, worker
@@ -281,3 +281,58 @@ def test_ext4_over_nbd_survives_a_kill_of_the_server(
     leave(pv_guest, disk)
     server.kill()
     sh("e2fsck", "-fn", str(image))
+
+
+# -- the README's table ----------------------------------------------------------------------------
+
+ROWS = (
+    "connect myvm",
+    "connect myvm --path disk.raw",
+    "connect myvm --path disk.raw --overlay changes",
+    "connect myvm --path disk.raw --overlay changes.vhd",
+    "connect myvm --path disk.raw --backend raw",
+    "connect myvm --path nbd://storage/disk1",
+    "connect myvm --path disk.raw --backend mmap",
+    "connect myvm --path disk.vhd --format vhd",
+    "connect myvm --path disk.qcow2 --format qcow2",
+    "connect myvm --path ./mydisk.py",
+)
+"""Its rows but for Ceph's, which tests/ceph runs."""
+
+PROGRAM = """\
+from xen_disk_py.backends import Backend
+
+class Disk(Backend):
+    size = 16 << 20
+
+    def read(self, buffers, offset):
+        for buffer in buffers:
+            buffer[:] = bytes(len(buffer))
+
+    def write(self, buffers, offset):
+        pass
+"""
+
+
+def test_each_row_of_the_readme(
+    dom0: Dom0,
+    connect: Connect,
+    tmp_path: Path,
+    serve: Callable[[Path, str], Server],
+    xenstore_unchanged: None,
+) -> None:
+    """With dom0 as the guest: it writes, reads, and leaves."""
+    sh("truncate", "-s", "16M", str(tmp_path / "disk.raw"), str(tmp_path / "served.raw"))
+    must("create", tmp_path / "disk.vhd", "--size", "16M")
+    sh("qemu-img", "create", "-q", "-f", "qcow2", str(tmp_path / "disk.qcow2"), "16M")
+    (tmp_path / "mydisk.py").write_text(PROGRAM)
+    server = serve(tmp_path / "served.raw", "nbdkit")
+    for row in ROWS:
+        words = row.split()[2:]
+        words = [server.uri if word.startswith("nbd:") else word for word in words]
+        disk = connect(dom0, *words, cwd=tmp_path)
+        dom0.wait_for_device(disk.device)
+        device = f"/dev/{disk.device}"
+        dom0.check(f"dd if=/dev/urandom of={device} bs=64k count=4 oflag=direct 2>/dev/null")
+        dom0.check(f"dd if={device} of=/dev/null bs=64k count=8 iflag=direct 2>/dev/null")
+        leave(dom0, disk)
