@@ -49,8 +49,10 @@ def dynamic(tmp_path, device):
 
 class TestConformance(BackendConformance):
     @pytest.fixture(autouse=True)
-    def _device(self, dynamic):
-        self.device = dynamic
+    def _device(self, tmp_path, device):
+        path = str(tmp_path / "a.vhd")
+        create(path, 3 * MIB + 512)
+        self.device = device(path, mib=5)
 
     def open_disk(self, tmp_path):
         return VhdBackend(self.device)
