@@ -109,3 +109,11 @@ class TestStack(BackendConformance):
         options = {"path": path} if options_of is None else options_of(path)
         filters = ["partition:number=1", "delay", f"log:file={tmp_path / 'requests.log'}"]
         return open_backend(backend, options, filters)
+
+
+class TestStackOverDiscard(BackendConformance):
+    """It keeps nothing that a partition table could be in."""
+
+    def open_disk(self, tmp_path):
+        filters = ["offset:start=64K", "delay", f"log:file={tmp_path / 'requests.log'}"]
+        return open_backend("discard", {"size": 4 * MIB}, filters)

@@ -11,7 +11,7 @@ import shutil
 import pytest
 
 from xen_disk_py.backends.conformance import BackendConformance
-from xen_disk_py.backends.vhd import VhdBackend
+from xen_disk_py.backends.vhd import VhdBackend, layout
 from xen_disk_py.backends.vhd.check import check
 from xen_disk_py.backends.vhd.commit import commit
 from xen_disk_py.backends.vhd.create import create, create_child
@@ -20,6 +20,7 @@ from xen_disk_py.backends.vhd.layout import Footer
 from xen_disk_py.errors import ImageError
 
 from .conftest import content_of, patch, read, write
+from .test_replay import crashes_anywhere, ends_anywhere, record
 
 MIB = 1 << 20
 SIZE = 9 * MIB
@@ -89,6 +90,14 @@ def test_no_data_below_clear_bits_is_garbage(dynamic):
         file.seek(start)
         block = file.read(512 + 2 * MIB)
     assert b"\x80" + bytes(511) + b"w" * 512 + bytes(2 * MIB - 512) == block
+
+
+@pytest.mark.parametrize("kind", [layout.DYNAMIC, layout.DIFFERENCING])
+def test_a_process_or_a_host_that_ends_anywhere(tmp_path, monkeypatch, device, kind):
+    recorded = record(tmp_path, monkeypatch, kind, 1, lambda path: device(path, mib=1))
+    assert any(event[0] == "write" for event in recorded[1])
+    ends_anywhere(tmp_path, *recorded)
+    crashes_anywhere(tmp_path, 1, *recorded)
 
 
 def test_a_device_that_is_full(tmp_path, device):
