@@ -306,6 +306,37 @@ def test_a_flush_never_lies_while_writes_fail_now_and_then(
     compare(device.path, possible)
 
 
+def test_an_overlay_knows_what_did_not_arrive(
+    dom0: Dom0, connect: Connect, device: Device, start: Starting, tmp_path: Path
+) -> None:
+    """Its file system fails, and is mounted again: the changes that were flushed are in it."""
+    image, new, changes = tmp_path / "image", tmp_path / "new", tmp_path / "mnt" / "changes"
+    changes.parent.mkdir()
+    sh("truncate", "-s", f"{SIZE // 4}M", str(image))
+    sh("mkfs.ext4", "-q", str(device.path))
+    sh("mount", "-o", "errors=continue", str(device.path), str(changes.parent))
+    try:
+        disk = connect(dom0, "--path", image, "--overlay", changes)
+        load = start(disk, SIZE // 4)
+        load.wait_flushes()
+        device.broken()
+        load.wait(lambda: load.flushes("failed") > 0 or load.errors() != [], "nothing fails")
+        device.sound()
+        possible = load.end()
+        leave(dom0, disk)
+    finally:
+        device.sound()
+        sh("umount", str(changes.parent))
+    sh("e2fsck", "-p", str(device.path), check=False)  # it says 1 for what it has corrected
+    sh("mount", str(device.path), str(changes.parent))
+    try:
+        exported = xen_disk("export", changes, new)
+        assert exported.returncode == 0, exported
+        compare(new, possible)
+    finally:
+        sh("umount", str(changes.parent))
+
+
 def test_what_was_flushed_outlives_a_loss_of_power(
     dom0: Dom0, connect: Connect, device: Device, start: Starting
 ) -> None:
