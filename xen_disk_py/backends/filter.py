@@ -23,7 +23,9 @@ other settings while the disk is in use (``xen-disk filter``).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, ClassVar
 
 from ..errors import UsageError
@@ -43,7 +45,23 @@ _ATTRIBUTES = (
     "discard_granularity",
 )
 _THREADS = 16
+_SUCCEEDING: ContextVar[bool] = ContextVar("succeeding", default=False)
 _REQUESTS = {"read", "write", "flush", "discard", "discard_securely"}
+
+
+@contextmanager
+def succeeding() -> Iterator[None]:
+    """Have the filters that are made inside continue what those of a process that died began."""
+    token = _SUCCEEDING.set(True)
+    try:
+        yield
+    finally:
+        _SUCCEEDING.reset(token)
+
+
+def is_succeeding() -> bool:
+    """Whether a disk is being opened that another process has served until now."""
+    return _SUCCEEDING.get()
 
 
 class Filter(Backend):

@@ -50,6 +50,7 @@ _FILTERS = {
     "partition": "Partition",
     "protect": "Protect",
     "rate": "Rate",
+    "record": "Recorder",
 }
 _FILTER = re.compile(
     r"(?P<name>(?P<file>[^=]+?\.py)(?::(?P<cls>\w+))?|\w+)(?::(?P<options>\w+=.*))?", re.DOTALL

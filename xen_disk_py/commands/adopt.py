@@ -9,6 +9,7 @@ import time
 from contextlib import ExitStack
 from dataclasses import replace
 
+from ..backends.filter import succeeding
 from ..datapath.disk import Disk
 from ..errors import DeviceError, DeviceTaken, XenDiskError
 from ..exit_status import ExitStatus
@@ -91,7 +92,8 @@ def _take_over(env: Environment, store: Store, address: Address) -> ExitStatus:
             takeover.check_files(facts, str(vdev), f"xl block-detach {domid} {vdev}")
             config = attachment.read_config(store, address)
             spec = replace(_spec(config), filters=facts.spec.filters)  # as they were set last
-            disk = _open(spec, store, stack)
+            with succeeding():
+                disk = _open(spec, store, stack)
             takeover.check_size(facts, str(vdev), disk.backend)
             hypervisor = stack.enter_context(env.hypervisor())
             toolstack.pass_on(store, address, os.getpid())

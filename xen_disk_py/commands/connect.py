@@ -8,10 +8,11 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 
+from ..backends.filter import succeeding
 from ..datapath.disk import Disk
 from ..datapath.statistics import Statistics, histogram
 from ..errors import DeviceTaken, UsageError, XenDiskError
@@ -184,7 +185,8 @@ def _open(
     user = privileges.find_user(spec.user) if spec.user is not None else None
     if user is not None:
         privileges.forbid_gains()  # before a backend starts a thread
-    disk = spec.open_disk()
+    with nullcontext() if domain is None else succeeding():
+        disk = spec.open_disk()
     stack.callback(disk.close)
     store = stack.enter_context(env.open_store())
     other_backends.check(store, disk.backend.host_storage, force=spec.force)

@@ -15,10 +15,10 @@ from .format import (
     MAX_RECORDS,
     NO_QUEUE,
     SLOTS,
+    Fields,
     Header,
     Record,
     pack_block,
-    pack_record,
 )
 from .reader import TraceReader
 
@@ -102,7 +102,7 @@ class TraceWriter(Closing):
         Raises:
             OSError: they cannot be written; nothing of the last block counts.
         """
-        packed: list[bytes] = []
+        packed: list[Fields] = []
         data: list[bytes] = []
         size = requests = flushes = 0
         for record in records:
@@ -111,7 +111,7 @@ class TraceWriter(Closing):
                 self.write(packed, data, requests=requests, flushes=flushes)
                 packed, data = [], []
                 size = requests = flushes = 0
-            packed.append(pack(record))
+            packed.append(fields_of(record))
             if written:
                 data.append(written)
                 size += len(written)
@@ -121,7 +121,7 @@ class TraceWriter(Closing):
             self.write(packed, data, requests=requests, flushes=flushes)
 
     def write(
-        self, records: Sequence[bytes], data: Sequence[bytes], *, requests: int, flushes: int
+        self, records: Sequence[Fields], data: Sequence[bytes], *, requests: int, flushes: int
     ) -> None:
         """Write one block.
 
@@ -134,12 +134,15 @@ class TraceWriter(Closing):
         Raises:
             OSError: it cannot be written; nothing of it counts.
         """
-        block = pack_block(
+        parts = pack_block(
             self.header.id, self.sequence, self.requests, self.flushes, records, data
         )
-        at = self._place(len(block))
-        _write(self.fd, block, at)
-        self.at = at + len(block)
+        length = sum(map(len, parts))
+        at = self._place(length)
+        done = os.pwritev(self.fd, parts, at)
+        if done < length:
+            _write(self.fd, b"".join(parts)[done:], at + done)
+        self.at = at + length
         self.sequence += 1
         self.requests += requests
         self.flushes += flushes
@@ -157,7 +160,11 @@ class TraceWriter(Closing):
         return HEADER_SIZE + (number + 1) % SLOTS * slot
 
     def sync(self) -> None:
-        """Return when all of it is on stable storage."""
+        """Return when all of it is on stable storage.
+
+        Raises:
+            OSError: it is not.
+        """
         os.fdatasync(self.fd)
 
     def close(self) -> None:
@@ -172,9 +179,9 @@ def is_good_flush(record: Record) -> bool:
     return record.operation == FLUSH and not record.status
 
 
-def pack(record: Record) -> bytes:
-    """Return the bytes of a record, without its data."""
-    return pack_record(
+def fields_of(record: Record) -> Fields:
+    """Return what a record is packed from; its data is packed by itself."""
+    return (
         record.start,
         record.latency,
         record.offset,

@@ -1,0 +1,239 @@
+"""``record``: what a guest asked for is in the trace, whatever becomes of that."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from zlib import crc32
+
+import pytest
+
+from backends.blocks import buffers, read, write
+from backends.filters.test_filters import Memory
+from xen_disk_py.backends.asynchronous import FLUSH as BEGIN_FLUSH
+from xen_disk_py.backends.asynchronous import WRITE as BEGIN_WRITE
+from xen_disk_py.backends.asynchronous import Asynchronous
+from xen_disk_py.backends.conformance import BackendConformance
+from xen_disk_py.backends.filter import succeeding
+from xen_disk_py.backends.filters import record as module
+from xen_disk_py.backends.loader import open_backend, wrap
+from xen_disk_py.errors import ImageError, UsageError
+from xen_disk_py.trace.format import (
+    DISCARD,
+    FLUSH,
+    GAP,
+    READ,
+    RESIZED,
+    RESUMED,
+    STOPPED,
+    UNKNOWN_ERROR,
+    WRITE,
+)
+from xen_disk_py.trace.reader import TraceReader
+
+
+class TestConformance(BackendConformance):
+    def open_disk(self, tmp_path):
+        path = tmp_path / "disk"
+        if not path.exists():
+            path.write_bytes(bytes(2 << 20))
+        name = f"{tmp_path}/{len(os.listdir(tmp_path))}.xdt"
+        return open_backend("raw", {"path": str(path)}, [f"record:file={name},data=yes"])
+
+
+@pytest.fixture
+def path(tmp_path):
+    return str(tmp_path / "t.xdt")
+
+
+def recorded(path, options=""):
+    return wrap(Memory(), [f"record:file={path}{options}"])
+
+
+def trace(path, *, data=True):
+    with TraceReader(path) as reader:
+        return list(reader.records(data=data)), reader.ending
+
+
+def test_what_is_done_is_noted(path):
+    disk = recorded(path)
+    write(disk, 4096, b"x" * 512)
+    read(disk, 512, 1024)
+    disk.flush()
+    disk.discard(8192, 4096)
+    disk.close()
+    found, ending = trace(path)
+    assert [(WRITE, 4096, 512), (READ, 512, 1024), (FLUSH, 0, 0), (DISCARD, 8192, 4096)] == [
+        (each.operation, each.offset, each.length) for each in found[:-1]
+    ]
+    assert [0, 1, 2, 3] == [each.number for each in found[:-1]]
+    for earlier, later in zip(found, found[1:]):
+        assert earlier.end <= later.start
+    assert STOPPED == found[-1].operation
+    assert ending.is_complete
+
+
+def test_with_data_what_was_written_is_there_and_what_was_there_before_is_known(path):
+    disk = recorded(path, ",data=yes")
+    write(disk, 4096, b"x" * 512)
+    write(disk, 4096, b"y" * 1024)
+    disk.close()
+    found, _ = trace(path)
+    assert [b"x" * 512, b"y" * 1024] == [each.data for each in found[:-1]]
+    with TraceReader(path) as reader:
+        content = Memory()
+        for at, crc in reader.header.samples:
+            page = bytearray(min(reader.header.sample, content.size - at))
+            content.read([memoryview(page)], at)
+            assert crc == crc32(page)
+
+
+def test_a_guest_that_changes_its_page_meanwhile_changes_neither_alone(path):
+    page = bytearray(b"a" * 512)
+
+    class Late(Memory):
+        def write(self, buffers, offset):
+            page[:] = b"b" * 512
+            return super().write(buffers, offset)
+
+    disk = wrap(Late(), [f"record:file={path},data=yes"])
+    disk.write([memoryview(page)], 0)
+    there = read(disk, 0, 512)
+    disk.close()
+    assert there == trace(path)[0][0].data
+
+
+def test_what_failed_is_noted_with_its_error(path):
+    class Failing(Memory):
+        def write(self, buffers, offset):
+            raise OSError(errno.ENOSPC, "full")
+
+        def flush(self):
+            raise ValueError("odd")
+
+    disk = wrap(Failing(), [f"record:file={path},data=yes"])
+    with pytest.raises(OSError, match="full"):
+        write(disk, 0, b"x" * 512)
+    with pytest.raises(ValueError, match="odd"):
+        disk.flush()
+    disk.close()
+    found, _ = trace(path)
+    assert [errno.ENOSPC, UNKNOWN_ERROR] == [each.status for each in found[:-1]]
+    assert b"x" * 512 == found[0].data
+
+
+def test_a_file_that_exists_is_refused(path, tmp_path):
+    recorded(path).close()
+    with pytest.raises(ImageError, match="never overwritten"):
+        recorded(path)
+    with pytest.raises(ImageError, match="No such file"):
+        recorded(str(tmp_path / "no" / "t.xdt"))
+    with pytest.raises(UsageError, match="at least 64 MiB"):
+        recorded(str(tmp_path / "ring"), ",ring=1M")
+
+
+def test_a_successor_continues_and_says_that_something_may_be_missing(path):
+    first = recorded(path, ",data=yes")
+    write(first, 0, b"1" * 512)
+    first._sink._write()  # as its thread does; then it is killed
+    os.close(first._sink._writer.fd)
+    first._sink._writer.fd = -1
+    first._sink._over = True
+    with succeeding():
+        second = recorded(path, ",data=yes")
+    write(second, 512, b"2" * 512)
+    second.close()
+    found, ending = trace(path)
+    assert [WRITE, RESUMED, GAP, RESIZED, WRITE, STOPPED] == [each.operation for each in found]
+    assert [0, 1, 1, 1, 1, 2] == [each.number for each in found]
+    assert found[0].end < found[1].start
+    assert ending.is_complete
+
+
+def test_a_successor_that_cannot_continue_serves_all_the_same(path, caplog):
+    recorded(path).close()
+    with succeeding():
+        disk = recorded(path)
+    write(disk, 0, b"x" * 512)
+    assert b"x" * 512 == read(disk, 0, 512)
+    disk.close()
+    assert "not recorded any longer" in caplog.text
+    assert 1 == len(trace(path)[0])
+
+
+def test_no_space_ends_the_recording_and_not_the_disk(path, caplog, monkeypatch):
+    disk = recorded(path)
+    ended = threading.Event()
+    stop = module.Sink._stop
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def stopped(sink, why):
+        monkeypatch.undo()
+        stop(sink, why)
+        ended.set()
+
+    monkeypatch.setattr(module.Sink, "_stop", stopped)
+    monkeypatch.setattr(module.os, "pwritev", full)
+    write(disk, 0, b"x" * 512)
+    assert ended.wait(30)
+    write(disk, 512, b"y" * 512)
+    assert b"y" * 512 == read(disk, 512, 512)
+    disk.close()
+    assert "recording ended: No space left on device" in caplog.text
+    found, ending = trace(path)
+    assert [STOPPED] == [each.operation for each in found]
+    assert "No space left on device" == ending.text
+
+
+def test_requests_that_are_too_many_to_note_are_counted(path, monkeypatch):
+    monkeypatch.setattr(module, "MAX_RECORDS", 3)
+    monkeypatch.setattr(module.Sink, "_rouse", lambda _: None)  # its thread does not come to it
+    disk = recorded(path)
+    for number in range(5):
+        write(disk, number * 512, b"x" * 512)
+    disk.close()
+    found, _ = trace(path)
+    assert [WRITE, WRITE, WRITE, GAP, STOPPED] == [each.operation for each in found]
+    assert 2 == found[3].length
+
+
+class Library(Asynchronous):
+    """Ends what is begun in the reverse order."""
+
+    def __init__(self):
+        super().__init__()
+        self.begun = []
+
+    def _begin(self, request):
+        self.begun.append(request)
+
+    def _progress(self):
+        while self.begun:
+            self._end(self.begun.pop(), None)
+
+
+def test_a_library_that_does_many_at_once_still_does(path):
+    class Many(Memory):
+        threads = 1
+        repeats_flush = True
+
+        def __init__(self):
+            super().__init__()
+            self.asynchronous = Library()
+
+    source = Many()
+    disk = wrap(source, [f"record:file={path},data=yes"])
+    many = disk.asynchronous
+    many.submit(BEGIN_WRITE, buffers(b"x" * 512), 512, 512, "first")
+    many.submit(BEGIN_FLUSH, (), 0, 0, "second")
+    assert (2, many.fileno()) == (many.unfinished, source.asynchronous.fileno())
+    assert [("second", None), ("first", None)] == [tuple(each) for each in many.collect()]
+    disk.close()
+    source.asynchronous.close()
+    found, _ = trace(path)
+    assert [FLUSH, WRITE] == [each.operation for each in found[:-1]]
+    assert found[1].start <= found[0].start
+    assert b"x" * 512 == found[1].data
