@@ -1,13 +1,12 @@
 """A filter is the methods it changes; everything else is the source's."""
 
-import subprocess
-import sys
 from pathlib import Path
 from types import MappingProxyType
 
 import pytest
 
 from backends.blocks import read, write
+from backends.child import conformance_command
 from xen_disk_py.backends import Backend
 from xen_disk_py.backends.conformance import BackendConformance
 from xen_disk_py.backends.filter import Filter, do_all
@@ -260,17 +259,10 @@ def test_the_disk_of_a_file_is_not_its_filter(mine):
 
 
 def test_conformance_takes_filters(mine, tmp_path):
-    command = [sys.executable, "-m", "xen_disk_py.backends.conformance", mine, "--filter", mine]
-    done = subprocess.run(
-        [*command, "--", "-q", "-k", "flush"],
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert "2 failed" not in done.stdout
-    assert "after_a_flush" in done.stdout  # the disk reads other than what was written
+    arguments = [mine, "--filter", mine, "--", "-q", "-k", "flush"]
+    _, output = conformance_command(*arguments, cwd=tmp_path)
+    assert "2 failed" not in output
+    assert "after_a_flush" in output  # the disk reads other than what was written
 
 
 def test_writes_pass(make_image):

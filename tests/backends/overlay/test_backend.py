@@ -20,6 +20,7 @@ import pytest
 import storage
 
 from backends.blocks import buffers, read, write
+from backends.child import conformance_command
 from xen_disk_py.backends import newfile as newfile_module
 from xen_disk_py.backends.image import Image
 from xen_disk_py.backends.newfile import NewFile
@@ -1200,18 +1201,11 @@ def test_extents_are_where_a_file_has_data(tmp_path):
         assert [] == list(data_extents(file.fileno(), 1 << 19, 1 << 20))
 
 
-def test_it_is_opened_by_name(image, overlay):
-    module = "xen_disk_py.backends.conformance"
+def test_it_is_opened_by_name(image, overlay, tmp_path):
     arguments = ["overlay", "--path", image, "--overlay", overlay, "--", "-q", "-k", "size"]
-    shown = subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parents[3],
-    )
-    assert os.path.exists(overlay), shown.stderr
-    assert 0 == shown.returncode, shown.stdout
+    status, output = conformance_command(*arguments, cwd=tmp_path)
+    assert os.path.exists(overlay), output
+    assert 0 == status, output
 
 
 def test_an_overlay_in_memory_takes_what_the_host_can_spare(image, monkeypatch, caplog):
