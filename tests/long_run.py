@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import os
 import random
+import sys
+from collections.abc import Sequence
+from typing import Any
 
 LONG = bool(os.environ.get("XEN_DISK_LONG"))
 
@@ -26,6 +29,20 @@ def one_in(share: int, *indices: int) -> bool:
         indices: where the combination lies in each dimension.
     """
     return LONG or sum(n * index for n, index in enumerate(indices, 1)) % share == 0
+
+
+def on_this_python(values: Sequence[Any], share: int, start: int = 0) -> list[Any]:
+    """Return one in ``share`` of the values; so many Pythons, one after the other, have them all.
+
+    For tests that start processes, and do the same on every Python. A long run has all on each.
+
+    Args:
+        values: of a dimension, as many as ``share`` or more.
+        share: at most as many as there are Pythons to test on.
+        start: another one for another test: then one Python does not have the same of each.
+    """
+    first = 0 if LONG else (sys.version_info.minor + start) % share
+    return list(values[first :: 1 if LONG else share])
 
 
 def stride(step: int) -> tuple[int, int]:
