@@ -13,6 +13,7 @@ import pytest
 from xen_disk_py import __version__, cli
 from xen_disk_py.cli import main
 from xen_disk_py.commands.arguments import build_parser, commands_of, parse
+from xen_disk_py.commands.backend_arguments import spec_from
 from xen_disk_py.commands.environment import Environment
 from xen_disk_py.errors import DeviceError, GuestNotFound, UsageError
 from xen_disk_py.exit_status import ExitStatus
@@ -271,3 +272,20 @@ def test_an_option_may_stand_before_what_can_be_left_out(words):
 
 def test_a_size_may_stand_behind_an_option():
     assert 1 << 30 == parse(["resize", "vm", "xvda", "--force", "1G"]).size
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["connect", "vm", "--path", "p.py", "a-b=1", "size=2=3"],
+        ["connect", "vm", "a-b=1", "--path", "p.py", "size=2=3"],
+        ["connect", "vm", "--option", "a-b=1", "--path", "p.py", "size=2=3"],
+        ["connect", "vm", "--adopt", "--path", "p.py", "a-b=1", "size=2=3", "xvdb"],
+        ["demo", "a-b=1", "--path", "p.py", "size=2=3"],
+    ],
+)
+def test_settings_of_a_plugin_stand_anywhere_in_their_order(words):
+    args = parse(words)
+    assert ["a-b=1", "size=2=3"] == args.option
+    assert ("xvdb" if "--adopt" in words else None) == getattr(args, "device", None)
+    assert ("a-b=1", "size=2=3") == spec_from(args).options

@@ -27,7 +27,7 @@ LAYERS = (  # from the bottom to the top: each may import itself and what stands
     {"session"},
     {"libxl", "simulated"},
     {"commands"},
-    {"cli"},
+    {"cli", "nbdkit_plugin"},
     {"__main__"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -382,3 +382,27 @@ def test_qcow2(export_of, tmp_path):
     expected = (ExitStatus.OK, raw.read_bytes(), "")
     assert expected == export_of(path, "--format", "qcow2")
     assert before == path.read_bytes()
+
+
+PLUGIN = """
+SIZE = 2 << 20
+content = bytearray(SIZE)
+def config(key, value): content[1 << 20:(1 << 20) + len(value)] = value.encode()
+def open(readonly): assert readonly
+def get_size(h): return SIZE
+def pread(h, count, offset):
+    return content[offset : offset + count]
+"""
+
+
+def exported(path, new, *argv):
+    env = Environment(stdout=io.StringIO(), stderr=io.StringIO(), stdin=None)
+    return main(["export", str(path), str(new), *argv], env), env.stderr.getvalue()
+
+
+def test_a_disk_that_a_python_file_defines(tmp_path, new):
+    path = tmp_path / "plugin.py"
+    path.write_text(PLUGIN)
+    assert (ExitStatus.OK, "") == exported(path, new, "--quiet", "text=hello")
+    assert bytes(1 << 20) + b"hello".ljust(1 << 20, b"\0") == new.read_bytes()
+    assert (1 << 20) >= 512 * new.stat().st_blocks

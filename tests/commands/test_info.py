@@ -245,3 +245,40 @@ def test_a_servers_disk(info):
     assert (ExitStatus.OK, "") == (status, err)
     found = json.loads(out)
     assert ("nbd", 8 << 20, None) == (found["format"], found["size"], found["allocated"])
+
+
+RAM = """
+disk = bytearray(1 << 20)
+def config(key, value): disk[:] = bytes([int(value)]) * len(disk)
+def open(readonly): assert readonly
+def get_size(h): return len(disk)
+def pread(h, count, offset): return disk[offset : offset + count]
+"""
+
+
+def test_a_disk_that_a_python_file_defines(told, info, tmp_path):
+    path = tmp_path / "plugin.py"
+    path.write_text(RAM)
+    assert {
+        "path": str(path),
+        "format": "python",
+        "size": SIZE,
+        "sector_size": 512,
+        "allocated": None,
+        "disk_usage": None,
+        "in_use": None,
+        "parent": None,
+    } == told(path, "byte=7")
+    _, out, _ = info(path)
+    assert [
+        str(path),
+        "  format      python",
+        "  size        1 MiB (1048576 bytes)",
+        "  sectors     512 bytes",
+    ] == out.splitlines()
+
+
+def test_a_file_has_no_options(info, image):
+    status, _, err = info(image, "byte=7")
+    assert ExitStatus.USAGE == status
+    assert "byte=7: an image has no options" in err

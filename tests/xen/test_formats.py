@@ -296,6 +296,7 @@ ROWS = (
     "connect myvm --path disk.vhd --format vhd",
     "connect myvm --path disk.qcow2 --format qcow2",
     "connect myvm --path ./mydisk.py",
+    "connect myvm --path ./plugin.py file=disk.raw",
 )
 """Its rows but for Ceph's, which tests/ceph runs."""
 
@@ -313,6 +314,37 @@ class Disk(Backend):
         pass
 """
 
+PLUGIN = """\
+import os
+import nbdkit
+
+API_VERSION = 2
+name = None
+
+def config(key, value):
+    global name
+    assert key == "file"
+    name = os.path.abspath(value)
+
+def open(readonly):
+    return os.open(name, os.O_RDONLY if readonly else os.O_RDWR)
+
+def get_size(h):
+    return os.stat(h).st_size
+
+def pread(h, buf, offset, flags):
+    assert os.preadv(h, [buf], offset) == len(buf)
+
+def pwrite(h, buf, offset, flags):
+    assert os.pwritev(h, [buf], offset) == len(buf)
+
+def flush(h, flags):
+    os.fdatasync(h)
+
+def close(h):
+    os.close(h)
+"""
+
 
 def test_each_row_of_the_readme(
     dom0: Dom0,
@@ -326,6 +358,7 @@ def test_each_row_of_the_readme(
     must("create", tmp_path / "disk.vhd", "--size", "16M")
     sh("qemu-img", "create", "-q", "-f", "qcow2", str(tmp_path / "disk.qcow2"), "16M")
     (tmp_path / "mydisk.py").write_text(PROGRAM)
+    (tmp_path / "plugin.py").write_text(PLUGIN)
     server = serve(tmp_path / "served.raw", "nbdkit")
     for row in ROWS:
         words = row.split()[2:]

@@ -49,7 +49,7 @@ import pytest
 from ..errors import UsageError, XenDiskError
 from ..units import parse_size
 from . import Backend
-from .loader import QEMU_FORMATS, check, choose, is_file, open_backend, parse_options
+from .loader import QEMU_FORMATS, check, choose, is_file, open_backend
 
 PAGE = 4096
 MOST_BUFFERS = 256
@@ -643,15 +643,21 @@ class _Opener:
     """The disk of the command line; a plugin of pytest too, to get it into the tests."""
 
     def __init__(
-        self, backend: str, options: dict[str, object], filters: Sequence[str], patience: float
+        self,
+        backend: str,
+        options: dict[str, object],
+        pairs: Sequence[str],
+        filters: Sequence[str],
+        patience: float,
     ) -> None:
         self.backend = backend
         self.options = options
+        self.pairs = pairs
         self.filters = filters
         self.patience = patience
 
     def open(self) -> Backend:
-        return open_backend(self.backend, self.options, self.filters)
+        return open_backend(self.backend, self.options, self.filters, pairs=self.pairs)
 
     @pytest.fixture
     def opener(self) -> _Opener:
@@ -685,6 +691,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "backend", nargs="?", help="file.py, file.py:Class, package.module:Class or a name"
     )
+    parser.add_argument("setting", nargs="*", help="name=value, as --option; for nbdkit's plugins")
     parser.add_argument(
         "--format",
         choices=("raw", "vhd", *QEMU_FORMATS),
@@ -707,14 +714,15 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.epilog = "What follows a -- goes to pytest: -- -v -x"
     split = [*arguments, "--"].index("--")
-    given, for_pytest = parser.parse_args(arguments[:split]), arguments[split + 1 :]
+    given, for_pytest = parser.parse_intermixed_args(arguments[:split]), arguments[split + 1 :]
     names = ("path", "size", "cow_limit", "sector_size", "read_only", "overlay")
     try:
-        options = {**parse_options(given.option), **{name: getattr(given, name) for name in names}}
+        options = {name: getattr(given, name) for name in names}
         backend = _backend(given.backend, given.format, given.path)
         if given.format in QEMU_FORMATS:
             options["format"] = given.format
-        opener = _Opener(backend, options, given.filter, given.patience)
+        pairs = [*given.option, *given.setting]
+        opener = _Opener(backend, options, pairs, given.filter, given.patience)
         with bounded(given.patience):
             opener.open().close()  # what is wrong here is said once, and without a traceback
     except pytest.fail.Exception as error:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..errors import ImageError
+from ..errors import ImageError, UsageError
 from . import qemu_img, qemu_locks
 from .image import Image
 from .loader import QEMU_FORMATS, choose, is_file, open_backend
@@ -23,7 +23,11 @@ _KINDS = {FIXED: "fixed", DYNAMIC: "dynamic", DIFFERENCING: "differencing"}
 _UNIT = 512  # bytes; of st_blocks (stat(2))
 
 
-def describe(path: str, format: str | None = None) -> dict[str, Any]:  # noqa: A002 - as the option
+def describe(
+    path: str,
+    format: str | None = None,  # noqa: A002 - as the option
+    pairs: Sequence[str] = (),
+) -> dict[str, Any]:
     """Describe a file or device, and what lies below it.
 
     Args:
@@ -31,6 +35,7 @@ def describe(path: str, format: str | None = None) -> dict[str, Any]:  # noqa: A
         format: ``raw``, ``vhd``, ``overlay``, or one of QEMU's; None: a name that ends in .vhd is
             a VHD, a file that begins like an overlay one. That is good enough to be told, not to
             be served.
+        pairs: ``key=value`` of what has to be opened for that: a server's disk, a Python file.
 
     Returns:
         ``path``, ``format``, ``size`` (of the disk, in bytes), ``sector_size``, ``allocated``
@@ -43,7 +48,9 @@ def describe(path: str, format: str | None = None) -> dict[str, Any]:  # noqa: A
         XenDiskError: from its backend, where that has to be opened.
     """
     if format is None and (not is_file(path) or choose(None, path) != "cow"):
-        return _served(path)
+        return _served(path, pairs)
+    if pairs:
+        raise UsageError(f"{pairs[0]}: an image has no options to be told with: leave it out")
     try:
         return _describe(path, format, 1)
     except OSError as error:
@@ -158,9 +165,9 @@ def _is_in_use(path: str) -> bool | None:
     return bool(holders(status) or qemu_locks.holders(status))
 
 
-def _served(path: str) -> dict[str, Any]:
+def _served(path: str, pairs: Sequence[str]) -> dict[str, Any]:
     """Describe what has to be opened for that: a server's disk, or one that a program makes."""
-    disk = open_backend(None, {"path": path, "read_only": True})
+    disk = open_backend(None, {"path": path, "read_only": True}, pairs=pairs)
     try:
         return {
             "path": path,

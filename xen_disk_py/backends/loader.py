@@ -5,7 +5,8 @@ A backend is named by
 * a word: one of ours (``discard``, ``raw``, ``mmap``, ``cow``, ``overlay``, ``vhd``), or an
   installed entry point of the group ``xen_disk_py.backends``;
 * ``package.module:Class``;
-* ``file.py`` or ``file.py:Class``, as the backend or, with no backend given, as the path.
+* ``file.py`` or ``file.py:Class``, as the backend or, with no backend given, as the path. The file
+  may also be a plugin for nbdkit's Python; then a name behind the colon is that of an export.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ _FILTERS = {
 _FILTER = re.compile(
     r"(?P<name>(?P<file>[^=]+?\.py)(?::(?P<cls>\w+))?|\w+)(?::(?P<options>\w+=.*))?", re.DOTALL
 )
+_SETTING = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*=.*", re.DOTALL)  # nbdkit(1)
 _FLAGS = {
     "path": "--path",
     "size": "--size",
@@ -107,18 +109,22 @@ def parse_options(pairs: Iterable[str]) -> dict[str, str]:
 
 
 def open_backend(
-    backend: str | None, options: Mapping[str, object], filters: Iterable[str] = ()
+    backend: str | None,
+    options: Mapping[str, object],
+    filters: Iterable[str] = (),
+    *,
+    pairs: Sequence[str] = (),
 ) -> Backend:
     """Find the class, give its constructor what it asks for, and check the result.
 
     Args:
         backend: what ``--backend`` says; None for the default (see :func:`choose`).
         options: by parameter name: ``path``, ``size``, ``read_only``, ``cow_limit``,
-            ``sector_size``, ``overlay`` and every ``--option``. None, and False for ``read_only``,
-            mean that it was not given. Text becomes what the parameter is annotated as (see
-            :mod:`.options`).
-
+            ``sector_size``, ``overlay``. None, and False for ``read_only``, mean that it was not
+            given. Text becomes what the parameter is annotated as (see :mod:`.options`).
         filters: what each ``--filter`` says, the first next to the disk.
+        pairs: what each ``--option`` says, ``key=value``: more parameters by name; of an nbdkit
+            plugin, its settings in this order, with whatever keys.
 
     ``force`` is no constructor's: with it images are opened though somebody else uses them.
 
@@ -138,7 +144,10 @@ def open_backend(
     read_only = bool(given.pop("read_only", False))
     force = bool(given.pop("force", False))
     cls, label = find_class(name)
-    arguments = _arguments(cls, label, given, read_only)
+    if _is_plugin_class(cls):
+        arguments = _plugin_arguments(label, given, pairs, read_only)
+    else:
+        arguments = _arguments(cls, label, {**given, **parse_options(pairs)}, read_only)
     try:
         with sharing.forced(force):
             disk = cls(**arguments)
@@ -386,8 +395,12 @@ def _from_entry_point(name: str) -> type[Backend]:
 
 
 def _from_file(path: str, class_name: str | None) -> type[Backend]:
+    from .nbdkit import is_plugin, plugin_class
+
     module = _run_file(path)
     file = os.path.basename(path)
+    if is_plugin(module) and not _choices(module):
+        return plugin_class(module, class_name)
     if class_name is not None:
         if not hasattr(module, class_name):
             known = ", ".join(_choices(module)) or "none"
@@ -400,7 +413,8 @@ def _from_file(path: str, class_name: str | None) -> type[Backend]:
         return _checked(module.Disk, f"{file}:Disk")
     if not choices:
         raise BackendError(
-            f"{path} has no disk in it: no class there is derived from xen_disk_py.backends.Backend"
+            f"{path} has no disk in it: no class there is derived from "
+            "xen_disk_py.backends.Backend, and a plugin for nbdkit has open, get_size and pread"
         )
     raise BackendError(
         f"{path} has several disks: {', '.join(choices)}; "
@@ -446,6 +460,7 @@ def _run_file(path: str) -> ModuleType:
     if directory not in sys.path:
         sys.path.append(directory)  # its neighbours can be imported; at the end, to hide nothing
     sys.modules[module.__name__] = module  # dataclasses and pickle look for it there
+    sys.modules.setdefault("nbdkit", importlib.import_module(f"{__package__}.nbdkit.api"))
     try:
         exec(compile(source, path, "exec", dont_inherit=True), module.__dict__)
     except Exception as error:
@@ -510,6 +525,27 @@ def _arguments(
     if missing:
         raise UsageError(f"{label} needs {' and '.join(missing)}")
     return arguments
+
+
+def _is_plugin_class(cls: type[Backend]) -> bool:
+    from .nbdkit import PluginBackend
+
+    return issubclass(cls, PluginBackend)
+
+
+def _plugin_arguments(
+    label: str, given: Mapping[str, object], pairs: Sequence[str], read_only: bool
+) -> dict[str, object]:
+    for key in given:
+        if key != "sector_size":
+            raise UsageError(
+                f"{label} is a plugin for nbdkit and takes no {_flag(key)}; what it takes stands "
+                f"behind its path as {key}=…"
+            )
+    for text in pairs:
+        if not _SETTING.fullmatch(text):
+            raise UsageError(f"{text}: write it as name=value")
+    return {**given, "settings": pairs, "read_only": read_only}
 
 
 def _flag(key: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import functools
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
@@ -21,6 +22,8 @@ from ..recovery.role import Role
 from ..units import parse_size
 
 PROGRAM = "xen-disk"
+
+_SETTING = re.compile(r"[A-Za-z][\w.-]*=.*", re.DOTALL)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -114,7 +117,7 @@ def _add_backend_arguments(parser: _Parser) -> None:
         type=_name,
         metavar="PATH",
         help="an image, a block device, nbd://SERVER/EXPORT, rbd:POOL/IMAGE, or a Python file that "
-        "defines a disk",
+        "defines a disk, or is a plugin for nbdkit, whose settings follow as KEY=VALUE",
     )
     parser.add_argument(
         "--backend",
@@ -135,6 +138,17 @@ def _add_backend_arguments(parser: _Parser) -> None:
         "--size", type=_size, help="size of a discard disk: bytes, or 10M, 1G, 2T (default: 1G)"
     )
     parser.add_argument("--read-only", action="store_true", help="refuse all writes")
+
+
+def _add_option_argument(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="an option of the backend's own; may be given several times. KEY=VALUE alone is the "
+        "same",
+    )
 
 
 def _add_disk_arguments(parser: _Parser) -> argparse._ArgumentGroup:
@@ -158,13 +172,7 @@ def _add_disk_arguments(parser: _Parser) -> argparse._ArgumentGroup:
         metavar="BYTES",
         help="logical sector size, 512 to 4096 (default: the block device's own; for a file 512)",
     )
-    disk.add_argument(
-        "--option",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="an option of the backend's own; may be given several times",
-    )
+    _add_option_argument(disk)
     disk.add_argument(
         "--filter",
         action="append",
@@ -223,8 +231,10 @@ def _add_overlay_commands(commands: argparse._SubParsersAction[_Parser]) -> None
     info.add_argument(
         "source",
         metavar="SOURCE",
-        help="an image, a block device, an overlay, or an address such as nbd://HOST/EXPORT",
+        help="an image, a block device, an overlay, an address such as nbd://HOST/EXPORT, or a "
+        "Python file",
     )
+    _add_option_argument(info)
     info.add_argument(
         "--format",
         choices=("raw", "vhd", "overlay", *QEMU_FORMATS),
@@ -400,12 +410,27 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
             find_command(parser, commands, word)
             break
     args, rest = parser.parse_known_args(words)
+    if "option" in args:
+        rest = _take_settings(args, rest)
     if len(rest) == 1 and not rest[0].startswith("-"):
         rest = _place(args, rest[0])
     if rest:
         raise UsageError(f"unrecognized arguments: {' '.join(rest)}", f"{PROGRAM} {args.command}")
     args.words = list(words)
     return args
+
+
+def _take_settings(args: argparse.Namespace, words: list[str]) -> list[str]:
+    """Have each ``key=value`` mean what it does behind ``--option``; return the other words.
+
+    So nbdkit's plugins get theirs, and argparse needs to know nothing of where they may stand.
+    """
+    if "=" in (getattr(args, "device", None) or ""):  # no VDEV has one
+        words = [args.device, *words]
+        args.device = None
+    settings = [word for word in words if _SETTING.fullmatch(word)]
+    args.option = [*args.option, *settings]
+    return [word for word in words if word not in settings]
 
 
 def _place(args: argparse.Namespace, word: str) -> list[str]:
@@ -766,6 +791,15 @@ def build_parser() -> _Parser:
     demo.add_argument("--json", action="store_true", help="print the results as JSON")
     demo.add_argument("--guest", help=argparse.SUPPRESS)  # for the process that plays the guest
     _add_disk_arguments(demo)
+
+    commands.add_parser(
+        "nbdkit-plugin",
+        help="print the path of the plugin by which nbdkit serves any of these disks",
+        description="Print the path of a plugin for nbdkit's Python, by which an NBD server serves "
+        'any disk that connect can give to a guest: nbdkit python "$(xen-disk nbdkit-plugin)" '
+        "path=disk.vhd format=vhd filter=delay:read=0.01. The keys are the options of connect that "
+        "say what disk it is; read-only=yes is one, too.",
+    )
 
     asked = commands.add_parser(
         "help", help="describe a command", description="Describe a command and its options."

@@ -9,7 +9,7 @@ from contextlib import closing
 
 from ..backends import Backend, qemu_img
 from ..backends.exporting import Convert, Progress, export_disk
-from ..backends.loader import QEMU_FORMATS, choose, is_file, open_backend, parse_options
+from ..backends.loader import QEMU_FORMATS, choose, is_file, open_backend
 from ..backends.overlay import maintenance
 from ..backends.overlay.file import image_path
 from ..backends.vhd.backend import directories_from
@@ -87,7 +87,7 @@ def _is_image(source: str) -> bool:
 def _open(args: argparse.Namespace) -> Backend:
     """Open the disk that SOURCE is, with its filters, for reading only."""
     source, form = args.overlay, args.format
-    options: dict[str, object] = {**parse_options(args.option), "path": source, "read_only": True}
+    options: dict[str, object] = {"path": source, "read_only": True}
     backend = None
     if form in QEMU_FORMATS:
         backend, options["format"] = "qemu", form
@@ -100,7 +100,7 @@ def _open(args: argparse.Namespace) -> Backend:
         options["path"] = args.path if args.path is not None else image_path(source)
     elif args.path is not None:
         raise UsageError("--path is for an overlay: leave it out")
-    return open_backend(backend, options, args.filter)
+    return open_backend(backend, options, args.filter, pairs=args.option)
 
 
 def _converter(output_format: str, progress: Progress) -> Convert | None:

@@ -16,7 +16,7 @@ from .environment import Environment
 
 def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
     """Print it; nothing is locked or changed."""
-    found = describe(args.source, args.format)
+    found = describe(args.source, args.format, args.option)
     if args.json:
         env.say(json.dumps(found, indent=2))
     else:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..backends import Backend
-from ..backends.loader import choose, is_file, open_backend, parse_options
+from ..backends.loader import choose, is_file, open_backend
 from ..datapath.disk import Disk
 from ..datapath.grants import Grants
 from ..datapath.queue import Options
@@ -131,8 +131,7 @@ class DiskSpec:
         for name in ("read_only", "force"):
             if getattr(self, name):
                 given[name] = True
-        given.update(parse_options(self.options))
-        return open_backend(self.backend, given, self.filters)
+        return open_backend(self.backend, given, self.filters, pairs=self.options)
 
     def open_disk(self) -> Disk:
         """Open what serves the guest's requests; errors as for :meth:`open_backend`."""

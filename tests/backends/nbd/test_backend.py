@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import shutil
 import subprocess
 import threading
@@ -10,12 +11,14 @@ import pytest
 
 from backends.blocks import read, write
 from xen_disk_py.backends import StorageError
+from xen_disk_py.backends.asynchronous import WRITE
 from xen_disk_py.backends.conformance import BackendConformance
 from xen_disk_py.backends.loader import open_backend
 from xen_disk_py.backends.nbd import NbdBackend
 from xen_disk_py.errors import BackendError, UsageError
 
 MIB = 1 << 20
+PATIENCE = 30.0
 
 
 class OnAServer(BackendConformance):
@@ -66,6 +69,25 @@ class TestQcow2(BackendConformance):
 
     def open_disk(self, tmp_path):
         return NbdBackend(self.server.uri)
+
+
+def test_a_command_is_one_server_whatever_it_says_of_several_connections(tmp_path):
+    """Each connection would start another, whose disk is another."""
+    if shutil.which("nbdkit") is None:
+        pytest.skip("needs nbdkit")
+    disk = NbdBackend("[ nbdkit --exit-with-parent memory 1M ]")
+    try:
+        pages = [bytes([number + 1]) * 4096 for number in range(16)]
+        many = disk.asynchronous
+        for number, page in enumerate(pages):
+            many.submit(WRITE, [memoryview(page)], 4096 * number, 4096, number)
+        while many.unfinished:
+            select.select([many], [], [], PATIENCE)
+            many.collect()
+        for _ in range(2):
+            assert pages == [read(disk, 4096 * number, 4096) for number in range(16)]
+    finally:
+        disk.close()
 
 
 class TestCommand(BackendConformance):

@@ -27,7 +27,8 @@ class NbdBackend(Backend):
             socket, as systemd would, and ends with the disk. A list is such a command, too.
         read_only: refuse writes; the server need not be read-only.
         sector_size: the logical sector in bytes; by default 512, or the server's smallest request.
-        connections: how many to have at most. A server must say that several are one disk.
+        connections: how many to have at most. A server must say that several are one disk; to
+            one that is started by a command there is one.
 
     Raises:
         UsageError: what is asked for contradicts itself.
@@ -47,6 +48,8 @@ class NbdBackend(Backend):
     ) -> None:
         self._name = path if isinstance(path, str) else shlex.join(path)
         where = _where(path) if isinstance(path, str) else path
+        if not isinstance(where, str):
+            connections = 1  # each would start a server of its own, with a disk of its own
         try:
             self._client = Client(lambda: Connection(where), max(1, connections))
         except XenDiskError as error:
