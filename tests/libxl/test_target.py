@@ -33,6 +33,14 @@ from xen_disk_py.libxl.target import arguments
         ("/d.raw,on-error=hold", ["--path=/d.raw", "--on-error=hold", "--backend=raw"]),
         ("/d.raw,format=raw", ["--path=/d.raw", "--format=raw", "--backend=raw"]),
         ("/d.vhd,format=vhd", ["--path=/d.vhd", "--format=vhd"]),
+        (
+            "/d.raw,filter=delay:read=5ms;write=1ms-2ms,filter=/mine.py:Second:a=b",
+            [
+                *("--path=/d.raw", "--backend=raw", "--filter=delay:read=5ms,write=1ms-2ms"),
+                "--filter=/mine.py:Second:a=b",
+            ],
+        ),
+        ("nbd://h/d,filter=log:file=/l", ["--path=nbd://h/d", "--filter=log:file=/l"]),
     ],
 )
 def test_what_is_meant(text, expected):
@@ -86,6 +94,7 @@ def test_every_option_is_one_of_connect():
         ("aio:/a,overlay=web.overlay", "overlay=web.overlay: give an absolute path"),
         ("aio:/a,overlay=", "give an absolute path"),
         ("aio:/a,backend=cow,backend=raw", "backend is given twice"),
+        ("aio:/a,filter=./mine.py:a=b", "filter=./mine.py: give an absolute path"),
     ],
 )
 def test_what_is_wrong(params, said):

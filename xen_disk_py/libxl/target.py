@@ -6,10 +6,12 @@
     /images/gold.raw,backend=cow,cow-limit=1G
     /images/gold.raw,overlay=/images/web.overlay,on-error=hold
     /srv/mydisk.py,option.colour=blue,indirect-segments=32
+    /images/disk.raw,filter=delay:read=5ms;write=10ms,filter=log:file=/var/log/requests
 
 libxl hands the text to the backend as it stands, behind the format and a colon (``params`` is
 ``aio:…`` for ``format=raw``, ``vhd:…`` for ``format=vhd``); nothing in it is escaped, so a comma
-always ends the path. The options are those of ``connect``.
+always ends the path, and a filter's options have semicolons between them. The options are those
+of ``connect``.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ _OPTIONS = (
     "size",
 )
 _OWN = "option."
-_KNOWN = f"known are {', '.join(_OPTIONS)} and {_OWN}NAME"
+_KNOWN = f"known are {', '.join(_OPTIONS)}, filter and {_OWN}NAME"
 
 
 def arguments(params: str) -> list[str]:
@@ -65,6 +67,8 @@ def arguments(params: str) -> list[str]:
             )
         if key.startswith(_OWN):
             own.append(f"--option={item[len(_OWN) :]}")
+        elif key == "filter":
+            own.append(f"--filter={_filter(value)}")
         elif key not in _OPTIONS:
             raise UsageError(f"target=: there is no option {key}=; {_KNOWN}")
         elif key in given:
@@ -79,3 +83,11 @@ def arguments(params: str) -> list[str]:
     if overlay is None and choose(None, path) == "cow" and given.get("format", "raw") == "raw":
         given.setdefault("backend", "raw")
     return [f"--path={path}", *(f"--{key}={value}" for key, value in given.items()), *own]
+
+
+def _filter(text: str) -> str:
+    """Return a filter as ``--filter`` takes it."""
+    name, colon, options = text.partition(":")
+    if name.endswith(".py") and not name.startswith("/"):
+        raise UsageError(f"filter={name}: give an absolute path, such as filter=/srv/mine.py")
+    return name + colon + options.replace(";", ",")
