@@ -19,6 +19,7 @@ import pytest
 import xen_disk_py
 from xen_disk_py.errors import DeviceError
 from xen_disk_py.exit_status import ExitStatus
+from xen_disk_py.host.systemd import notify
 from xen_disk_py.recovery.supervisor import DELAYS, Supervisor
 
 PACKAGE = str(Path(xen_disk_py.__file__).parents[1])
@@ -493,11 +494,14 @@ def test_systemd_sees_that_we_live(supervise, notes, systemd, monkeypatch, first
         while heard.count(b"WATCHDOG=1") < 3:
             heard.append(systemd.recv(1000))
         os.kill(os.getpid(), signal.SIGTERM)
+        while systemd.recv(1000) != b"over":  # a full queue would hold the supervisor up
+            pass
 
     thread = threading.Thread(target=listen)
     thread.start()
     try:
         assert ExitStatus.OK is supervise(first, WAITS, delays=(3600,))
     finally:
+        notify("over")
         thread.join()
     assert "SIGTERM" == notes()[-1]

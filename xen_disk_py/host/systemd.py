@@ -34,7 +34,9 @@ def notify(*assignments: str) -> None:
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
             channel.settimeout(_PATIENCE)
-            channel.sendto("\n".join(map(printable, assignments)).encode(), path)
+            # Unless it is connected, poll() calls it writable while the listener's queue is full.
+            channel.connect(path)
+            channel.send("\n".join(map(printable, assignments)).encode())
     except OSError as error:
         log.debug("cannot notify systemd: %s", error)
 
