@@ -33,7 +33,16 @@ LAYERS = (  # from the bottom to the top: each may import itself and what stands
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 # A hypervisor is chosen when a command runs, and the real one is loaded by then only.
-PURE = {"blkif", "ring", "datapath.journal", "datapath.polling", "trace.format", "xenbus.states"}
+PURE = {
+    "blkif",
+    "ring",
+    "datapath.journal",
+    "datapath.polling",
+    "trace.extents",
+    "trace.format",
+    "trace.powercut",
+    "xenbus.states",
+}
 EFFECTS = {"os", "socket", "select", "subprocess", "ctypes", "threading", "mmap", "fcntl"}
 
 

@@ -28,6 +28,7 @@ from .options import convert
 ENTRY_POINTS = "xen_disk_py.backends"
 
 _OURS = {
+    "at": "AtBackend",
     "cow": "CowBackend",
     "discard": "DiscardBackend",
     "mmap": "MmapBackend",
@@ -67,6 +68,7 @@ _FLAGS = {
     "force": "--force",
 }
 _SCHEMES = {
+    "at": ("at:",),
     "nbd": ("nbd://", "nbds://", "nbd+unix://", "nbds+unix://", "nbd+vsock://", "[ "),
     "rbd": ("rbd:",),
 }

@@ -83,7 +83,7 @@ class NewFile(Closing):
 
     def _link_hidden(self) -> str:
         while True:
-            name = _hidden_name(self._directory)
+            name = hidden_name(self._directory)
             try:
                 self._link(name)
             except FileExistsError:
@@ -126,7 +126,7 @@ def _remove_unlocked(path: str) -> None:
 def _make_hidden(directory: str) -> tuple[int, str]:
     """Make and lock a file with a hidden name."""
     while True:
-        name = _hidden_name(directory)
+        name = hidden_name(directory)
         try:
             fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         except FileExistsError:
@@ -138,7 +138,8 @@ def _make_hidden(directory: str) -> tuple[int, str]:
         os.close(fd)  # it was removed before it was locked
 
 
-def _hidden_name(directory: str) -> str:
+def hidden_name(directory: str) -> str:
+    """Return a new name in a directory; :func:`sweep` removes what has one and no lock."""
     return os.path.join(directory, _PREFIX + os.urandom(4).hex())
 
 

@@ -116,8 +116,9 @@ def _add_backend_arguments(parser: _Parser) -> None:
         "--path",
         type=_name,
         metavar="PATH",
-        help="an image, a block device, nbd://SERVER/EXPORT, rbd:POOL/IMAGE, or a Python file that "
-        "defines a disk, or is a plugin for nbdkit, whose settings follow as KEY=VALUE",
+        help="an image, a block device, nbd://SERVER/EXPORT, rbd:POOL/IMAGE, at:TRACE@MOMENT, or a "
+        "Python file that defines a disk, or is a plugin for nbdkit, whose settings follow as "
+        "KEY=VALUE",
     )
     parser.add_argument(
         "--backend",
@@ -391,6 +392,46 @@ def _add_image_commands(commands: argparse._SubParsersAction[_Parser]) -> None:
     )
     _add_vhd_argument(check)
     check.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_rewind_commands(commands: argparse._SubParsersAction[_Parser]) -> None:
+    rewind = commands.add_parser(
+        "rewind",
+        help="make an image of a recorded disk as it was at a moment",
+        description="Make a sparse image, or an overlay, of what a disk had at a moment of TRACE, "
+        "which --filter record:file=TRACE,data=yes has made. It takes the image as it was when "
+        "recording began. Neither is changed. The disk may still be recorded. Only the owner can "
+        "read what is made (mode 0600).",
+    )
+    _add_trace_arguments(rewind)
+    rewind.add_argument(
+        "--at",
+        required=True,
+        metavar="MOMENT",
+        help="flush:N, when the Nth flush was over (0: as recording began); request:N, when that "
+        "request was over; seconds since the recording began (12.5s), or a time of the clock "
+        "(2026-11-28T07:30:00, or with Z or +02:00); end",
+    )
+    rewind.add_argument("-o", "--output", dest="new", metavar="NEW", type=_name, help="the image")
+    rewind.add_argument(
+        "--overlay",
+        metavar="OVERLAY",
+        type=_name,
+        help="make an overlay over the base instead, which has only what differs",
+    )
+    _add_result_arguments(rewind)
+
+
+def _add_trace_arguments(parser: _Parser) -> None:
+    parser.add_argument("trace", metavar="TRACE", type=_name, help="a trace with data")
+    parser.add_argument(
+        "--base",
+        metavar="IMAGE",
+        type=_name,
+        help="what the disk was when recording began: a raw image or block device (default: the "
+        "image that TRACE names, which is followed only if nobody but root and you can have "
+        "written TRACE); it is compared with samples in TRACE",
+    )
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
@@ -720,6 +761,7 @@ def build_parser() -> _Parser:
     _add_upgrade(commands)
     _add_overlay_commands(commands)
     _add_image_commands(commands)
+    _add_rewind_commands(commands)
 
     commands.add_parser(
         "serve",

@@ -181,9 +181,7 @@ def _epoch(
     return Epoch(number, time, until, stored, tuple(pending))
 
 
-def _settle(
-    live: Sequence[_Live], flush: Flush, waiting: Sequence[Change]
-) -> tuple[Extent, ...]:
+def _settle(live: Sequence[_Live], flush: Flush, waiting: Sequence[Change]) -> tuple[Extent, ...]:
     """Have a flush store what it covers; return that, and leave what may still win."""
     covered = [
         each

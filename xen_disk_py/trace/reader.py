@@ -83,6 +83,10 @@ class TraceReader(Closing):
             self.close()
             raise
 
+    def fileno(self) -> int:
+        """Return the descriptor of the file."""
+        return self._fd
+
     @property
     def first(self) -> BlockHeader | None:
         """The header of the oldest block that is there; None: there is none."""

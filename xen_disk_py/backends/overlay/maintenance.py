@@ -184,7 +184,7 @@ def export_image(
         check(image, False)
         with exported(new, source.size, (source.fd,), force=force, convert=convert) as raw:
             os.ftruncate(raw.fd, source.size)
-            _copy_extent(source.fd, 0, raw.fd, 0, source.size, source.size, progress)
+            copy_extent(source.fd, 0, raw.fd, 0, source.size, source.size, progress)
         return source.size
 
 
@@ -327,10 +327,10 @@ def _merge(file: OverlayFile, image: Image, fd: int, progress: Progress) -> None
     os.ftruncate(fd, image.size)
     for start, stop, here in file.extents(0, image.size):
         source, shift = (file.fd, file.data) if here else (image.fd, 0)
-        _copy_extent(source, start + shift, fd, start, stop - start, image.size, progress)
+        copy_extent(source, start + shift, fd, start, stop - start, image.size, progress)
 
 
-def _copy_extent(
+def copy_extent(
     source: int, at: int, fd: int, to: int, length: int, total: int, progress: Progress
 ) -> None:
     """Copy what is no hole of an extent; ``total``: of the whole disk, in bytes."""

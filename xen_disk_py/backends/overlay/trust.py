@@ -31,7 +31,7 @@ def require_trusted(
     reason = _reason(os.fstat(fd), "it") or _reason_above(path)
     if reason is not None:
         raise ImageError(
-            f"{path}: whoever wrote this overlay chose which image it names, and {reason}: if it "
+            f"{path}: whoever wrote it chose which image it names, and {reason}: if it "
             f"is yours, {otherwise}"
         )
 
