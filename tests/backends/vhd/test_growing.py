@@ -187,6 +187,21 @@ def test_a_commit_makes_a_raw_parent_larger(tmp_path):
         assert LARGER == disk.size
 
 
+def test_a_commit_makes_a_parent_larger_whose_footer_was_missing(tmp_path):
+    """Its table gets to where the footer was."""
+    base, path = of_a_table_of_whole_sectors(tmp_path), str(tmp_path / "child.vhd")
+    create_child(path, base, size=LARGER)
+    with contextlib.closing(VhdBackend(path)) as disk:
+        for offset in range(0, LARGER - 512, MIB):
+            write(disk, offset, offset.to_bytes(8, "big") * 64)
+        expected = read(disk)
+    os.truncate(base, os.path.getsize(base) - 512)
+    commit(path, keep=False, progress=lambda *done: None)
+    with contextlib.closing(VhdBackend(base)) as disk:
+        assert expected == read(disk)
+    assert [] == [each.text for each in check(base) if each.is_error]
+
+
 def test_a_commit_into_a_parent_that_has_no_room_is_refused(tmp_path):
     base, path = str(tmp_path / "base.vhd"), str(tmp_path / "a.vhd")
     create(base, SIZE)
@@ -208,3 +223,14 @@ def test_a_child_that_cannot_be(tmp_path, options, said):
     with pytest.raises(UsageError, match=said):
         create_child(str(tmp_path / "a.vhd"), str(tmp_path / "base.vhd"), **options)
     assert ["base.vhd"] == os.listdir(tmp_path)
+
+
+def test_a_footer_that_was_missing_is_put_back_once(tmp_path, monkeypatch):
+    path = dynamic(tmp_path)
+    os.truncate(path, os.path.getsize(path) - 512)
+    recorder = Recorder(monkeypatch)
+    recorder.watch(path)
+    with contextlib.closing(VhdBackend(path)) as disk:
+        assert ["write", "sync"] == [each[0] for each in recorder.events]
+        disk._top.prepare()
+        assert 2 == len(recorder.events)

@@ -412,6 +412,7 @@ class BlockLayer:
             self._pwrite(vhd.footer.raw, at)
             self.stable.sync()
             self._tail = at
+            self._vhd = replace(vhd, tail=at, length=at + FOOTER)  # done once is enough
         self._clear_batmap()
 
     def _clear_batmap(self) -> None:
