@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -488,6 +489,38 @@ def test_it_takes_over_from_a_process_that_died(adopt, steps, host, orphan, imag
     assert NEW == image.read_bytes()[4096 : 4096 + len(NEW)]
     assert "detached by the toolstack" in caplog.text
     assert [] == os.listdir(host.records)
+
+
+def test_filters_of_the_line_are_set_while_the_guest_uses_the_disk(adopt, steps, host, image):
+    def script():
+        frontend = steps.connect()
+        env = host.environment()
+        argv = ["filter", "5", "xvdb", "set", "delay", "read=1us"]
+        assert ExitStatus.OK is main(argv, env), env.stderr.getvalue()
+        assert "1 delay read=1us write=2us" in env.stdout.getvalue()
+        frontend.read(0, 4096)
+        assert ("delay:read=1us,write=2us",) == find(host.records, ADDRESS).facts.spec.filters
+        steps.detach(frontend)
+
+    assert adopt(script, f"{image},filter=delay:read=0;write=2us") is ExitStatus.OK
+
+
+def test_filters_are_taken_over_as_they_were_set_last(adopt, steps, host, orphan, image):
+    orphan(f"{image},filter=protect:range=0-4K")
+    with closing(Record.adopt(host.records, ADDRESS)) as left:
+        spec = replace(left.facts.spec, filters=("protect:range=8K-12K",))
+        left.update(disk=spec.plain())
+        left.leave()
+
+    def script():
+        frontend = host.frontend(ADDRESS)
+        frontend.connect()
+        frontend.write(0, NEW[:4096])
+        with pytest.raises(OSError, match="-1"):
+            frontend.write(8192, NEW[:4096])
+        steps.detach(frontend)
+
+    assert adopt(script) is ExitStatus.OK
 
 
 def test_libxl_detaches_while_nobody_serves(adopt, host, libxl, orphan, image):

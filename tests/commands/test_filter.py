@@ -123,3 +123,31 @@ def test_a_disk_without_filters(host, connect, change):
     assert (ExitStatus.OK, "[]\n", "") == change("list", "--json")
     assert "connected without --filter" in change("set", "delay", "read=1s")[2]
     end(host, process, frontend)
+
+
+def test_a_power_cut_cuts_the_guest_off_and_loses_what_was_not_flushed(
+    host, connect, change, image
+):
+    process, frontend = connect("powercut:seed=1")
+    frontend.write(0, b"a" * 4096)
+    frontend.flush()
+    assert b"a" * 4096 == image.read_bytes()[:4096]
+    frontend.write(0, b"b" * 4096)
+    frontend.write(8192, b"c" * 4096)
+    assert b"b" * 4096 == frontend.read(0, 4096)
+    assert b"a" * 4096 == image.read_bytes()[:4096]
+
+    status, out, err = change("cut")
+    assert (ExitStatus.OK, "") == (status, err)
+    assert "1 powercut seed=1 flush=0 limit=67108864 cut=yes" in out
+    for call in (lambda: frontend.read(0, 4096), frontend.flush):
+        with pytest.raises(OSError, match=r"-1|-5"):
+            call()
+    assert {b"a" * 512, b"b" * 512} >= {
+        image.read_bytes()[at : at + 512] for at in range(0, 4096, 512)
+    }
+    assert "the power does not come back" in change("set", "powercut", "cut=no")[2]
+    env = host.environment()
+    assert ExitStatus.ERROR is main(["upgrade", "guest", "xvdb"], env)
+    end(host, process, frontend)
+    assert "the power was cut" in process.err

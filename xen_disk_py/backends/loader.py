@@ -44,15 +44,20 @@ QEMU_FORMATS = ("qcow2", "vhdx", "vmdk", "vdi")
 _MODULES = {"qemu": "nbd.qemu"}  # where a backend is not in the module of its name
 _FILE = re.compile(r"(?P<file>.+\.py)(?::(?P<name>\w+))?")
 _FILTERS = {
+    "cache": "Cache",
+    "checksum": "Checksum",
     "corrupt": "Corrupt",
     "delay": "Delay",
     "error": "Error",
     "log": "Log",
     "offset": "Offset",
     "partition": "Partition",
+    "powercut": "Powercut",
     "protect": "Protect",
     "rate": "Rate",
+    "readahead": "Readahead",
     "record": "Recorder",
+    "retry": "Retry",
 }
 _FILTER = re.compile(
     r"(?P<name>(?P<file>[^=]+?\.py)(?::(?P<cls>\w+))?|\w+)(?::(?P<options>\w+=.*))?", re.DOTALL

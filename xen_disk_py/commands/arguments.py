@@ -624,15 +624,16 @@ def _add_filter(commands: argparse._SubParsersAction[_Parser]) -> None:
         description="Show or change the filters of a disk while the guest uses it. list: the "
         "filters, the first next to the image, with their settings and what they have done. set: "
         "change settings, all that are named or none. arm, disarm: have the error filter begin or "
-        "cease to fail requests. FILTER is a filter's name, or its number in the list. Whoever "
+        "cease to fail requests. cut: have the power of the powercut filter fail. "
+        "FILTER is a filter's name, or its number in the list. Whoever "
         "takes the disk over has the same settings.",
     )
     _add_disk_of_a_guest(changing)
     changing.add_argument(
         "action",
         metavar="ACTION",
-        choices=("list", "set", "arm", "disarm"),
-        help="list, set, arm or disarm",
+        choices=("list", "set", "arm", "disarm", "cut"),
+        help="list, set, arm, disarm or cut",
     )
     changing.add_argument("filter", metavar="FILTER", nargs="?", help="which filter")
     changing.add_argument(

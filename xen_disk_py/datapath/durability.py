@@ -22,7 +22,7 @@ import threading
 from collections.abc import Sequence
 from typing import Callable, Optional
 
-from ..backends import Backend, StorageError
+from ..backends import Backend, StorageError, passing
 from ..backends.copies import Copies, Piece, cut
 from .statistics import Statistics
 
@@ -31,32 +31,6 @@ COPIES = 64 << 20
 written."""
 
 Move = Callable[["Sequence[memoryview]", int], Optional[int]]
-
-_PASSING = frozenset(
-    (
-        errno.EAGAIN,
-        errno.ECONNABORTED,
-        errno.ECONNREFUSED,
-        errno.ECONNRESET,
-        errno.EDQUOT,
-        errno.EHOSTDOWN,
-        errno.EHOSTUNREACH,
-        errno.EIO,
-        errno.ENETDOWN,
-        errno.ENETRESET,
-        errno.ENETUNREACH,
-        errno.ENOBUFS,
-        errno.ENOLINK,
-        errno.ENOMEM,
-        errno.ENOSPC,
-        errno.ENOTCONN,
-        errno.EPIPE,
-        errno.ESHUTDOWN,
-        errno.ETIMEDOUT,
-        getattr(errno, "EREMOTEIO", errno.EIO),
-    )
-)
-
 
 _LOST = (
     "an earlier flush failed, and what was written before it may be lost: no flush and no write "
@@ -70,11 +44,7 @@ class FlushFailed(OSError):
 
 def passes(error: BaseException) -> bool:
     """Tell whether the storage may be able to do later what failed with ``error``."""
-    if isinstance(error, FlushFailed):
-        return False
-    return isinstance(error, (StorageError, ConnectionError, TimeoutError)) or (
-        isinstance(error, OSError) and error.errno in _PASSING
-    )
+    return not isinstance(error, FlushFailed) and passing.passes(error)
 
 
 class Durability:

@@ -1,24 +1,26 @@
 """``delay``: a slower disk.
 
 ``--filter delay:read=10ms,write=5ms-20ms`` waits before each request: a fixed time, or one between
-two, drawn anew for each. Requests wait side by side, up to 64 of them.
+two, drawn anew for each. ``file=FILE`` has times that were measured elsewhere: one a line, for
+reads and writes that have none of their own, in turn, and from the beginning again at the end.
+Requests wait side by side, up to 64 of them.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
-import threading
 import time
-from collections.abc import Sequence
-from typing import Any
 
 from ...errors import UsageError
 from ...units import parse_duration
 from .. import Backend
-from ..filter import Filter, do_all
+from .waiting import Waiting
+
+_MOST = 16 << 20  # bytes of a file of times
 
 
-class Delay(Filter):
+class Delay(Waiting):
     """Waits before each request.
 
     Args:
@@ -27,10 +29,9 @@ class Delay(Filter):
         write: before each write.
         flush: before each flush.
         discard: before each discard.
+        file: how long before a read or write without a time of its own: a line each, in turn.
         seed: draws the same times again.
     """
-
-    threads = 64
 
     def __init__(
         self,
@@ -40,86 +41,41 @@ class Delay(Filter):
         write: str = "0",
         flush: str = "0",
         discard: str = "0",
+        file: str = "",
         seed: int = 0,
     ) -> None:
         super().__init__(source)
-        # Many wait here at once; below, as many are at work as the source lets in.
-        self._inside = threading.Semaphore(max(1, source.threads))
-        self._is_shared = source.threads > 1
         self._waits = 0
-        self.configure(read=read, write=write, flush=flush, discard=discard, seed=seed)
+        self.configure(read=read, write=write, flush=flush, discard=discard, file=file, seed=seed)
 
-    def configure(self, *, read: str, write: str, flush: str, discard: str, seed: int) -> None:
-        """Wait so long from now on; what is drawn begins anew."""
+    def configure(
+        self, *, read: str, write: str, flush: str, discard: str, file: str, seed: int
+    ) -> None:
+        """Wait so long from now on; what is drawn, and the file, begin anew."""
         given = {"read": read, "write": write, "flush": flush, "discard": discard}
         bounds = {name: _bounds(name, text) for name, text in given.items()}
+        times = itertools.cycle(_times(file)) if file else None
         self._dice = random.Random(seed)
+        self._times = times
         self._bounds = bounds
 
     def counters(self) -> dict[str, int]:
         """How many requests have waited."""
         return {"delayed": self._waits}
 
-    def _wait(self, operation: str) -> None:
+    def _waits_for(self, operation: str) -> bool:
+        return self._bounds[operation][1] > 0 or self._times is not None
+
+    def _wait(self, operation: str, length: int) -> None:
         least, most = self._bounds[operation]
         if most:
-            self._waits += 1
-            time.sleep(least if least == most else self._dice.uniform(least, most))
-
-    def read_nowait(self, buffers: Sequence[memoryview], offset: int) -> int:
-        """Read, where that waits for nothing, in the queue's own thread."""
-        if self._bounds["read"][1]:
-            return 0
-        if self._is_shared:
-            return self.source.read_nowait(buffers, offset)
-        return self._if_free(self.source.read, buffers, offset)
-
-    def write_nowait(self, buffers: Sequence[memoryview], offset: int) -> int:
-        """Write, where that waits for nothing, in the queue's own thread."""
-        if self._bounds["write"][1]:
-            return 0
-        if self._is_shared:
-            return self.source.write_nowait(buffers, offset)
-        return self._if_free(self.source.write, buffers, offset)
-
-    def _if_free(self, call: Any, buffers: Sequence[memoryview], offset: int) -> int:
-        """Do what the queue's thread would do without the filter, unless another is inside."""
-        if not self._inside.acquire(blocking=False):
-            return 0
-        try:
-            return do_all(call, buffers, offset)
-        finally:
-            self._inside.release()
-
-    def read(self, buffers: Sequence[memoryview], offset: int) -> int:
-        """Wait, then read."""
-        self._wait("read")
-        with self._inside:
-            return do_all(self.source.read, buffers, offset)
-
-    def write(self, buffers: Sequence[memoryview], offset: int) -> int:
-        """Wait, then write."""
-        self._wait("write")
-        with self._inside:
-            return do_all(self.source.write, buffers, offset)
-
-    def flush(self) -> None:
-        """Wait, then flush."""
-        self._wait("flush")
-        with self._inside:
-            self.source.flush()
-
-    def discard(self, offset: int, length: int) -> None:
-        """Wait, then discard."""
-        self._wait("discard")
-        with self._inside:
-            self.source.discard(offset, length)
-
-    def discard_securely(self, offset: int, length: int) -> None:
-        """Wait, then discard."""
-        self._wait("discard")
-        with self._inside:
-            self.source.discard_securely(offset, length)
+            seconds = least if least == most else self._dice.uniform(least, most)
+        elif self._times is not None and operation in ("read", "write"):
+            seconds = next(self._times)
+        else:
+            return
+        self._waits += 1
+        time.sleep(seconds)
 
 
 def _bounds(name: str, text: str) -> tuple[float, float]:
@@ -131,3 +87,22 @@ def _bounds(name: str, text: str) -> tuple[float, float]:
     if bounds[0] > bounds[1]:
         raise UsageError(f"--filter delay: {name}={text}: the shorter time goes first")
     return bounds
+
+
+def _times(file: str) -> list[float]:
+    try:
+        with open(file, encoding="utf-8", errors="replace") as opened:
+            text = opened.read(_MOST)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(f"--filter delay: file={file}: {reason}") from error
+    found = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            try:
+                found.append(parse_duration(line.strip()))
+            except UsageError as error:
+                raise UsageError(f"--filter delay: {file}, line {number}: {error}") from None
+    if not found or len(text) == _MOST:
+        raise UsageError(f"--filter delay: file={file}: it has no times, or 16 MiB of them")
+    return found

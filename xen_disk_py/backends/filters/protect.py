@@ -11,11 +11,14 @@ import logging
 from collections.abc import Sequence
 from typing import Literal
 
+from ...ration import Ration
 from .. import Backend
 from ..filter import Filter
 from .ranges import parse_ranges, touches
 
 log = logging.getLogger("xen_disk_py")
+
+_LINES = 20  # of the log, at once; then one a second
 
 
 class Protect(Filter):
@@ -36,6 +39,7 @@ class Protect(Filter):
     ) -> None:
         super().__init__(source)
         self._touched = 0
+        self._lines = Ration(_LINES, 1.0)
         self.configure(range=range, mode=mode)
 
     def configure(self, *, range: str, mode: str) -> None:  # noqa: A002 - as the user writes it
@@ -49,7 +53,8 @@ class Protect(Filter):
     def _check(self, operation: str, offset: int, length: int) -> None:
         if touches(self._ranges, offset, length):
             self._touched += 1
-            log.warning("%s of %d bytes at %d, which are protected", operation, length, offset)
+            if self._lines.take():  # a guest decides how often
+                log.warning("%s of %d bytes at %d, which are protected", operation, length, offset)
             if self._refuses:
                 raise OSError(errno.EPERM, f"{operation} of what is protected")
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
 
 from ...errors import UsageError
 from ...units import parse_duration
 from .. import Backend
-from ..filter import Filter, do_all
+from .waiting import Waiting
 
 
 class Bucket:
@@ -36,7 +35,7 @@ class Bucket:
         return max(0.0, self._paid_until - now)
 
 
-class Rate(Filter):
+class Rate(Waiting):
     """Slows reads and writes down.
 
     Args:
@@ -45,8 +44,6 @@ class Rate(Filter):
         requests: a second; 0: any.
         burst: for how long what was not used is saved up: ``1s``.
     """
-
-    threads = 64
 
     def __init__(
         self,
@@ -59,7 +56,6 @@ class Rate(Filter):
         super().__init__(source)
         self._lock = threading.Lock()
         self._waits = 0
-        self._inside = threading.Semaphore(max(1, source.threads))
         self.configure(bytes=bytes, requests=requests, burst=burst)
 
     def configure(self, *, bytes: int, requests: int, burst: str) -> None:  # noqa: A002
@@ -78,7 +74,12 @@ class Rate(Filter):
         """How many requests have waited."""
         return {"delayed": self._waits}
 
-    def _wait(self, length: int) -> None:
+    def _waits_for(self, operation: str) -> bool:
+        return operation in ("read", "write")
+
+    def _wait(self, operation: str, length: int) -> None:
+        if not self._waits_for(operation):
+            return
         now = time.monotonic()
         with self._lock:
             waits = [
@@ -89,30 +90,3 @@ class Rate(Filter):
             self._waits += max(waits) > 0
         if max(waits) > 0:
             time.sleep(max(waits))
-
-    def read(self, buffers: Sequence[memoryview], offset: int) -> int:
-        """Wait for its share, then read."""
-        self._wait(sum(map(len, buffers)))
-        with self._inside:
-            return do_all(self.source.read, buffers, offset)
-
-    def write(self, buffers: Sequence[memoryview], offset: int) -> int:
-        """Wait for its share, then write."""
-        self._wait(sum(map(len, buffers)))
-        with self._inside:
-            return do_all(self.source.write, buffers, offset)
-
-    def flush(self) -> None:
-        """Flush, when the source lets another in."""
-        with self._inside:
-            self.source.flush()
-
-    def discard(self, offset: int, length: int) -> None:
-        """Discard, when the source lets another in."""
-        with self._inside:
-            self.source.discard(offset, length)
-
-    def discard_securely(self, offset: int, length: int) -> None:
-        """Discard, when the source lets another in."""
-        with self._inside:
-            self.source.discard_securely(offset, length)
