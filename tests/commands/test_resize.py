@@ -10,6 +10,8 @@ import pytest
 
 from xen_disk_py.backends.discard import DiscardBackend
 from xen_disk_py.backends.raw import RawBackend
+from xen_disk_py.backends.vhd import VhdBackend
+from xen_disk_py.backends.vhd.create import create
 from xen_disk_py.cli import main
 from xen_disk_py.commands import resize as resize_module
 from xen_disk_py.exit_status import ExitStatus
@@ -84,6 +86,25 @@ def test_an_image_is_made_longer_and_shorter(host, serve, resize, tmp_path):
         "device": "/dev/xvdb",
         "size": 3 * MIB,
     } == json.loads(out)
+    backend.close()
+
+
+def test_a_vhd_is_made_longer_as_far_as_its_table_has_room(host, serve, resize, tmp_path):
+    path = str(tmp_path / "a.vhd")
+    create(path, MIB)
+    backend = VhdBackend(path)
+    serving = serve(backend)
+    frontend = serving.frontend()
+    frontend.write(MIB - 4096, b"a" * 4096)
+    assert (ExitStatus.OK, "xvdb 51728 /dev/xvdb 5 MiB\n", "") == resize("guest", "xvdb", "5M")
+    host.until(lambda: frontend.look_again().sectors == 5 * MIB // 512)
+    frontend.write(5 * MIB - 4096, b"z" * 4096)
+    assert b"a" * 4096 == frontend.read(MIB - 4096, 4096)
+    assert bytes(4096) == frontend.read(MIB, 4096)
+    status, out, err = resize("guest", "xvdb", "10G")
+    assert (ExitStatus.ERROR, "", 1) == (status, out, err.count("\n"))
+    assert "its table has room for 1 GiB" in err
+    assert f"xen-disk create NEW --parent {path} --size {10 << 30}" in err
     backend.close()
 
 

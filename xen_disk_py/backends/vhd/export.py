@@ -65,8 +65,8 @@ def export(
         UsageError: there is a file, or something that is never replaced.
         ImageError: it cannot be done, and nothing has changed.
     """
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK) if _is_being_written(path) else -1
-    if fd < 0:
+    fd = _open_if_written(path)
+    if fd is None:
         with closing(open_chain(path, writable=False, directories=directories)) as top:
             sources = [top.fd] if isinstance(top, Image) else top.descriptors
             _check(sources, check)
@@ -92,20 +92,21 @@ def export(
         os.close(fd)
 
 
-def _is_being_written(path: str) -> bool:
-    """Tell whether one of our disks writes to a file."""
+def _open_if_written(path: str) -> int | None:
+    """Open a file that one of our disks is writing to; None if it is none, or cannot be opened."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError:
-        return False  # whoever opens it says why
+        return None  # whoever opens it says why
     try:
         if stat.S_ISREG(os.fstat(fd).st_mode):  # a device has no time of modification
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        return True
-    finally:
-        os.close(fd)
-    return False
+        return fd
+    except OSError:
+        pass  # no locks here: as above
+    os.close(fd)
+    return None
 
 
 def _open_chain_of(fd: int, path: str, directories: Sequence[str]) -> Top:
