@@ -338,6 +338,37 @@ def _add_overlay_commands(commands: argparse._SubParsersAction[_Parser]) -> None
     _add_result_arguments(export)
 
 
+def _add_trace_commands(commands: argparse._SubParsersAction[_Parser]) -> None:
+    trace = commands.add_parser(
+        "trace",
+        help="show what a guest asked of its disk",
+        description="Print the requests in FILE, which --filter record:file=FILE has made, in the "
+        "order in which the storage had done them; or what they come to. A trace that is cut or "
+        "damaged is shown up to there, and the exit status is 1. Changes nothing; FILE may still "
+        "be growing.",
+    )
+    trace.add_argument("trace", metavar="FILE", type=_name, help="the trace")
+    trace.add_argument("--json", action="store_true", help="print a JSON object for each request")
+    form = trace.add_mutually_exclusive_group()
+    form.add_argument("--csv", action="store_true", help="print comma-separated values")
+    form.add_argument(
+        "--summary",
+        action="store_true",
+        help="print sizes, latency, working set, reuse, flushes and the most used ranges",
+    )
+    form.add_argument(
+        "--fio",
+        action="store_true",
+        help="print what fio --read_iolog replays, from fio 3.31 on",
+    )
+    form.add_argument("--blkparse", action="store_true", help="print what blkparse would")
+    trace.add_argument(
+        "--fio-path",
+        metavar="PATH",
+        help="the file or device that fio is to use (default: /dev/xvda, in a guest)",
+    )
+
+
 def _add_vhd_argument(parser: _Parser) -> None:
     parser.add_argument(
         "--option",
@@ -762,6 +793,7 @@ def build_parser() -> _Parser:
     _add_upgrade(commands)
     _add_overlay_commands(commands)
     _add_image_commands(commands)
+    _add_trace_commands(commands)
     _add_rewind_commands(commands)
 
     commands.add_parser(
