@@ -21,6 +21,7 @@ LAYERS = (  # from the bottom to the top: each may import itself and what stands
     {"host"},
     {"libxen"},
     {"backends"},
+    {"crashtest"},
     {"datapath"},
     {"xenbus"},
     {"recovery"},
@@ -34,6 +35,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 # A hypervisor is chosen when a command runs, and the real one is loaded by then only.
 PURE = {
+    "crashtest.minimize",
     "blkif",
     "ring",
     "datapath.journal",

@@ -50,7 +50,7 @@ class AtBackend(Backend):
             raise
         try:
             found = rewind(self.trace, Moment.parse(moment), room=memory.room() // _SHARE)
-            _check_stays(self.trace)
+            check_stays(self.trace)
         except BaseException:
             self.close()
             raise
@@ -132,7 +132,7 @@ def open_base(trace: TraceReader, path: str | None) -> Image:
     return image
 
 
-def _check_stays(trace: TraceReader) -> None:
+def check_stays(trace: TraceReader) -> None:
     """See that nobody will overwrite what was read: a ring that is still being written.
 
     Raises:

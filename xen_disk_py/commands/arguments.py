@@ -453,6 +453,72 @@ def _add_rewind_commands(commands: argparse._SubParsersAction[_Parser]) -> None:
     _add_result_arguments(rewind)
 
 
+def _add_crashtest(commands: argparse._SubParsersAction[_Parser]) -> None:
+    crashtest = commands.add_parser(
+        "crashtest",
+        help="try what a power cut could have left of a recorded disk",
+        description="Run a command on states of a disk that a power cut could have left, made of "
+        "TRACE, which --filter record:file=TRACE,data=yes has made, and of the image as it was "
+        "when recording began. A state has all that was flushed, and of the writes that were not "
+        "any: none, some, in part. The first that fails is printed with the smallest set of such "
+        "writes that shows it, and the exit status is 1. The command may write to its image, "
+        "which is a copy.",
+        epilog="  xen-disk crashtest disk.xdt --base before.raw --check 'e2fsck -fn {}'",
+    )
+    _add_trace_arguments(crashtest)
+    crashtest.add_argument(
+        "--check",
+        required=True,
+        metavar="COMMAND",
+        help="for the shell; {} becomes the path of a raw image. Status 0: this state is good. Its "
+        "environment has XEN_DISK_STATE, XEN_DISK_FLUSH (how many had succeeded), and in seconds "
+        "since 1970 XEN_DISK_TIME (of that flush) and XEN_DISK_UNTIL: what a guest was told "
+        "before that has to be there (empty: to the end)",
+    )
+    crashtest.add_argument(
+        "--limit", type=_count, default=1000, help="try so many states at most (default: 1000)"
+    )
+    crashtest.add_argument(
+        "--seed", type=_count, default=0, help="choose other states (default: 0)"
+    )
+    crashtest.add_argument(
+        "--from",
+        dest="since",
+        default="flush:0",
+        metavar="MOMENT",
+        help="only power cuts after flush:N, or after a time as for rewind --at: when the guest "
+        "had made its file system, say",
+    )
+    crashtest.add_argument(
+        "--state",
+        metavar="STATE",
+        help="try only this one: FLUSH.NUMBER, as it was printed, or FLUSH:REQUEST,REQUEST/0-3, "
+        "after that flush only these requests, of the last its sectors 0 to 3",
+    )
+    crashtest.add_argument(
+        "--jobs", "-j", type=_count, help="so many checks at a time (default: one for each CPU)"
+    )
+    crashtest.add_argument(
+        "--timeout",
+        type=_seconds,
+        default=60.0,
+        help="seconds that a check may take; one that takes longer has failed (default: 60)",
+    )
+    crashtest.add_argument(
+        "--directory",
+        metavar="DIRECTORY",
+        type=_name,
+        help="where the images are made, two for each job; on Btrfs or XFS next to the base they "
+        "are clones, which take space for what differs (default: the system's temporary directory)",
+    )
+    crashtest.add_argument(
+        "--keep",
+        action="store_true",
+        help="leave the image of the state that failed, or of --state",
+    )
+    _add_result_arguments(crashtest)
+
+
 def _add_trace_arguments(parser: _Parser) -> None:
     parser.add_argument("trace", metavar="TRACE", type=_name, help="a trace with data")
     parser.add_argument(
@@ -795,6 +861,7 @@ def build_parser() -> _Parser:
     _add_image_commands(commands)
     _add_trace_commands(commands)
     _add_rewind_commands(commands)
+    _add_crashtest(commands)
 
     commands.add_parser(
         "serve",

@@ -1,0 +1,203 @@
+"""``crashtest``: the states that a power cut could have left, tried by a command."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import select
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+
+from tests.trace.recorded import SIZE, flush, header, make, resized, stopped, write
+from xen_disk_py.cli import main
+from xen_disk_py.commands.environment import Environment
+from xen_disk_py.exit_status import ExitStatus
+
+OTHERS = [write(20 + n, 21 + n, 16384 + 512 * n, bytes([n + 65]) * 512) for n in range(4)]
+# A guest that writes data, flushes, and then a mark that says that the data is there.
+GOOD = [write(0, 1, 4096, b"d" * 1024), flush(2, 3), *OTHERS, write(30, 31, 0, b"m" * 512)]
+BAD = [write(0, 1, 4096, b"d" * 1024), *OTHERS, write(30, 31, 0, b"m" * 512), flush(40, 41)]
+MARK = 'test "$(head -c 1 {})" != m || test "$(tail -c +4609 {} | head -c 1)" = d'
+
+
+@pytest.fixture
+def base(tmp_path):
+    path = tmp_path / "base.raw"
+    path.write_bytes(b"\1" * SIZE)
+    yield path
+    assert b"\1" * SIZE == path.read_bytes()
+
+
+@pytest.fixture
+def directory(tmp_path):
+    path = tmp_path / "views"
+    path.mkdir()
+    yield path
+    assert [] == os.listdir(path)
+
+
+@pytest.fixture
+def crashtest(tmp_path, base, directory):
+    def crashtest(records, check, *options):
+        trace = tmp_path / "t.xdt"
+        trace.unlink(missing_ok=True)
+        make(trace, header(base), [*records, stopped(50)])
+        env = Environment(stdout=io.StringIO(), stderr=io.StringIO(), stdin=None)
+        words = ["crashtest", trace, "--base", base, "--check", check, "--directory", directory]
+        status = main([*map(str, words), *options], env)
+        return status, env.stdout.getvalue(), env.stderr.getvalue()
+
+    return crashtest
+
+
+def test_a_guest_that_flushes_comes_through(crashtest):
+    status, out, _ = crashtest(GOOD, MARK, "--limit", "20", "--json")
+    assert ExitStatus.OK == status
+    found = json.loads(out)
+    assert (20, 1, None) == (found["tried"] + found["same"], found["flushes"], found["failure"])
+
+
+def test_one_that_does_not_is_found_with_the_least_that_shows_it(crashtest):
+    status, out, _ = crashtest(BAD, MARK, "--limit", "60", "--json")
+    assert ExitStatus.ERROR == status
+    failure = json.loads(out)["failure"]
+    assert ("0:5", 6, 1, True) == tuple(
+        failure[k] for k in ("least", "pending", "status", "steady")
+    )
+    (mark,) = failure["writes"]
+    assert (5, 0, 512) == (mark["request"], mark["offset"], mark["length"])
+    for name in (failure["state"], failure["least"]):
+        assert ExitStatus.ERROR == crashtest(BAD, MARK, "--state", name)[0]
+    assert ExitStatus.OK == crashtest(BAD, MARK, "--state", "0:0,5")[0]
+    assert ExitStatus.ERROR == crashtest(BAD, MARK, "--state", "0:0/0-0,5")[0]
+
+
+def test_it_is_the_first_whatever_the_number_of_jobs(crashtest):
+    names = set()
+    for jobs in ("1", "3"):
+        out = crashtest(BAD, MARK, "--limit", "40", "--jobs", jobs, "--json")[1]
+        names.add(json.loads(out)["failure"]["state"])
+    assert 1 == len(names)
+
+
+def test_a_person_reads_what_to_do_again(crashtest):
+    out = crashtest(BAD, f"{MARK} || {{ echo mark without data; false; }}", "--limit", "60")[1]
+    lines = out.splitlines()
+    assert "states tried" in lines[0]
+    assert "fails: status 1" in lines[1]
+    assert "with 1 of the 6 writes that were not flushed:" in lines[2]
+    assert "    request 5 at 0.000000 s: 512 bytes at 0" == lines[3]
+    assert "    mark without data" in lines
+    assert "--state 0:5" in lines[-1]
+
+
+def test_the_state_is_kept_if_that_is_wanted(crashtest, directory):
+    out = crashtest(BAD, MARK, "--limit", "60", "--keep", "--json")[1]
+    kept = Path(json.loads(out)["failure"]["kept"])
+    assert [kept.name] == os.listdir(kept.parent)
+    content = kept.read_bytes()
+    assert (b"m" * 512, b"\1" * 1024, SIZE) == (content[:512], content[4096:5120], len(content))
+    assert 0o700 == kept.parent.stat().st_mode & 0o777
+    kept.unlink()
+    kept.parent.rmdir()
+
+
+def test_the_check_is_told_when(crashtest, tmp_path):
+    seen = tmp_path / "seen"
+    names = "$XEN_DISK_STATE $XEN_DISK_FLUSH $XEN_DISK_TIME $XEN_DISK_UNTIL"
+    crashtest(GOOD, f": {{}}; echo {names} >> {seen}", "--limit", "2", "--jobs", "1")
+    assert [
+        "0.0 0 1000000000.000000000 1000000000.000000003",
+        "1.0 1 1000000000.000000003",
+    ] == seen.read_text().splitlines()
+
+
+def test_a_check_may_write(crashtest):
+    check = "test $(tail -c 1 {}) != x && printf x | dd of={} bs=1 seek=65535 conv=notrunc 2>&1"
+    assert ExitStatus.OK == crashtest(GOOD, check, "--limit", "6", "--jobs", "1")[0]
+
+
+def test_a_check_that_takes_too_long_has_failed_and_is_gone(crashtest, tmp_path):
+    fifo = tmp_path / "open while it lives"
+    os.mkfifo(fifo)
+    alive = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    check = f": {{}}; sleep 1000 > '{fifo}' & wait"
+    status, out, _ = crashtest(GOOD, check, "--limit", "1", "--timeout", "0.2", "--json")
+    assert (ExitStatus.ERROR, None) == (status, json.loads(out)["failure"]["status"])
+    assert [(alive, select.POLLHUP)] == _gone(alive)
+    os.close(alive)
+
+
+def _gone(fd):
+    poller = select.poll()
+    poller.register(fd, 0)
+    return poller.poll(30_000)
+
+
+def test_only_what_comes_after_a_moment(crashtest):
+    assert ExitStatus.OK == crashtest(BAD, MARK, "--limit", "40", "--from", "flush:1")[0]
+    assert ExitStatus.ERROR == crashtest(BAD, MARK, "--limit", "40", "--from", "0")[0]
+    assert ExitStatus.OK == crashtest(BAD, MARK, "--limit", "40", "--from", "1us")[0]
+
+
+def test_what_came_before_a_resize_is_tried(crashtest):
+    status, _, err = crashtest([*GOOD[:2], resized(4, 2 * SIZE), *GOOD[2:]], ": {}", "--limit", "9")
+    assert ExitStatus.OK == status
+    assert "the disk was resized before request 2: only what came before is tried" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--state", "x"), "write it as FLUSH.NUMBER"),
+        (("--state", "9.0"), "the trace has 1 flushes"),
+        (("--state", "1:77"), "77 is no request that was not flushed then"),
+        (("--state", "0.9"), "there are 4 states after that flush"),
+        (("--from", "end"), "give flush:N or a time"),
+    ],
+)
+def test_what_is_not_there(crashtest, options, words):
+    status, out, err = crashtest(GOOD, ": {}", *options)
+    assert (ExitStatus.USAGE, "") == (status, out)
+    assert words in err
+
+
+def test_a_command_that_is_not_there(crashtest):
+    status, _, err = crashtest(GOOD, "no-such-command {}")
+    assert (ExitStatus.USAGE, True) == (status, "the command cannot be run" in err)
+
+
+def test_a_command_that_names_no_image(crashtest):
+    assert "has no {}" in crashtest(GOOD, "true")[2]
+
+
+def test_no_space(crashtest, monkeypatch):
+    real = os.statvfs
+
+    def full(path):
+        return os.statvfs_result([0 if at == 4 else each for at, each in enumerate(real(path))])
+
+    monkeypatch.setattr(os, "statvfs", full)
+    status, _, err = crashtest(GOOD, ": {}")
+    assert (ExitStatus.ERROR, True) == (status, "name another --directory" in err)
+
+
+def test_a_signal_ends_it_and_leaves_nothing(crashtest, directory, tmp_path):
+    started = tmp_path / "started"
+    os.mkfifo(started)
+
+    def interrupt():
+        with open(started, encoding="ascii"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    try:
+        status = crashtest(GOOD, f": {{}}; echo > {started}; sleep 1000", "--jobs", "1")[0]
+    finally:
+        thread.join()
+    assert ExitStatus.INTERRUPTED == status

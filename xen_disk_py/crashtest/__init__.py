@@ -1,0 +1,1 @@
+"""Tries the states of a recorded disk that a power cut could have left."""

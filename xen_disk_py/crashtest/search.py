@@ -1,0 +1,328 @@
+"""Tries states, several at a time, until one fails; then looks for the least that does."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from queue import Empty, Full, Queue
+from typing import Callable, NamedTuple
+
+from ..backends.image import Image
+from ..errors import ImageError
+from ..trace.powercut import Choice, Epoch, Extent, extents_of
+from ..trace.reader import TraceReader
+from ..units import format_size
+from .minimize import minimize
+from .states import Plan, State, name_of
+from .trial import Outcome, run
+from .views import View, can_clone
+
+_CHECKS = 200  # of parts of what failed
+_STEP = 0.1  # seconds
+
+Progress = Callable[[int, int], None]
+
+
+class Failure(NamedTuple):
+    """A state that failed.
+
+    Attributes:
+        state: the first of all.
+        outcome: how the check ended.
+        least: the least of it that fails.
+        name: what names that.
+        kept: the file that has it, unless that is removed at the end.
+        is_steady: whether the same state failed a second time.
+    """
+
+    state: State
+    outcome: Outcome
+    least: Choice
+    name: str
+    kept: str
+    is_steady: bool
+
+
+class Result(NamedTuple):
+    """What was found.
+
+    Attributes:
+        tried: how many states were.
+        same: how many had the bytes of another one, and were not tried again.
+        failure: the first that failed; None: none did.
+    """
+
+    tried: int
+    same: int
+    failure: Failure | None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all checks have in common.
+
+    Attributes:
+        reader: of the trace.
+        base: what the disk was when recording began.
+        command: the check, with ``{}`` for the image.
+        timeout: seconds for each.
+        directory: ours alone, where the images are.
+    """
+
+    reader: TraceReader
+    base: Image
+    command: str
+    timeout: float
+    directory: str
+
+    @property
+    def unit(self) -> int:
+        """Bytes of a sector."""
+        return self.reader.header.sector_size
+
+    def view(self, name: str) -> View:
+        """Make an image.
+
+        Raises:
+            ImageError: it cannot be made.
+        """
+        try:
+            return View(self.directory, name, self.base, self.reader.fileno(), self.unit)
+        except OSError as error:
+            raise ImageError(f"{self.directory}: {error.strerror}") from error
+
+    def check(self, view: View, state: State, is_over: Callable[[], bool]) -> Outcome | None:
+        """Run the check of what a view shows."""
+        header = self.reader.header
+        until = state.epoch.until
+        facts = {
+            "XEN_DISK_STATE": state.name,
+            "XEN_DISK_FLUSH": str(state.epoch.number),
+            "XEN_DISK_TIME": _seconds(header.started + state.epoch.time),
+            "XEN_DISK_UNTIL": "" if until is None else _seconds(header.started + until),
+        }
+        return run(self.command, view.path, facts, self.timeout, is_over)
+
+
+def _seconds(nanoseconds: int) -> str:
+    return f"{nanoseconds // 10**9}.{nanoseconds % 10**9:09d}"
+
+
+@contextmanager
+def temporary(directory: str | None) -> Iterator[tuple[str, list[str]]]:
+    """Make a directory for us alone, removed at the end but for the files in the list."""
+    path = tempfile.mkdtemp(prefix="xen-disk-crashtest-", dir=directory)
+    kept: list[str] = []
+    try:
+        yield path, kept
+    finally:
+        for name in os.listdir(path) if kept else ():
+            if os.path.join(path, name) not in kept:
+                os.unlink(os.path.join(path, name))
+        if not kept:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def check_space(setting: Setting, written: int, jobs: int) -> None:
+    """See that there is room for the images.
+
+    Args:
+        setting: where.
+        written: bytes that the trace has.
+        jobs: how many images there are at a time.
+
+    Raises:
+        ImageError: there is not.
+    """
+    base = setting.base
+    status = os.fstat(base.fd)
+    here = base.size if base.is_block_device else min(base.size, status.st_blocks * 512)
+    if can_clone(setting.directory, base.fd):
+        here = 0
+    needed = 2 * jobs * min(base.size, here + written)
+    there = os.statvfs(setting.directory)
+    free = there.f_bavail * there.f_frsize
+    if needed > free:
+        raise ImageError(
+            f"{os.path.dirname(setting.directory)}: up to {format_size(needed)} are needed, "
+            f"and {format_size(free)} are free: name another --directory, "
+            "or give fewer --jobs"
+        )
+
+
+class _Search:
+    """What the threads share."""
+
+    def __init__(self, setting: Setting, plan: Plan, jobs: int, progress: Progress) -> None:
+        self.setting = setting
+        self.plan = plan
+        self.progress = progress
+        self.stored: list[tuple[Extent, ...]] = []  # by each flush
+        self.tasks: Queue[tuple[int, State]] = Queue(2 * jobs)
+        self.lock = threading.Lock()
+        self.first: dict[int, int] = {}  # by the digest of a content, the first that had it
+        self.names: dict[int, State] = {}
+        self.tried = self.same = 0
+        self.failures: dict[int, Outcome] = {}  # by the number of the task
+        self.error: BaseException | None = None
+        self.stop = threading.Event()  # nothing new is begun
+        self.abort = threading.Event()  # what runs is killed
+        self.done = threading.Event()  # all tasks are in the queue
+
+    def work(self, number: int) -> None:
+        """Do tasks until there are none."""
+        try:
+            with self.setting.view(f"disk{number}.raw") as view:
+                self._work(view)
+        except BaseException as error:  # noqa: BLE001 - the main thread raises it
+            self.error = self.error or error
+            self.stop.set()
+            self.abort.set()
+
+    def _work(self, view: View) -> None:
+        at = 0
+        while True:
+            try:
+                number, state = self.tasks.get(timeout=_STEP)
+            except Empty:
+                if self.done.is_set() or self.abort.is_set():
+                    return
+                continue
+            while at <= state.epoch.number:
+                view.advance(self.stored[at])
+                at += 1
+            view.show(extents_of(state.epoch, state.chosen, self.setting.unit))
+            if self._is_new(view.digest, number, state):
+                outcome = self.setting.check(view, state, self.abort.is_set)
+                if outcome is None:
+                    return
+                with self.lock:
+                    self.tried += 1
+                    if outcome.has_failed:
+                        self.failures[view.digest] = outcome
+                        self.stop.set()
+            view.restore()
+            self.progress(self.tried + self.same, self.plan.count)
+
+    def _is_new(self, digest: int, number: int, state: State) -> bool:
+        with self.lock:
+            before = self.first.get(digest)
+            if before is None or number < before:
+                self.first[digest] = number
+                self.names[number] = state
+            self.same += before is not None
+            return before is None
+
+
+def search(setting: Setting, plan: Plan, jobs: int, progress: Progress) -> Result:
+    """Try the states of a plan, and stop at the first that fails.
+
+    Raises:
+        ImageError: there is no room, or the like.
+        UsageError: the command cannot be run.
+    """
+    shared = _Search(setting, plan, jobs, progress)
+    threads = [threading.Thread(target=shared.work, args=(n,), daemon=True) for n in range(jobs)]
+    for thread in threads:
+        thread.start()
+    try:
+        _feed(shared)
+        shared.done.set()
+        for thread in threads:
+            while thread.is_alive():
+                thread.join(_STEP)
+    finally:
+        shared.stop.set()
+        shared.abort.set()
+        for thread in threads:
+            thread.join()
+    if shared.error is not None:
+        if isinstance(shared.error, OSError):
+            raise ImageError(f"{setting.directory}: {shared.error.strerror}") from shared.error
+        raise shared.error
+    if not shared.failures:
+        return Result(shared.tried, shared.same, None)
+    digest = min(shared.failures, key=lambda digest: shared.first[digest])
+    state, outcome = shared.names[shared.first[digest]], shared.failures[digest]
+    failure = reduce(setting, shared.stored, state, outcome)
+    return Result(shared.tried, shared.same, failure)
+
+
+def _feed(shared: _Search) -> None:
+    number = 0
+    for epoch in shared.plan.epochs():
+        shared.stored.append(epoch.stored)
+        for state in shared.plan.states(epoch):
+            while not shared.stop.is_set():
+                try:
+                    shared.tasks.put((number, state), timeout=_STEP)
+                except Full:
+                    continue
+                break
+            if shared.stop.is_set():
+                return
+            number += 1
+
+
+def try_one(setting: Setting, plan: Plan, name: str, *, keep: bool) -> tuple[State, Outcome, str]:
+    """Try the state of a name; return it, how that ended, and where its image is.
+
+    Raises:
+        UsageError: there is no such state.
+        ImageError: there is no room, or the like.
+    """
+    wanted, _ = plan.find(name)
+    with setting.view("state.raw") as view:
+        for epoch in plan.epochs():
+            view.advance(epoch.stored)
+            if epoch.number == wanted:
+                break
+        state = plan.named(name, epoch)
+        view.show(extents_of(epoch, state.chosen, setting.unit))
+        outcome = setting.check(view, state, lambda: False)
+        assert outcome is not None
+        if keep:
+            view.restore()
+            view.show(extents_of(epoch, state.chosen, setting.unit))
+        return state, outcome, view.path
+
+
+def reduce(
+    setting: Setting, stored: list[tuple[Extent, ...]], state: State, outcome: Outcome
+) -> Failure:
+    """Look for the least of a state that fails; its image is left in the directory."""
+    epoch: Epoch = state.epoch
+    unit = setting.unit
+    with setting.view("state.raw") as view:
+        for extents in stored[: epoch.number + 1]:
+            view.advance(extents)
+
+        def fails(chosen: Choice) -> bool:
+            view.restore()
+            view.show(extents_of(epoch, chosen, unit))
+            part = State(name_of(epoch, chosen, unit), epoch, chosen)
+            found = setting.check(view, part, lambda: False)
+            return found is not None and found.has_failed
+
+        def only(part: object) -> Choice:
+            assert isinstance(part, list)
+            return tuple(mask if at in part else 0 for at, mask in enumerate(state.chosen))
+
+        least = state.chosen
+        is_steady = fails(state.chosen)
+        if is_steady:
+            items = [at for at, mask in enumerate(state.chosen) if mask]
+            least = only(minimize(items, lambda part: fails(only(list(part))), _CHECKS))
+            for at, pending in enumerate(epoch.pending):
+                whole = (1 << pending.units(unit)) - 1
+                if least[at] not in (0, whole):  # it need not be torn
+                    untorn = (*least[:at], whole, *least[at + 1 :])
+                    least = untorn if fails(untorn) else least
+        view.restore()
+        view.show(extents_of(epoch, least, unit))
+        return Failure(state, outcome, least, name_of(epoch, least, unit), view.path, is_steady)

@@ -1,0 +1,107 @@
+"""Runs a check of one state, for a bounded time, and everything that it starts ends with it."""
+
+from __future__ import annotations
+
+import os
+import select
+import shlex
+import signal
+import subprocess
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Callable, NamedTuple
+
+from ..errors import UsageError
+
+_TAIL = 4096  # bytes of output that are kept
+_STEP = 0.05  # seconds between two looks at whether it has ended
+
+
+class Outcome(NamedTuple):
+    """How a check ended.
+
+    Attributes:
+        status: as the shell sees it; negative: by that signal; None: it took too long.
+        output: the last of what it printed.
+    """
+
+    status: int | None
+    output: str
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether it did not say that all is well."""
+        return self.status != 0
+
+    @property
+    def text(self) -> str:
+        """The status, for a person."""
+        if self.status is None:
+            return "took too long, and was killed"
+        return f"status {self.status}" if self.status >= 0 else f"signal {-self.status}"
+
+
+def run(
+    command: str,
+    path: str,
+    facts: Mapping[str, str],
+    timeout: float,
+    is_over: Callable[[], bool],
+) -> Outcome | None:
+    """Run a command of the shell; None: it was broken off.
+
+    Args:
+        command: ``{}`` in it becomes the path.
+        path: of the image.
+        facts: added to its environment.
+        timeout: seconds.
+        is_over: whether to break it off.
+
+    Raises:
+        UsageError: there is no such command.
+    """
+    process = subprocess.Popen(
+        command.replace("{}", shlex.quote(path)),
+        shell=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, **facts},
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    with process.stdout as pipe:
+        output = b""
+        end = time.monotonic() + timeout
+        is_late = broken_off = False
+        poller: select.poll | None = select.poll()
+        assert poller is not None
+        poller.register(pipe, select.POLLIN)
+        while not _has_ended(process.pid):
+            is_late, broken_off = time.monotonic() >= end, is_over()
+            if is_late or broken_off:
+                break
+            if poller is None:
+                time.sleep(_STEP / 50)
+            elif poller.poll(_STEP * 1000):
+                part = os.read(pipe.fileno(), 1 << 16)
+                output = (output + part)[-_TAIL:]
+                poller = poller if part else None
+        with suppress(ProcessLookupError):  # it is not reaped yet, so the number is its own
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        os.set_blocking(pipe.fileno(), False)
+        with suppress(BlockingIOError):
+            output += os.read(pipe.fileno(), 1 << 16)
+    if broken_off:
+        return None
+    text = output[-_TAIL:].decode(errors="replace")
+    if process.returncode in (126, 127) and not is_late:
+        raise UsageError(f"--check: the command cannot be run: {text.strip()}")
+    return Outcome(None if is_late else process.returncode, text)
+
+
+def _has_ended(pid: int) -> bool:
+    """Whether a child has; it is not reaped."""
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
