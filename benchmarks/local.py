@@ -227,6 +227,26 @@ def vhd(bench: Bench) -> None:
                 bench.show(table, workload, "raw")
 
 
+def filters(bench: Bench) -> None:
+    """Filters that change nothing, next to the disk without."""
+    table = "filters"
+    image = bench.image("filters")
+    idle = {"delay": "delay", "log": f"log:file={bench.directory}/requests.log,on=no"}
+    with ExitStack() as stack:
+        disks = {}
+        for name, text in {"raw": "", **idle}.items():
+            filtered = [f"--filter={text}"] if text else []
+            where = ["--backend", "raw", "--path", image, "--force"]
+            disks[name] = stack.enter_context(served(*where, *filtered))
+        for way, operation in OPERATIONS.items():
+            for label in ("4 KiB", "1 MiB"):
+                size = SIZES[label]
+                loops = {name: prepared(disk, operation, size, 32) for name, disk in disks.items()}
+                workload = f"{label} {way}, depth 32"
+                bench.interleave(table, workload, size, loops)
+                bench.show(table, workload, "raw")
+
+
 def _fill(path: str, content: memoryview, every: int) -> None:
     """Write one of so many pieces of 64 KiB, chosen by chance."""
     disk = VhdBackend(path)
@@ -341,6 +361,7 @@ TABLES: dict[str, Callable[[Bench], None]] = {
     "scattered": scattered,
     "memory": memory,
     "vhd": vhd,
+    "filters": filters,
     "many": many,
     "fleet": fleet_of,
     "sleeping": sleeping,

@@ -212,7 +212,7 @@ def test_filters_of_a_file_are_put_over_a_disk_in_their_order(mine):
         (
             "nothing",
             UsageError,
-            "no filter nothing: use one of corrupt, delay, error, log, ",
+            "no filter nothing: use one of cache, checksum, corrupt, delay",
         ),
         ("", UsageError, "write it as NAME"),
         ("delay:", UsageError, "write it as NAME"),

@@ -7,6 +7,7 @@ import pytest
 from backends.blocks import read
 from backends.filters.test_filters import Memory
 from xen_disk_py.backends import stack
+from xen_disk_py.backends.filter import Filter, direct
 from xen_disk_py.backends.loader import wrap
 from xen_disk_py.errors import BackendError, DeviceError, UsageError
 
@@ -153,3 +154,32 @@ def test_a_log_is_switched_off_and_goes_to_another_file(tmp_path):
         len((tmp_path / name).read_text().splitlines()) for name in ("one", "two")
     )
     disk.close()
+
+
+def test_what_an_idle_filter_passes_on_is_called_below_it():
+    source = Memory(threads=8)
+    disk = wrap(source, ["delay", "protect", "error:armed=no"])
+    error, protect, delay = disk, disk.source, disk.source.source
+    assert source.read_nowait == direct(disk, "read_nowait")
+    assert protect.write_nowait == direct(disk, "write_nowait")
+    assert delay.read == direct(disk, "read")  # the source lets fewer in than the filter
+    stack.change([delay, protect, error], delay, ["read=1us"], lambda texts: None)
+    assert delay.read_nowait == direct(disk, "read_nowait")
+    stack.change([delay, protect, error], error, ["armed=yes"], lambda texts: None)
+    for method in ("read", "write", "read_nowait", "write_nowait"):
+        assert getattr(error, method) == direct(disk, method)
+
+
+@pytest.mark.parametrize("place", ["class", "object"])
+def test_a_method_that_is_changed_is_called(place):
+    class Mine(Filter):
+        if place == "class":
+
+            def read(self, buffers, offset):
+                return self.source.read(buffers, offset)
+
+    disk = Mine(Memory())
+    if place == "object":
+        disk.read = disk.source.read
+    assert not disk.passes_on("read")
+    assert disk.passes_on("write")

@@ -9,7 +9,7 @@ import re
 import pytest
 
 from xen_disk_py.backends import Backend
-from xen_disk_py.backends.loader import open_backend
+from xen_disk_py.backends.loader import open_backend, wrap
 from xen_disk_py.blkif import (
     DISCARD,
     EOPNOTSUPP,
@@ -673,3 +673,24 @@ def test_a_disk_is_not_made_smaller_while_a_request_is_queued_for_retry(monkeypa
     words[count.IN_FLIGHT] = words[count.HELD] = 0
     disk.resize(SECTORS * 256, force=True)
     assert [("resize", SECTORS * 256)] == disk.backend.calls
+
+
+def test_other_settings_of_a_filter_let_no_write_pass_after_a_flush_that_failed():
+    backend = wrap(Recording(threads=4), ["error:operations=flush"])
+    disk = Disk(backend)
+    assert FLUSH_FAILED == disk._flush()
+    backend.configure(
+        rate=1.0,
+        every=0,
+        operations="flush",
+        errno="EIO",
+        range="",
+        armed="no",
+        sticky=False,
+        seed=0,
+    )
+    disk.bind()
+    with pytest.raises(OSError, match="an earlier flush failed"):
+        disk._write([memoryview(bytes(512))], 0)
+    with pytest.raises(OSError, match="an earlier flush failed"):
+        disk._write_first([memoryview(bytes(512))], 0)

@@ -170,6 +170,38 @@ def test_only_root_gets_to_it(directory, control, record):
     assert stat.S_IMODE(os.stat(directory).st_mode) == 0o700
 
 
+@pytest.mark.parametrize(
+    "line",
+    [b"nonsense", b"[]", b"7", b"{}", b'{"answer": 5}', b'{"answer": null}', b"[" * 100_000],
+)
+def test_a_process_that_a_guest_has_taken_over_is_not_believed(directory, record, line):
+    with Control(record) as control:
+
+        def play():
+            peer, _ = control._listener.accept()
+            with peer:
+                peer.recv(65536)
+                peer.sendall(line + b"\n")
+
+        control._listener.setblocking(True)
+        thread = threading.Thread(target=play)
+        thread.start()
+        with pytest.raises(DeviceError, match="answers what makes no sense"):
+            ask(directory, ADDRESS, "echo")
+        thread.join()
+
+
+def test_no_error_reaches_the_terminal_as_it_stands(directory, control):
+    def fail(request):
+        raise DeviceError("\x1b[2J" + "x" * 9000)
+
+    control.register("fail", fail)
+    with pytest.raises(DeviceError, match="x") as raised:
+        ask(directory, ADDRESS, "fail")
+    assert str(raised.value).isprintable()
+    assert len(str(raised.value)) < 2100
+
+
 def test_nobody_serves(directory):
     with pytest.raises(DeviceError, match="no process that lives serves xvdb"):
         ask(directory, ADDRESS, "echo")

@@ -150,6 +150,14 @@ class Filter(Backend):
         """
         raise UsageError(f"{self.name} keeps its settings as long as the disk is connected")
 
+    def passes_on(self, method: str) -> bool:
+        """Tell whether ``read``, ``write`` or the like does just what the source's does.
+
+        Whoever serves the disk calls the source's then: a filter that is idle costs nothing. Asked
+        when the disk is opened, and again after :meth:`configure`.
+        """
+        return method not in vars(self) and getattr(type(self), method) is getattr(Filter, method)
+
     def counters(self) -> Mapping[str, int]:
         """Tell what it has done so far, by names."""
         return {}
@@ -180,6 +188,13 @@ class Filter(Backend):
 
     def __str__(self) -> str:
         return f"{type(self).__name__} over {self.source}"
+
+
+def direct(disk: Backend, method: str) -> Any:
+    """Return a method of a disk, or of what is below the filters that pass it on as it is."""
+    while isinstance(disk, Filter) and disk.passes_on(method):
+        disk = disk.source
+    return getattr(disk, method)
 
 
 def _subclasses(cls: type) -> list[type]:

@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from ..errors import UsageError
+from ..errors import DeviceError, UsageError
 from ..exit_status import ExitStatus
 from ..recovery import control
 from ..text import printable
@@ -23,11 +23,14 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
         domain = toolstack.find_domain(store, args.vm)
         disk = toolstack.find_attached(store, domain.domid, vdev)
     answer = control.ask(env.record_directory, disk.address, verb, **more)
+    try:
+        lines = _lines(answer["filters"])
+    except (KeyError, TypeError, AttributeError):  # it may be somebody else's now
+        raise DeviceError(f"process {disk.pid} answers what makes no sense") from None
     if args.json:
-        env.say(json.dumps(answer["filters"]))
-    else:
-        for line in _lines(answer["filters"]):
-            env.say(line)
+        lines = [json.dumps(answer["filters"])]
+    for line in lines:
+        env.say(line)
     return ExitStatus.OK
 
 

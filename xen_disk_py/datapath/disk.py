@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Callable
 
 from ..backends import Backend, asynchronous
+from ..backends.filter import direct
 from ..backends.loader import user_line
 from ..blkif import (
     DISCARD,
@@ -73,13 +74,8 @@ class Disk:
         self._is_concurrent = backend.threads > 1 or backend.asynchronous is not None
         durability = Durability(backend, self._statistics, keeps=holds and not self.read_only)
         self._durability = durability
-        self._read = durability.reading(backend.read)
-        self._write = durability.writing(backend.write, may_wait=True)
-        if self._is_concurrent:
-            self._read_first = durability.reading(backend.read_nowait)
-            self._write_first = durability.writing(backend.write_nowait, may_wait=False)
-        else:
-            self._read_first, self._write_first = self._read, self._write
+        self._binding = threading.Lock()
+        self.bind()
         self._lock = threading.Lock()
         self._holds = holds
         self._lines = Ration(_LINES, 1.0)
@@ -96,14 +92,34 @@ class Disk:
         self._statistics = self._durability.statistics = statistics
         self._refuse_writes_if_lost()
 
+    def bind(self) -> None:
+        """Find what is called for requests; again when a filter has other settings.
+
+        From any thread: a request that has begun ends as it began.
+        """
+        backend, durability = self.backend, self._durability
+        read = durability.reading(direct(backend, "read"))
+        write = durability.writing(direct(backend, "write"), may_wait=True)
+        read_first, write_first = read, write
+        if self._is_concurrent:
+            read_first = durability.reading(direct(backend, "read_nowait"))
+            write_nowait = direct(backend, "write_nowait")
+            write_first = durability.writing(write_nowait, may_wait=False)
+        self._read, self._read_first = read, read_first
+        with self._binding:
+            if durability.is_lost:
+                write = write_first = durability.refuse
+            self._write, self._write_first = write, write_first
+
     def _refuse_writes_if_lost(self) -> None:
         """Let no write succeed once no flush can.
 
         Linux's blkfront does not flush any more after a flush that failed, but takes each write
         that is answered for durable.
         """
-        if self._durability.is_lost:
-            self._write = self._write_first = self._durability.refuse
+        with self._binding:
+            if self._durability.is_lost:
+                self._write = self._write_first = self._durability.refuse
 
     def features(
         self,

@@ -39,6 +39,7 @@ from typing import Any, Callable
 
 from ..errors import DeviceError, UsageError, XenDiskError, XenUnavailable
 from ..hypervisor import Closing
+from ..text import printable
 from ..xenbus.states import Address
 from ..xenbus.vdev import from_number
 from . import record as records
@@ -54,6 +55,7 @@ PATIENCE = 10.0
 _CLIENT = 2.0  # seconds that a client has for its request, and again to take the answer
 _REQUEST = 64 << 10  # bytes
 _ANSWER = 1 << 20
+_TEXT = 2000  # letters of an error
 _GRACE = 1.0  # seconds: a process that has just taken over binds its socket in a moment
 _PAUSE = 0.02
 _PEER = struct.Struct("iii")  # struct ucred: pid, uid, gid
@@ -207,11 +209,17 @@ def ask(
         if time.monotonic() >= deadline:
             raise silent
         raise DeviceError(f"the process that serves {vdev} has ended, or does not listen to us")
-    answer = json.loads(line)
-    if "error" in answer:
-        raise (UsageError if answer.get("usage") else DeviceError)(str(answer["error"]))
-    result = answer["answer"]
-    assert isinstance(result, dict)
+    # That process may be somebody else now, whom a guest has taken over: believe nothing.
+    try:
+        answer = json.loads(line)
+    except (ValueError, RecursionError):
+        answer = None
+    if isinstance(answer, dict) and "error" in answer:
+        kind = UsageError if answer.get("usage") else DeviceError
+        raise kind(printable(str(answer["error"])[:_TEXT]))
+    if not isinstance(answer, dict) or not isinstance(answer.get("answer"), dict):
+        raise DeviceError(f"the process that serves {vdev} answers what makes no sense")
+    result: dict[str, Any] = answer["answer"]
     return result
 
 

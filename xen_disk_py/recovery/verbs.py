@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from ..backends import stack
+from ..backends.filter import Filter
 from ..datapath.disk import Disk
 from ..errors import UsageError
 from .control import Control
@@ -31,6 +33,7 @@ class _Filters:
 
     def __init__(self, disk: Disk, record: Record) -> None:
         self._record = record
+        self._disk = disk
         self._filters = stack.filters_of(disk.backend, len(record.facts.spec.filters))
 
     def list(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -41,15 +44,20 @@ class _Filters:
         changes = request.get("settings")
         if not isinstance(changes, list) or not all(isinstance(item, str) for item in changes):
             raise UsageError("settings is no list of key=value")
-        stack.change(self._filters, each, changes, self._note)
-        return self.list(request)
+        return self._change(each, changes)
 
     def act(self, request: dict[str, Any]) -> dict[str, Any]:
         action = _text(request, "action") or ""
         each = stack.find_by_action(self._filters, action, _text(request, "filter"))
         changes = [f"{key}={value}" for key, value in each.actions[action].items()]
-        stack.change(self._filters, each, changes, self._note)
-        return self.list(request)
+        return self._change(each, changes)
+
+    def _change(self, each: Filter, changes: Sequence[str]) -> dict[str, Any]:
+        try:
+            stack.change(self._filters, each, changes, self._note)
+        finally:
+            self._disk.bind()  # who was idle may not be so now, and the other way round
+        return self.list({})
 
     def _note(self, filters: tuple[str, ...]) -> None:
         """Have whoever takes the disk over make the same stack."""

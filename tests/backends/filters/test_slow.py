@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import threading
 
 import pytest
@@ -57,6 +58,9 @@ def test_a_file_without_times(tmp_path, content):
     (tmp_path / "times").write_text(content)
     with pytest.raises(UsageError, match="times"):
         wrap(Memory(), [f"delay:file={tmp_path}/times"])
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UsageError, match="it has no times"):
+        wrap(Memory(), [f"delay:file={tmp_path}/pipe"])
     with pytest.raises(UsageError, match="No such file"):
         wrap(Memory(), [f"delay:file={tmp_path}/nothing"])
 

@@ -104,6 +104,10 @@ class Error(Filter):
             self._has_failed = False
             self._dice = random.Random(seed)
 
+    def passes_on(self, method: str) -> bool:
+        """Everything while it is disarmed."""
+        return self._is_disarmed
+
     def counters(self) -> dict[str, int]:
         """How many requests could have failed since the last change, and how many ever have."""
         return {"matched": self._count, "failed": self._failed}
@@ -138,6 +142,14 @@ class Error(Filter):
         """Write, or fail."""
         self._try("write", offset, sum(map(len, buffers)))
         return self.source.write(buffers, offset)
+
+    def read_nowait(self, buffers: Sequence[memoryview], offset: int) -> int:
+        """Read, while it is disarmed."""
+        return self.source.read_nowait(buffers, offset) if self._is_disarmed else 0
+
+    def write_nowait(self, buffers: Sequence[memoryview], offset: int) -> int:
+        """Write, while it is disarmed."""
+        return self.source.write_nowait(buffers, offset) if self._is_disarmed else 0
 
     def flush(self) -> None:
         """Flush, or fail."""

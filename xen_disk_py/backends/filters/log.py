@@ -56,6 +56,10 @@ class Log(Filter):
                 if before >= 0:
                     os.close(before)
 
+    def passes_on(self, method: str) -> bool:
+        """Everything while it is off."""
+        return not self._is_on
+
     def counters(self) -> dict[str, int]:
         """How many lines were written, and how many lost."""
         return {"lines": self._lines, "lost": self._lost}

@@ -56,6 +56,10 @@ class Retry(Waiting):
     def _waits_for(self, operation: str) -> bool:
         return False
 
+    def passes_on(self, method: str) -> bool:
+        """Nothing: any request may fail."""
+        return False
+
     def read_nowait(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Read at once; what fails is tried again in a thread."""
         try:

@@ -28,6 +28,11 @@ class Waiting(Filter):
         """Tell whether requests of this kind may wait."""
         return True
 
+    def passes_on(self, method: str) -> bool:
+        """What waits for nothing, where the source lets several in."""
+        operation, _, nowait = method.partition("_")
+        return bool(nowait) and self._is_shared and not self._waits_for(operation)
+
     def _wait(self, operation: str, length: int) -> None:
         """Wait before a request is done."""
 
