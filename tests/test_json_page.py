@@ -130,6 +130,7 @@ def test_of_a_disk_that_is_served(host, processes, image):
     for command, *more in (
         ["list"],
         ["filter", "guest", "xvdb", "list"],
+        ["top", "--once", "--interval=0.001"],
         ["resize", "guest", "xvdb", "2M"],
         ["upgrade", "guest", "xvdb"],
     ):

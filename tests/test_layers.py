@@ -39,6 +39,7 @@ PURE = {
     "blkif",
     "ring",
     "datapath.journal",
+    "datapath.latency",
     "datapath.polling",
     "trace.extents",
     "trace.format",

@@ -148,7 +148,7 @@ def test_an_orphan_of_another_version(listing, host, monkeypatch):
     one = Record(host.records, serving.address)
     one.describe(Facts(backend="raw", survives=True, disk={}))
     one.leave()
-    monkeypatch.setattr(record, "FORMAT", -1)
+    monkeypatch.setattr(record, "FORMATS", ())
     assert not json.loads(listing("--json")[1])[0]["adoptable"]
     record.forget(host.records, serving.address)
 

@@ -18,7 +18,7 @@ from xen_disk_py.exit_status import ExitStatus
 from xen_disk_py.recovery import record
 from xen_disk_py.recovery import upgrade as upgrading_module
 from xen_disk_py.recovery.facts import Facts
-from xen_disk_py.recovery.record import FORMAT, Record, find
+from xen_disk_py.recovery.record import Record, find
 from xen_disk_py.recovery.role import Role
 from xen_disk_py.xenbus import toolstack
 from xen_disk_py.xenbus.states import Address, State
@@ -117,7 +117,7 @@ def test_requests_meanwhile(host, connect, upgrade):
             "would not take over: RuntimeError: half installed",
         ),
         (None, "does not start: "),
-        ("import xen_disk_py.recovery.upgrade as u\nu.FORMAT = -1", "another version's"),
+        ("import xen_disk_py.recovery.upgrade as u\nu.FORMATS = ()", "another version's"),
         (
             "def no():\n    raise xen_disk_py.errors.XenUnavailable('no gntdev')\n"
             "import xen_disk_py.errors\nenv.open_hypervisor = no",
@@ -241,7 +241,7 @@ def test_a_process_that_would_not_understand_is_sent_nothing(served, upgrade, fa
 
 def test_a_record_of_another_version(served, upgrade, monkeypatch):
     signals = served()
-    monkeypatch.setattr(upgrade_module, "FORMAT", FORMAT + 1)
+    monkeypatch.setattr(upgrade_module, "FORMATS", ())
     assert "cannot be followed" in upgrade()[2]
     assert [] == signals
 

@@ -11,7 +11,7 @@ import pytest
 from xen_disk_py.blkif import READ, WRITE, Transfer, encode_segments
 from xen_disk_py.datapath import grants
 from xen_disk_py.datapath.grants import PERSISTENT_LIMIT, Grants, GuestPages
-from xen_disk_py.datapath.statistics import segments_word
+from xen_disk_py.datapath.stopwatch import kind
 from xen_disk_py.errors import HypervisorError
 
 KEPT = {"persistent": True}
@@ -251,7 +251,7 @@ def test_a_request_is_found_again_by_its_descriptors(host, make):
         request, descriptors = ask(READ, shared.refs, segments)
         acquired = pages.acquire(request, descriptors)
         plan = pages.plans[descriptors]
-        assert (request.sectors, segments_word(12)) == (plan.sectors, plan.word)
+        assert (request.sectors, kind(12, request.sectors * 512)) == (plan.sectors, plan.kind)
         assert acquired.buffers is plan.buffers
         acquired.release(deliver=True)
         assert plan.buffers  # still

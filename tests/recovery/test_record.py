@@ -21,6 +21,7 @@ import storage
 from xen_disk_py.blkif import Ring
 from xen_disk_py.datapath import statistics
 from xen_disk_py.datapath.journal import SIZE, Unanswered
+from xen_disk_py.datapath.latency import SIZE as LATENCIES
 from xen_disk_py.errors import DeviceError, DeviceTaken, XenUnavailable
 from xen_disk_py.host import process
 from xen_disk_py.recovery import record
@@ -105,7 +106,7 @@ class TestServing:
     def test_the_format_is_told_with_the_facts(self, directory):
         with Record(directory, ADDRESS) as mine:
             mine.describe(Facts(path="/a"))
-            assert Facts(path="/a", format=record.FORMAT) == find(directory, ADDRESS).facts
+            assert Facts(path="/a", format=record.FORMATS[-1]) == find(directory, ADDRESS).facts
             assert mine.facts == find(directory, ADDRESS).facts
 
     @pytest.mark.parametrize("count", [1, 2])
@@ -497,6 +498,39 @@ class TestAdopting:
                 Record.adopt(directory, ADDRESS)
         with Record.adopt(directory, ADDRESS) as again:
             assert FACTS == again.facts
+
+    @pytest.mark.parametrize("queues", [1, 8])
+    def test_a_record_of_format_2_gets_histograms_that_begin_anew(self, directory, queues):
+        with Record(directory, ADDRESS, queues) as mine:
+            mine.describe(Facts(path="/a", format=2))
+            mine.statistics.add(statistics.BYTES_READ, 7)
+            content = path_in(directory).read_bytes()
+        path_in(directory).write_bytes(content[: -queues * LATENCIES])
+        assert record.queues_in(len(content) - queues * LATENCIES) == queues
+        with Record.adopt(directory, ADDRESS) as again:
+            assert (2, 7) == (again.facts.format, again.statistics.as_dict()["bytes_read"])
+            assert queues == len(again.journals)
+            again.statistics.of_queue(queues - 1).latencies[0] = 5
+            assert len(content) == path_in(directory).stat().st_size
+            again.leave()
+        with Record.adopt(directory, ADDRESS) as third:  # killed before it was described anew
+            assert 5 == third.statistics.of_queue(queues - 1).latencies[0]
+
+    def test_without_room_for_histograms_a_record_of_format_2_is_taken_over(
+        self, directory, monkeypatch
+    ):
+        with Record(directory, ADDRESS) as mine:
+            mine.describe(Facts(path="/a", format=2))
+            content = path_in(directory).read_bytes()
+        path_in(directory).write_bytes(content[:-LATENCIES])
+
+        def full(*arguments):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(record.os, "posix_fallocate", full)
+        with Record.adopt(directory, ADDRESS) as again:
+            assert "/a" == again.facts.path
+            again.statistics.of_queue(0).latencies[0] = 5
 
 
 class TestFinding:

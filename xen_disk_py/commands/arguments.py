@@ -703,6 +703,12 @@ def _add_connect(commands: argparse._SubParsersAction[_Parser]) -> None:
         help="offer requests of up to N pages of 4 KiB, at most 4096; 0: no indirect requests "
         "(default: 256)",
     )
+    performance.add_argument(
+        "--latency",
+        choices=("on", "off"),
+        default="on",
+        help="measure how long requests take, for `top` and `metrics` (default: on)",
+    )
     # No help: it is for processes that we start ourselves.
     connect.add_argument(ROLE, type=_role, default=Role(), help=argparse.SUPPRESS)
 
@@ -737,6 +743,52 @@ def _add_filter(commands: argparse._SubParsersAction[_Parser]) -> None:
         "settings", metavar="KEY=VALUE", nargs="*", help="of set: as behind --filter NAME:"
     )
     changing.add_argument("--json", action="store_true", help="print the filters as JSON")
+
+
+def _add_list_and_top(commands: argparse._SubParsersAction[_Parser]) -> None:
+    listing = commands.add_parser(
+        "list",
+        help="list the disks that are served",
+        description="List the disks that processes on this host serve: a line for each. A disk "
+        "whose process has died is an `orphan` if `connect --adopt` can take it over, else `dead`.",
+    )
+    listing.add_argument("vm", metavar="VM", nargs="?", help="only the disks of this guest")
+    listing.add_argument("--json", action="store_true", help="print JSON, with all counters")
+
+    top = commands.add_parser(
+        "top",
+        help="show what all disks of this host do, refreshed in place",
+        description="Show for each disk that this host serves how many requests and bytes it does "
+        "a second, how long requests take (from when they are taken off the ring until their "
+        "answer is published), how many there are on average (DEPTH) and now (FLIGHT), and its "
+        "errors. On a terminal the table is refreshed in place: q ends it, other keys sort it. "
+        "Elsewhere each interval is printed below the last. Reads the records of the processes, "
+        "which takes root; locks and changes nothing.",
+    )
+    top.add_argument(
+        "vm", metavar="VM", nargs="?", help="only the disks of this guest, by its id or name"
+    )
+    top.add_argument(
+        "--interval",
+        type=_seconds,
+        default=1,
+        metavar="SECONDS",
+        help="how long to measure until the next refresh (default: 1)",
+    )
+    top.add_argument(
+        "--sort",
+        choices=("guest", "iops", "mbs", "p99", "depth", "inflight", "errors", "memory"),
+        default="guest",
+        help="by guest, or the most first (default: guest)",
+    )
+    top.add_argument(
+        "--once", action="store_true", help="measure for one interval, print that, and end"
+    )
+    top.add_argument(
+        "--json",
+        action="store_true",
+        help="print JSON: a list of disks for each interval, on one line unless --once",
+    )
 
 
 def _add_upgrade(commands: argparse._SubParsersAction[_Parser]) -> None:
@@ -804,14 +856,7 @@ def build_parser() -> _Parser:
     )
     _add_connect(commands)
 
-    listing = commands.add_parser(
-        "list",
-        help="list the disks that are served",
-        description="List the disks that processes on this host serve: a line for each. A disk "
-        "whose process has died is an `orphan` if `connect --adopt` can take it over, else `dead`.",
-    )
-    listing.add_argument("vm", metavar="VM", nargs="?", help="only the disks of this guest")
-    listing.add_argument("--json", action="store_true", help="print JSON, with all counters")
+    _add_list_and_top(commands)
 
     disconnect = commands.add_parser(
         "disconnect",

@@ -46,6 +46,7 @@ def spec_from(args: argparse.Namespace, temporary: str | None = None) -> DiskSpe
         read_only=args.read_only or given.get("cdrom", False),
         cdrom=given.get("cdrom", False),
         discard=not given.get("no_discard", False),
+        latency=given.get("latency") != "off",
         force=args.force,
         retries=given.get("on_error") == "hold",
     )

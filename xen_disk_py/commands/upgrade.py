@@ -11,7 +11,7 @@ from ..errors import DeviceError
 from ..exit_status import ExitStatus
 from ..host.process import send_signal
 from ..recovery import record
-from ..recovery.facts import FORMAT, Facts
+from ..recovery.facts import FORMATS, Facts
 from ..xenbus import toolstack
 from ..xenbus.states import State
 from ..xenbus.toolstack import Attached
@@ -53,7 +53,7 @@ def _upgrade(env: Environment, disk: Attached, timeout: float) -> Facts:
     if before is None or not before.alive:
         raise died
     old = before.facts
-    if old is None or old.format != FORMAT or old.pid != disk.pid or old.started is None:
+    if old is None or old.format not in FORMATS or old.pid != disk.pid or old.started is None:
         raise DeviceError(
             f"process {disk.pid} does not serve {disk.device} yet, or is of a version that cannot "
             "be followed: try again, or disconnect the disk"

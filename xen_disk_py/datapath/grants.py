@@ -24,7 +24,7 @@ from typing import NamedTuple
 from ..blkif import READ, SECTOR, Transfer
 from ..errors import BackendError, HypervisorError
 from ..hypervisor import PAGE_SIZE, Hypervisor, Mapping, Piece
-from .statistics import segments_word
+from .stopwatch import kind
 
 log = logging.getLogger("xen_disk_py")
 
@@ -51,8 +51,8 @@ class Plan(NamedTuple):
 
     sectors: int
     buffers: tuple[memoryview, ...]  # no backend can change what the next request finds
-    word: int
-    """The counter of requests of so many segments."""
+    kind: int
+    """What is counted of it: see :func:`~xen_disk_py.datapath.stopwatch.kind`."""
 
 
 class GuestBuffers:
@@ -261,7 +261,8 @@ class GuestPages:
         if self._planned > _PLANNED_SEGMENTS:
             self.plans.clear()
             self._planned = segments
-        self.plans[descriptors] = Plan(request.sectors, buffers, segments_word(segments))
+        sectors = request.sectors
+        self.plans[descriptors] = Plan(sectors, buffers, kind(segments, sectors * SECTOR))
         return buffers
 
     # -- the end -----------------------------------------------------------------------

@@ -15,8 +15,8 @@ MOST = 1 << 20
 
 
 Joined = tuple[int, int, bytes, Optional[bytes]]
-"""A request of a run: its identity, the counter of requests with so many segments, its slot, and
-the descriptors of its segments if it is indirect. A plain tuple, for speed."""
+"""A request of a run: its identity, what is counted of it (:attr:`~.grants.Plan.kind`), its slot,
+and the descriptors of its segments if it is indirect. A plain tuple, for speed."""
 
 
 class Run:

@@ -65,9 +65,11 @@ from .grants import PERSISTENT_LIMIT, Grants, GuestBuffers, GuestPages
 from .idle import Idle
 from .joining import LARGE, Run
 from .journal import Journal
+from .latency import histogram_of
 from .retry import RetryQueue
 from .stall import StallDetector
 from .statistics import Counters
+from .stopwatch import WRITES, Stopwatch, batches_per_sample
 from .workers import MORE, Workers
 
 log = logging.getLogger("xen_disk_py")
@@ -94,17 +96,26 @@ class Options(NamedTuple):
     """How to get at the guest's pages."""
     persistent_limit: int = PERSISTENT_LIMIT
     """Pages that all queues together keep mapped."""
+    latency: bool = True
+    """Whether requests are timed."""
 
 
 class _Begun:
     """A request under way."""
 
-    __slots__ = ("acquired", "request", "since", "slot", "was_retried")
+    __slots__ = ("acquired", "request", "since", "slot", "taken", "was_retried")
 
-    def __init__(self, slot: bytes, request: Transfer | Discard, acquired: GuestBuffers) -> None:
+    def __init__(
+        self,
+        slot: bytes,
+        request: Transfer | Discard,
+        acquired: GuestBuffers,
+        taken: float | None,
+    ) -> None:
         self.slot = slot
         self.request = request
         self.acquired = acquired
+        self.taken = taken  # off the ring
         self.since = inf  # when somebody began to do it
         self.was_retried = False
 
@@ -155,6 +166,9 @@ class Queue:
         self._disk = disk
         self._max_indirect_segments = options.max_indirect_segments
         self._statistics = statistics
+        self._stopwatch = Stopwatch(
+            statistics, every=batches_per_sample() if options.latency else 0
+        )
         self._on_failure = on_failure
         self._pages = GuestPages(
             hypervisor,
@@ -346,6 +360,7 @@ class Queue:
         """Do what another has not answered; reads, writes and flushes can be repeated."""
         left, words = self._left, self._statistics.words
         words[count.IN_FLIGHT] = len(left)
+        self._stopwatch.start()
         while left:
             if left[0][0] == WRITE_BARRIER:
                 self._drain()  # as long as the journal has it among those that are not begun
@@ -364,6 +379,8 @@ class Queue:
         stall = self._stall
         stall.is_amid = True
         stall.moves += 1
+        self._stopwatch.start()
+        counts = self._stopwatch.counts
         abi, disk, ring, statistics = self._abi, self._disk, self._ring, self._statistics
         plans, kept = self._pages.plans, self._pages.kept
         size, segments_at = abi.slot_size, abi.segments_at
@@ -396,7 +413,7 @@ class Queue:
                 plan = plans.get(descriptors)
                 operation = segments  # noqa: PLW2901 - the second byte of an indirect request
             if plan is not None:
-                sectors, buffers, word = plan
+                sectors, buffers, kind = plan
                 if sector + sectors <= capacity and not sector & misaligned:
                     length = sectors * SECTOR
                     if length >= LARGE and (
@@ -405,7 +422,7 @@ class Queue:
                         offset = sector * SECTOR
                         if joined and not run.continues(operation, offset, length):
                             unpublished += self._do_run()
-                        request = (id_, word, slots[at : at + size], descriptors)
+                        request = (id_, kind, slots[at : at + size], descriptors)
                         run.add(operation, offset, plan, request)
                         continue
                     if joined:
@@ -419,10 +436,11 @@ class Queue:
                         if operation == READ:
                             reads += 1
                             bytes_read += length
+                            counts[kind] += 1
                         else:
                             writes += 1
                             bytes_written += length
-                        words[word] += 1
+                            counts[kind + WRITES] += 1
                         ring.respond(encode_response(id_, operation, status))
                         unpublished += length
                         continue
@@ -455,8 +473,9 @@ class Queue:
         is_read = run.operation == READ
         status = (disk.serve_read if is_read else disk.serve_write)(run.buffers, run.start, length)
         if status == OKAY or (status is not None and len(requests) == 1):
-            for id_, word, _, _ in requests:
-                words[word] += 1
+            shift, counts = 0 if is_read else WRITES, self._stopwatch.counts
+            for id_, kind, _, _ in requests:
+                counts[kind + shift] += 1
                 self._ring.respond(encode_response(id_, run.operation, status))
             words[count.READS if is_read else count.WRITES] += len(requests)
             words[count.BYTES_READ if is_read else count.BYTES_WRITTEN] += length
@@ -486,6 +505,7 @@ class Queue:
             self._stall.moves += 1
             if ring.push():
                 self._channel.notify()
+            self._stopwatch.published()
 
     def _publish_if_late(self) -> bool:
         """Publish if that was not done for the time's sake lately; tell if so.
@@ -570,7 +590,7 @@ class Queue:
                             start = self._abi.segments_at
                             descriptors = slot[start : start + 8 * len(request.grefs)]
                         acquired = pages.acquire(request, descriptors)
-                    return _Begun(slot, request, acquired)
+                    return _Begun(slot, request, acquired, self._stopwatch.taken)
                 reason, status = refusal
         except (HypervisorError, MemoryError) as error:
             reason, status = str(error) or "no memory", ERROR
@@ -598,6 +618,7 @@ class Queue:
             self._disk.refuse(str(error))
             status = ERROR
         self._statistics.count_request(request)
+        self._stopwatch.end(histogram_of(request), begun.taken)
         if request.operation != READ:
             self._disk.count_memory()
         self._ring.respond(encode_response(request.id, request.operation, status))

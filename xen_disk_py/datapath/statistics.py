@@ -1,4 +1,4 @@
-"""What a disk has done so far: plain counters and two histograms.
+"""What a disk has done so far: plain counters, and histograms (:mod:`.latency` has others).
 
 The counters are one run of unsigned 64-bit words, so that they can live in a file that
 another process maps and reads while the disk works (``list`` shows them), at the cost of a
@@ -13,8 +13,10 @@ from collections.abc import Sequence
 from typing import Callable
 
 from ..blkif import MAX_QUEUES, READ, SECTOR, WRITE, Discard, Transfer
+from .latency import SIZE as LATENCIES
 
-_BUCKETS = 13
+BUCKETS = 13
+"""Of a histogram of numbers."""
 _COUNTERS = (
     "requests",
     "reads",
@@ -31,16 +33,16 @@ _COUNTERS = (
     "held",
     "memory",
 )
-_BLOCK = len(_COUNTERS) + 2 * _BUCKETS
+_BLOCK = len(_COUNTERS) + 2 * BUCKETS
 WORDS = _BLOCK * (1 + MAX_QUEUES) + 1
 """How many 64-bit words the counters take, and what a successor must know of flushes."""
 
 _U64 = 0xFFFF_FFFF_FFFF_FFFF
 
 
-def _bucket(number: int) -> int:
-    """Powers of two: 1, 2, 3–4, 5–8, … the last for 2049 and more."""
-    return min((number - 1).bit_length(), _BUCKETS - 1) if number > 0 else 0
+def bucket(number: int) -> int:
+    """Number the bucket of a number: 1, 2, 3–4, 5–8, … the last for 2049 and more."""
+    return min((number - 1).bit_length(), BUCKETS - 1) if number > 0 else 0
 
 
 class Counters:
@@ -48,10 +50,12 @@ class Counters:
 
     Attributes:
         words: unsigned 64-bit words, indexed by the constants below.
+        latencies: the histograms of :mod:`.latency`, likewise.
     """
 
-    def __init__(self, words: memoryview) -> None:
+    def __init__(self, words: memoryview, latencies: memoryview) -> None:
         self.words = words
+        self.latencies = latencies
 
     def add(self, counter: int, amount: int = 1) -> None:
         """Add to a counter, named by one of the constants below; it wraps at 2**64.
@@ -81,7 +85,7 @@ class Counters:
 
     def count_batch(self, requests: int) -> None:
         """Note that a look at the ring found that many requests."""
-        self.words[_OCCUPANCY + _bucket(requests)] += 1
+        self.words[_OCCUPANCY + bucket(requests)] += 1
 
 
 class Statistics:
@@ -90,17 +94,28 @@ class Statistics:
     Args:
         words: ``WORDS`` unsigned 64-bit words (``memoryview`` of format "Q") to count in;
             private ones by default.
+        latencies: words for the histograms of each queue, likewise; private ones for those
+            that have none here.
     """
 
-    def __init__(self, words: memoryview | None = None) -> None:
+    def __init__(
+        self, words: memoryview | None = None, latencies: Sequence[memoryview] = ()
+    ) -> None:
         words = words if words is not None else memoryview(bytearray(8 * WORDS)).cast("Q")
-        self._blocks = [Counters(words[at : at + _BLOCK]) for at in range(0, WORDS - 1, _BLOCK)]
+        self._blocks = [
+            Counters(words[at : at + _BLOCK], memoryview(b"")) for at in range(0, WORDS - 1, _BLOCK)
+        ]
+        for block, histograms in zip(self._blocks[1:], latencies):
+            block.latencies = histograms
         self._flush_failed = words[WORDS - 1 : WORDS]
         self._lock = threading.Lock()
 
     def of_queue(self, number: int) -> Counters:
         """Return the block in which queue ``number`` counts, from 0 on."""
-        return self._blocks[1 + number]
+        block = self._blocks[1 + number]
+        if not block.latencies:
+            block.latencies = memoryview(bytearray(LATENCIES)).cast("Q")
+        return block
 
     def add(self, counter: int, amount: int = 1) -> None:
         """Add to one of the disk's own counters; from any thread."""
@@ -133,12 +148,12 @@ class Statistics:
     @property
     def segments_per_request(self) -> list[int]:
         """Requests by number of segments, in buckets of powers of two."""
-        return self._sums()[_SEGMENTS : _SEGMENTS + _BUCKETS]
+        return self._sums()[SEGMENTS : SEGMENTS + BUCKETS]
 
     @property
     def requests_per_batch(self) -> list[int]:
         """Looks at the ring by number of requests found, in buckets of powers of two."""
-        return self._sums()[_OCCUPANCY : _OCCUPANCY + _BUCKETS]
+        return self._sums()[_OCCUPANCY : _OCCUPANCY + BUCKETS]
 
     def settled(self, *, in_order: bool) -> Callable[[], bool]:
         """Return a function that tells whether what is in flight now was answered meanwhile.
@@ -161,7 +176,15 @@ class Statistics:
 
 def segments_word(segments: int) -> int:
     """Name the counter of requests of so many segments."""
-    return _SEGMENTS + _bucket(segments)
+    return SEGMENTS + bucket(segments)
+
+
+def bucket_name(number: int) -> str:
+    """Name a histogram's bucket by the numbers it counts, such as "3-4"."""
+    low, high = (1 << number - 1) + 1 if number else 1, 1 << number
+    if number == BUCKETS - 1:
+        return f"{low}+"
+    return str(low) if low == high else f"{low}-{high}"
 
 
 (
@@ -180,16 +203,8 @@ def segments_word(segments: int) -> int:
     HELD,
     MEMORY,
 ) = range(len(_COUNTERS))
-_SEGMENTS = len(_COUNTERS)
-_OCCUPANCY = _SEGMENTS + _BUCKETS
-
-
-def bucket_name(bucket: int) -> str:
-    """Name a histogram's bucket by the numbers it counts, such as "3-4"."""
-    low, high = (1 << bucket - 1) + 1 if bucket else 1, 1 << bucket
-    if bucket == _BUCKETS - 1:
-        return f"{low}+"
-    return str(low) if low == high else f"{low}-{high}"
+SEGMENTS = len(_COUNTERS)
+_OCCUPANCY = SEGMENTS + BUCKETS
 
 
 def histogram(title: str, counts: Sequence[int], width: int = 40) -> list[str]:

@@ -27,6 +27,7 @@ _OPTIONS = (
     "format",
     "grants",
     "indirect-segments",
+    "latency",
     "on-error",
     "overlay",
     "persistent-grants",

@@ -20,8 +20,10 @@ from ..xenbus.vdev import VirtualDevice
 from .plain import from_plain, kept, to_plain
 from .spec import DiskSpec
 
-FORMAT = 2
-"""What the layout of a record is, and of all in it."""
+FORMAT = 3
+"""What the layout of a record is, and of all in it. 2 had no histograms of latency."""
+FORMATS = (2, FORMAT)
+"""What this version can read and take over."""
 
 TOLD = ("domid", "domain", "vdev", "number", "device", "size", "backend", "path", "mode", "pid")
 """Those of the facts that are for scripts; the others are for a successor."""
@@ -32,7 +34,7 @@ class Facts:
     """Who serves what.
 
     Attributes:
-        format: :data:`FORMAT`, if this version can take the disk over.
+        format: one of :data:`FORMATS`, if this version can take the disk over.
         domid, domain: the guest's number and name.
         vdev, number, device: the disk's name (``xvdb``), its number, its usual name in Linux.
         size: bytes, as the guest knows it.
@@ -116,7 +118,7 @@ class Facts:
         if not isinstance(data, dict) or not data:
             return None
         facts, wrong = from_plain(cls, {"format": 0, **data})
-        if wrong and facts.format == FORMAT:
+        if wrong and facts.format in FORMATS:
             facts, _ = from_plain(cls, {**data, "format": 0})
         return facts
 
@@ -131,7 +133,7 @@ class Facts:
         Raises:
             DeviceError: this version does not know.
         """
-        if self.format != FORMAT or self.disk is None:
+        if self.format not in FORMATS or self.disk is None:
             raise DeviceError("its record is of another version of xen-disk: use that version")
         return DiskSpec.parse(self.disk)
 

@@ -5,6 +5,7 @@ The file is memory-mapped, so that ``list`` reads it at no cost to the disk::
     facts: who serves what (a JSON object, in a double buffer)
     counters of the disk, which fill a page
     a journal for each queue that is offered
+    histograms of latency for each of these queues
 
 The process holds a lock on the file as long as it lives: a record without a lock is what a
 killed process left, and :meth:`Record.adopt` takes it over. The lock goes when the last thread
@@ -30,9 +31,11 @@ import time
 from dataclasses import replace
 from typing import Any, Callable, NamedTuple, NoReturn
 
+from ..blkif import MAX_QUEUES
 from ..datapath.double_buffer import DoubleBuffer
 from ..datapath.journal import SIZE as JOURNAL_SIZE
 from ..datapath.journal import Journal
+from ..datapath.latency import SIZE as LATENCIES_SIZE
 from ..datapath.statistics import WORDS, Statistics
 from ..errors import DeviceError, DeviceTaken, XenUnavailable
 from ..host.process import is_process
@@ -40,7 +43,7 @@ from ..hypervisor import Closing
 from ..xenbus.states import Address
 from ..xenbus.vdev import from_number
 from . import temporary
-from .facts import FORMAT, Facts
+from .facts import FORMATS, Facts
 
 DIRECTORY = "/run/xen_disk_py"
 SOCKET = ".control"
@@ -48,7 +51,8 @@ SOCKET = ".control"
 
 _FACTS = 32 << 10  # bytes
 _COUNTERS = 4096
-_HEAD = _FACTS + _COUNTERS
+HEAD = _FACTS + _COUNTERS
+"""Bytes of a record before the journals."""
 _TRIES = 50  # one who looks has the lock for a moment, one who ends has it until the very end
 _PAUSE = 0.01
 
@@ -77,6 +81,27 @@ def _facts_in(data: bytes) -> Facts | None:
     if len(data) < _FACTS:
         return None
     return Facts.parse(DoubleBuffer(memoryview(bytearray(data[:_FACTS]))).read() or b"")
+
+
+def queues_in(size: int) -> int:
+    """Tell from the length of a record for how many queues it is; 0 for none that there can be.
+
+    Formats 2 and 3 need no other sign: no number of queues up to 8 makes both as long.
+    """
+    for each in (JOURNAL_SIZE + LATENCIES_SIZE, JOURNAL_SIZE):
+        queues, rest = divmod(size - HEAD, each)
+        if not rest and 0 < queues <= MAX_QUEUES:
+            return queues
+    return 0
+
+
+def read_head(data: bytes) -> tuple[Facts, dict[str, int]] | None:
+    """Read the facts and counters in the first ``HEAD`` bytes; None if they say nothing."""
+    facts = _facts_in(data)
+    if facts is None or len(data) < HEAD:
+        return None
+    words = memoryview(data)[_FACTS : _FACTS + 8 * WORDS].cast("Q")
+    return facts, Statistics(words).as_dict()
 
 
 def _is_at(fd: int, path: str) -> bool:
@@ -187,10 +212,10 @@ class Record(Closing):
         if before is not None and before.temporary is not None:
             temporary.remove(before.temporary)  # of a guest that has gone
         try:
-            size = _HEAD + queues * JOURNAL_SIZE
+            size = HEAD + queues * (JOURNAL_SIZE + LATENCIES_SIZE)
             os.ftruncate(fd, 0)
             os.posix_fallocate(fd, 0, size)  # not sparse: a full /run is an error now, not later
-            self._open(fd, path, size)
+            self._open(fd, path, queues)
         except BaseException as error:
             _unlink(fd, path)  # what is empty says nothing to anybody
             os.close(fd)
@@ -201,6 +226,8 @@ class Record(Closing):
     @classmethod
     def adopt(cls, directory: str, address: Address) -> Record:
         """Take over the record that a killed process left, with all that is in it.
+
+        Counters and histograms continue. A record of format 2 gets histograms, which begin anew.
 
         Raises:
             DeviceTaken: the process lives, or another has taken it over.
@@ -218,10 +245,13 @@ class Record(Closing):
             raise DeviceTaken(f"a process that lives serves {name}: see xen-disk list")
         record = cls.__new__(cls)
         try:
-            size = os.fstat(fd).st_size
-            if size > _HEAD and (size - _HEAD) % JOURNAL_SIZE == 0:
-                record._open(fd, path, size)
-                if record.facts.format == FORMAT:
+            queues = queues_in(os.fstat(fd).st_size)
+            if queues:
+                size = HEAD + queues * (JOURNAL_SIZE + LATENCIES_SIZE)
+                with contextlib.suppress(OSError):  # no room: a disk matters more than histograms
+                    os.posix_fallocate(fd, 0, size)
+                record._open(fd, path, queues)
+                if record.facts.format in FORMATS:
                     return record
         except BaseException:
             os.close(fd)
@@ -243,17 +273,23 @@ class Record(Closing):
             f"{domid} {device}), or choose another --vdev"
         )
 
-    def _open(self, fd: int, path: str, size: int) -> None:
+    def _open(self, fd: int, path: str, queues: int) -> None:
         self._fd = fd
         self.path = path
         self._lock = threading.RLock()  # commands change facts, too
+        journals = HEAD + queues * JOURNAL_SIZE
+        size = os.fstat(fd).st_size
         whole = memoryview(mmap.mmap(fd, size))
         self._facts = DoubleBuffer(whole[:_FACTS])
         self.facts = Facts.parse(self._facts.read() or b"") or Facts(format=0)
         words = whole[_FACTS : _FACTS + 8 * WORDS].cast("Q")
-        self.statistics = Statistics(words)
+        latencies = [
+            whole[at : at + LATENCIES_SIZE].cast("Q")
+            for at in range(journals, size, LATENCIES_SIZE)
+        ]
+        self.statistics = Statistics(words, latencies)
         self.journals = [
-            Journal(whole[at : at + JOURNAL_SIZE]) for at in range(_HEAD, size, JOURNAL_SIZE)
+            Journal(whole[at : at + JOURNAL_SIZE]) for at in range(HEAD, journals, JOURNAL_SIZE)
         ]
 
     def describe(self, facts: Facts) -> None:
@@ -334,7 +370,7 @@ class Found(NamedTuple):
         return (
             not self.alive
             and facts is not None
-            and facts.format == FORMAT
+            and facts.format in FORMATS
             and facts.survives
             and facts.disk is not None
         )
@@ -359,7 +395,7 @@ def find(directory: str, address: Address) -> Found | None:
     try:
         for _ in range(_TRIES):
             alive = _is_locked(fd)
-            data = os.pread(fd, _HEAD, 0)
+            data = os.pread(fd, HEAD, 0)
             facts = _facts_in(data)
             # A sweep has the lock for a moment: that is not the process that serves. One that has
             # described nothing yet has just begun.
@@ -368,7 +404,7 @@ def find(directory: str, address: Address) -> Found | None:
             time.sleep(_PAUSE)
     finally:
         os.close(fd)
-    if len(data) < _HEAD:
+    if len(data) < HEAD:
         return None
     words = memoryview(data)[_FACTS : _FACTS + 8 * WORDS].cast("Q")
     return Found(facts, Statistics(words).as_dict(), alive)

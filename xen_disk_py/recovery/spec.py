@@ -41,6 +41,7 @@ class DiskSpec:
         force: the image may be somebody else's, too.
         retries: what the storage cannot do now is queued for retry, not answered with an error.
         queues, grants, persistent_grants, indirect_segments: as the options of ``connect``.
+        latency: requests are timed.
         timeout: seconds that the guest may take to connect.
         user: whom the process becomes, or None.
     """
@@ -65,6 +66,7 @@ class DiskSpec:
     grants: str = "auto"
     persistent_grants: int = 8224
     indirect_segments: int = 256
+    latency: bool = True
     timeout: float = 30.0
     user: str | None = kept(None, str)
 
@@ -114,7 +116,9 @@ class DiskSpec:
     @property
     def queue_options(self) -> Options:
         """How its queues work."""
-        return Options(self.indirect_segments, Grants(self.grants), self.persistent_grants)
+        return Options(
+            self.indirect_segments, Grants(self.grants), self.persistent_grants, self.latency
+        )
 
     def open_backend(self) -> Backend:
         """Open the backend; relative paths are those of this process's directory.

@@ -24,7 +24,7 @@ from ..host.program import own_command
 from ..host.systemd import notify
 from ..xenbus.toolstack import Domain
 from ..xenbus.vdev import VirtualDevice
-from .facts import FORMAT, Facts
+from .facts import FORMATS, Facts
 from .record import Record
 from .role import Role
 from .spec import DiskSpec
@@ -152,7 +152,7 @@ def check_takeover(text: str) -> DiskSpec:
         XenDiskError: why not.
     """
     facts = Facts.parse(text.encode())
-    if facts is None or facts.format != FORMAT:
+    if facts is None or facts.format not in FORMATS:
         raise DeviceError("its record is another version's: the journal cannot be read")
     spec = facts.spec
     if spec.user is None:  # else neither that process nor we have the privileges just now

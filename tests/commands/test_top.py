@@ -1,0 +1,232 @@
+"""``top``: what all disks do, on a terminal and elsewhere, with nothing locked."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pty
+import struct
+import termios
+import threading
+
+import pytest
+
+from xen_disk_py.cli import main
+from xen_disk_py.commands import rates as rates_module
+from xen_disk_py.commands import top
+from xen_disk_py.commands.arguments import build_parser, commands_of
+from xen_disk_py.commands.rates import SORTS, in_order, rates
+from xen_disk_py.datapath.latency import Latency, bucket_of
+from xen_disk_py.datapath.statistics import BYTES_READ, READS, REQUESTS
+from xen_disk_py.exit_status import ExitStatus
+from xen_disk_py.host.process import start_time
+from xen_disk_py.recovery import survey
+from xen_disk_py.recovery.facts import Facts
+from xen_disk_py.recovery.record import Record
+from xen_disk_py.recovery.survey import Seen
+from xen_disk_py.xenbus.states import Address
+
+QUICK = "--interval=0.001"
+
+
+@pytest.fixture
+def served(host):
+    """Make the record of a disk, of this process."""
+    records = []
+
+    def served(domid=5, domain="guest", number=51728, vdev="xvdb", queues=1):
+        one = Record(host.records, Address(0, domid, number, "vbd3"), queues)
+        records.append(one)
+        facts = Facts(domid=domid, domain=domain, vdev=vdev, number=number, backend="raw")
+        pid = os.getpid()
+        one.describe(Facts(**{**vars(facts), "pid": pid, "process_started": start_time(pid)}))
+        return one
+
+    yield served
+    while records:
+        records.pop().close()
+
+
+@pytest.fixture
+def run(host):
+    def run(*argv):
+        env = host.environment()
+        status = main(["top", *argv], env)
+        return status, env.stdout.getvalue(), env.stderr.getvalue()
+
+    return run
+
+
+def test_nothing(run):
+    status, out, _ = run("--once", QUICK)
+    assert (ExitStatus.OK, 1) == (status, len(out.splitlines()))
+    assert "[]\n" == run("--once", QUICK, "--json")[1]
+
+
+def test_a_disk_is_shown(run, served):
+    served()
+    _, out, _ = run("--once", QUICK)
+    assert ["guest", "xvdb", "raw", "0", "0.0", "-", "-", "-", "0.0", "0", "0", "0", "B"] == (
+        out.splitlines()[1].split()
+    )
+
+
+def test_a_guest_is_chosen_by_name_or_number(run, served):
+    served()
+    served(domid=7, domain="other")
+    for guest in ("other", "7"):
+        (row,) = json.loads(run(guest, "--once", QUICK, "--json")[1])
+        assert 7 == row["domid"]
+
+
+def test_a_name_moves_no_cursor(run, served):
+    served(domain="a\x1b[2Jb\nc")
+    out = run("--once", QUICK)[1]
+    assert "a\\x1b[2Jb\\nc" in out
+    assert 2 == len(out.splitlines())
+
+
+def test_a_record_that_is_being_read_can_be_locked(host, served, monkeypatch):
+    """A successor claims it at any moment."""
+    one = served()
+    one.leave()
+    before, locked = survey._read, []
+
+    def read(fd):
+        seen = before(fd)
+        other = os.open(one.path, os.O_RDWR)
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        locked.append(seen)
+        os.close(other)
+        return seen
+
+    monkeypatch.setattr(survey, "_read", read)
+    assert 1 == len(survey.look(host.records)) == len(locked)
+    os.unlink(one.path)
+
+
+def test_what_is_no_record_is_left_out(host, served):
+    served()
+    for name, data in (("x", b"?"), ("y", bytes(300_000)), ("9-1", b"")):
+        with open(os.path.join(host.records, name), "wb") as file:
+            file.write(data)
+    os.mkfifo(os.path.join(host.records, "fifo"))
+    os.mkdir(os.path.join(host.records, "directory"))
+    found = survey.look(host.records)
+    for name in ("x", "y", "9-1", "fifo"):
+        os.unlink(os.path.join(host.records, name))
+    os.rmdir(os.path.join(host.records, "directory"))
+    assert ["xvdb"] == [seen.facts.vdev for seen in found]
+
+
+def test_records_that_may_not_be_read(run, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(survey.os, "listdir", refuse)
+    status, _, err = run("--once")
+    assert ExitStatus.ERROR == status
+    assert "run as root" in err
+
+
+def seen(requests=0, read=0, units=(), alive=True, **facts):
+    counts = [0] * 500
+    for each in units:
+        counts[bucket_of(each)] += 1
+    counters = dict.fromkeys(
+        ("reads", "writes", "bytes_written", "held", "errors", "refused", "memory"), 0
+    )
+    counters.update(requests=requests, bytes_read=read, in_flight=3)
+    latencies = [Latency(counts, sum(units) * 250)]
+    return Seen(Facts(domid=5, number=1, **facts), counters, latencies, alive)
+
+
+def test_rates_are_those_of_the_interval():
+    before, now = seen(100, 1000, [4000]), seen(300, 9000, [4000, 8000, 8000])
+    (row,) = rates([before], [now], 2.0)
+    assert (100, 4000) == (row["iops"], row["bytes_per_second"])
+    assert row["latency_p50"] == row["latency_max"] == pytest.approx(0.002, rel=1 / 32)
+    assert row["queue_depth"] == pytest.approx(0.2)  # 100 requests a second, of 2 ms each
+    assert 3 == row["in_flight"]
+
+
+def test_a_disk_that_begins_anew_has_no_negative_rate():
+    (row,) = rates([seen(100, 1000, [4000])], [seen(3, 10)], 1.0)
+    assert (0, 0, None) == (row["iops"], row["bytes_per_second"], row["latency_p50"])
+
+
+def test_of_a_process_that_died_nothing_is_in_flight():
+    (row,) = rates([], [seen(alive=False)], 1.0)
+    assert (False, 0) == (row["alive"], row["in_flight"])
+
+
+@pytest.mark.parametrize("by", SORTS)
+def test_disks_are_sorted(by):
+    (low,), (high,) = (rates([], [seen(domain=name, vdev="x")], 1.0) for name in "ab")
+    key = rates_module._KEYS.get(by)
+    if key:
+        high[key] = 5
+        assert [high, low] == in_order([low, high], by)
+    else:
+        assert [low, high] == in_order([high, low], by)
+
+
+def test_options_name_every_order():
+    actions = commands_of(build_parser())["top"]._actions
+    (choices,) = (each.choices for each in actions if each.dest == "sort")
+    assert SORTS == tuple(choices)
+    assert set(SORTS) == set(top._SORT_KEYS.values())
+
+
+def test_the_record_of_a_disk_at_work(run, served):
+    one = served(queues=2)
+    words = one.statistics.of_queue(1).words
+    words[REQUESTS], words[READS], words[BYTES_READ] = 5, 5, 20480
+    (row,) = json.loads(run("--once", QUICK, "--json")[1])
+    assert (5, True, 0.0) == (row["domid"], row["alive"], row["iops"])
+
+
+def test_nobody_reads_any_longer(host, served):
+    served()
+    reader, writer = os.pipe()
+    os.close(reader)
+    env = host.environment()
+    with open(writer, "w") as env.stdout:
+        assert ExitStatus.ERROR == main(["top", "--interval=1000"], env)
+    assert "" == env.stderr.getvalue()
+
+
+def test_an_interval_of_nothing(run):
+    assert ExitStatus.USAGE == run("--interval=0")[0]
+
+
+def test_on_a_terminal_keys_sort_and_end_it(host, served):
+    """The terminal is as it was afterwards, and what is drawn fits it."""
+    served()
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 10, 30, 0, 0))
+    settings = termios.tcgetattr(slave)
+    env = host.environment()
+    out, drained = bytearray(), threading.Event()
+
+    def drain():
+        while not out.endswith(b"\x1b[?1049l"):
+            out.extend(os.read(master, 4096))
+            if b"\x1b[J" in out and not drained.is_set():
+                drained.set()
+                os.write(master, b"m")
+                os.write(master, b"q")
+
+    reader = threading.Thread(target=drain, daemon=True)
+    reader.start()
+    with open(os.dup(slave), "w") as env.stdout, open(os.dup(slave)) as env.stdin:
+        assert ExitStatus.OK == main(["top", "--interval=1000"], env)
+    reader.join(30)
+    assert not reader.is_alive()
+    assert settings == termios.tcgetattr(slave)
+    text = out.decode()
+    assert text.startswith("\x1b[?1049h\x1b[?25l")
+    assert "xvdb" in text
+    os.close(master)
+    os.close(slave)

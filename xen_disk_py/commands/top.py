@@ -1,0 +1,195 @@
+"""``top``: what all disks of this host do, refreshed in place."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import select
+import signal
+import termios
+import time
+import tty
+from collections.abc import Iterator
+from typing import Any, TextIO
+
+from ..errors import UsageError
+from ..exit_status import ExitStatus
+from ..recovery import survey
+from ..recovery.survey import Seen
+from ..text import printable
+from ..units import format_size
+from .environment import Environment
+from .rates import in_order, is_of, rates
+from .signals import interruptible
+
+_SORT_KEYS = {
+    "g": "guest",
+    "i": "iops",
+    "m": "mbs",
+    "l": "p99",
+    "d": "depth",
+    "f": "inflight",
+    "e": "errors",
+    "M": "memory",
+}
+_HELP = "q quit; sort: g guest, i IOPS, m MB/s, l p99, d depth, f in flight, e errors, M memory"
+_ENTER, _LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"  # another screen, no cursor
+_NAME = 20  # columns of a guest's name at most
+_COLUMNS = (
+    *("GUEST", "VDEV", "BACKEND", "IOPS", "MB/s", "p50", "p99", "max"),
+    *("DEPTH", "FLIGHT", "ERRORS", "MEMORY"),
+)
+_TEXT = 3  # columns that are text
+
+
+def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
+    """Show a table, or print lines or JSON, until somebody ends it."""
+    if not args.interval:
+        raise UsageError("--interval 0: give a number of seconds above 0")
+    with interruptible():
+        try:
+            is_live = not (args.once or args.json) and _is_tty(env.stdin) and _is_tty(env.stdout)
+            if is_live and env.stdin is not None:
+                _show(args, env, env.stdin)
+            else:
+                _print(args, env)
+        except KeyboardInterrupt:
+            pass  # the way to end it
+    return ExitStatus.OK
+
+
+def _is_tty(stream: TextIO | None) -> bool:
+    return stream is not None and stream.isatty()
+
+
+def _look(args: argparse.Namespace, env: Environment) -> list[Seen]:
+    return [seen for seen in survey.look(env.record_directory) if is_of(seen, args.vm)]
+
+
+def _print(args: argparse.Namespace, env: Environment) -> None:
+    """Print what each interval was like, below each other."""
+    before, then = _look(args, env), time.monotonic()
+    while True:
+        _wait_for_reader(env, args.interval)
+        seen, now = _look(args, env), time.monotonic()
+        rows = in_order(rates(before, seen, now - then), args.sort)
+        before, then = seen, now
+        if args.json:
+            env.say(json.dumps(rows, indent=2 if args.once else None))
+        else:
+            for line in _table(rows):
+                env.say(line)
+        if args.once:
+            return
+        if not args.json:
+            env.say("")
+
+
+def _wait_for_reader(env: Environment, seconds: float) -> None:
+    """Sleep; end at once if nobody reads what is printed.
+
+    Raises:
+        BrokenPipeError: so it is.
+    """
+    poller = select.poll()
+    with contextlib.suppress(OSError, ValueError):  # a stream without a descriptor
+        poller.register(env.stdout.fileno(), 0)
+    if any(events & select.POLLERR for _, events in poller.poll(seconds * 1000)):
+        raise BrokenPipeError
+
+
+def _show(args: argparse.Namespace, env: Environment, stdin: TextIO) -> None:
+    """Show a table in place, and obey keys."""
+    sort = args.sort
+    before, then = _look(args, env), time.monotonic()
+    rows = rates(before, before, 1.0)
+    with _screen(env.stdout, stdin) as wake:
+        due = then + args.interval
+        while True:
+            _draw(env.stdout, [*_table(in_order(rows, sort)), "", _HELP])
+            poller = select.poll()
+            poller.register(stdin.fileno(), select.POLLIN)
+            poller.register(wake, select.POLLIN)
+            ready = dict(poller.poll(max(0.0, due - time.monotonic()) * 1000))
+            if wake in ready:
+                os.read(wake, 4096)  # another size: draw anew
+            if stdin.fileno() in ready:
+                keys = os.read(stdin.fileno(), 64).decode("ascii", "replace")
+                if not keys or set(keys) & set("qQ\x03\x04"):
+                    return
+                for key in keys:
+                    sort = _SORT_KEYS.get(key, sort)
+            now = time.monotonic()
+            if now >= due:
+                seen = _look(args, env)
+                rows = rates(before, seen, now - then)
+                before, then, due = seen, now, now + args.interval
+
+
+@contextlib.contextmanager
+def _screen(stdout: TextIO, stdin: TextIO) -> Iterator[int]:
+    """Take the terminal, and give it back as it was; a descriptor tells of another size."""
+    settings = termios.tcgetattr(stdin.fileno())
+    wake, alarm = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    handler = signal.signal(signal.SIGWINCH, lambda signum, frame: None)
+    fd = signal.set_wakeup_fd(alarm, warn_on_full_buffer=False)
+    try:
+        tty.setcbreak(stdin.fileno())
+        stdout.write(_ENTER)
+        yield wake
+    finally:
+        signal.set_wakeup_fd(fd)
+        signal.signal(signal.SIGWINCH, handler)
+        os.close(wake)
+        os.close(alarm)
+        with contextlib.suppress(termios.error, OSError):  # the terminal has gone
+            termios.tcsetattr(stdin.fileno(), termios.TCSADRAIN, settings)
+            stdout.write(_LEAVE)
+            stdout.flush()
+
+
+def _draw(stdout: TextIO, lines: list[str]) -> None:
+    width, height = os.get_terminal_size(stdout.fileno())
+    shown = [line[: max(0, width - 1)] for line in lines[: max(1, height)]]
+    stdout.write("\x1b[H" + "\r\n".join(f"{line}\x1b[K" for line in shown) + "\x1b[J")
+    stdout.flush()
+
+
+def _table(rows: list[dict[str, Any]]) -> list[str]:
+    table = [_COLUMNS, *map(_cells, rows)]
+    widths = [max(map(len, column)) for column in zip(*table)]
+    lines = []
+    for cells in table:
+        padded = [
+            cell.ljust(width) if number < _TEXT else cell.rjust(width)
+            for number, (cell, width) in enumerate(zip(cells, widths))
+        ]
+        lines.append("  ".join(padded).rstrip())
+    return lines
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    name = printable(row["domain"] or str(row["domid"]))  # whatever the guest is called
+    return (
+        name if len(name) <= _NAME else f"{name[: _NAME - 1]}…",
+        printable(row["vdev"]),
+        printable(row["backend"] or "-") if row["alive"] else "(dead)",
+        f"{row['iops']:.0f}",
+        f"{row['bytes_per_second'] / 1e6:.1f}",
+        *(_time(row[f"latency_{name}"]) for name in ("p50", "p99", "max")),
+        f"{row['queue_depth']:.1f}",
+        str(row["in_flight"]),
+        str(row["errors"]),
+        format_size(row["memory"]),
+    )
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    for factor, unit in ((1e6, "µs"), (1e3, "ms")):
+        if seconds * factor < 1000:
+            return f"{seconds * factor:.3g} {unit}"
+    return f"{seconds:.3g} s"
