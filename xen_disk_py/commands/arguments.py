@@ -368,6 +368,24 @@ def _add_trace_commands(commands: argparse._SubParsersAction[_Parser]) -> None:
         help="the file or device that fio is to use (default: /dev/xvda, in a guest)",
     )
 
+    plot = commands.add_parser(
+        "plot",
+        help="draw what a guest asked of its disk",
+        description="Draw the requests in FILE, a trace: where on the disk over time, latency, "
+        "requests and bytes a second, sizes. With -o in a file, which needs matplotlib; without it "
+        "on the terminal.",
+    )
+    plot.add_argument("trace", metavar="FILE", type=_name, help="the trace")
+    plot.add_argument(
+        "-o",
+        "--output",
+        metavar="NEW",
+        type=_name,
+        help="the picture to make: its name ends in .svg, .png or .html",
+    )
+    plot.add_argument("--title", help="what stands above it (default: the name of FILE)")
+    plot.add_argument("--force", action="store_true", help="replace NEW if it exists")
+
 
 def _add_vhd_argument(parser: _Parser) -> None:
     parser.add_argument(

@@ -1,0 +1,98 @@
+"""``plot``: a picture in a file or on the terminal."""
+
+from __future__ import annotations
+
+import builtins
+import importlib.util
+import xml.etree.ElementTree as ET
+
+import pytest
+
+from xen_disk_py.cli import main
+from xen_disk_py.exit_status import ExitStatus
+from xen_disk_py.trace.format import FLUSH, READ, STOPPED, WRITE, Header, Record
+from xen_disk_py.trace.writer import TraceWriter, event
+
+MS = 1_000_000
+needs_matplotlib = pytest.mark.skipif(
+    importlib.util.find_spec("matplotlib") is None, reason="no matplotlib here (extra: plot)"
+)
+
+
+def make(path, *records):
+    with TraceWriter.create(str(path), Header(1 << 30, 512, 0, 0, b"s" * 16)) as writer:
+        writer.append([*records, event(STOPPED, 2000 * MS)])
+    return path
+
+
+@pytest.fixture
+def trace(tmp_path):
+    records = [Record(n, n % 2, n * MS, MS + n, n << 20, 4096 << n % 5) for n in range(900)]
+    return make(tmp_path / "t.xdt", *records, Record(900, FLUSH, 900 * MS, MS, 0, 0))
+
+
+@pytest.fixture
+def run(host):
+    def run(*argv, status=ExitStatus.OK):
+        env = host.environment()
+        assert status == main([*map(str, argv)], env)
+        return env.stdout.getvalue(), env.stderr.getvalue()
+
+    return run
+
+
+def test_on_the_terminal(run, trace):
+    out, _ = run("plot", trace, "--title", "a guest")
+    assert out.startswith("a guest\n0.901 s, 450 reads (")
+    rows = [line for line in out.splitlines() if "│" in line]
+    assert 16 + 16 + 3 == len(rows)
+    assert 1 == len({len(row) for row in rows[:32]})
+    for at in (0, 16):  # a diagonal: what is higher up comes later
+        starts = [len(row[12:]) - len(row[12:].lstrip()) for row in rows[at + 2 : at + 16]]
+        assert sorted(starts, reverse=True) == starts
+
+
+def test_of_one_request(run, tmp_path):
+    path = make(tmp_path / "one.xdt", Record(0, WRITE, 5, 0, 0, 512))
+    assert "1 writes" in run("plot", path)[0]
+
+
+def test_of_no_request(run, tmp_path):
+    path = make(tmp_path / "none.xdt")
+    assert "no request" in run("plot", path, status=ExitStatus.ERROR)[1]
+
+
+def test_a_name_that_says_no_format(run, trace):
+    assert ".svg, .png, .html" in run("plot", trace, "-o", "x.gif", status=ExitStatus.USAGE)[1]
+
+
+def test_without_matplotlib_it_says_what_to_do(run, trace, tmp_path, monkeypatch):
+    real = builtins.__import__
+
+    def absent(name, *args, **options):
+        if name.startswith("matplotlib"):
+            raise ImportError(f"No module named {name!r}")
+        return real(name, *args, **options)
+
+    monkeypatch.setattr(builtins, "__import__", absent)
+    _, err = run("plot", trace, "-o", tmp_path / "x.png", status=ExitStatus.ERROR)
+    assert "pip install 'xen_disk_py[plot]'" in " ".join(err.split())
+    assert not (tmp_path / "x.png").exists()
+
+
+@needs_matplotlib
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what matplotlib imports
+@pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")
+def test_pictures_in_files(run, trace, tmp_path):
+    run("plot", trace, "-o", tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    run("plot", trace, "-o", tmp_path / "x.svg", "--title", "a <guest>")
+    assert ET.parse(tmp_path / "x.svg").getroot().tag.endswith("svg")
+    run("plot", trace, "-o", tmp_path / "x.html", "--title", "a <guest>")
+    page = (tmp_path / "x.html").read_text()
+    assert "a &lt;guest&gt;" in page
+    assert "data:image/png;base64," in page
+    assert "exists" in run("plot", trace, "-o", tmp_path / "x.png", status=ExitStatus.ERROR)[1]
+    run("plot", trace, "-o", tmp_path / "x.png", "--force")
+    one = make(tmp_path / "one.xdt", Record(0, READ, 5, 0, 0, 512))
+    run("plot", one, "-o", tmp_path / "one.png")
