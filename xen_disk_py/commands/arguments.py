@@ -87,6 +87,18 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _speed(text: str) -> float | None:
+    if text == "asap":
+        return None
+    try:
+        speed = float(text)
+    except ValueError:
+        speed = 0
+    if not 0 < speed <= 1_000_000:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number above 0 nor asap")
+    return speed
+
+
 def _queues(text: str) -> int:
     if not text.isdigit() or not 1 <= int(text) <= 8:
         raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 to 8")
@@ -385,6 +397,34 @@ def _add_trace_commands(commands: argparse._SubParsersAction[_Parser]) -> None:
     )
     plot.add_argument("--title", help="what stands above it (default: the name of FILE)")
     plot.add_argument("--force", action="store_true", help="replace NEW if it exists")
+
+    replay = commands.add_parser(
+        "replay",
+        help="do the requests of a trace once more",
+        description="Do the requests in FILE, a trace, against any disk: at the recorded times, or "
+        "as fast as possible; as many at once as were. Then print how they ended and how long they "
+        "took, next to the recording. The exit status is 1 if one failed that had succeeded, or "
+        "read something else.",
+    )
+    replay.add_argument("trace", metavar="FILE", type=_name, help="the trace")
+    _add_backend_arguments(replay)
+    replay.add_argument(
+        "--speed",
+        type=_speed,
+        default=1.0,
+        metavar="N",
+        help="so many times as fast as recorded, or asap (default: 1)",
+    )
+    replay.add_argument(
+        "--compare",
+        action="store_true",
+        help="see whether what is read is what the trace (data=yes) had written there before",
+    )
+    replay.add_argument(
+        "--overwrite", action="store_true", help="allow writes that change a disk of yours"
+    )
+    _add_result_arguments(replay)
+    _add_disk_arguments(replay)
 
 
 def _add_vhd_argument(parser: _Parser) -> None:

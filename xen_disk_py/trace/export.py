@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from .format import DISCARD, DISCARD_SECURELY, FLUSH, READ, WRITE, Record
 
-_WINDOW = 1 << 16  # requests; one that took longer than so many others is out of order
+_WINDOW = 1 << 16
 _SECTOR = 512
 _IOLOG = {
     READ: "read",
@@ -19,13 +19,18 @@ _IOLOG = {
 _RWBS = {READ: "R", WRITE: "W", FLUSH: "FN", DISCARD: "D", DISCARD_SECURELY: "DE"}
 
 
-def by_start(records: Iterable[Record]) -> Iterator[Record]:
-    """Put the requests of a trace in the order in which they began."""
+def by_start(records: Iterable[Record], *, window: int = _WINDOW) -> Iterator[Record]:
+    """Put the requests of a trace in the order in which they began.
+
+    Args:
+        records: in the order in which they ended.
+        window: one that took longer than so many others is out of order.
+    """
     heap: list[tuple[int, int, Record]] = []
     for record in records:
         if record.is_request:
             heapq.heappush(heap, (record.start, record.number, record))
-            if len(heap) > _WINDOW:
+            if len(heap) > window:
                 yield heapq.heappop(heap)[2]
     while heap:
         yield heapq.heappop(heap)[2]
