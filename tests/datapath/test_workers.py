@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+from xen_disk_py.datapath import workers as workers_module
 from xen_disk_py.datapath.workers import Workers
 
 PATIENCE = 30.0  # seconds for what must happen to happen
@@ -182,3 +183,56 @@ def test_nothing_is_readable_once_all_is_collected(monkeypatch):
         poll = select.poll()
         poll.register(workers.fileno(), select.POLLIN)
         assert [] == poll.poll(0)
+
+
+# calls that are to be done later
+
+
+def test_many_wait_side_by_side_and_hold_no_thread(make, monkeypatch):
+    """A thousand wait an hour; a clock that is put forward ends that."""
+    clock = [1000.0]
+    monkeypatch.setattr(workers_module, "monotonic", lambda: clock[0])
+    before = threading.active_count()
+    workers = make(4)
+    for number in range(1000):
+        workers.submit(lambda number=number: number, number, 3600.0)
+    assert before + 1 == threading.active_count()
+    assert 1000 == workers.unfinished
+    assert [] == workers.collect()
+    clock[0] += 3600
+    with workers._timer._changed:
+        workers._timer._changed.notify()
+    assert [(number, number) for number in range(1000)] == sorted(drain(workers))
+    assert threading.active_count() <= before + 5
+
+
+def test_what_is_due_first_is_done_first(make):
+    done = []
+    workers = make(1)
+    gate = threading.Event()
+    workers.submit(lambda: gate.wait(PATIENCE) and 0, "gate")
+    for after in (0.02, 0.005, 0.01, 0.015):
+        workers.submit(lambda after=after: done.append(after) or 0, after, after)
+    while workers._timer._waiting:
+        time.sleep(0.001)
+    gate.set()
+    drain(workers)
+    assert [0.005, 0.01, 0.015, 0.02] == done
+
+
+def test_what_waits_is_not_done_after_the_end(make):
+    workers = make(2)
+    workers.submit(pytest.fail, "late", 3600.0)
+    workers.close()
+    workers.unfinished = 0
+    workers.close()
+
+
+def test_without_a_thread_for_the_clock_a_call_waits_by_itself(make, monkeypatch):
+    workers = make(2)
+    waited = []
+    monkeypatch.setattr(workers_module, "sleep", waited.append)
+    monkeypatch.setattr(workers_module._Timer, "add", lambda *_: False)
+    workers.submit(lambda: 7, "token", 5.0)
+    assert [("token", 7)] == drain(workers)
+    assert [5.0] == waited

@@ -26,7 +26,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, ClassVar
+from typing import Any, Callable, ClassVar, TypeVar
 
 from ..errors import UsageError
 from . import Backend
@@ -45,6 +45,7 @@ _ATTRIBUTES = (
     "discard_granularity",
 )
 _THREADS = 16
+T = TypeVar("T")
 _SUCCEEDING: ContextVar[bool] = ContextVar("succeeding", default=False)
 _REQUESTS = {"read", "write", "flush", "discard", "discard_securely"}
 
@@ -158,6 +159,22 @@ class Filter(Backend):
         """
         return method not in vars(self) and getattr(type(self), method) is getattr(Filter, method)
 
+    def pause(self, operation: str, length: int) -> float:
+        """Tell how many seconds a request is to wait before it is done.
+
+        Whoever serves the disk asks that of the outermost filter (those that pass everything on
+        left out), waits without a thread, and then calls :meth:`after_pause`.
+
+        Args:
+            operation: ``read``, ``write``, ``flush`` or ``discard``.
+            length: bytes.
+        """
+        return 0.0
+
+    def after_pause(self, call: Callable[[], T]) -> T:
+        """Do a request of this disk that has waited already."""
+        return call()
+
     def counters(self) -> Mapping[str, int]:
         """Tell what it has done so far, by names."""
         return {}
@@ -195,6 +212,15 @@ def direct(disk: Backend, method: str) -> Any:
     while isinstance(disk, Filter) and disk.passes_on(method):
         disk = disk.source
     return getattr(disk, method)
+
+
+def outermost(disk: Backend) -> Filter | None:
+    """Return the filter that requests come to first, but for those that pass them on."""
+    while isinstance(disk, Filter):
+        if not (disk.passes_on("read") and disk.passes_on("write")):
+            return disk
+        disk = disk.source
+    return None
 
 
 def _subclasses(cls: type) -> list[type]:

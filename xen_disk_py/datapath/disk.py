@@ -11,10 +11,11 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Callable
 
 from ..backends import Backend, asynchronous
-from ..backends.filter import direct
+from ..backends.filter import direct, outermost
 from ..backends.loader import user_line
 from ..blkif import (
     DISCARD,
@@ -106,6 +107,7 @@ class Disk:
             write_nowait = direct(backend, "write_nowait")
             write_first = durability.writing(write_nowait, may_wait=False)
         self._read, self._read_first = read, read_first
+        self._waiting = outermost(backend)
         with self._binding:
             if durability.is_lost:
                 write = write_first = durability.refuse
@@ -317,6 +319,24 @@ class Disk:
             operation = asynchronous.READ if request.operation == READ else asynchronous.WRITE
             many.submit(operation, buffers, offset, length, token)
         return True
+
+    def pause(
+        self, request: Transfer | Discard, call: Callable[[], int]
+    ) -> tuple[float, Callable[[], int]]:
+        """Say for how many seconds a request is to wait, and what does it then.
+
+        Args:
+            request: is not begun.
+            call: does it, and waits itself.
+        """
+        waiting = self._waiting
+        if waiting is None:
+            return 0.0, call
+        length = request.sectors * SECTOR
+        pause = waiting.pause(_NAMES.get(request.operation, "write"), length)
+        if request.operation == FLUSH and length:
+            pause += waiting.pause("write", length)
+        return pause, partial(waiting.after_pause, call)
 
     def outcome(self, request: Transfer | Discard, error: BaseException | None) -> int:
         """The status of a request that was begun, by how it ended."""

@@ -567,7 +567,8 @@ class Queue:
         if not self._is_concurrent or request.operation == WRITE_BARRIER:
             return call()
         begun.since = inf  # until there is a thread for it
-        self._workers.submit(partial(_timed, begun, call), begun)
+        pause, later = disk.pause(request, call)
+        self._workers.submit(partial(_timed, begun, later), begun, pause)
         return None
 
     def _judge(self, slot: bytes, descriptors: bytes | None) -> _Begun | None:

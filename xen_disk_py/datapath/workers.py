@@ -6,10 +6,13 @@ to an end; everything else about a request is its own.
 
 from __future__ import annotations
 
+import heapq
 import os
 import threading
 from collections import deque
+from functools import partial
 from queue import SimpleQueue
+from time import monotonic, sleep
 from typing import Any, Callable, Generic, TypeVar
 
 from ..hypervisor import Closing
@@ -39,6 +42,8 @@ class Workers(Closing, Generic[Token]):
         self._complain = complain
         self._has_complained = False
         self._limit = limit
+        self._handed_over = 0  # calls that are to be done now and are not over
+        self._timer: _Timer[Token] | None = None
         self._calls: SimpleQueue[tuple[Callable[[], int], Token] | None] = SimpleQueue()
         self._results: deque[tuple[Token, int]] = deque()
         self._lock = threading.Lock()  # a result and the byte that tells of it come and go at once
@@ -49,16 +54,31 @@ class Workers(Closing, Generic[Token]):
         """Return a descriptor that polls readable when there is something to collect."""
         return self._read
 
-    def submit(self, call: Callable[[], int], token: Token) -> None:
+    def submit(self, call: Callable[[], int], token: Token, after: float = 0.0) -> None:
         """Have ``call`` done in a thread; :meth:`collect` gives its result with ``token``.
 
-        It must not raise.
+        Args:
+            call: must not raise.
+            token: anything.
+            after: not before so many seconds have passed; that needs no thread for each.
         """
         self.unfinished += 1
+        if after > 0:
+            if self._timer is None:
+                self._timer = _Timer(self._hand_over)
+            if self._timer.add(after, call, token):
+                return
+            call = partial(_done_later, call, after)
+        self._hand_over(call, token)
+
+    def _hand_over(self, call: Callable[[], int], token: Token) -> None:
         self._calls.put((call, token))
-        if len(self._threads) < min(self._limit, self.unfinished):
-            self._start_one()
-        if not self._threads:
+        with self._lock:
+            self._handed_over += 1
+            if len(self._threads) < min(self._limit, self._handed_over):
+                self._start_one()
+            is_alone = not self._threads
+        if is_alone:
             self._calls.put(None)
             self._work()
 
@@ -87,6 +107,8 @@ class Workers(Closing, Generic[Token]):
 
     def close(self) -> None:
         """End the threads that have nothing to do; whoever hangs ends with the process."""
+        if self._timer is not None:
+            self._timer.close()
         for _ in self._threads:
             self._calls.put(None)
         if not self.unfinished:
@@ -107,9 +129,73 @@ class Workers(Closing, Generic[Token]):
             status = call()
             with self._lock:
                 self._results.append((token, status))
+                self._handed_over -= 1
                 # not to be kept while waiting: the buffers that the call was made with
                 del job, call, token
                 try:
                     os.write(self._write, b"x")
                 except BlockingIOError:
                     pass  # it is readable enough
+
+
+class _Timer(Generic[Token]):
+    """Hands calls over when their time has come: one thread, however many wait.
+
+    Args:
+        hand_over: called with each call and its token, in that thread.
+    """
+
+    def __init__(self, hand_over: Callable[[Callable[[], int], Token], None]) -> None:
+        self._hand_over = hand_over
+        self._changed = threading.Condition()
+        self._waiting: list[tuple[float, int, Callable[[], int], Token]] = []
+        self._number = 0  # calls of one time keep their order
+        self._thread: threading.Thread | None = None
+        self._is_closed = False
+
+    def add(self, after: float, call: Callable[[], int], token: Token) -> bool:
+        """Have it handed over so many seconds from now; False if there is no thread to be had."""
+        with self._changed:
+            if self._thread is None:
+                thread = threading.Thread(target=self._run, name="timer", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError:
+                    return False
+                self._thread = thread
+            self._number += 1
+            item = monotonic() + after, self._number, call, token
+            heapq.heappush(self._waiting, item)
+            if self._waiting[0] is item:
+                self._changed.notify()
+        return True
+
+    def close(self) -> None:
+        """Hand nothing over any more."""
+        with self._changed:
+            self._is_closed = True
+            self._waiting.clear()
+            self._changed.notify()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not self._is_due():
+                    if self._is_closed:
+                        return
+                    left = self._waiting[0][0] - monotonic() if self._waiting else None
+                    self._changed.wait(left)
+                _, _, call, token = heapq.heappop(self._waiting)
+            self._hand_over(call, token)
+            del call, token  # not to be kept while waiting
+
+    def _is_due(self) -> bool:
+        return bool(self._waiting) and self._waiting[0][0] <= monotonic()
+
+
+def _done_later(call: Callable[[], int], after: float) -> int:
+    sleep(after)
+    return call()

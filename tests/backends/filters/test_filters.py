@@ -11,7 +11,7 @@ import pytest
 from backends.blocks import buffers, read, write
 from xen_disk_py.backends import Backend
 from xen_disk_py.backends.conformance import BackendConformance
-from xen_disk_py.backends.filters import delay as delay_module
+from xen_disk_py.backends.filters import waiting as waiting_module
 from xen_disk_py.backends.loader import open_backend, wrap
 
 
@@ -86,7 +86,7 @@ class TestError(BackendConformance):
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_each_operation_waits_its_time(monkeypatch, operation):
     waited = []
-    monkeypatch.setattr(delay_module.time, "sleep", waited.append)
+    monkeypatch.setattr(waiting_module.time, "sleep", waited.append)
     name = operation.partition("_")[0]
     disk = wrap(Memory(), [f"delay:{name}=20ms"])
     for each in OPERATIONS:
@@ -98,7 +98,7 @@ def test_each_operation_waits_its_time(monkeypatch, operation):
 
 def test_a_time_between_two_is_drawn_again_by_the_same_seed(monkeypatch):
     waited = []
-    monkeypatch.setattr(delay_module.time, "sleep", waited.append)
+    monkeypatch.setattr(waiting_module.time, "sleep", waited.append)
     for _ in range(2):
         disk = wrap(Memory(), ["delay:read=5ms-20ms,seed=3"])
         for _ in range(50):
@@ -112,7 +112,7 @@ def test_a_time_between_two_is_drawn_again_by_the_same_seed(monkeypatch):
 def test_requests_wait_side_by_side_and_continue_as_the_source_lets_them(monkeypatch, threads):
     """All wait at once; below, never more are at work than may be."""
     everyone = threading.Barrier(20)
-    monkeypatch.setattr(delay_module.time, "sleep", lambda seconds: everyone.wait(30))
+    monkeypatch.setattr(waiting_module.time, "sleep", lambda seconds: everyone.wait(30))
     source = Memory(threads)
     inside, most = [], []
     real = source.read

@@ -11,6 +11,7 @@ from backends.blocks import buffers, read, write
 from backends.filters.test_filters import OPERATIONS, Memory, do
 from xen_disk_py.backends.conformance import BackendConformance
 from xen_disk_py.backends.filters import rate as rate_module
+from xen_disk_py.backends.filters import waiting as waiting_module
 from xen_disk_py.backends.filters.partition import partitions
 from xen_disk_py.backends.filters.rate import Bucket
 from xen_disk_py.backends.loader import open_backend, wrap
@@ -123,7 +124,7 @@ def test_requests_wait_for_the_scarcer_share(monkeypatch):
         waited.append(round(seconds, 6))
         clock[0] += seconds
 
-    monkeypatch.setattr(rate_module.time, "sleep", sleep)
+    monkeypatch.setattr(waiting_module.time, "sleep", sleep)
     monkeypatch.setattr(rate_module.time, "monotonic", lambda: clock[0])
     disk = wrap(Memory(), ["rate:bytes=8K,requests=4,burst=0"])
     for length in (512, 4096, 512):

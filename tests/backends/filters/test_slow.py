@@ -14,7 +14,7 @@ from backends.blocks import buffers, read, write
 from backends.filters import test_more
 from backends.filters.test_filters import Memory
 from xen_disk_py.backends import stack
-from xen_disk_py.backends.filters import delay as delay_module
+from xen_disk_py.backends.filters import waiting as waiting_module
 from xen_disk_py.backends.loader import wrap
 from xen_disk_py.errors import UsageError
 
@@ -42,7 +42,7 @@ class TestChecksum(OverAFile):
 
 def test_times_of_a_file_are_taken_in_turn(monkeypatch, tmp_path):
     waited = []
-    monkeypatch.setattr(delay_module.time, "sleep", waited.append)
+    monkeypatch.setattr(waiting_module.time, "sleep", waited.append)
     (tmp_path / "times").write_text("1ms\n2s\n\n3s\n")
     disk = wrap(Memory(), [f"delay:file={tmp_path}/times,write=5ms"])
     for _ in range(4):

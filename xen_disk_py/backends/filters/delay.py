@@ -3,7 +3,7 @@
 ``--filter delay:read=10ms,write=5ms-20ms`` waits before each request: a fixed time, or one between
 two, drawn anew for each. ``file=FILE`` has times that were measured elsewhere: one a line, for
 reads and writes that have none of their own, in turn, and from the beginning again at the end.
-Requests wait side by side, up to 64 of them.
+Any number of requests wait side by side.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import os
 import random
-import time
 
 from ...errors import UsageError
 from ...units import parse_duration
@@ -67,16 +66,17 @@ class Delay(Waiting):
     def _waits_for(self, operation: str) -> bool:
         return self._bounds[operation][1] > 0 or self._times is not None
 
-    def _wait(self, operation: str, length: int) -> None:
+    def pause(self, operation: str, length: int) -> float:
+        """Draw a time, or take the next of the file."""
         least, most = self._bounds[operation]
         if most:
             seconds = least if least == most else self._dice.uniform(least, most)
         elif self._times is not None and operation in ("read", "write"):
             seconds = next(self._times)
         else:
-            return
+            return 0.0
         self._waits += 1
-        time.sleep(seconds)
+        return seconds
 
 
 def _bounds(name: str, text: str) -> tuple[float, float]:

@@ -77,9 +77,10 @@ class Rate(Waiting):
     def _waits_for(self, operation: str) -> bool:
         return operation in ("read", "write")
 
-    def _wait(self, operation: str, length: int) -> None:
+    def pause(self, operation: str, length: int) -> float:
+        """Take a share, and tell when it begins."""
         if not self._waits_for(operation):
-            return
+            return 0.0
         now = time.monotonic()
         with self._lock:
             waits = [
@@ -88,5 +89,4 @@ class Rate(Waiting):
                 if bucket is not None
             ]
             self._waits += max(waits) > 0
-        if max(waits) > 0:
-            time.sleep(max(waits))
+        return max(waits)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
-from typing import Callable
+from typing import Callable, TypeVar
 
 from .. import Backend
 from ..filter import Filter, do_all
+
+T = TypeVar("T")
 
 
 class Waiting(Filter):
@@ -23,6 +26,7 @@ class Waiting(Filter):
         at_once = source.threads if source.asynchronous is None else self.threads
         self._inside = threading.Semaphore(max(1, at_once))
         self._is_shared = at_once > 1
+        self._has_waited = threading.local()
 
     def _waits_for(self, operation: str) -> bool:
         """Tell whether requests of this kind may wait."""
@@ -33,11 +37,19 @@ class Waiting(Filter):
         operation, _, nowait = method.partition("_")
         return bool(nowait) and self._is_shared and not self._waits_for(operation)
 
-    def _wait(self, operation: str, length: int) -> None:
-        """Wait before a request is done."""
+    def after_pause(self, call: Callable[[], T]) -> T:
+        """Do a request that does not wait here, in this thread."""
+        self._has_waited.now = True
+        try:
+            return call()
+        finally:
+            self._has_waited.now = False
 
     def _do(self, operation: str, length: int, call: Callable[[], int | None]) -> int | None:
-        self._wait(operation, length)
+        if not getattr(self._has_waited, "now", False):
+            pause = self.pause(operation, length)
+            if pause > 0:
+                time.sleep(pause)
         with self._inside:
             return call()
 
