@@ -15,6 +15,7 @@ from xen_disk_py.backends.asynchronous import WRITE
 from xen_disk_py.backends.conformance import BackendConformance
 from xen_disk_py.backends.loader import open_backend
 from xen_disk_py.backends.nbd import NbdBackend
+from xen_disk_py.backends.nbd import client as client_module
 from xen_disk_py.errors import BackendError, UsageError
 
 MIB = 1 << 20
@@ -232,6 +233,42 @@ def test_closing_does_not_wait_for_a_server(serve):
     server.kill()
     fails(disk)
     disk.close()
+    disk.close()
+
+
+def test_writes_wait_for_a_flush_when_too_much_is_not_flushed(serve, monkeypatch):
+    """They are no errors: a guest that writes fast would get them."""
+    monkeypatch.setattr(client_module, "UNFLUSHED", 64 << 10)
+    server = serve("nbdkit", "memory", "1M")
+    disk = NbdBackend(server.uri)
+    many, page, errors = disk.asynchronous, memoryview(bytes([7]) * 4096), []
+    for number in range(500):
+        many.submit(WRITE, [page], 4096 * (number % 256), 4096, number)
+        while many.unfinished > (24 if number < 499 else 0):
+            select.select([many], [], [], PATIENCE)
+            errors += [done.error for done in many.collect()]
+    assert [None] * 500 == errors
+    assert bytes([7]) * MIB == read(disk, 0, MIB)
+    assert not many._waiting
+    disk.close()
+
+
+def test_writes_that_wait_for_a_flush_end_with_their_server(serve, monkeypatch):
+    server = serve("nbdkit", "memory", "1M")
+    disk = NbdBackend(server.uri)
+    many, page = disk.asynchronous, memoryview(bytes(4096))
+    write(disk, 0, bytes(8192))
+    monkeypatch.setattr(client_module, "UNFLUSHED", 8 << 10)
+    many._is_flushing = True  # which the server does not answer
+    for number in range(4):
+        many.submit(WRITE, [page], 0, 4096, number)
+    assert many._waiting
+    server.kill()
+    errors = []
+    while many.unfinished:
+        select.select([many], [], [], PATIENCE)
+        errors += [type(done.error) for done in many.collect()]
+    assert [StorageError] * 4 == errors
     disk.close()
 
 

@@ -26,7 +26,7 @@ log = logging.getLogger("xen_disk_py")
 
 UNFLUSHED = 64 << 20
 """Bytes of writes that are kept. At half of it the client flushes by itself; beyond it, a write
-fails until a flush has succeeded."""
+waits until that is done."""
 
 _PAUSES = 0.1, 5.0  # seconds between two tries to connect: at first, and at most
 _DISCARD = 1 << 30  # bytes in one request, whose length has 32 bits
@@ -53,6 +53,7 @@ class Client(Asynchronous):
         self._is_logged = self.export.can_flush and not self.export.read_only
         self._unflushed = Copies()
         self._is_flushing = False  # by ourselves
+        self._waiting: list[Request] = []  # writes, for the end of that
         self._epoll = select.epoll()
         self._connections: dict[int, Connection] = {}  # by socket
         self._events: dict[int, int] = {}  # what each is polled for
@@ -98,8 +99,8 @@ class Client(Asynchronous):
     def _begin(self, request: Request) -> None:
         if request.operation == FLUSH:
             request.covers = self._unflushed.end
-        elif request.operation == WRITE and self._unflushed.size + request.length > UNFLUSHED:
-            self._end(request, StorageError(errno.ENOBUFS, "too much that was not flushed"))
+        elif request.operation == WRITE and self._is_flushing and self._is_full(request):
+            self._waiting.append(request)
             return
         self._issue(request)
         if self._unflushed.size > UNFLUSHED // 2 and not self._is_flushing:
@@ -107,6 +108,16 @@ class Client(Asynchronous):
             flush = Request(FLUSH, (), 0, 0, self)
             flush.covers = self._unflushed.end
             self._issue(flush)
+
+    def _is_full(self, request: Request) -> bool:
+        """Whether the copies of what is not flushed would become too many with this write's."""
+        return self._unflushed.size + request.length > UNFLUSHED
+
+    def _begin_waiting(self) -> None:
+        """Begin the writes that waited for a flush of our own, which is over."""
+        waiting, self._waiting = self._waiting, []
+        for request in waiting:
+            self._begin(request)
 
     def _issue(self, request: Request) -> None:
         """Give a request, in parts that are not too large, to the connection with least to do."""
@@ -175,6 +186,7 @@ class Client(Asynchronous):
                 self._lose(f"it could not flush: {error.strerror}")
             if request.token is self:
                 self._is_flushing = False
+                self._begin_waiting()
                 return
         elif error is None and request.operation == WRITE and self._is_logged:
             self._unflushed.add(request.offset, request.memory)
@@ -199,6 +211,8 @@ class Client(Asynchronous):
         for connection in connections.values():
             for request in connection.abandon():
                 self._part_done(request, lost)
+        self._is_flushing = False
+        self._begin_waiting()
         self._connect_again()
 
     def _connect_again(self) -> None:
