@@ -7,12 +7,14 @@ until a flush.
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Sequence
 
 from ...errors import BackendError, UsageError, XenDiskError
 from .. import Backend
 from ..asynchronous import DISCARD, FLUSH, READ, WRITE
+from . import tls
 from .client import Client
 from .libnbd import Connection
 
@@ -50,10 +52,13 @@ class NbdBackend(Backend):
         where = _where(path) if isinstance(path, str) else path
         if not isinstance(where, str):
             connections = 1  # each would start a server of its own, with a disk of its own
+        else:
+            tls.check(where, os.environ.get("HOME"), is_root=os.geteuid() == 0)
         try:
             self._client = Client(lambda: Connection(where), max(1, connections))
         except XenDiskError as error:
-            raise type(error)(f"{self._name}: {error}") from error
+            reason = tls.explained(where, str(error)) if isinstance(where, str) else str(error)
+            raise type(error)(f"{self._name}: {reason}") from error
         self.asynchronous = self._client
         export = self._client.export
         try:
