@@ -356,12 +356,52 @@ def slow(bench: Bench) -> None:
         tell(f"slow: {name:6} {statistics.median(found['seconds']):.3f} s")
 
 
+def nbd(bench: Bench) -> None:
+    """A disk on an NBD server next to fio's nbd engine on that server; the client's own time.
+
+    Then a server that takes 10 ms for each request, of which it does 64 at once.
+    """
+    table = "nbd"
+    if not nbdkit.has("memory"):
+        tell(f"nbd: {nbdkit.version()}")
+        return
+    with ExitStack() as stack:
+        server = stack.enter_context(nbdkit.served("memory", f"size={DISK}"))
+        disk = stack.enter_context(served("--path", server.uri, "--option", "connections=1"))
+        for label in ("4 KiB", "1 MiB"):
+            for way, operation in OPERATIONS.items():
+                size = SIZES[label]
+                loops = {
+                    "fio": server.fio(operation, size, 32, counts_client=True),
+                    "nbd": prepared(disk, operation, size, 32),
+                }
+                workload = f"{label} {way}, depth 32"
+                bench.interleave(table, workload, size, loops)
+                bench.show(table, workload, "fio")
+    slow = ("--threads=64", "--filter=delay", "memory", f"size={DISK}", "rdelay=10ms")
+    with ExitStack() as stack:
+        server = stack.enter_context(nbdkit.served(*slow))
+        disks = [stack.enter_context(served("--path", server.uri)) for _ in range(2)]
+
+        def all_at_once(seconds: float) -> Sample:
+            """A ring of one page has room for 32 requests: two disks have 64."""
+            for disk in disks:
+                disk.load.prepare(READ, 4 * KIB, 32, offsets(4 * KIB))
+            return drive(disks, seconds)
+
+        table, workload = "nbd, 10 ms", "4 KiB read"
+        loops = {"one": prepared(disks[0], READ, 4 * KIB, 1), "64": all_at_once}
+        bench.interleave(table, workload, 4 * KIB, loops)
+        bench.show(table, workload, "one")
+
+
 TABLES: dict[str, Callable[[Bench], None]] = {
     "requests": requests,
     "scattered": scattered,
     "memory": memory,
     "vhd": vhd,
     "filters": filters,
+    "nbd": nbd,
     "many": many,
     "fleet": fleet_of,
     "sleeping": sleeping,

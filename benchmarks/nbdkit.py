@@ -34,12 +34,21 @@ class Server:
 
     def __init__(self, process: subprocess.Popen[bytes], socket: Path) -> None:
         self._process = process
-        self._uri = f"nbd+unix:///?socket={socket}"
+        self.uri = f"nbd+unix:///?socket={socket}"
 
-    def fio(self, operation: int, size: int, depth: int) -> Callable[[float], Sample]:
-        """Return a run of random requests."""
+    def fio(
+        self, operation: int, size: int, depth: int, *, counts_client: bool = False
+    ) -> Callable[[float], Sample]:
+        """Return a run of random requests.
+
+        Args:
+            operation: READ or WRITE.
+            size: of each, in bytes.
+            depth: how many at once.
+            counts_client: the processor time is fio's own, not the server's.
+        """
         way = "randwrite" if operation == WRITE else "randread"
-        options = [f"--rw={way}", f"--bs={size}", f"--iodepth={depth}", f"--uri={self._uri}"]
+        options = [f"--rw={way}", f"--bs={size}", f"--iodepth={depth}", f"--uri={self.uri}"]
         command = ["fio", "--name=j", "--ioengine=nbd", *options, "--output-format=json"]
 
         def loop(seconds: float) -> Sample:
@@ -50,6 +59,8 @@ class Server:
             text = result.stdout.decode()
             job = json.loads(text[text.index("{") :])["jobs"][0]
             half = job["write" if operation == WRITE else "read"]
+            if counts_client:
+                cpu = (job["usr_cpu"] + job["sys_cpu"]) / 100 * half["runtime"] / 1000
             return Sample(half["total_ios"], half["runtime"] / 1000, cpu)
 
         return loop

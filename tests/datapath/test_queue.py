@@ -2738,9 +2738,13 @@ class Many(Asynchronous):
     def _progress(self):
         self._told()
 
-    def end(self, offset):
+    def close(self):
+        self.begun.clear()
+        super().close()
+
+    def end(self, offset, error=None):
         with self._lock:
-            self._end(self.begun.pop(offset), None)
+            self._end(self.begun.pop(offset), error)
             self._tell()
 
 
@@ -2829,3 +2833,87 @@ def test_what_an_asynchronous_backend_cannot_begin_is_an_error_of_that_request(h
     assert [Response(1, READ, OKAY)] == line.responses(1)
     assert 0 == many.unfinished
     assert not line.failures
+
+
+@pytest.fixture
+def many():
+    many = Many()
+    yield many
+    many.close()
+
+
+@pytest.fixture
+def known(host, many):
+    """A line of an asynchronous backend, and requests whose pages it knows already."""
+    backend = Backend()
+    backend.size = SIZE
+    backend.asynchronous = many
+    line = host.line(backend, persistent=True)
+    refs = host.share(3).refs
+    for operation in (READ, WRITE):
+        for id_, ref in enumerate(refs):
+            line.put(whole(id_, operation, 8 * id_, [ref]))
+            line.kick()
+            host.until(lambda id_=id_: 4096 * id_ in many.begun)
+            many.end(4096 * id_)
+            line.responses(1)
+
+    def ask(operation):
+        line.put(*(whole(id_, operation, 8 * id_, [ref]) for id_, ref in enumerate(refs)))
+        line.kick()
+        host.until(lambda: len(many.begun) == 3)
+
+    return line, ask
+
+
+@pytest.mark.parametrize("operation", [READ, WRITE])
+def test_requests_of_known_pages_are_answered_as_they_end(known, many, operation):
+    line, ask = known
+    before = line.disk.statistics.as_dict()
+    ask(operation)
+    many.end(8192)
+    assert [Response(2, operation, OKAY)] == line.responses(1)
+    many.end(0, OSError(errno.EILSEQ, "no"))
+    assert [Response(0, operation, ERROR)] == line.responses(1)
+    many.end(4096)
+    assert [Response(1, operation, OKAY)] == line.responses(1)
+    assert line.queue.stop(PATIENCE)
+    after = line.disk.statistics.as_dict()
+    name = "reads" if operation == READ else "writes"
+    moved = "bytes_read" if operation == READ else "bytes_written"
+    changes = {key: after[key] - before[key] for key in ("requests", "errors", name, moved)}
+    assert {"requests": 3, "errors": 1, name: 3, moved: 3 * 4096} == changes
+    assert 0 == after["in_flight"]
+
+
+def test_requests_of_known_pages_are_retried_under_hold(host, many, monkeypatch):
+    monkeypatch.setattr(retry, "_PAUSES", (0.001, 0.001))
+    backend = Backend()
+    backend.size = SIZE
+    backend.asynchronous = many
+    backend.repeats_flush = True
+    line = host.line(Disk(backend, holds=True), persistent=True)
+    (ref,) = host.share().refs
+    for _ in range(2):
+        line.put(whole(7, WRITE, 0, [ref]))
+        line.kick()
+        host.until(lambda: many.begun)
+        many.end(0, OSError(errno.EIO, "not now"))
+        host.until(lambda: many.begun)
+        many.end(0)
+        assert [Response(7, WRITE, OKAY)] == line.responses(1)
+    assert line.queue.stop(PATIENCE)
+
+
+def test_known_requests_that_a_broken_backend_has_are_answered_with_errors(known, many, host):
+    line, ask = known
+    ask(READ)
+
+    def broken():
+        raise RuntimeError("no idea")
+
+    many._progress = broken
+    many.end(0)
+    host.until(lambda: line.failures)
+    assert line.queue.stop(PATIENCE)
+    assert [Response(id_, READ, ERROR) for id_ in range(3)] == line.responses(3)

@@ -8,9 +8,10 @@ The loop is the whole data path::
 
 Two ways lead through it. :meth:`Queue._begin` does any request, whatever it asks for and
 however wrong it is. Reads and writes whose segment descriptors were seen before, nearly all
-of them, need no decoding and no looking up of pages: :meth:`Queue._serve` does those itself
-and leaves all others to the first way. What would make the thread wait is done by
-:class:`~xen_disk_py.datapath.workers.Workers`, and answered when it is done.
+of them, need no decoding and no looking up of pages: :meth:`Queue._serve` does those itself,
+or has an asynchronous backend begin them, and leaves all others to the first way. What would
+make the thread wait is done by :class:`~xen_disk_py.datapath.workers.Workers`, and answered when it
+is done.
 
 Everything of the guest's that is decided upon is a private copy: the slots, and the pages of
 an indirect request. Guest pages are handed to the backend for data only.
@@ -35,6 +36,7 @@ from math import inf
 from time import clock_gettime, perf_counter
 from typing import Callable, NamedTuple
 
+from ..backends.asynchronous import Asynchronous
 from ..backends.loader import user_line
 from ..blkif import (
     ERROR,
@@ -120,6 +122,36 @@ class _Begun:
         self.was_retried = False
 
 
+class _Known:
+    """A read or write of kept pages that an asynchronous backend does: no more than it takes.
+
+    If that fails it becomes a :class:`_Begun`.
+    """
+
+    __slots__ = ("descriptors", "id", "kind", "length", "operation", "since", "slot", "taken")
+    was_retried = False
+
+    def __init__(
+        self,
+        slot: bytes,
+        descriptors: bytes | None,
+        id_: int,
+        operation: int,
+        kind: int,
+        length: int,
+        since: float,
+        taken: float | None,
+    ) -> None:
+        self.slot = slot
+        self.descriptors = descriptors
+        self.id = id_
+        self.operation = operation
+        self.kind = kind
+        self.length = length
+        self.since = since
+        self.taken = taken
+
+
 def _timed(begun: _Begun, call: Callable[[], int]) -> int:
     """Do a call in a thread, and note when that began."""
     begun.since = perf_counter()
@@ -203,7 +235,9 @@ class Queue:
             undo.pop_all()
         self._with_backend = 0  # requests that an asynchronous backend has begun
         self._joined = Run()
-        self._unanswered: dict[int, _Begun] = {}  # in the order in which they were begun, by id()
+        self._unanswered: dict[
+            int, _Begun | _Known
+        ] = {}  # in the order in which they were begun, by id()
         self._retries: RetryQueue[_Begun] = RetryQueue()  # of these, what the storage failed at
         self._stall = StallDetector(is_asynchronous=self._many is not None)
         self._idle = Idle(self._channel, [*self._ends(), self._wake_read], statistics)
@@ -321,7 +355,12 @@ class Queue:
         self._retries.take()
         with contextlib.suppress(ValueError):  # unmapped under us
             for begun in list(self._unanswered.values()):
-                self._attempt(partial(self._end, begun, failure(begun.request.operation)))
+                if isinstance(begun, _Begun):
+                    status = failure(begun.request.operation)
+                    self._attempt(partial(self._end, begun, status))
+                else:
+                    del self._unanswered[id(begun)]
+                    self._ring.respond(encode_response(begun.id, begun.operation, ERROR))
 
     def _release(self) -> None:
         """Unmap and unbind everything: in the queue's thread, where no signal cuts it short."""
@@ -380,11 +419,12 @@ class Queue:
         stall.is_amid = True
         stall.moves += 1
         self._stopwatch.start()
-        counts = self._stopwatch.counts
+        counts, taken = self._stopwatch.counts, self._stopwatch.taken
         abi, disk, ring, statistics = self._abi, self._disk, self._ring, self._statistics
         plans, kept = self._pages.plans, self._pages.kept
         size, segments_at = abi.slot_size, abi.segments_at
         in_one_page = min(self._max_indirect_segments, SEGMENTS_PER_PAGE)
+        many, unanswered, now = self._many, self._unanswered, perf_counter()
         run = self._joined
         joined = run.requests
         requests = len(slots) // size
@@ -416,9 +456,19 @@ class Queue:
                 sectors, buffers, kind = plan
                 if sector + sectors <= capacity and not sector & misaligned:
                     length = sectors * SECTOR
-                    if length >= LARGE and (
-                        operation == READ or (operation == WRITE and not read_only)
-                    ):
+                    may = operation == READ or (operation == WRITE and not read_only)
+                    if many is not None and may:
+                        slot = slots[at : at + size]
+                        known = _Known(slot, descriptors, id_, operation, kind, length, now, taken)
+                        try:
+                            many.submit(operation, buffers, sector * SECTOR, length, known)
+                        except Exception:  # the other way does it once more
+                            log.debug("a request was not begun", exc_info=True)
+                        else:
+                            unanswered[id(known)] = known
+                            self._with_backend += 1
+                            continue
+                    elif length >= LARGE and may:
                         offset = sector * SECTOR
                         if joined and not run.continues(operation, offset, length):
                             unpublished += self._do_run()
@@ -629,15 +679,44 @@ class Queue:
         before = len(self._unanswered)
         finished = self._workers.collect() if self._is_concurrent else []
         if self._many is not None:
-            over = self._many.collect()
-            self._with_backend -= len(over)
-            finished += [(begun, self._disk.outcome(begun.request, error)) for begun, error in over]
+            finished += self._collect(self._many)
         for begun, status in finished:
             self._end(begun, status)
+        done = before - len(self._unanswered)
         self._publish()
-        # a batch may be under way
-        self._statistics.words[count.IN_FLIGHT] -= before - len(self._unanswered)
-        return bool(finished)
+        self._statistics.words[count.IN_FLIGHT] -= done  # a batch may be under way
+        return bool(finished or done)
+
+    def _collect(self, many: Asynchronous) -> list[tuple[_Begun, int]]:
+        """Answer what an asynchronous backend has done well and :meth:`_serve` had it begin.
+
+        Returns:
+            The rest, with their statuses.
+        """
+        over = many.collect()
+        self._with_backend -= len(over)
+        unanswered, words, ring = self._unanswered, self._statistics.words, self._ring
+        rest = []
+        for begun, error in over:
+            if type(begun) is _Known:
+                del unanswered[id(begun)]
+                operation = begun.operation
+                if error is None:
+                    is_read = operation == READ
+                    words[count.READS if is_read else count.WRITES] += 1
+                    words[count.BYTES_READ if is_read else count.BYTES_WRITTEN] += begun.length
+                    kind = begun.kind if is_read else begun.kind + WRITES
+                    self._stopwatch.end_known(kind, begun.taken)
+                    ring.respond(encode_response(begun.id, operation, OKAY))
+                    continue
+                taken = begun.taken
+                begun = self._judge(begun.slot, begun.descriptors)  # noqa: PLW2901 - the same
+                if begun is None:
+                    continue  # the disk became shorter meanwhile
+                begun.taken = taken
+                unanswered[id(begun)] = begun
+            rest.append((begun, self._disk.outcome(begun.request, error)))
+        return rest
 
     # -- requests that the storage could not do ----------------------------------------
 

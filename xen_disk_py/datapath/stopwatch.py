@@ -92,6 +92,12 @@ class Stopwatch:
         if taken is not None:
             self._ended.append((taken, histogram))
 
+    def end_known(self, number: int, taken: float | None) -> None:
+        """Note the same of one whose :func:`kind` is known."""
+        self._words[_SEGMENTS_AT[number]] += 1
+        if taken is not None:
+            self._ended.append((taken, number // BUCKETS))
+
     def published(self) -> None:
         """Count all requests that were answered: the guest sees that now."""
         if self.counts:

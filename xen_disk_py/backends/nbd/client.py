@@ -30,6 +30,7 @@ waits until that is done."""
 
 _PAUSES = 0.1, 5.0  # seconds between two tries to connect: at first, and at most
 _DISCARD = 1 << 30  # bytes in one request, whose length has 32 bits
+_REPLIES = 16  # to take from a connection before they are told of
 _PATIENCE = 1.0  # seconds that closing waits for a try to connect
 
 
@@ -125,7 +126,10 @@ class Client(Asynchronous):
             self._connect_again()
             self._end(request, StorageError(errno.ENOTCONN, "the NBD server is away"))
             return
-        connection = min(self._connections.values(), key=lambda each: each.in_flight)
+        connections = list(self._connections.values())
+        connection = connections[0]
+        if len(connections) > 1:
+            connection = min(connections, key=lambda each: each.in_flight)
         operation, memory, length = request.operation, request.memory, request.length
         most = _DISCARD if operation == DISCARD else self.export.maximum
         if length <= most:
@@ -160,17 +164,23 @@ class Client(Asynchronous):
             self._epoll.modify(fd, events)
 
     def _progress(self) -> None:
-        for fd, events in self._epoll.poll(0):
-            if fd == self._wake_read:
-                self._woken()
-                continue
-            connection = self._connections.get(fd)
-            if connection is None:
-                continue  # lost since
-            connection.progress(events)
-            for request, error in connection.completed():
-                self._part_done(request, error)
-            self._watch(connection)
+        for _ in range(_REPLIES):
+            ready = self._epoll.poll(0)
+            if not ready:
+                break
+            for fd, events in ready:
+                if fd == self._wake_read:
+                    self._woken()
+                    continue
+                connection = self._connections.get(fd)
+                if connection is None:
+                    continue  # lost since
+                # It takes one reply; told to read where there is none, it would send no request
+                # until there is.
+                connection.progress(events)
+                for request, error in connection.completed():
+                    self._part_done(request, error)
+                self._watch(connection)
 
     def _part_done(self, request: Request, error: OSError | None) -> None:
         request.parts -= 1

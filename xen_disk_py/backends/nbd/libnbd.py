@@ -12,7 +12,7 @@ import ctypes
 import errno
 import os
 import select
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from ctypes import POINTER, c_bool, c_char_p, c_int, c_int64, c_size_t, c_uint, c_uint32, c_uint64
 from functools import cache
 from types import SimpleNamespace
@@ -274,17 +274,18 @@ class Connection(Closing):
         elif direction & _TO_WRITE and revents & select.POLLOUT:
             nbd.nbd_aio_notify_write(handle)
 
-    def completed(self) -> Iterator[Done]:
+    def completed(self) -> list[Done]:
         """Retire the requests that are over; of a connection that is lost, that is all of them."""
         nbd, handle, in_flight = self._nbd, self._handle, self._in_flight
+        peek, retire = nbd.nbd_aio_peek_command_completed, nbd.nbd_aio_command_completed
+        done = []
         while in_flight:
-            cookie = nbd.nbd_aio_peek_command_completed(handle)
+            cookie = peek(handle)
             if cookie <= 0:
                 break
-            state = nbd.nbd_aio_command_completed(handle, cookie)
-            error = self._error() if state < 0 else None
-            token, _ = in_flight.pop(cookie)
-            yield Done(token, error)
+            error = self._error() if retire(handle, cookie) < 0 else None
+            done.append(Done(in_flight.pop(cookie)[0], error))
+        return done
 
     def do(self, operation: int, memory: bytes, offset: int) -> None:
         """Do one request and wait for it, where no other is in flight.
