@@ -11,8 +11,8 @@ import threading
 from pathlib import Path
 
 import pytest
+from recorded import SIZE, flush, header, make, resized, stopped, write
 
-from tests.trace.recorded import SIZE, flush, header, make, resized, stopped, write
 from xen_disk_py.cli import main
 from xen_disk_py.commands.environment import Environment
 from xen_disk_py.exit_status import ExitStatus

@@ -9,8 +9,8 @@ import stat
 from contextlib import closing
 
 import pytest
+from recorded import SIZE, discard, flush, header, make, read, resized, stopped, write
 
-from tests.trace.recorded import SIZE, discard, flush, header, make, read, resized, stopped, write
 from xen_disk_py.backends.loader import open_backend
 from xen_disk_py.backends.overlay.backend import OverlayBackend
 from xen_disk_py.cli import main
