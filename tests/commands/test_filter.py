@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from xen_disk_py.blkif import ERROR, OKAY
 from xen_disk_py.cli import main
 from xen_disk_py.exit_status import ExitStatus
+from xen_disk_py.recovery import record
 from xen_disk_py.recovery.record import find
 from xen_disk_py.xenbus.states import Address, State
 
@@ -151,3 +153,25 @@ def test_a_power_cut_cuts_the_guest_off_and_loses_what_was_not_flushed(
     assert ExitStatus.ERROR is main(["upgrade", "guest", "xvdb"], env)
     end(host, process, frontend)
     assert "the power was cut" in process.err
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_a_process_that_has_given_up_its_privileges_listens_to_root(
+    host, processes, image, change, tmp_path
+):
+    log = tmp_path / "log"
+    argv = ["--path", str(image), "--backend=raw", "--vdev=xvdb", "--user=nobody"]
+    process = processes.start("connect", "guest", *argv, f"--filter=log:file={log}")
+    host.until(lambda: ADDRESS.backend in host.tree())
+    frontend = host.frontend(ADDRESS)
+    frontend.connect()
+    process.until(" rw")
+    assert ExitStatus.OK is change("set", "log", "format=json")[0]
+    frontend.read(0, 4096)
+    assert "read" == json.loads(log.read_text().splitlines()[-1])["operation"]
+    status, _, err = change("set", "log", "file=/root/other")  # that is not its to open
+    assert status is ExitStatus.USAGE
+    assert "Permission denied" in err
+    assert "format=json" in change("list")[1]
+    end(host, process, frontend)
+    record.sweep(host.records)  # it may not itself
