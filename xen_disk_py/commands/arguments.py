@@ -803,6 +803,31 @@ def _add_filter(commands: argparse._SubParsersAction[_Parser]) -> None:
     changing.add_argument("--json", action="store_true", help="print the filters as JSON")
 
 
+def _add_record(commands: argparse._SubParsersAction[_Parser]) -> None:
+    record = commands.add_parser(
+        "record",
+        help="record what a guest asks of its disk",
+        description="Begin or end to record what a guest asks of a disk that was connected with "
+        "--filter record:on=no, or say whether it is recorded. The guest notices nothing. Without "
+        "a start, that filter costs nothing.",
+    )
+    _add_disk_of_a_guest(record)
+    record.add_argument(
+        "action",
+        metavar="ACTION",
+        choices=("start", "stop", "status"),
+        help="start, stop or status",
+    )
+    record.add_argument(
+        "file", metavar="FILE", nargs="?", type=_name, help="of start: the trace to make"
+    )
+    record.add_argument("--data", action="store_true", help="also record what is written")
+    record.add_argument(
+        "--ring", type=_size, metavar="SIZE", help="keep the newest so much of the trace: 1G"
+    )
+    record.add_argument("--json", action="store_true", help="print JSON")
+
+
 def _add_list_and_top(commands: argparse._SubParsersAction[_Parser]) -> None:
     listing = commands.add_parser(
         "list",
@@ -962,6 +987,7 @@ def build_parser() -> _Parser:
     _add_upgrade(commands)
     _add_overlay_commands(commands)
     _add_image_commands(commands)
+    _add_record(commands)
     _add_trace_commands(commands)
     _add_rewind_commands(commands)
     _add_crashtest(commands)

@@ -237,3 +237,26 @@ def test_a_library_that_does_many_at_once_still_does(path):
     assert [FLUSH, WRITE] == [each.operation for each in found[:-1]]
     assert found[1].start <= found[0].start
     assert b"x" * 512 == found[1].data
+
+
+def test_a_disk_in_use_is_recorded_from_when_to_when_one_says(tmp_path):
+    disk = wrap(Memory(), ["record:on=no"])
+    assert disk.passes_on("read")
+    assert disk.passes_on("write")
+    with pytest.raises(UsageError, match="needs file"):
+        disk.configure(file="", data=False, ring="0", on=True)
+    write(disk, 0, b"0" * 512)
+    for name in ("a", "b"):
+        disk.configure(file=str(tmp_path / name), data=True, ring="0", on=True)
+        assert not disk.passes_on("read")
+        write(disk, 512, name.encode() * 512)
+    disk.configure(file=str(tmp_path / "b"), data=True, ring="0", on=False)
+    write(disk, 1024, b"1" * 512)
+    assert {"recorded": 0, "lost": 0, "recording": 0} == disk.counters()
+    with pytest.raises(ImageError, match="never overwritten"):
+        disk.configure(file=str(tmp_path / "a"), data=True, ring="0", on=True)
+    disk.close()
+    for name in ("a", "b"):
+        found, ending = trace(str(tmp_path / name))
+        assert [name.encode() * 512] == [each.data for each in found[:-1]]
+        assert ending.is_complete

@@ -82,29 +82,64 @@ class Recorder(Filter):
         file: made for its owner alone; a file that exists is refused, except that a process that
             takes over a disk continues its trace.
         data: also note what is written.
-        ring: keep the newest so many bytes of the trace; default: all.
+        ring: keep the newest so many bytes of the trace; 0: all.
+        on: no: record nothing for now; then it needs no file.
     """
 
     def __init__(
-        self, source: Backend, *, file: str, data: bool = False, ring: str | None = None
+        self,
+        source: Backend,
+        *,
+        file: str = "",
+        data: bool = False,
+        ring: str = "0",
+        on: bool = True,
     ) -> None:
         super().__init__(source)
-        size = 0 if ring is None else parse_size(ring)
-        if size and size < MIN_RING:
-            raise UsageError(f"--filter record: ring={ring}: at least {format_size(MIN_RING)}")
-        self._sink = Sink(_open(source, file, data=data, ring=size), file)
-        self._origin = self._sink.clock
-        self._note = self._sink.note
-        self._has_data = self._sink.has_data
-        self._read = self._timed(READ, source.read)
-        self._write = self._timed(WRITE, source.write)
+        self._sink = Sink(None, "")
+        self._settings: tuple[object, ...] = ()
+        self._is_in_use = False
         if source.asynchronous is not None:
             self.threads = source.threads
-            self.asynchronous = _Recorded(source.asynchronous, self._sink)
+            self.asynchronous = _Recorded(source.asynchronous, self)
+        self.configure(file=file, data=data, ring=ring, on=on)
+        self._is_in_use = True
+
+    def configure(self, *, file: str, data: bool, ring: str, on: bool) -> None:
+        """Record so from now on, in a new file; what is under way is in neither."""
+        settings = (file, data, ring, on)
+        if settings == self._settings:
+            return
+        size = parse_size(ring)
+        if size and size < MIN_RING:
+            raise UsageError(f"--filter record: ring={ring}: at least {format_size(MIN_RING)}")
+        if on and not file:
+            raise UsageError("--filter record needs file=…, or on=no")
+        writer = None
+        if on:
+            writer = _open(self.source, file, data=data, ring=size, in_use=self._is_in_use)
+        before, self._sink = self._sink, Sink(writer, file)
+        self._settings = settings
+        self._read: Move = self.source.read
+        self._write: Move = self.source.write
+        if writer is not None:
+            self._read = self._timed(READ, self.source.read)
+            self._write = self._timed(WRITE, self.source.write)
+        before.close()
+
+    def passes_on(self, method: str) -> bool:
+        """Everything while nothing is recorded."""
+        return not self._settings[3]
+
+    def counters(self) -> dict[str, int]:
+        """How many requests are in the file, how many could not be noted, and whether it ended."""
+        sink = self._sink
+        return {"recorded": sink.recorded, "lost": sink.lost, "recording": int(not sink.is_over)}
 
     def _timed(self, operation: int, call: Move) -> Move:
         """Return ``call``, noted. All names are local: this is what a request costs more."""
-        note, origin, failed = self._sink.note, self._origin, self._failed
+        sink, failed = self._sink, self._failed
+        note, origin = sink.note, sink.clock
 
         def move(buffers: Sequence[memoryview], offset: int) -> int | None:
             start = _now()
@@ -129,13 +164,13 @@ class Recorder(Filter):
         start = _now()
         done = self.source.read_nowait(buffers, offset)
         if done and done == sum(map(len, buffers)):
-            fields = (start - self._origin, _now() - start, offset, done, 0, 0, NO_QUEUE, READ)
-            self._note(fields)
+            fields = (start - self._sink.clock, _now() - start, offset, done, 0, 0, NO_QUEUE, READ)
+            self._sink.note(fields)
         return done
 
     def write(self, buffers: Sequence[memoryview], offset: int) -> int | None:
         """Write, and note that; with data, the very bytes: the guest may change its pages."""
-        if not self._has_data:
+        if not self._sink.has_data:
             return self._write(buffers, offset)
         data = b"".join(buffers)
         start = _now()
@@ -150,7 +185,7 @@ class Recorder(Filter):
     def write_nowait(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Write if that takes no waiting; noted if it is all, for else it is done again."""
         data = None
-        if self._has_data:
+        if self._sink.has_data:
             data = b"".join(buffers)
             buffers = (memoryview(data),)
         start = _now()
@@ -158,7 +193,9 @@ class Recorder(Filter):
         if done and done == sum(map(len, buffers)):
             took = _now() - start
             if data is None:
-                self._note((start - self._origin, took, offset, done, 0, 0, NO_QUEUE, WRITE))
+                self._sink.note(
+                    (start - self._sink.clock, took, offset, done, 0, 0, NO_QUEUE, WRITE)
+                )
             else:
                 self._sink.wrote(start, took, offset, data)
         return done
@@ -183,8 +220,17 @@ class Recorder(Filter):
         except BaseException as error:
             self._failed(operation, start, offset, length, error)
             raise
-        fields = (start - self._origin, _now() - start, offset, length, 0, 0, NO_QUEUE, operation)
-        self._note(fields)
+        fields = (
+            start - self._sink.clock,
+            _now() - start,
+            offset,
+            length,
+            0,
+            0,
+            NO_QUEUE,
+            operation,
+        )
+        self._sink.note(fields)
 
     def _failed(
         self,
@@ -199,15 +245,15 @@ class Recorder(Filter):
         if data is not None:
             self._sink.wrote(start, took, offset, data, status)
             return
-        at = start - self._origin
-        self._note((at, took, offset, length, 0, status, NO_QUEUE, operation))
+        at = start - self._sink.clock
+        self._sink.note((at, took, offset, length, 0, status, NO_QUEUE, operation))
 
     def resize(self, size: int | None) -> int:
         """Resize, and note that."""
         done = super().resize(size)
         if size is not None:
-            at = _now() - self._origin
-            self._note(fields_of(event(RESIZED, at, size=done)))
+            at = _now() - self._sink.clock
+            self._sink.note(fields_of(event(RESIZED, at, size=done)))
         return done
 
     def close(self) -> None:
@@ -223,12 +269,12 @@ class _Recorded(Asynchronous):
 
     Args:
         source: does them.
-        sink: where they are noted.
+        owner: has the sink where they are noted.
     """
 
-    def __init__(self, source: Asynchronous, sink: Sink) -> None:
+    def __init__(self, source: Asynchronous, owner: Recorder) -> None:
         self._source = source  # its descriptors and lock: the base class's own are not made
-        self._sink = sink
+        self._owner = owner
 
     @property
     def unfinished(self) -> int:  # type: ignore[override]  # only ever read from outside
@@ -241,7 +287,7 @@ class _Recorded(Asynchronous):
         self, operation: int, buffers: Sequence[memoryview], offset: int, length: int, token: Any
     ) -> None:
         data = None
-        if operation == asynchronous.WRITE and self._sink.has_data:
+        if operation == asynchronous.WRITE and self._owner._sink.has_data:
             data = b"".join(buffers)
             buffers = (memoryview(data),)
         noted = _Noted(token, _OPERATIONS[operation], offset, length, data, _now())
@@ -256,7 +302,7 @@ class _Recorded(Asynchronous):
             return done
         took = _now() - noted.start
         status = 0 if done.error is None else status_of(done.error)
-        sink = self._sink
+        sink = self._owner._sink
         if noted.data is not None:
             sink.wrote(noted.start, took, noted.offset, noted.data, status)
         else:
@@ -316,7 +362,8 @@ class Sink:
         self._hurry = threading.Event()
         self._moved = threading.Condition()
         self._waiting = 0  # bytes of data
-        self._lost = 0  # requests
+        self._lost = 0  # requests, since the last gap was noted
+        self.recorded = self.lost = 0
         self._over = writer is None
         self._closing = False
         self._thread: threading.Thread | None = None
@@ -335,6 +382,7 @@ class Sink:
         elif not self._over:
             with self._moved:
                 self._lost += 1
+                self.lost += 1
         if not self._is_awake:
             self._rouse()
 
@@ -443,6 +491,7 @@ class Sink:
         if max(operations) >= EVENTS:
             requests = sum(each < EVENTS for each in operations)
         writer.write(records, data, requests=requests, flushes=flushes)
+        self.recorded += requests
 
     def _end(self, why: str) -> None:
         """Record nothing more, and say so, in the trace too if it can be."""
@@ -479,7 +528,7 @@ class Sink:
                 return
         if not self._over:
             self._write()
-            self._over = True
+            self._over, self._most, self.has_data = True, 0, False
             self._stop("")
 
 
@@ -489,9 +538,9 @@ def status_of(error: BaseException) -> int:
     return number if isinstance(number, int) and 0 < number < UNKNOWN_ERROR else UNKNOWN_ERROR
 
 
-def _open(source: Backend, file: str, *, data: bool, ring: int) -> TraceWriter | None:
+def _open(source: Backend, file: str, *, data: bool, ring: int, in_use: bool) -> TraceWriter | None:
     """Make the file; a successor continues the one that there is, or does without."""
-    if is_succeeding():
+    if is_succeeding() and not in_use:
         try:
             return _continue(source, file, data=data)
         except FileNotFoundError:
@@ -499,7 +548,7 @@ def _open(source: Backend, file: str, *, data: bool, ring: int) -> TraceWriter |
         except (OSError, ImageError) as error:
             log.error("not recorded any longer: %s; the disk is served on", error)
             return None
-    writer = TraceWriter.create(file, _describe(source, data=data, ring=ring))
+    writer = TraceWriter.create(file, _describe(source, data=data, ring=ring, in_use=in_use))
     fcntl.flock(writer.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return writer
 
@@ -533,7 +582,7 @@ def _check(reader: TraceReader, *, data: bool) -> None:
         raise ImageError(f"{reader.path}: its recording has ended: {reader.ending.text}")
 
 
-def _describe(source: Backend, *, data: bool, ring: int) -> Header:
+def _describe(source: Backend, *, data: bool, ring: int, in_use: bool) -> Header:
     path = getattr(source, "path", None)
     return Header(
         size=source.size,
@@ -546,7 +595,8 @@ def _describe(source: Backend, *, data: bool, ring: int) -> Header:
         ring=ring,
         backend=str(source),
         path=os.path.abspath(path) if isinstance(path, str) and os.path.exists(path) else None,
-        samples=tuple(_samples(source)) if data else (),
+        # Nobody else may read while the disk is in use, nor would it be one moment's content.
+        samples=tuple(_samples(source)) if data and not in_use else (),
     )
 
 
