@@ -12,6 +12,7 @@ import ctypes
 import errno
 import os
 import select
+import time
 from collections.abc import Sequence
 from ctypes import POINTER, c_bool, c_char_p, c_int, c_int64, c_size_t, c_uint, c_uint32, c_uint64
 from functools import cache
@@ -52,8 +53,10 @@ NBD = Library(
     {
         "nbd_create": Signature(_handle, ()),
         "nbd_close": Signature(None, (_handle,)),
-        "nbd_connect_uri": Signature(c_int, (_handle, c_char_p)),
-        "nbd_connect_systemd_socket_activation": Signature(c_int, (_handle, POINTER(c_char_p))),
+        "nbd_aio_connect_uri": Signature(c_int, (_handle, c_char_p)),
+        "nbd_aio_connect_systemd_socket_activation": Signature(c_int, (_handle, POINTER(c_char_p))),
+        "nbd_aio_is_connecting": Signature(c_int, (_handle,)),
+        "nbd_poll": Signature(c_int, (_handle, c_int)),
         "nbd_set_uri_allow_local_file": Signature(c_int, (_handle, c_bool)),
         "nbd_get_error": Signature(c_char_p, ()),
         "nbd_get_errno": Signature(c_int, ()),
@@ -139,6 +142,8 @@ _PASSING = {
 }
 """Errors that say nothing against the request: it may be done later, or by another server."""
 
+_PATIENCE = 30.0  # seconds to connect, and to agree on an export
+_STEP = 0.1  # seconds until Python may handle a signal
 _MAXIMUM = 32 << 20  # the NBD protocol: what a client may assume where nothing is said
 
 
@@ -173,12 +178,22 @@ class Connection(Closing):
         if isinstance(where, str):
             # A certificate directory or key file that the URI names is the administrator's.
             nbd.nbd_set_uri_allow_local_file(self._handle, True)
-            done = nbd.nbd_connect_uri(self._handle, where.encode())
+            self._await(nbd.nbd_aio_connect_uri(self._handle, where.encode()))
         else:
             words = (c_char_p * (len(where) + 1))(*(os.fsencode(word) for word in where), None)
             with relayed_stderr():
-                done = nbd.nbd_connect_systemd_socket_activation(self._handle, words)
-        if done < 0:
+                self._await(nbd.nbd_aio_connect_systemd_socket_activation(self._handle, words))
+
+    def _await(self, begun: int) -> None:
+        """Wait until the server has said what it has, or for _PATIENCE."""
+        nbd, handle = self._nbd, self._handle
+        deadline = time.monotonic() + _PATIENCE
+        while begun >= 0 and nbd.nbd_aio_is_connecting(handle) > 0:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise BackendError(f"the server has not answered for {_PATIENCE:g} s: is it stuck?")
+            begun = nbd.nbd_poll(handle, int(min(left, _STEP) * 1000) + 1)
+        if begun < 0:
             raise BackendError(self._why()[1])
 
     def _negotiated(self) -> Export:
