@@ -111,6 +111,18 @@ class TestStack(BackendConformance):
         return open_backend(backend, options, filters)
 
 
+class TestStackThatKeepsData(TestStack):
+    """Filters with a memory of their own, one over the other."""
+
+    def open_disk(self, tmp_path):
+        backend, make, options_of = SOURCES[self.kind]
+        path = str(tmp_path / "disk.img")
+        if not os.path.exists(path):
+            make(path)
+        options = {"path": path} if options_of is None else options_of(path)
+        return open_backend(backend, options, ["cache:size=256K", "powercut:limit=1M", "checksum"])
+
+
 class TestStackOverDiscard(BackendConformance):
     """It keeps nothing that a partition table could be in."""
 

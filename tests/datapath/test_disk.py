@@ -9,6 +9,7 @@ import re
 import pytest
 
 from xen_disk_py.backends import Backend
+from xen_disk_py.backends.filter import Filter
 from xen_disk_py.backends.loader import open_backend, wrap
 from xen_disk_py.blkif import (
     DISCARD,
@@ -694,3 +695,24 @@ def test_other_settings_of_a_filter_let_no_write_pass_after_a_flush_that_failed(
         disk._write([memoryview(bytes(512))], 0)
     with pytest.raises(OSError, match="an earlier flush failed"):
         disk._write_first([memoryview(bytes(512))], 0)
+
+
+def test_a_filter_whose_pause_is_broken_keeps_nobody_waiting(caplog):
+    class Broken(Filter):
+        def read(self, buffers, offset):
+            return self.source.read(buffers, offset)
+
+        def pause(self, operation, length):
+            raise ValueError(operation)
+
+    disk = Disk(Broken(Recording(threads=4)))
+    call = object()
+    assert (0.0, call) == disk.pause(Transfer(1, WRITE, 0, 1, (1,), (0,), (0,)), call)
+    assert "ValueError: write" in caplog.text
+
+
+def test_a_flush_with_data_waits_for_both():
+    disk = Disk(wrap(Recording(threads=4), ["delay:write=1s,flush=2s"]))
+    for operation, sectors, expected in ((FLUSH, 1, 3.0), (FLUSH, 0, 2.0), (WRITE, 1, 1.0)):
+        request = Transfer(1, operation, 0, sectors, (), (), ())
+        assert expected == disk.pause(request, lambda: OKAY)[0]

@@ -333,9 +333,13 @@ class Disk:
         if waiting is None:
             return 0.0, call
         length = request.sectors * SECTOR
-        pause = waiting.pause(_NAMES.get(request.operation, "write"), length)
-        if request.operation == FLUSH and length:
-            pause += waiting.pause("write", length)
+        try:
+            pause = waiting.pause(_NAMES.get(request.operation, "write"), length)
+            if request.operation == FLUSH and length:
+                pause += waiting.pause("write", length)
+        except Exception as error:  # noqa: BLE001 - whatever an author's code raises
+            self.say(logging.ERROR, f"pause of {waiting}: {user_line(error, waiting)}")
+            return 0.0, call
         return pause, partial(waiting.after_pause, call)
 
     def outcome(self, request: Transfer | Discard, error: BaseException | None) -> int:

@@ -19,6 +19,8 @@ from ..hypervisor import Closing
 
 Token = TypeVar("Token")
 
+_LONGEST = 3600.0  # seconds of one wait: the system takes no time that is too long
+
 MORE = "raise ulimit -u, or pids.max of the cgroup (TasksMax= of the unit)"
 """What helps where the system gives no thread."""
 
@@ -186,8 +188,8 @@ class _Timer(Generic[Token]):
                 while not self._is_due():
                     if self._is_closed:
                         return
-                    left = self._waiting[0][0] - monotonic() if self._waiting else None
-                    self._changed.wait(left)
+                    left = self._waiting[0][0] - monotonic() if self._waiting else _LONGEST
+                    self._changed.wait(min(left, _LONGEST))
                 _, _, call, token = heapq.heappop(self._waiting)
             self._hand_over(call, token)
             del call, token  # not to be kept while waiting
