@@ -125,9 +125,11 @@ def test_a_check_that_takes_too_long_has_failed_and_is_gone(crashtest, tmp_path)
     fifo = tmp_path / "open while it lives"
     os.mkfifo(fifo)
     alive = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    ours = os.open(fifo, os.O_WRONLY)
     check = f": {{}}; sleep 1000 > '{fifo}' & wait"
     status, out, _ = crashtest(GOOD, check, "--limit", "1", "--timeout", "0.2", "--json")
     assert (ExitStatus.ERROR, None) == (status, json.loads(out)["failure"]["status"])
+    os.close(ours)
     assert [(alive, select.POLLHUP)] == _gone(alive)
     os.close(alive)
 

@@ -48,6 +48,7 @@ PACKAGES = (
     "fio",
     "busybox-static",
     "e2fsprogs",
+    "xfsprogs",
     "dmsetup",
     "strace",
     "libnbd0",
