@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import recorded
 
 from backends.child import conformance_command
 from xen_disk_py.backends import Backend, conformance
@@ -46,6 +47,20 @@ class TestRaw(OnAnImage):
 class TestRawReadOnly(OnAnImage):
     def open_disk(self, tmp_path):
         return RawBackend(self.image, read_only=True)
+
+
+class TestAt(OnAnImage):
+    def open_disk(self, tmp_path):
+        path = tmp_path / "disk.xdt"
+        if not path.exists():
+            records = [
+                recorded.write(0, 1, 512, b"w" * 5120),
+                recorded.flush(2, 3),
+                recorded.discard(4, 5, 2048, 1024),
+                recorded.write(6, 7, ODD - 512, b"e" * 512),
+            ]
+            recorded.make(path, traces.header(size=ODD), records)
+        return open_backend(None, {"path": f"at:{path}@end", "base": self.image})
 
 
 class TestRawLarge(BackendConformance):

@@ -8,6 +8,8 @@ import random
 import pytest
 
 from xen_disk_py.backends.vhd import VhdBackend, layout
+from xen_disk_py.backends.vhd.chain import Committed
+from xen_disk_py.backends.vhd.commit import commit
 from xen_disk_py.backends.vhd.create import create, create_child
 
 from .conftest import (
@@ -222,6 +224,56 @@ def some_parts(operations, dice):
     if len(sectors) > len(operations):
         for _ in range(8):
             yield [each for each in sectors if dice.random() < 0.5]
+
+
+def test_a_host_that_crashes_while_a_child_is_committed(tmp_path, monkeypatch):
+    """Until the child is gone it reads as before, and to commit it again completes it."""
+    base, path = str(tmp_path / "base.vhd"), str(tmp_path / "a.vhd")
+    build(base, SIZE, block_size=BLOCK, uuid=UUID, blocks=[(0, {0, 1}, b"b" * BLOCK)], gap=512)
+    build(
+        path,
+        SIZE,
+        block_size=BLOCK,
+        kind=layout.DIFFERENCING,
+        uuid=OTHER_UUID,
+        blocks=[(0, {1, 2}, b"c" * BLOCK), (2, {5}, b"d" * BLOCK), (5, {0, 7}, b"e" * BLOCK)],
+        parent_uuid=UUID,
+        parent_name="base.vhd",
+    )
+    with contextlib.closing(VhdBackend(path, read_only=True)) as disk:
+        expected = read(disk)
+    child, flushed = content_of(path), content_of(base)
+    recorder = Recorder(monkeypatch)
+    recorder.watch(base)
+    commit(path, keep=False, progress=lambda done, total: None)
+    monkeypatch.undo()
+    assert not os.path.exists(path)
+    dice, loose, states = random.Random(5), [], 0
+    for event in recorder.events:
+        if event[0] == "sync":
+            flushed, loose = apply(flushed, loose), []
+            continue
+        loose.append(event)
+        parts = [*some_parts(loose, dice)]
+        for kept in dice.sample(parts, min(3, len(parts))):
+            for name, content in ((base, apply(flushed, kept)), (path, child)):
+                with open(name, "wb") as file:
+                    file.write(content)
+            with (
+                contextlib.suppress(Committed),  # all of it is in the parent, which says so
+                contextlib.closing(VhdBackend(path, read_only=True)) as disk,
+            ):
+                assert expected == read(disk), (event[:2], kept)
+            commit(path, keep=False, progress=lambda done, total: None)
+            with contextlib.closing(VhdBackend(base, read_only=True)) as disk:
+                assert expected == read(disk), (event[:2], kept)
+            states += 1
+    assert states > 20
+    for kept in ([], loose):  # the child is gone by now
+        with open(base, "wb") as file:
+            file.write(apply(flushed, kept))
+        with contextlib.closing(VhdBackend(base, read_only=True)) as disk:
+            assert expected == read(disk)
 
 
 # -- what other programs read meanwhile ----------------------------------------------------------
