@@ -59,7 +59,7 @@ class TestAt(OnAnImage):
                 recorded.discard(4, 5, 2048, 1024),
                 recorded.write(6, 7, ODD - 512, b"e" * 512),
             ]
-            recorded.make(path, traces.header(size=ODD), records)
+            recorded.make(path, recorded.header(size=ODD), records)
         return open_backend(None, {"path": f"at:{path}@end", "base": self.image})
 
 

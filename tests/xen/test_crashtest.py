@@ -23,7 +23,7 @@ Connect = Callable[..., Disk]
 HERE = Path(__file__).parent
 LOAD = (sys.executable, str(HERE / "crashload.py"))
 SIZES = {"ext4": "48M", "xfs": "300M"}  # xfsprogs 6 makes none that is smaller
-STATES = 40
+STATES = 16
 PATIENCE = 900
 
 
@@ -31,6 +31,7 @@ class Recording:
     """A file system in an image, the load that ran on it, and its trace."""
 
     def __init__(self, directory: Path, system: str, kind: str) -> None:
+        sh("modprobe", "loop")
         self.kind = kind
         self.system = system
         self.image, self.base = directory / "disk.raw", directory / "base.raw"
@@ -59,9 +60,10 @@ class Recording:
         check = (
             f"{shlex.join([*LOAD, 'check', self.kind])} {{}} {shlex.quote(str(self.notes))} 2>&1"
         )
+        command = [*PROGRAM, "crashtest", str(self.trace), "--base", str(self.base)]
+        command += ["--check", check, "--json", "--timeout", "300", "--limit", str(STATES)]
         done = subprocess.run(
-            [*PROGRAM, "crashtest", str(self.trace), "--base", str(self.base), "--check", check]
-            + ["--json", "--timeout", "300", "--limit", str(STATES), *options],
+            [*command, *options],
             capture_output=True,
             text=True,
             timeout=PATIENCE,

@@ -269,7 +269,7 @@ def test_a_host_that_crashes_while_a_child_is_committed(tmp_path, monkeypatch):
                 assert expected == read(disk), (event[:2], kept)
             states += 1
     assert states > 20
-    for kept in ([], loose):  # the child is gone by now
+    for kept in ([], loose):  # the child is gone
         with open(base, "wb") as file:
             file.write(apply(flushed, kept))
         with contextlib.closing(VhdBackend(base, read_only=True)) as disk:
