@@ -17,13 +17,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Callable
 
+from xen_disk_py.backends.loader import open_backend
+from xen_disk_py.backends.replay import Replay
 from xen_disk_py.backends.vhd import VhdBackend
 from xen_disk_py.backends.vhd.create import create, create_child
 from xen_disk_py.blkif import READ, WRITE
+from xen_disk_py.trace.reader import TraceReader
 
 from . import bare, nbdkit
 from .fleet import fleet
@@ -247,6 +250,55 @@ def filters(bench: Bench) -> None:
                 bench.show(table, workload, "raw")
 
 
+def record(bench: Bench) -> None:
+    """Compare a disk with the same one that is recorded, without and with what is written."""
+    table = "record"
+    trace = bench.directory / "trace"
+    ways = {
+        "raw": (),
+        "record:on=no": ("--filter", "record:on=no"),
+        "record": ("--filter", f"record:file={trace}-1,ring=64M"),
+        "record, data=yes": ("--filter", f"record:file={trace}-2,data=yes,ring=256M"),
+    }
+    with ExitStack() as stack:
+        disks = {
+            name: stack.enter_context(
+                served("--backend", "raw", "--path", bench.image(name), *options)
+            )
+            for name, options in ways.items()
+        }
+        for depth in DEPTHS:
+            for way, operation in OPERATIONS.items():
+                workload = f"4 KiB {way}, depth {depth}"
+                loops = {
+                    name: prepared(disk, operation, 4 * KIB, depth) for name, disk in disks.items()
+                }
+                bench.interleave(table, workload, 4 * KIB, loops)
+                bench.show(table, workload, "raw")
+
+
+def replay(bench: Bench) -> None:
+    """Replay what guests did (``benchmarks/traces``), as fast as possible, against backends."""
+    table = "replay"
+    for trace in sorted((HERE / "traces").glob("*.xdt")):
+        with TraceReader(str(trace)) as reader:
+            size, records = reader.header.size, list(reader.records())
+        for _ in range(bench.rounds):
+            for name in ("raw", "cow", "mmap"):
+                path = bench.directory / f"replay-{name}.raw"
+                path.write_bytes(bytes(size))
+                with closing(open_backend(name, {"path": str(path)})) as disk:
+                    replayed = Replay(disk, speed=None, compare=False)
+                    begun = time.process_time()
+                    replayed.run(records)
+                    took = time.process_time() - begun
+                requests = replayed.requests
+                rate = requests / replayed.seconds
+                metrics = {RATE: rate, BYTES: 0.0, CPU: took / requests}
+                bench.results.add(table, trace.stem, name, **metrics)
+        bench.show(table, trace.stem, "raw")
+
+
 def _fill(path: str, content: memoryview, every: int) -> None:
     """Write one of so many pieces of 64 KiB, chosen by chance."""
     disk = VhdBackend(path)
@@ -396,6 +448,8 @@ def nbd(bench: Bench) -> None:
 
 
 TABLES: dict[str, Callable[[Bench], None]] = {
+    "record": record,
+    "replay": replay,
     "requests": requests,
     "scattered": scattered,
     "memory": memory,

@@ -29,7 +29,8 @@ def test_no_request_and_no_byte_is_lost(drawn):
         Record(0, operation, start, latency, at * 512, 0 if operation == FLUSH else length * 512)
         for operation, start, latency, at, length in drawn
     ]
-    start, end, _ = span_of([*records, event(STOPPED, 1 << 60)])
+    start, end, _, count = span_of([*records, event(STOPPED, 1 << 60)])
+    assert len(records) == count
     assert start == min(each.start for each in records)
     assert end == max(each.end for each in records)
     picture = Picture(SIZE, start, end, 20, 10)

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FORMATS = ("svg", "png", "html")
-_COLUMNS, _ROWS = 300, 160
+_MANY, _LARGE = (300, 160), (120, 64)  # columns, rows
+_FEW = 3000  # requests
 _NAMES = {READ: "read", WRITE: "write"}
 _COLOURS = {READ: "#2b6cb0", WRITE: "#c05621"}
 _SHADES = " ░▒▓█"
@@ -41,13 +42,14 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
         span = span_of(reader.records())
         if span is None:
             raise ImageError(f"{printable(args.trace)}: there is no request in it: nothing to show")
-        start, end, furthest = span
+        start, end, furthest, requests = span
         size = max(reader.header.size, furthest)
         if form is None:
             width = min(120, shutil.get_terminal_size().columns) - 12
             picture = Picture(size, start, end, max(20, width), 32)
         else:
-            picture = Picture(size, start, end, _COLUMNS, _ROWS)
+            cells = _MANY if requests > _FEW else _LARGE  # a cell must be seen
+            picture = Picture(size, start, end, *cells)
         for record in reader.records():
             picture.add(record)
         ending = reader.ending

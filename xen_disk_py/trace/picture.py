@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from .format import FLUSH, READ, WRITE, Record
 
@@ -96,21 +97,32 @@ class Picture:
         return bounds, [[counts.get(step, 0) for step in range(rows)] for counts in self._latency]
 
 
-def span_of(records: Iterable[Record]) -> tuple[int, int, int] | None:
-    """When the first request began, when the last ended, and the end of the disk that they show.
+class Span(NamedTuple):
+    """What a picture has to have room for.
 
-    Returns:
-        None if there is no request.
+    Attributes:
+        start: when the first request began, in nanoseconds.
+        end: when the last one ended.
+        furthest: the end of the disk that they show.
+        requests: how many.
     """
-    start = end = furthest = 0
-    is_any = False
+
+    start: int
+    end: int
+    furthest: int
+    requests: int
+
+
+def span_of(records: Iterable[Record]) -> Span | None:
+    """Return the span of the requests; None if there is none."""
+    start = end = furthest = requests = 0
     for record in records:
         if record.is_request:
-            start = min(start, record.start) if is_any else record.start
+            start = min(start, record.start) if requests else record.start
             end = max(end, record.end)
             furthest = max(furthest, record.offset + record.length)
-            is_any = True
-    return (start, end, furthest) if is_any else None
+            requests += 1
+    return Span(start, end, furthest, requests) if requests else None
 
 
 def _step(latency: int) -> int:
