@@ -471,7 +471,7 @@ def test_the_guest_of_a_record_that_cannot_be_read_was_destroyed(
     host, run, orphan, image, monkeypatch, record_format
 ):
     if record_format is not None:
-        monkeypatch.setattr("xen_disk_py.recovery.record.FORMAT", record_format)
+        monkeypatch.setattr("xen_disk_py.recovery.record.FORMATS", (record_format,))
     orphan("--path", image, "--backend=raw")
     monkeypatch.undo()
     if record_format is None:
