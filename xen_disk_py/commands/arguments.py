@@ -46,7 +46,8 @@ class _Parser(argparse.ArgumentParser):
 def _filled(text: str) -> str:
     """Fill the paragraphs of a text; one that is indented stays as it is."""
     return "\n\n".join(
-        part if part.startswith(" ") else textwrap.fill(part, 78) for part in text.split("\n\n")
+        part if part.startswith(" ") else textwrap.fill(part, 78, break_on_hyphens=False)
+        for part in text.split("\n\n")
     )
 
 
@@ -222,8 +223,8 @@ def _add_image_argument(parser: _Parser) -> None:
         "--path",
         type=_name,
         metavar="IMAGE",
-        help="the image that OVERLAY was made for (default: the one that OVERLAY names, which is "
-        "followed only if nobody but root and you can have written OVERLAY)",
+        help="the image that the overlay was made for (default: the one that it names, which is "
+        "followed only if nobody but root and you can have written the overlay)",
     )
 
 
@@ -355,9 +356,9 @@ def _add_trace_commands(commands: argparse._SubParsersAction[_Parser]) -> None:
         "trace",
         help="show what a guest asked of its disk",
         description="Print the requests in FILE, which --filter record:file=FILE has made, in the "
-        "order in which the storage had done them; or what they come to. A trace that is cut or "
-        "damaged is shown up to there, and the exit status is 1. Changes nothing; FILE may still "
-        "be growing.",
+        "order in which the storage completed them; or, with --summary, statistics. Of a trace "
+        "that is cut off or damaged, what comes before that is shown, and the exit status is 1. "
+        "Changes nothing; the disk may still be recorded.",
     )
     trace.add_argument("trace", metavar="FILE", type=_name, help="the trace")
     trace.add_argument("--json", action="store_true", help="print a JSON object for each request")
@@ -373,7 +374,7 @@ def _add_trace_commands(commands: argparse._SubParsersAction[_Parser]) -> None:
         action="store_true",
         help="print what fio --read_iolog replays, from fio 3.31 on",
     )
-    form.add_argument("--blkparse", action="store_true", help="print what blkparse would")
+    form.add_argument("--blkparse", action="store_true", help="print what blkparse prints")
     trace.add_argument(
         "--fio-path",
         metavar="PATH",
@@ -383,9 +384,9 @@ def _add_trace_commands(commands: argparse._SubParsersAction[_Parser]) -> None:
     plot = commands.add_parser(
         "plot",
         help="draw what a guest asked of its disk",
-        description="Draw the requests in FILE, a trace: where on the disk over time, latency, "
-        "requests and bytes a second, sizes. With -o in a file, which needs matplotlib; without it "
-        "on the terminal.",
+        description="Draw the requests in FILE, a trace: their offsets over time, their latency, "
+        "requests and bytes a second, and their sizes. Without -o on the terminal; with it as a "
+        "picture, which needs matplotlib.",
     )
     plot.add_argument("trace", metavar="FILE", type=_name, help="the trace")
     plot.add_argument(
@@ -395,16 +396,16 @@ def _add_trace_commands(commands: argparse._SubParsersAction[_Parser]) -> None:
         type=_name,
         help="the picture to make: its name ends in .svg, .png or .html",
     )
-    plot.add_argument("--title", help="what stands above it (default: the name of FILE)")
+    plot.add_argument("--title", help="the title of the picture (default: the name of FILE)")
     plot.add_argument("--force", action="store_true", help="replace NEW if it exists")
 
     replay = commands.add_parser(
         "replay",
-        help="do the requests of a trace once more",
-        description="Do the requests in FILE, a trace, against any disk: at the recorded times, or "
-        "as fast as possible; as many at once as were. Then print how they ended and how long they "
-        "took, next to the recording. The exit status is 1 if one failed that had succeeded, or "
-        "read something else.",
+        help="issue the requests of a trace again, to any disk",
+        description="Issue the requests in FILE, a trace, to any disk: at the recorded times, or "
+        "as fast as possible, with as many in flight at once as in the recording. Then print "
+        "how they ended and how long they took, next to the recorded figures. The exit status is "
+        "1 if a request fails that succeeded in the recording, or if --compare finds a difference.",
     )
     replay.add_argument("trace", metavar="FILE", type=_name, help="the trace")
     _add_backend_arguments(replay)
@@ -413,15 +414,15 @@ def _add_trace_commands(commands: argparse._SubParsersAction[_Parser]) -> None:
         type=_speed,
         default=1.0,
         metavar="N",
-        help="so many times as fast as recorded, or asap (default: 1)",
+        help="N times as fast as recorded; asap: as fast as possible (default: 1)",
     )
     replay.add_argument(
         "--compare",
         action="store_true",
-        help="see whether what is read is what the trace (data=yes) had written there before",
+        help="compare what is read with what the trace, made with data=yes, wrote there before",
     )
     replay.add_argument(
-        "--overwrite", action="store_true", help="allow writes that change a disk of yours"
+        "--overwrite", action="store_true", help="allow writes to a disk that keeps them"
     )
     _add_result_arguments(replay)
     _add_disk_arguments(replay)
@@ -487,10 +488,10 @@ def _add_rewind_commands(commands: argparse._SubParsersAction[_Parser]) -> None:
     rewind = commands.add_parser(
         "rewind",
         help="make an image of a recorded disk as it was at a moment",
-        description="Make a sparse image, or an overlay, of what a disk had at a moment of TRACE, "
-        "which --filter record:file=TRACE,data=yes has made. It takes the image as it was when "
-        "recording began. Neither is changed. The disk may still be recorded. Only the owner can "
-        "read what is made (mode 0600).",
+        description="Make a sparse image, or an overlay, of a disk as it was at a moment of TRACE, "
+        "which --filter record:file=TRACE,data=yes has made. This takes the image as it was when "
+        "recording began, too. Neither TRACE nor that image is changed; the disk may still be "
+        "recorded. Only the owner can read what is made (mode 0600).",
     )
     _add_trace_arguments(rewind)
     rewind.add_argument(
@@ -501,12 +502,14 @@ def _add_rewind_commands(commands: argparse._SubParsersAction[_Parser]) -> None:
         "request was over; seconds since the recording began (12.5s), or a time of the clock "
         "(2026-11-28T07:30:00, or with Z or +02:00); end",
     )
-    rewind.add_argument("-o", "--output", dest="new", metavar="NEW", type=_name, help="the image")
+    rewind.add_argument(
+        "-o", "--output", dest="new", metavar="NEW", type=_name, help="the image to make"
+    )
     rewind.add_argument(
         "--overlay",
         metavar="OVERLAY",
         type=_name,
-        help="make an overlay over the base instead, which has only what differs",
+        help="make an overlay of the base instead, which holds only what differs",
     )
     _add_result_arguments(rewind)
 
@@ -517,10 +520,10 @@ def _add_crashtest(commands: argparse._SubParsersAction[_Parser]) -> None:
         help="try what a power cut could have left of a recorded disk",
         description="Run a command on states of a disk that a power cut could have left, made of "
         "TRACE, which --filter record:file=TRACE,data=yes has made, and of the image as it was "
-        "when recording began. A state has all that was flushed, and of the writes that were not "
-        "any: none, some, in part. The first that fails is printed with the smallest set of such "
-        "writes that shows it, and the exit status is 1. The command may write to its image, "
-        "which is a copy.",
+        "when recording began. A state has all that was flushed, and of the later writes none, "
+        "some, or parts. The first state for which the command fails is printed, with the smallest "
+        "set of those writes for which it does, and the exit status is 1. The command may write to "
+        "its image, which is a copy.",
         epilog="  xen-disk crashtest disk.xdt --base before.raw --check 'e2fsck -fn {}'",
     )
     _add_trace_arguments(crashtest)
@@ -528,16 +531,24 @@ def _add_crashtest(commands: argparse._SubParsersAction[_Parser]) -> None:
         "--check",
         required=True,
         metavar="COMMAND",
-        help="for the shell; {} becomes the path of a raw image. Status 0: this state is good. Its "
-        "environment has XEN_DISK_STATE, XEN_DISK_FLUSH (how many had succeeded), and in seconds "
-        "since 1970 XEN_DISK_TIME (of that flush) and XEN_DISK_UNTIL: what a guest was told "
-        "before that has to be there (empty: to the end)",
+        help="a shell command; {} becomes the path of a raw image. Status 0: the state is good. "
+        "The environment has XEN_DISK_STATE, XEN_DISK_FLUSH (how many had succeeded), and in "
+        "seconds since 1970 XEN_DISK_TIME (of that flush) and XEN_DISK_UNTIL: what a guest was "
+        "told before that has to be there (empty: to the end)",
     )
     crashtest.add_argument(
-        "--limit", type=_count, default=1000, help="try so many states at most (default: 1000)"
+        "--limit",
+        type=_count,
+        default=1000,
+        metavar="N",
+        help="try N states at most (default: 1000)",
     )
     crashtest.add_argument(
-        "--seed", type=_count, default=0, help="choose other states (default: 0)"
+        "--seed",
+        type=_count,
+        default=0,
+        metavar="N",
+        help="another N tries other states (default: 0)",
     )
     crashtest.add_argument(
         "--from",
@@ -554,13 +565,18 @@ def _add_crashtest(commands: argparse._SubParsersAction[_Parser]) -> None:
         "after that flush only these requests, of the last its sectors 0 to 3",
     )
     crashtest.add_argument(
-        "--jobs", "-j", type=_count, help="so many checks at a time (default: one for each CPU)"
+        "--jobs",
+        "-j",
+        type=_count,
+        metavar="N",
+        help="run N checks at a time (default: one for each CPU)",
     )
     crashtest.add_argument(
         "--timeout",
         type=_seconds,
         default=60.0,
-        help="seconds that a check may take; one that takes longer has failed (default: 60)",
+        metavar="SECONDS",
+        help="how long a check may take; one that takes longer has failed (default: 60)",
     )
     crashtest.add_argument(
         "--directory",
@@ -583,7 +599,7 @@ def _add_trace_arguments(parser: _Parser) -> None:
         "--base",
         metavar="IMAGE",
         type=_name,
-        help="what the disk was when recording began: a raw image or block device (default: the "
+        help="the disk as it was when recording began: a raw image or block device (default: the "
         "image that TRACE names, which is followed only if nobody but root and you can have "
         "written TRACE); it is compared with samples in TRACE",
     )
@@ -715,7 +731,7 @@ def _add_connect(commands: argparse._SubParsersAction[_Parser]) -> None:
         type=_seconds,
         default=60,
         metavar="SECONDS",
-        help="with --supervise: the process hangs if it gives no sign of life, or works on one "
+        help="with --supervise: replace a process that gives no sign of life, or works on one "
         "request, for this long; 0: never (default: 60)",
     )
     failure.add_argument(
@@ -782,12 +798,12 @@ def _add_filter(commands: argparse._SubParsersAction[_Parser]) -> None:
     changing = commands.add_parser(
         "filter",
         help="show or change the filters of a disk while the guest uses it",
-        description="Show or change the filters of a disk while the guest uses it. list: the "
-        "filters, the first next to the image, with their settings and what they have done. set: "
-        "change settings, all that are named or none. arm, disarm: have the error filter begin or "
-        "cease to fail requests. cut: have the power of the powercut filter fail. "
-        "FILTER is a filter's name, or its number in the list. Whoever "
-        "takes the disk over has the same settings.",
+        description="Show or change the filters of a disk while the guest uses it. list: "
+        "print the filters, the first next to the image, with their settings and counters. set: "
+        "change settings; if one is wrong, none is changed. arm, disarm: have the error filter "
+        "start or stop failing requests. cut: have the powercut filter cut the power. A process "
+        "that takes the disk over has the same settings.\n\n"
+        "  xen-disk filter myvm xvdb set delay read=50ms write=50ms",
     )
     _add_disk_of_a_guest(changing)
     changing.add_argument(
@@ -796,9 +812,14 @@ def _add_filter(commands: argparse._SubParsersAction[_Parser]) -> None:
         choices=("list", "set", "arm", "disarm", "cut"),
         help="list, set, arm, disarm or cut",
     )
-    changing.add_argument("filter", metavar="FILTER", nargs="?", help="which filter")
     changing.add_argument(
-        "settings", metavar="KEY=VALUE", nargs="*", help="of set: as behind --filter NAME:"
+        "filter", metavar="FILTER", nargs="?", help="a filter's name, or its number in the list"
+    )
+    changing.add_argument(
+        "settings",
+        metavar="KEY=VALUE",
+        nargs="*",
+        help="with set: a setting, as in --filter NAME:KEY=VALUE",
     )
     changing.add_argument("--json", action="store_true", help="print the filters as JSON")
 
@@ -807,9 +828,9 @@ def _add_record(commands: argparse._SubParsersAction[_Parser]) -> None:
     record = commands.add_parser(
         "record",
         help="record what a guest asks of its disk",
-        description="Begin or end to record what a guest asks of a disk that was connected with "
-        "--filter record:on=no, or say whether it is recorded. The guest notices nothing. Without "
-        "a start, that filter costs nothing.",
+        description="Start or stop recording the requests to a disk that was connected with "
+        "--filter record:on=no, or print whether they are recorded. The guest notices nothing. "
+        "Until it is started, that filter costs nothing.",
     )
     _add_disk_of_a_guest(record)
     record.add_argument(
@@ -819,11 +840,14 @@ def _add_record(commands: argparse._SubParsersAction[_Parser]) -> None:
         help="start, stop or status",
     )
     record.add_argument(
-        "file", metavar="FILE", nargs="?", type=_name, help="of start: the trace to make"
+        "file", metavar="FILE", nargs="?", type=_name, help="with start: the trace to make"
     )
     record.add_argument("--data", action="store_true", help="also record what is written")
     record.add_argument(
-        "--ring", type=_size, metavar="SIZE", help="keep the newest so much of the trace: 1G"
+        "--ring",
+        type=_size,
+        metavar="SIZE",
+        help="keep only the newest part of the trace, of this size (at least 64M)",
     )
     record.add_argument("--json", action="store_true", help="print JSON")
 
@@ -896,8 +920,9 @@ def _add_upgrade(commands: argparse._SubParsersAction[_Parser]) -> None:
 
 def _arguments_of(parser: argparse.ArgumentParser) -> list[str]:
     """Name a command's arguments that are not options, as a usage line does."""
+    forms = {"?": "[{}]", "*": "[{}...]"}
     return [
-        f"[{action.metavar}]" if action.nargs == "?" else str(action.metavar)
+        forms.get(str(action.nargs), "{}").format(action.metavar)
         for action in parser._actions
         if not action.option_strings
     ]
@@ -1066,10 +1091,10 @@ def build_parser() -> _Parser:
     commands.add_parser(
         "nbdkit-plugin",
         help="print the path of the plugin by which nbdkit serves any of these disks",
-        description="Print the path of a plugin for nbdkit's Python, by which an NBD server serves "
-        'any disk that connect can give to a guest: nbdkit python "$(xen-disk nbdkit-plugin)" '
-        "path=disk.vhd format=vhd filter=delay:read=0.01. The keys are the options of connect that "
-        "say what disk it is; read-only=yes is one, too.",
+        description="Print the path of a plugin for nbdkit's Python, with which nbdkit serves over "
+        "NBD any disk that connect can give to a guest. Its parameters are the options of connect "
+        "that choose the disk, without --, and read-only=yes.\n\n"
+        '  nbdkit python "$(xen-disk nbdkit-plugin)" path=disk.vhd format=vhd',
     )
 
     asked = commands.add_parser(
