@@ -26,6 +26,14 @@ class TestContract(BackendConformance):
     def open_disk(self, tmp_path):
         return RbdBackend(self.path, conf=self.conf)
 
+    def _in_a_child(self, run):
+        """librados numbers the next client of a forked child as that of its parent (16.2.15).
+
+        Whoever breaks the child's lock then has the cluster shut out both. See
+        ``test_who_takes_over_from_a_killed_process_waits_for_its_lock`` for a process of its own.
+        """
+        pytest.skip("a forked child has the address of its parent's next client")
+
 
 class TestReadOnlyContract(TestContract):
     def open_disk(self, tmp_path):
