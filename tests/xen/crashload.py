@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import closing
 from pathlib import Path
 
 ROUNDS = {"files": 24, "sqlite": 40}
@@ -114,12 +115,11 @@ def check_sqlite(top: Path, noted: list[tuple[str, int]]) -> None:
     """See that no money is lost, and no transaction."""
     if not noted:
         return
-    database = sqlite3.connect(str(top / "bank.db"))
-    assert [("ok",)] == database.execute("PRAGMA integrity_check").fetchall()
-    assert [(TOTAL,)] == database.execute("SELECT sum(money) FROM bank").fetchall()
-    ((number,),) = database.execute("SELECT number FROM count").fetchall()
+    with closing(sqlite3.connect(str(top / "bank.db"))) as database:
+        assert [("ok",)] == database.execute("PRAGMA integrity_check").fetchall()
+        assert [(TOTAL,)] == database.execute("SELECT sum(money) FROM bank").fetchall()
+        ((number,),) = database.execute("SELECT number FROM count").fetchall()
     assert number >= noted[-1][1], f"{number} transactions, {noted[-1][1]} were committed"
-    database.close()
 
 
 def load(kind: str, directory: str, path: str) -> None:
