@@ -260,3 +260,31 @@ def test_a_disk_in_use_is_recorded_from_when_to_when_one_says(tmp_path):
         found, ending = trace(str(tmp_path / name))
         assert [name.encode() * 512] == [each.data for each in found[:-1]]
         assert ending.is_complete
+
+
+def test_a_storage_that_does_not_move_ends_the_recording_and_a_write_waits_no_longer(
+    path, caplog, monkeypatch
+):
+    stuck, ended = threading.Event(), threading.Event()
+    pwritev, stop = os.pwritev, module.Sink._stop
+
+    def wait(*arguments):
+        assert stuck.wait(30)
+        return pwritev(*arguments)
+
+    def stopped(sink, why):
+        stop(sink, why)
+        ended.set()
+
+    monkeypatch.setattr(module, "MAX_WAITING", 1000)
+    monkeypatch.setattr(module, "PATIENCE", 0.05)
+    monkeypatch.setattr(module.os, "pwritev", wait)
+    monkeypatch.setattr(module.Sink, "_stop", stopped)
+    disk = recorded(path, ",data=yes")
+    for number in range(4):
+        write(disk, number * 512, b"x" * 512)
+    assert "has not moved" in caplog.text
+    stuck.set()
+    assert ended.wait(30)
+    disk.close()
+    assert "has not moved" in trace(path)[1].text

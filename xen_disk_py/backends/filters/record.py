@@ -366,6 +366,7 @@ class Sink:
         self.recorded = self.lost = 0
         self._over = writer is None
         self._closing = False
+        self._why = ""
         self._thread: threading.Thread | None = None
         self._starting = threading.Lock()
 
@@ -441,6 +442,8 @@ class Sink:
             if self._over:
                 self._items.clear()
                 self._data.clear()
+                if self._writer is not None and self._writer.fd >= 0:
+                    self._stop(self._why)  # another thread has given up waiting for this one
             if self._closing or self._over:
                 return
 
@@ -497,6 +500,7 @@ class Sink:
         """Record nothing more, and say so, in the trace too if it can be."""
         if self._over:
             return
+        self._why = why
         self._over = True
         self.has_data = False
         self._most = 0
@@ -506,7 +510,7 @@ class Sink:
 
     def _stop(self, why: str) -> None:
         writer = self._writer
-        if writer is not None:
+        if writer is not None and writer.fd >= 0:
             with suppress(OSError):
                 writer.append([event(STOPPED, _now() - self.clock, text=why)])
                 writer.sync()
