@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import platform
 import re
 import select
 import shlex
@@ -31,6 +32,7 @@ SAVE_SECONDS = 300
 KERNEL_OPTIONS = (
     "console=hvc0 quiet mitigations=off nokaslr cryptomgr.notests random.trust_cpu=on nosoftlockup"
 )
+IS_ARM = platform.machine() == "aarch64"
 _BOOTS = 3
 _numbers = itertools.count(1)
 
@@ -222,6 +224,7 @@ class Guest(Shell):
         paused: bool = False,
         name: str | None = None,
     ) -> None:
+        kind = "pvh" if IS_ARM else kind  # Xen knows but one kind there
         self.kind = kind
         self.name = name or f"{kind}-{next(_numbers)}"
         self.domid = -1

@@ -7,18 +7,14 @@ from __future__ import annotations
 import lzma
 import stat
 import struct
-import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-LIBRARY_DIRECTORIES = (
-    "usr/lib/x86_64-linux-gnu",
-    "usr/lib/x86_64-linux-gnu/ceph",
-    "usr/lib",
-    "lib/x86_64-linux-gnu",
-)
-LOADER = "lib64/ld-linux-x86-64.so.2"
+from .architecture import Architecture
+
+PT_LOAD, PT_DYNAMIC = 1, 2
+DT_NEEDED, DT_STRTAB = 1, 5
 
 
 @dataclass
@@ -86,43 +82,57 @@ def add_busybox(tree: Tree, root: Path) -> None:
     """Add the static busybox and a link for each of its applets."""
     binary = root / "usr/bin/busybox"
     tree.file("bin/busybox", binary.read_bytes())
-    applets = subprocess.run(
-        [str(binary), "--list"], check=True, capture_output=True, text=True
-    ).stdout.split()
-    for applet in applets:
+    for applet in _applets(binary.read_bytes()):
         if applet != "busybox":
             tree.link(f"bin/{applet}", "/bin/busybox")
     tree.link("sbin", "bin")
 
 
-def add_programs(tree: Tree, root: Path, programs: Iterable[str]) -> None:
-    """Add programs of ``root`` and the libraries they need, as the loader of that root resolves
-    them.
-    """
-    loader = root / LOADER
-    search = ":".join(str(root / directory) for directory in LIBRARY_DIRECTORIES)
-    tree.file(LOADER, loader.read_bytes())
+def _applets(binary: bytes) -> list[str]:
+    """Return what a busybox, of whatever architecture, can be called: a sorted table of names."""
+    start = binary.index(b"[\0[[\0")
+    return binary[start : binary.index(b"\0\0", start)].decode().split("\0")
+
+
+def add_programs(
+    tree: Tree, root: Path, programs: Iterable[str], architecture: Architecture
+) -> None:
+    """Add programs of ``root`` and the libraries they need."""
+    tree.file(architecture.loader, (root / architecture.loader).read_bytes())
+    libraries = f"usr/lib/{architecture.triplet}"
+    search = [root / libraries, root / libraries / "ceph", root / "usr/lib"]
     for program in programs:
-        tree.file(f"opt/bin/{program.rpartition('/')[2]}", (root / program).read_bytes())
-        listing = subprocess.run(
-            [
-                str(loader),
-                "--inhibit-cache",
-                "--library-path",
-                search,
-                "--list",
-                str(root / program),
-            ],
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout
-        for line in listing.splitlines():
-            name, arrow, rest = line.strip().partition(" => ")
-            if arrow and rest.startswith("/"):
-                tree.file(
-                    f"lib/x86_64-linux-gnu/{name}", Path(rest.rpartition(" (")[0]).read_bytes()
-                )
+        content = (root / program).read_bytes()
+        tree.file(f"opt/bin/{program.rpartition('/')[2]}", content)
+        needed = _needed(content)
+        while needed:
+            name = needed.pop()
+            target = f"lib/{architecture.triplet}/{name}"
+            if target in tree.entries or architecture.loader.endswith(name):
+                continue
+            content = next(
+                path for path in (d / name for d in search) if path.exists()
+            ).read_bytes()
+            tree.file(target, content)
+            needed += _needed(content)
+
+
+def _needed(elf: bytes) -> list[str]:
+    """Return the libraries that a 64-bit little-endian ELF file names (elf(5))."""
+    (headers,) = struct.unpack_from("<Q", elf, 32)
+    size, count = struct.unpack_from("<HH", elf, 54)
+    loads, dynamic = [], None
+    for at in range(headers, headers + size * count, size):
+        kind, _, offset, address, _, length = struct.unpack_from("<IIQQQQ", elf, at)
+        if kind == PT_LOAD:
+            loads.append((offset, address, length))
+        elif kind == PT_DYNAMIC:
+            dynamic = elf[offset : offset + length]
+    tags = list(struct.iter_unpack("<QQ", dynamic or b""))
+    table = next((value for tag, value in tags if tag == DT_STRTAB), 0)
+    strings = next((o + table - a for o, a, length in loads if a <= table < a + length), 0)
+    starts = [strings + value for tag, value in tags if tag == DT_NEEDED]
+    return [elf[start : elf.index(b"\0", start)].decode() for start in starts]
 
 
 class Modules:

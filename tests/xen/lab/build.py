@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from .architecture import Architecture
 from .archive import Modules, Tree, add_busybox, add_programs, unpack_kernel
 from .machine import LabError, save_machine
 from .recipe import EXCLUDED_PATHS, HERE, Suite, build_directory, cache_root
@@ -29,18 +30,15 @@ DISK_SIZE = "3G"
 GUEST_DISK_SIZE = "64M"
 GUEST_PROGRAMS = ("usr/sbin/mke2fs", "usr/sbin/e2fsck", "usr/sbin/blkdiscard")
 GUEST_MODULES = ("xen_blkfront", "ext4")
-DOM0_MODULES = ("virtio_pci", "virtio_blk", "ext4")
 # ext4 asks for the checksum by name at run time, so modules.dep does not tell.
 CHECKSUMS = ("crc32c_generic", "crc32c_cryptoapi", "libcrc32c")
 
 HOST_PROGRAMS = {
-    "qemu-system-x86_64": "qemu-system-x86",
     "mmdebstrap": "mmdebstrap",
     "mkfs.ext4": "e2fsprogs",
     "tar": "tar",
 }
 HOST_FILES = {
-    "/usr/share/seabios/bios-256k.bin": "seabios",
     "/usr/share/keyrings/debian-archive-keyring.gpg": "debian-archive-keyring",
 }
 
@@ -50,11 +48,13 @@ def say(text: str) -> None:
     print(f"lab: {text}", file=sys.stderr, flush=True)
 
 
-def ensure_host_packages() -> None:
+def ensure_host_packages(architecture: Architecture) -> None:
     """Install what this machine lacks when that is possible, or say which command does."""
     os.environ["PATH"] += ":/usr/local/sbin:/usr/sbin:/sbin"
-    missing = {package for program, package in HOST_PROGRAMS.items() if not shutil.which(program)}
-    missing |= {package for path, package in HOST_FILES.items() if not Path(path).exists()}
+    programs = {**HOST_PROGRAMS, **dict(architecture.host_programs)}
+    files = {**HOST_FILES, **dict(architecture.host_files)}
+    missing = {package for program, package in programs.items() if not shutil.which(program)}
+    missing |= {package for path, package in files.items() if not Path(path).exists()}
     if not missing:
         return
     packages = sorted(missing)
@@ -85,9 +85,9 @@ def _locked(path: Path) -> Iterator[None]:
 def ensure_build(suite: Suite) -> Path:
     """Return the directory of a finished build, making it first when it is not there."""
     place = build_directory(suite)
+    ensure_host_packages(suite.architecture)
     if (place / "disk").exists():
         return place
-    ensure_host_packages()
     with _locked(cache_root() / f"{suite.name}.lock"):
         if (place / "disk").exists():
             return place
@@ -101,9 +101,9 @@ def ensure_build(suite: Suite) -> Path:
             finished.mkdir()
             root = work / "root"
             _install_packages(suite, root, work)
-            _fill(root, finished, work)
+            _fill(suite.architecture, root, finished, work)
             shutil.rmtree(root)
-            _save(finished)
+            _save(finished, suite.architecture)
             finished.rename(place)
             _forget_old(suite)
         finally:
@@ -118,6 +118,13 @@ def _forget_old(suite: Suite) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
+# What cannot run here is only unpacked; what its scripts would have done, nobody misses.
+_VARIANT = {
+    False: ("--variant=apt",),
+    True: ("--variant=extract", "--hook-dir=/usr/share/mmdebstrap/hooks/merged-usr"),
+}
+
+
 def _install_packages(suite: Suite, root: Path, work: Path) -> None:
     say(f"installing {len(suite.packages)} Debian packages and what they need (2 to 5 minutes)")
     root.mkdir()
@@ -127,11 +134,12 @@ def _install_packages(suite: Suite, root: Path, work: Path) -> None:
         "mmdebstrap",
         "--quiet",
         "--format=tar",
-        "--variant=apt",
+        *_VARIANT[suite.architecture.is_foreign],
+        f"--architectures={suite.architecture.name}",
         f"--include={','.join(suite.packages)}",
         '--aptopt=Acquire::Languages "none"',
         *excludes,
-        suite.name,
+        suite.release,
         "-",
     ]
     log = work / "mmdebstrap.log"
@@ -164,38 +172,51 @@ def _only(directory: Path, pattern: str) -> Path:
     return found[0]
 
 
-def _fill(root: Path, build: Path, work: Path) -> None:
+def _unzipped(content: bytes) -> bytes:
+    return gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content
+
+
+def _fill(architecture: Architecture, root: Path, build: Path, work: Path) -> None:
     say("unpacking kernel and hypervisor, making the guests")
     image = HERE / "image"
     kernel = unpack_kernel(_only(root / "boot", "vmlinuz-*").read_bytes())
     (build / "vmlinuz").write_bytes(kernel)
-    (build / "xen").write_bytes(
-        gzip.decompress(_only(root / "boot", "xen-*-amd64.gz").read_bytes())
-    )
+    hypervisor = _only(root / "boot", architecture.hypervisor)
+    (build / "xen").write_bytes(_unzipped(hypervisor.read_bytes()))
+    if architecture.is_foreign:  # what packages' scripts do that could not be run
+        shutil.rmtree(root / "var/run", ignore_errors=True)
+        (root / "var/run").symlink_to("/run")
+        for name in ("mnt", "root", "tmp", "proc", "sys", "run"):
+            (root / name).mkdir(exist_ok=True)
+        for name in ("passwd", "group"):
+            shutil.copy(root / f"usr/share/base-passwd/{name}.master", root / "etc" / name)
+        version = _only(root / "usr/lib/modules", "*").name
+        subprocess.run(["depmod", "-b", str(root), version], check=True)
     modules = Modules(root)
 
     initrd = Tree()
     add_busybox(initrd, root)
-    modules.add(initrd, DOM0_MODULES, optional=CHECKSUMS)
+    modules.add(initrd, architecture.dom0_modules, optional=CHECKSUMS)
     initrd.console()
     initrd.file("init", (image / "dom0-initrd").read_bytes())
     for directory in ("proc", "sys", "root"):
         initrd.directory(directory)
     (build / "initrd").write_bytes(initrd.cpio())
+    architecture.prepare(build)
 
     lab = root / "opt/lab"
     lab.mkdir(parents=True)
     guest_init = (image / "guest-init").read_bytes()
     shutil.copy(image / "dom0-init", lab / "init")
     (lab / "vmlinuz").write_bytes(kernel)
-    guest = _guest_tree(root, GUEST_PROGRAMS)
+    guest = _guest_tree(architecture, root)
     modules.add(guest, GUEST_MODULES, optional=CHECKSUMS)
     guest.file("init", guest_init)
     (lab / "guest.cpio").write_bytes(guest.cpio())
-    add_programs(guest, root, ["usr/bin/fio"])
+    add_programs(guest, root, ["usr/bin/fio"], architecture)
     (lab / "guest-fio.cpio").write_bytes(guest.cpio())
 
-    disk = _guest_tree(root, GUEST_PROGRAMS)
+    disk = _guest_tree(architecture, root)
     disk.file("bin/init", guest_init)
     disk.file("lab-root", b"", 0o644)
     guest_root = work / "guest-root"
@@ -209,10 +230,10 @@ def _fill(root: Path, build: Path, work: Path) -> None:
     _make_image(root, build / "disk", DISK_SIZE)
 
 
-def _guest_tree(root: Path, programs: tuple[str, ...]) -> Tree:
+def _guest_tree(architecture: Architecture, root: Path) -> Tree:
     tree = Tree()
     add_busybox(tree, root)
-    add_programs(tree, root, programs)
+    add_programs(tree, root, GUEST_PROGRAMS, architecture)
     tree.console()
     for directory in ("proc", "sys", "root", "tmp", "mnt", "etc"):
         tree.directory(directory)
@@ -241,10 +262,10 @@ def _make_image(directory: Path, image: Path, size: str) -> None:
         raise LabError(f"mkfs.ext4 could not make {image.name}: {result.stderr.strip()}")
 
 
-def _save(build: Path) -> None:
+def _save(build: Path, architecture: Architecture) -> None:
     say("booting once, to save the running machine for fast starts (about a minute)")
     try:
-        save_machine(build)
+        save_machine(build, architecture)
     except LabError as error:
         for name in ("memory", "state"):
             (build / name).unlink(missing_ok=True)

@@ -17,9 +17,10 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from .build import ensure_build, ensure_host_packages, say
+from .architecture import CPUS
+from .build import ensure_build, say
 from .machine import BootError, LabError, Machine, Relay
-from .recipe import CHECKOUT, CPUS, DEFAULT_SUITE, HERE, SUITES
+from .recipe import CHECKOUT, DEFAULT_SUITE, HERE, SUITES
 from .stage import write_stage
 
 BOOT_ATTEMPTS = 3
@@ -44,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
         "--suite",
         choices=[*sorted(SUITES), ALL],
         default=DEFAULT_SUITE,
-        help="which Debian, so which Xen; all: one after another (test and build)",
+        help="which Debian, so which Xen; all: those for x86, one after another (test and build)",
     )
     common.add_argument(
         "--cold",
@@ -143,8 +144,8 @@ def _run_job(
     environment: dict[str, str],
     results: Path,
 ) -> int:
-    ensure_host_packages()
-    build = ensure_build(SUITES[arguments.suite])
+    suite = SUITES[arguments.suite]
+    build = ensure_build(suite)
     share = Path(tempfile.mkdtemp(prefix="xen-lab-share-"))
     try:
         _job_directory(share, mode, command, {**environment, "LAB_CPUS": str(arguments.cpus)})
@@ -155,7 +156,11 @@ def _run_job(
             started = time.monotonic()
             try:
                 with Machine(
-                    build, share=share, log=share / "results/console.log", resume=resume
+                    build,
+                    suite.architecture,
+                    share=share,
+                    log=share / "results/console.log",
+                    resume=resume,
                 ) as machine:
                     machine.begin()
                     seconds = time.monotonic() - started
@@ -209,7 +214,8 @@ def _run_tests(arguments: argparse.Namespace, what: Sequence[str]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command of the lab and return its exit status."""
     arguments, extra = _parser().parse_known_args(argv)
-    suites = sorted(SUITES) if arguments.suite == ALL else [arguments.suite]
+    whole = [name for name, suite in sorted(SUITES.items()) if not suite.architecture.is_foreign]
+    suites = whole if arguments.suite == ALL else [arguments.suite]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the machine ends with us
     try:
         if extra and arguments.command != "test":
@@ -217,7 +223,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.suite == ALL and arguments.command not in ("test", "build"):
             _parser().error("--suite all is for test and build")
         if arguments.command == "build":
-            ensure_host_packages()
             for suite in suites:
                 say(f"ready: {ensure_build(SUITES[suite])}")
             return 0

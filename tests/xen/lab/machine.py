@@ -26,9 +26,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Callable, Union
 
-from .recipe import CPUS, DOM0_OPTIONS, MACHINE_MEMORY, QEMU_CPU, XEN_OPTIONS
+from .architecture import Architecture
 
-QEMU = "qemu-system-x86_64"
 END_MARK = b"\x1elab-done "
 START_SECONDS = 120
 BOOT_SECONDS = 600
@@ -62,6 +61,7 @@ class Machine:
     def __init__(
         self,
         build: Path,
+        architecture: Architecture,
         *,
         share: Path | None = None,
         log: Path | None = None,
@@ -69,6 +69,7 @@ class Machine:
         save: bool = False,
     ) -> None:
         self.build = build
+        self._architecture = architecture
         self.resumed = resume
         self.directory = Path(tempfile.mkdtemp(prefix="xen-lab-"))
         self.log = log or self.directory / "console.log"
@@ -104,27 +105,27 @@ class Machine:
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def _command(self) -> list[str]:
-        memory = f"memory-backend-ram,id=ram,size={MACHINE_MEMORY}"
+        machine = self._architecture
+        device = machine.device
+        memory = f"memory-backend-ram,id=ram,size={machine.memory}"
         if self._save or self.resumed:
             share = "on" if self._save else "off"
             file = f"mem-path={self.build / 'memory'},share={share}"
-            memory = f"memory-backend-file,id=ram,size={MACHINE_MEMORY},{file}"
+            memory = f"memory-backend-file,id=ram,size={machine.memory},{file}"
         snapshot = "off" if self._save else "on"
         command = [
-            *(QEMU, "-nodefaults", "-no-reboot", "-display", "none"),
-            *("-object", memory, "-machine", "q35,memory-backend=ram", "-m", MACHINE_MEMORY),
-            *("-accel", "tcg,thread=multi", "-cpu", QEMU_CPU, "-smp", str(CPUS)),
-            *("-kernel", str(self.build / "xen"), "-append", XEN_OPTIONS),
-            *("-initrd", f"{self.build / 'vmlinuz'} {DOM0_OPTIONS},{self.build / 'initrd'}"),
+            *(machine.qemu, "-nodefaults", "-no-reboot", "-display", "none"),
+            *("-object", memory, *machine.machine("ram", self.build)),
             *("-serial", f"file:{self.log}"),
             *(
                 "-drive",
                 f"file={self.build / 'disk'},if=none,id=disk,format=raw,cache=unsafe,"
                 f"snapshot={snapshot}",
             ),
-            *("-device", "virtio-blk-pci,drive=disk"),
-            *("-virtfs", f"local,path={self._share},mount_tag=share,security_model=none"),
-            *("-device", "virtio-rng-pci", "-device", "virtio-serial-pci"),
+            *("-device", f"{device('blk')},drive=disk"),
+            *("-fsdev", f"local,id=share,path={self._share},security_model=none"),
+            *("-device", f"{device('9p')},fsdev=share,mount_tag=share"),
+            *("-device", device("rng"), "-device", device("serial")),
             *(
                 "-chardev",
                 f"socket,id=qmp,path={self.directory}/qmp",
@@ -349,11 +350,11 @@ class Relay:
             os.write(self._screen, self._terminal.recv(65536))
 
 
-def save_machine(build: Path) -> None:
+def save_machine(build: Path, architecture: Architecture) -> None:
     """Boot the build until dom0's services are up and save that state in its directory."""
     for attempt in (1, 2, 3):
         try:
-            with Machine(build, save=True, log=build / "boot.log") as machine:
+            with Machine(build, architecture, save=True, log=build / "boot.log") as machine:
                 machine.expect("ready", BOOT_SECONDS)
                 time.sleep(1)
                 machine.save()

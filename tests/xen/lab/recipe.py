@@ -9,25 +9,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from .architecture import AMD64, ARM64, Architecture
+
 HERE = Path(__file__).resolve().parent
 CHECKOUT = HERE.parents[2]
-
-MACHINE_MEMORY = "5G"
-DOM0_MEMORY = "3G"
-CPUS = 2
-
-# "-cpu max" crashes a PV dom0 at its first instruction; SVM with nested paging is what PVH guests
-# need.
-QEMU_CPU = "qemu64,+svm,+npt"
-
-XEN_OPTIONS = (
-    f"dom0_mem={DOM0_MEMORY},max:{DOM0_MEMORY} dom0_max_vcpus={CPUS} com1=115200,8n1 console=com1 "
-    "spec-ctrl=no bootscrub=0 loglvl=all guest_loglvl=all"
-)
-DOM0_OPTIONS = (
-    "console=hvc0 quiet mitigations=off nokaslr cryptomgr.notests random.trust_cpu=on "
-    "rcupdate.rcu_expedited=1 net.ifnames=0"
-)
 
 PACKAGES = (
     "mount",
@@ -36,11 +21,8 @@ PACKAGES = (
     "iproute2",
     "procps",
     "util-linux",
-    "linux-image-amd64",
     "xenstore-utils",
-    "qemu-system-xen",
     "qemu-utils",
-    "grub-xen-host",
     "python3",
     "python3-pytest",
     "python3-pytest-timeout",
@@ -89,26 +71,37 @@ EXCLUDED_PATHS = (
 
 @dataclass(frozen=True)
 class Suite:
-    """A Debian release and the Xen in it."""
+    """A Debian release on an architecture, and the Xen in it."""
 
     name: str
+    release: str
     xen: str
     linux: str
+    architecture: Architecture = AMD64
 
     @property
     def packages(self) -> tuple[str, ...]:
         """Everything dom0's root file system is made from."""
-        return (*PACKAGES, f"xen-hypervisor-{self.xen}-amd64", f"xen-utils-{self.xen}")
+        architecture = self.architecture
+        return (
+            *PACKAGES,
+            *architecture.packages,
+            f"linux-image-{architecture.name}",
+            f"xen-hypervisor-{self.xen}-{architecture.name}",
+            f"xen-utils-{self.xen}",
+        )
 
 
 SUITES = {
-    "bookworm": Suite("bookworm", xen="4.17", linux="6.1"),
-    "trixie": Suite("trixie", xen="4.20", linux="6.12"),
+    "bookworm": Suite("bookworm", "bookworm", xen="4.17", linux="6.1"),
+    "trixie": Suite("trixie", "trixie", xen="4.20", linux="6.12"),
+    "arm64": Suite("arm64", "trixie", xen="4.20", linux="6.12", architecture=ARM64),
 }
 DEFAULT_SUITE = "bookworm"
 
 # The files whose content decides what a build contains.
 RECIPE_FILES = (
+    "architecture.py",
     "recipe.py",
     "archive.py",
     "build.py",
