@@ -898,6 +898,39 @@ def _add_list_and_top(commands: argparse._SubParsersAction[_Parser]) -> None:
     )
 
 
+def _address(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    if not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not ADDR:PORT, such as 127.0.0.1:9808")
+    return host.strip("[]") or "127.0.0.1", int(port)
+
+
+def _add_metrics(commands: argparse._SubParsersAction[_Parser]) -> None:
+    metrics = commands.add_parser(
+        "metrics",
+        help="print what all disks of this host have done, for Prometheus",
+        description="Print counters and histograms of latency of each disk that this host serves "
+        "in Prometheus' text format, write them to a file, or serve them by HTTP. Reads the "
+        "records of the processes, which takes root; locks and changes nothing. Needs "
+        "prometheus_client.",
+    )
+    where = metrics.add_mutually_exclusive_group()
+    where.add_argument(
+        "-o",
+        "--output",
+        type=_filled,
+        metavar="FILE",
+        help="replace FILE at once, for node_exporter's textfile collector, which reads *.prom",
+    )
+    where.add_argument(
+        "--listen",
+        type=_address,
+        metavar="ADDR:PORT",
+        help="serve them there until a signal; without ADDR on 127.0.0.1, whose users all may "
+        "read them",
+    )
+
+
 def _add_upgrade(commands: argparse._SubParsersAction[_Parser]) -> None:
     upgrade = commands.add_parser(
         "upgrade",
@@ -965,6 +998,7 @@ def build_parser() -> _Parser:
     _add_connect(commands)
 
     _add_list_and_top(commands)
+    _add_metrics(commands)
 
     disconnect = commands.add_parser(
         "disconnect",
