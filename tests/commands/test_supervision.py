@@ -89,10 +89,11 @@ def test_what_a_guest_wrote_survives(host, supervise, memory, image):
     before = image.read_bytes()
     process, frontend = supervise("--path", image, "--json")
     frontend.write(4096, NEW)
-    for _ in range(2):
+    for number in (1, 2):
         kill(host)
         assert NEW == frontend.read(4096, len(NEW))
         assert 1 == len(os.listdir(memory))
+        host.until(lambda: process.err.count("takes over\n") == number)  # noqa: B023 - called now
     assert ExitStatus.OK == unplug(host, process, frontend)
     assert ([], [], before) == (os.listdir(memory), os.listdir(host.records), image.read_bytes())
     (line,) = process.out.splitlines()

@@ -1759,6 +1759,7 @@ def test_of_large_neighbours_that_fail_together_each_is_done_by_itself(
     host.until(lambda: counted(line, "in_flight", "held") == (0, 0))
 
 
+@pytest.mark.usefixtures("clock")  # else late ones are published, too
 def test_answers_are_published_amid_a_batch(host, monkeypatch):
     """A guest that asks for much can work with the first of it."""
     monkeypatch.setattr(queue_module, "_PUBLISH", 64 << 10)
@@ -2829,6 +2830,7 @@ def test_what_an_asynchronous_backend_cannot_begin_is_an_error_of_that_request(h
     line.kick()
     assert [Response(0, READ, ERROR)] == line.responses(1)
     assert "no idea" in caplog.text
+    host.until(lambda: many.begun)
     many.end(4096)
     assert [Response(1, READ, OKAY)] == line.responses(1)
     assert 0 == many.unfinished
