@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -15,12 +13,10 @@ from typing import Callable, NamedTuple, Union
 
 from xen_disk_py.host.forkserver import ForkServer, Process
 from xen_disk_py.simulated.frontend import Frontend
-from xen_disk_py.simulated.hypervisor import SimulatedGuest, SimulatedMachine
-from xen_disk_py.simulated.xenstored import SimulatedXenstored
+from xen_disk_py.simulated.hypervisor import SimulatedMachine
 from xen_disk_py.xenbus.vdev import from_number
-from xen_disk_py.xenbus.xenstore import Store
 
-from .workload import GUEST, await_device, cpu_seconds
+from .workload import GUEST, await_device, cpu_seconds, simulated_host
 
 _EXTENDED = 1 << 28
 _FIRST = 30  # no name of it is in the old numbering
@@ -51,14 +47,7 @@ def fleet(count: int, image: str, *, forks: bool) -> Fleet:
         forks: start each as ``serve`` does; otherwise as a shell would.
     """
     with ExitStack() as stack:
-        records = stack.enter_context(tempfile.TemporaryDirectory(prefix="xen_disk_py-bench-"))
-        xenstored = stack.enter_context(SimulatedXenstored())
-        xenstored.add_domain(GUEST, "bench", "00000000-0000-4000-8000-000000000001")
-        machine = stack.enter_context(SimulatedMachine(domid=GUEST))
-        guest = stack.enter_context(SimulatedGuest(machine))
-        store = stack.enter_context(Store.open(xenstored.socket_path(GUEST)))
-        program = [sys.executable, "-m", "benchmarks.serve"]
-        program += [machine.address, xenstored.socket_path(0), records]
+        machine, guest, store, _, program = simulated_host(stack)
         start = _forks(program, machine, stack) if forks else _processes(program, machine)
         begun = time.perf_counter()
         processes, frontends = [], []

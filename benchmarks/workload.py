@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, TextIO
+from typing import Callable, NamedTuple, TextIO
 
 from xen_disk_py.blkif import (
     MAX_SEGMENTS,
@@ -295,6 +295,37 @@ class ServedDisk:
         return {f[0][:-1]: int(f[1]) << 10 for f in fields if f[0].startswith(("VmRSS", "Rss"))}
 
 
+class Host(NamedTuple):
+    """A simulated host with one guest.
+
+    Attributes:
+        machine: its memory.
+        guest: shares pages, opens ports.
+        store: xenstore, as the guest sees it.
+        records: a directory.
+        program: the command line that serves there, to be followed by what ``connect`` takes.
+    """
+
+    machine: SimulatedMachine
+    guest: SimulatedGuest
+    store: Store
+    records: str
+    program: list[str]
+
+
+def simulated_host(stack: ExitStack) -> Host:
+    """Make a host, which goes with the stack."""
+    records = stack.enter_context(tempfile.TemporaryDirectory(prefix="xen_disk_py-bench-"))
+    xenstored = stack.enter_context(SimulatedXenstored())
+    xenstored.add_domain(GUEST, "bench", "00000000-0000-4000-8000-000000000001")
+    machine = stack.enter_context(SimulatedMachine(domid=GUEST))
+    guest = stack.enter_context(SimulatedGuest(machine))
+    store = stack.enter_context(Store.open(xenstored.socket_path(GUEST)))
+    program = [sys.executable, "-m", "benchmarks.serve"]
+    program += [machine.address, xenstored.socket_path(0), records]
+    return Host(machine, guest, store, records, program)
+
+
 @contextmanager
 def served(*arguments: str, pages: int = _PAGES) -> Iterator[ServedDisk]:
     """Serve a disk on a simulated host of its own.
@@ -304,20 +335,13 @@ def served(*arguments: str, pages: int = _PAGES) -> Iterator[ServedDisk]:
         pages: of the largest request to be sent.
     """
     with ExitStack() as stack:
-        records = stack.enter_context(tempfile.TemporaryDirectory(prefix="xen_disk_py-bench-"))
-        xenstored = stack.enter_context(SimulatedXenstored())
-        xenstored.add_domain(GUEST, "bench", "00000000-0000-4000-8000-000000000001")
-        machine = stack.enter_context(SimulatedMachine(domid=GUEST))
-        guest = stack.enter_context(SimulatedGuest(machine))
-        store = stack.enter_context(Store.open(xenstored.socket_path(GUEST)))
+        machine, guest, store, records, program = simulated_host(stack)
         directory = f"/local/domain/{GUEST}/device/vbd/{VDEV}"
         store.watch(directory)
-        program = [sys.executable, "-m", "benchmarks.serve"]
-        where = [machine.address, xenstored.socket_path(0), records]
         said = stack.enter_context((Path(records) / "stderr").open("w+"))
         start = time.perf_counter()
         process = subprocess.Popen(
-            [*program, *where, str(GUEST), "--json", "--quiet", *arguments],
+            [*program, str(GUEST), "--json", "--quiet", *arguments],
             stdout=subprocess.PIPE,
             stderr=said,
             text=True,
