@@ -240,4 +240,4 @@ def test_without_prometheus_client_it_says_what_to_do(run, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", absent)
     status, _, err = run()
     assert ExitStatus.ERROR == status
-    assert "pip install 'xen_disk_py[metrics]'" in " ".join(err.split())
+    assert "pip install prometheus_client" in " ".join(err.split())

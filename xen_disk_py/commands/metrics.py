@@ -55,7 +55,7 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
         import prometheus_client  # noqa: F401 - whether it is there
     except ImportError as error:
         raise XenUnavailable(
-            f"metrics needs prometheus_client ({error}): pip install 'xen_disk_py[metrics]'"
+            f"metrics needs prometheus_client ({error}): pip install prometheus_client"
         ) from error
     if args.listen is not None:
         _serve(args.listen, env)

@@ -132,7 +132,7 @@ def _figure(picture: Picture, title: str) -> Figure:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise XenUnavailable(
-            f"a picture in a file needs matplotlib ({error}): pip install 'xen_disk_py[plot]', or "
+            f"a picture in a file needs matplotlib ({error}): pip install matplotlib, or "
             "leave out -o for one in the terminal"
         ) from error
     mpl.rcParams["svg.hashsalt"] = "xen-disk"  # the same picture is the same file
