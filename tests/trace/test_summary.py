@@ -12,7 +12,7 @@ from xen_disk_py.trace.histogram import Histogram
 from xen_disk_py.trace.reuse import ReuseDistance
 from xen_disk_py.trace.summary import Summary
 
-SIZE = 1 << 30
+SIZE = 1 << 20  # the requests below fit in
 RECORDS = st.lists(
     st.tuples(
         st.sampled_from([READ, WRITE, FLUSH, DISCARD]),

@@ -12,10 +12,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Callable
 
-from .guest import PATIENCE, RESULTS, Shell, sh
+from .guest import LAB, PATIENCE, RESULTS, START_SECONDS, Guest, Shell, no_errors, sh
 
+GOLD = LAB / "guest-root.ext4"
+"""An image that a guest boots from, with ``lab.root=xvda`` on its kernel's command line."""
 PROGRAM = (sys.executable, "-m", "xen_disk_py")
 WAITING = ("connect", "disconnect", "resize", "upgrade")
 """Commands that wait, for as long as they are told."""
@@ -293,6 +295,48 @@ def block_nodes(domid: int) -> dict[str, str]:
     ):
         nodes.update(xenstore_snapshot(path))
     return nodes
+
+
+def wait_offered(disk: Disk, timeout: float = PATIENCE) -> None:
+    """Wait until the guest, which cannot answer yet, would find the disk."""
+    deadline = time.monotonic() + timeout
+    while not any("/device/vbd/" in path for path in block_nodes(disk.guest.domid)):
+        if disk.process.poll() is not None or time.monotonic() > deadline:
+            raise DiskError(f"not in xenstore after {timeout} s: {disk.describe()}")
+        time.sleep(0.2)
+
+
+def boot_and_write(
+    new_guest: Callable[..., Guest], connect: Callable[..., Disk], *arguments: str | Path
+) -> None:
+    """Have a guest boot from a disk, change files on it, read them again, and power off.
+
+    Created paused, connected, unpaused: the disk is there before its kernel starts.
+
+    Args:
+        new_guest: the fixture.
+        connect: the fixture.
+        arguments: the disk, as ``connect`` takes it; it has the files of :data:`GOLD`.
+    """
+    before = xenstore_snapshot()
+    guest = new_guest("pv", paused=True, cmdline="lab.root=xvda")
+    boot = ("--vdev", "xvda", "--timeout", str(START_SECONDS))
+    disk = connect(guest, *arguments, *boot, wait=False)
+    wait_offered(disk)
+    guest.unpause()
+    disk.wait_connected(START_SECONDS)
+    guest.wait_ready()
+    assert "/dev/xvda / ext4 rw" in guest.check("cat /proc/mounts"), disk.describe()
+    guest.check("echo from the guest > /new && cp /new /sbin/new && rm /lab-root && sync")
+    guest.check("echo 3 > /proc/sys/vm/drop_caches")
+    assert guest.check("cat /new /sbin/new") == "from the guest\n" * 2
+    assert guest.run("ls /lab-root")[0] != 0
+    assert no_errors(guest), guest.dmesg()
+    guest.shutdown()
+    guest.wait_dead()
+    assert disk.wait() == 0, disk.describe()
+    assert block_nodes(guest.domid) == {}
+    assert left_over(before) == {}
 
 
 def sweep(domid: int, before: set[str]) -> None:

@@ -56,6 +56,11 @@ def sh(*command: str, timeout: float = PATIENCE, check: bool = True) -> str:
     return output
 
 
+def no_errors(guest: Shell) -> bool:
+    """Tell whether the guest's kernel knows of no error of any disk."""
+    return not re.search("I/O error|blkfront.*(fail|error)|EXT4-fs.*error", guest.dmesg())
+
+
 class Shell:
     """What a guest and dom0 have in common: commands, background jobs and block devices."""
 

@@ -17,11 +17,10 @@ from typing import Callable
 
 import pytest
 
-from .disk import Disk, block_nodes, left_over, xen_disk, xenstore_snapshot
-from .guest import PATIENCE, START_SECONDS, Dom0, Guest, sh
-from .test_boot import GOLD, wait_offered
+from .disk import GOLD, Disk, boot_and_write, xen_disk
+from .guest import PATIENCE, Dom0, Guest, no_errors, sh
 from .test_integrity import digest, leave, mounted, mounted_in
-from .test_reliability import ext4_load, kill, no_errors, worker
+from .test_reliability import ext4_load, kill, worker
 
 Connect = Callable[..., Disk]
 NewGuest = Callable[..., Guest]
@@ -103,27 +102,6 @@ def make_chain(directory: Path, base: str) -> Path:
     return top
 
 
-def boot_and_write(guest: Guest, connect: Connect, *arguments: str | Path) -> None:
-    """Have a guest boot from a disk, change files on it, read them again, and power off."""
-    before = xenstore_snapshot()
-    boot = ("--vdev", "xvda", "--timeout", str(START_SECONDS))
-    disk = connect(guest, *arguments, *boot, wait=False)
-    wait_offered(disk)
-    guest.unpause()
-    disk.wait_connected(START_SECONDS)
-    guest.wait_ready()
-    assert "/dev/xvda / ext4 rw" in guest.check("cat /proc/mounts"), disk.describe()
-    guest.check("echo from the guest > /new && cp /new /sbin/new && rm /lab-root && sync")
-    guest.check("echo 3 > /proc/sys/vm/drop_caches")
-    assert guest.check("cat /new /sbin/new") == "from the guest\n" * 2
-    assert no_errors(guest), guest.dmesg()
-    guest.shutdown()
-    guest.wait_dead()
-    assert disk.wait() == 0, disk.describe()
-    assert block_nodes(guest.domid) == {}
-    assert left_over(before) == {}
-
-
 def check_written(image: Path, place: Path) -> None:
     """See that a raw image has what the guest has written."""
     with mounted(image, place):
@@ -140,8 +118,7 @@ def test_a_guest_boots_from_a_vhd_chain(
     top = make_chain(tmp_path, base)
     parents = [path for path in tmp_path.iterdir() if path != top]
     before = {path: digest(path) for path in parents}
-    guest = new_guest("pv", paused=True, cmdline="lab.root=xvda")
-    boot_and_write(guest, connect, "--path", top, "--format", "vhd")
+    boot_and_write(new_guest, connect, "--path", top, "--format", "vhd")
     assert {path: digest(path) for path in parents} == before
     must("check", top)
     copy = tmp_path / "copy.raw"
@@ -155,8 +132,7 @@ def test_a_guest_boots_from_qcow2(connect: Connect, new_guest: NewGuest, tmp_pat
     shutil.copy(GOLD, gold)
     before = digest(gold)
     sh("qemu-img", "create", "-q", "-f", "qcow2", "-b", str(gold), "-F", "raw", str(image))
-    guest = new_guest("pv", paused=True, cmdline="lab.root=xvda")
-    boot_and_write(guest, connect, "--path", image, "--format", "qcow2")
+    boot_and_write(new_guest, connect, "--path", image, "--format", "qcow2")
     assert sh("pgrep", "-x", "qemu-nbd", check=False) == ""
     assert digest(gold) == before
     sh("qemu-img", "check", "-f", "qcow2", str(image))
@@ -174,8 +150,7 @@ def test_a_guest_boots_over_nbd(
     image = tmp_path / "disk.raw"
     shutil.copy(GOLD, image)
     server = serve(image, "nbdkit")
-    guest = new_guest("pv", paused=True, cmdline="lab.root=xvda")
-    boot_and_write(guest, connect, "--path", server.uri)
+    boot_and_write(new_guest, connect, "--path", server.uri)
     server.kill()
     check_written(image, tmp_path / "there")
 

@@ -17,10 +17,9 @@ import pytest
 from xen_disk_py.simulated.frontend import Frontend
 from xen_disk_py.xenbus.states import State
 
-from .disk import Disk, block_nodes, mapped_grants, xenstore_snapshot
+from .disk import Disk, block_nodes, mapped_grants, wait_offered, xenstore_snapshot
 from .driver import Driver, drivers
 from .guest import KERNEL_OPTIONS, LAB, PATIENCE, START_SECONDS, Dom0, Guest, Job, Shell, sh
-from .test_boot import wait_offered
 
 GRUB = Path("/usr/lib/grub-xen")
 MIB = 1 << 20

@@ -8,9 +8,8 @@ import shutil
 from pathlib import Path
 from typing import Callable
 
-from .disk import Disk, xen_disk
+from .disk import GOLD, Disk, wait_offered, xen_disk
 from .guest import START_SECONDS, Guest, sh
-from .test_boot import GOLD, wait_offered
 
 RESULTS = os.environ.get("XEN_LAB_RESULTS")
 

@@ -24,7 +24,7 @@ import pytest
 from xen_disk_py.xenbus.states import State
 
 from .disk import Disk, block_nodes, xen_disk
-from .guest import PATIENCE, Guest, Job, sh
+from .guest import PATIENCE, Guest, Job, no_errors, sh
 from .test_failures import records
 from .test_integrity import digest, leave, mounted_in
 from .test_life import alive, wait_backend
@@ -137,11 +137,6 @@ class Load:
         assert {fields[4] for fields in rounds} == {"0"}, said
         slowest = max(int(fields[at]) for fields in rounds for at in (14, 55)) / 1e6
         return f"{len(rounds)} rounds of fio, slowest request {slowest:.2f} s"
-
-
-def no_errors(guest: Guest) -> bool:
-    """Tell whether the guest's kernel knows of no error of any disk."""
-    return not re.search("I/O error|blkfront.*(fail|error)|EXT4-fs.*error", guest.dmesg())
 
 
 @pytest.fixture

@@ -20,8 +20,8 @@ import pytest
 
 from xen_disk_py.xenbus import toolstack
 
-from .disk import PROGRAM, block_nodes, left_over, xen_disk, xenstore_snapshot
-from .guest import LAB, PATIENCE, RESULTS, Guest, GuestError, sh
+from .disk import GOLD, PROGRAM, block_nodes, left_over, xen_disk, xenstore_snapshot
+from .guest import PATIENCE, RESULTS, Guest, GuestError, sh
 
 VERSION = toolstack.xen_version()
 pytestmark = pytest.mark.skipif(
@@ -29,7 +29,6 @@ pytestmark = pytest.mark.skipif(
     reason=f"libxl of Xen {VERSION} rejects backendtype=tap",
 )
 
-GOLD = LAB / "guest-root.ext4"
 UNIT = Path("/etc/systemd/system/xen-disk-serve.service")
 LINE = "vdev={},backendtype=tap,script=block-xen-disk,format=raw,access={},target={}"
 MIB = 1 << 20

@@ -23,9 +23,9 @@ import pytest
 
 from .disk import Disk, xen_disk
 from .durable import BLOCK, content
-from .guest import PATIENCE, Dom0, Guest, Job, sh
+from .guest import PATIENCE, Dom0, Guest, Job, no_errors, sh
 from .test_integrity import leave, mounted_in
-from .test_reliability import ext4_load, facts, no_errors, taken_over, wait_held, worker
+from .test_reliability import ext4_load, facts, taken_over, wait_held, worker
 
 MIB = 1 << 20
 SECTORS = MIB // 512  # in a MiB

@@ -138,7 +138,9 @@ class Summary:
         took = max(0, self._last - (self._first or 0))
         written = self._kinds[WRITE].bytes if WRITE in self._kinds else 0
         reads, writes = (self._touched[each] for each in (READ, WRITE))
-        both = sum(map(int.__or__, reads, writes))
+        # As two large numbers: a byte for each block would take a second.
+        union = int.from_bytes(reads, "little") | int.from_bytes(writes, "little")
+        both = union.to_bytes(len(reads), "little").count(1)
         top = sorted(self._ranges.items(), key=lambda item: -item[1][2])[:_TOP]
         reuse = self._reuse
         uses = reuse.distances.count + reuse.first_uses
@@ -154,8 +156,8 @@ class Summary:
             "working_set": {
                 "block": self._block,
                 "bytes": both * self._block,
-                "read": sum(reads) * self._block,
-                "written": sum(writes) * self._block,
+                "read": reads.count(1) * self._block,
+                "written": writes.count(1) * self._block,
             },
             "reuse": {
                 "again": round(reuse.distances.count / uses, 4) if uses else 0.0,
