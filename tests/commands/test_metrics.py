@@ -8,10 +8,11 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import threading
-import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from pathlib import Path
 
@@ -186,37 +187,71 @@ def test_what_is_no_file_is_not_replaced(run, tmp_path):
     assert path.is_fifo()
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_it_listens_until_a_signal(host, signum):
-    env, got = host.environment(), []
+def listening(host, act, signum=signal.SIGINT):
+    """Have ``metrics`` listen while a thread acts, which is given the address; then end it."""
+    env, errors = host.environment(), []
 
-    def ask():
+    def play():
         try:
-            deadline = time.monotonic() + 30
-            while not (url := re.search(r"http://\S+", env.stderr.getvalue())):
-                assert time.monotonic() < deadline
-                time.sleep(0.005)
-            with urllib.request.urlopen(url[0], timeout=30) as answer:
-                got.append((answer.headers["Content-Type"], answer.read().decode()))
-            with pytest.raises(urllib.error.HTTPError):
-                urllib.request.urlopen(url[0] + "/x", timeout=30)
-            got.append(url[0])
+            host.until(lambda: re.search(r"http://\S+\n", env.stderr.getvalue()))
+            act(re.search(r"http://\S+", env.stderr.getvalue())[0])
+        except BaseException as error:
+            errors.append(error)
         finally:
             os.kill(os.getpid(), signum)
 
-    asking = threading.Thread(target=ask)
-    asking.start()
-    status = main(["metrics", "--listen", "0"], env)
-    asking.join()
-    assert ExitStatus.OK == status
-    (kind, text), url = got
-    assert (metrics.render([]), True) == (text, kind.startswith("text/plain; version=0.0.4"))
-    assert url.startswith("http://127.0.0.1:")
+    thread = threading.Thread(target=play)
+    thread.start()
+    try:
+        return main(["metrics", "--listen", "0"], env)
+    finally:
+        thread.join()
+        assert not errors, errors
+
+
+def get(url):
+    with urllib.request.urlopen(url, timeout=30) as answer:
+        return answer.headers["Content-Type"], answer.read().decode()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_it_listens_until_a_signal(host, signum):
+    def ask(url):
+        assert url.startswith("http://127.0.0.1:")
+        kind, text = get(url)
+        assert (metrics.render([]), True) == (text, kind.startswith("text/plain; version=0.0.4"))
+        with pytest.raises(urllib.error.HTTPError):
+            get(url + "/x")
+
+    assert ExitStatus.OK == listening(host, ask, signum)
+
+
+def test_clients_that_say_nothing_are_so_many_at_most(host, monkeypatch):
+    """One more is turned away at once; when one has gone, there is room again."""
+    monkeypatch.setattr(metrics, "_PATIENCE", 600.0)
+
+    def ask(url):
+        port = urllib.parse.urlsplit(url).port
+        silent = [socket.create_connection(("127.0.0.1", port)) for _ in range(metrics.CLIENTS)]
+        try:
+            with pytest.raises(OSError, match=r"closed|reset"):
+                get(url)
+            silent.pop().close()
+            host.until(lambda: is_answered(url))
+        finally:
+            for each in silent:
+                each.close()
+
+    def is_answered(url):
+        try:
+            return metrics.render([]) == get(url)[1]
+        except OSError:
+            return False
+
+    assert ExitStatus.OK == listening(host, ask)
 
 
 def test_an_address_in_use(run):
-    import socket
-
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         status, _, err = run("--listen", f"127.0.0.1:{port}")

@@ -7,6 +7,7 @@ import contextlib
 import os
 import stat
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socket import AF_INET6
@@ -47,6 +48,8 @@ EDGES = tuple(1 << power for power in range(4, 26))
 _LATENCY = "request_duration_seconds"
 _CONTENT = "text/plain; version=0.0.4; charset=utf-8"
 _PATIENCE = 10.0  # seconds that a client may take for each piece of its request
+CLIENTS = 16
+"""Connections at once; others are closed."""
 
 
 def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
@@ -222,9 +225,28 @@ def _serve(where: tuple[str, int], env: Environment) -> None:
         def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - its name there
             """Say nothing: somebody asks every few seconds."""
 
+    room = threading.BoundedSemaphore(CLIENTS)
+
     class Server(ThreadingHTTPServer):
         daemon_threads = True
+        request_queue_size = CLIENTS  # of which the kernel knows before we do
         address_family = AF_INET6 if ":" in host else ThreadingHTTPServer.address_family
+
+        def process_request(self, request: Any, client_address: Any) -> None:
+            if not room.acquire(blocking=False):
+                self.shutdown_request(request)
+                return
+            try:
+                super().process_request(request, client_address)
+            except Exception:  # no thread is to be had
+                room.release()
+                raise
+
+        def process_request_thread(self, request: Any, client_address: Any) -> None:
+            try:
+                super().process_request_thread(request, client_address)
+            finally:
+                room.release()
 
         def handle_error(self, request: Any, client_address: Any) -> None:
             """Nothing: a client that went away is its own affair."""
