@@ -258,6 +258,7 @@ class Host:
         self._frontends = []
         self._shared = []
         self.records = str(records)
+        self.journal = f"{records}.journal"
         self.xenstored = stack.enter_context(SimulatedXenstored())
         self.xenstored.add_domain(DOMID, "guest", f"00000000-0000-0000-0000-{DOMID:012}")
         self.machine = stack.enter_context(SimulatedMachine(domid=DOMID))
@@ -338,6 +339,7 @@ class Host:
             open_hypervisor=lambda: self.hypervisor,
             xen_version=lambda: (4, 20),
             record_directory=self.records,
+            journal=self.journal,
             stdin=None,
         )
 

@@ -59,6 +59,7 @@ env = Environment(
     open_hypervisor=lambda: SimulatedHypervisor(machine),
     xen_version=lambda: (4, 20),
     record_directory={records!r},
+    journal={journal!r},
 )
 {patient}
 {hook}
@@ -133,6 +134,7 @@ class Processes:
             machine=self._host.machine.address,
             socket=self._host.xenstored.socket_path(0),
             records=self._host.records,
+            journal=self._host.journal,
             patient=PATIENT,
             hook=hook,
         )

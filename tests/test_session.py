@@ -577,6 +577,7 @@ env = Environment(
     open_hypervisor=lambda: SimulatedHypervisor(machine),
     xen_version=lambda: None,
     record_directory=sys.argv[1],
+    journal=sys.argv[1] + ".journal",
 )
 
 def play():

@@ -48,7 +48,9 @@ if {dies!r}:
 xen_disk_py.commands.adopt._PATIENCE = 30.0
 machine = SimulatedMachine.attach({machine!r})
 env = Environment(
-    record_directory={records!r}, open_hypervisor=lambda: SimulatedHypervisor(machine)
+    record_directory={records!r},
+    journal={journal!r},
+    open_hypervisor=lambda: SimulatedHypervisor(machine),
 )
 sys.exit(main(sys.argv[4 if sys.argv[2] == "-m" else 3 :], env))
 """
@@ -96,7 +98,9 @@ def serve(host, tmp_path, monkeypatch, caplog):
             "machine": host.machine.address,
             "patient": PATIENT,
         }
-        program.write_text(PROGRAM.format(records=host.records, dies=dies, **words))
+        program.write_text(
+            PROGRAM.format(records=host.records, journal=host.journal, dies=dies, **words)
+        )
         program.chmod(0o755)
         env = host.environment()
         errors = []

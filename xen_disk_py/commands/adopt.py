@@ -19,6 +19,7 @@ from ..libxl import attachment
 from ..libxl.attachment import AdoptedDevice, DiskConfig
 from ..recovery import orphans, record, takeover, verbs
 from ..recovery.control import Control
+from ..recovery.events import Events
 from ..recovery.facts import Facts
 from ..recovery.orphan import stand_in
 from ..recovery.record import Record
@@ -78,7 +79,7 @@ def _serve(env: Environment, store: Store, address: Address) -> None:
             log.error("%s", reason)
             attachment.refuse(store, address, reason)
             return
-        _run(store, hypervisor, address, disk, spec, domain, own_record, adopts=False)
+        _run(env, store, hypervisor, address, disk, spec, domain, own_record, adopts=False)
 
 
 def _take_over(env: Environment, store: Store, address: Address) -> ExitStatus:
@@ -102,7 +103,7 @@ def _take_over(env: Environment, store: Store, address: Address) -> ExitStatus:
             may_pass = isinstance(error, takeover.PASSING)
             return ExitStatus.CRASHED if may_pass else ExitStatus.ERROR
         domain = Domain(domid, facts.domain, "")
-        _run(store, hypervisor, address, disk, spec, domain, own_record, adopts=True)
+        _run(env, store, hypervisor, address, disk, spec, domain, own_record, adopts=True)
     return ExitStatus.OK
 
 
@@ -120,6 +121,7 @@ def _open(spec: DiskSpec, store: Store, stack: ExitStack) -> Disk:
 
 
 def _run(
+    env: Environment,
     store: Store,
     hypervisor: Hypervisor,
     address: Address,
@@ -139,23 +141,30 @@ def _run(
     survives = disk.backend.survives
     control = Control(own_record)
     verbs.register(control, disk, own_record)
+    events = Events(own_record, disk, env.journal)
 
     class Life(Observer):
         def attach(self) -> None:
             if not adopts:
                 attachment.publish(store, address, device.keys(), os.getpid())
+                events.attached()
 
         def serving(self) -> None:
             control.start()
+            if adopts:
+                events.taken_over(None)
 
         def connected(self) -> None:
             own_record.update(connected=True)
             facts = own_record.facts
             length = format_size(disk.backend.size)
             log.info("connected: %s %s %s %s", length, facts.backend, facts.mode, facts.path)
+            if not is_known:
+                events.connected()
 
         def crashing(self, error: Exception) -> None:
             if survives:
+                events.flush()
                 takeover.crash(error)
 
         def release_nodes(self) -> bool:
@@ -187,8 +196,12 @@ def _run(
         try:
             with control:
                 outcome = session.run(Life())
+        except Exception as error:
+            events.detached(str(error), is_failure=True)
+            raise
         finally:
             own_record.close()
+    events.detached(outcome.value)
     log.info("%s", outcome.value)
 
 

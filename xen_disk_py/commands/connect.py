@@ -25,6 +25,7 @@ from ..host.systemd import notify
 from ..hypervisor import Hypervisor
 from ..recovery import orphans, record, supervisor, takeover, temporary, verbs
 from ..recovery.control import Control
+from ..recovery.events import Events
 from ..recovery.facts import Facts, pause_since
 from ..recovery.record import Record
 from ..recovery.role import Role
@@ -323,6 +324,7 @@ class _Connection:
         connection, name = self, toolstack.disk_name(self._store, address)
         control = Control(record)
         verbs.register(control, disk, record)
+        events = Events(record, disk, env.journal)
 
         class Life(Observer):
             wants_ticks = live
@@ -346,13 +348,20 @@ class _Connection:
             def attached(self) -> None:
                 if connection._user is not None:
                     privileges.become(connection._user)
+                if before is None:
+                    events.attached()
 
             def serving(self) -> None:
                 control.start()
-                record.update(started=time.time(), pause=pause_since(released_at))
+                pause = pause_since(released_at)
+                record.update(started=time.time(), pause=pause)
+                if before is not None:
+                    events.taken_over(pause)
 
             def connected(self) -> None:
                 connection._announce(record)
+                if not is_known:
+                    events.connected()
 
             def tick(self) -> None:
                 status_line.show()
@@ -361,18 +370,24 @@ class _Connection:
                 connection._say_unplugging(vdev, status_line)
 
             def upgrade_requested(self) -> None:
+                events.flush()
                 successor.take_over()
 
             def crashing(self, error: Exception) -> None:
                 if role.leaves:
+                    events.flush()
                     takeover.crash(error)
 
         try:
             with about(name), control:
                 outcome = session.run(Life())
+        except Exception as error:
+            events.detached(str(error), is_failure=True)
+            raise
         finally:
             status_line.clear()
             record.close()
+        events.detached(outcome.value, is_failure=outcome is Outcome.FORCED)
         env.tell(f"{vdev}: {outcome.value}")
         if not self._quiet:
             for line in summary(disk.statistics):

@@ -16,6 +16,7 @@ from functools import cached_property
 from typing import Callable, TextIO
 
 from ..errors import BackendError, XenDiskError
+from ..host import journald
 from ..host.logs import is_journal, priority
 from ..host.output import Output
 from ..hypervisor import Hypervisor
@@ -50,6 +51,7 @@ class Environment:
     open_hypervisor: Callable[[], Hypervisor] = _xen
     xen_version: Callable[[], tuple[int, int] | None] = _xen_version
     record_directory: str = record.DIRECTORY
+    journal: str = journald.SOCKET
     stdin: TextIO | None = field(default_factory=lambda: sys.stdin)
 
     @cached_property

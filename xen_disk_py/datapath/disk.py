@@ -82,6 +82,11 @@ class Disk:
         self._lines = Ration(_LINES, 1.0)
         self._unsaid = 0
         self._said, self._repeat_at = "", 0.0  # the last line; and when to say the same again
+        self._is_retrying = False
+        self.on_error = self.on_retry = _nobody
+        """Called with a line for each request that failed, or is queued for retry."""
+        self.on_recovery: Callable[[], None] = lambda: None
+        """Called when the storage works again."""
 
     @property
     def statistics(self) -> Statistics:
@@ -405,10 +410,20 @@ class Disk:
         reason = user_line(error, self.backend)
         if self._holds and passes(error):
             self.say(logging.ERROR, f"{what} failed in {self.backend}, to be retried: {reason}")
+            self._is_retrying = True
+            self.on_retry(f"{what}: {reason}")
             return RETRY
         self.statistics.add(count.ERRORS)
         self.say(logging.ERROR, f"{what} failed in {self.backend}: {reason}")
+        self.on_error(f"{what}: {reason}")
         return FLUSH_FAILED if what == "flush" else ERROR
+
+    def recovered(self) -> None:
+        """Note that all requests of a queue succeed that were queued for retry."""
+        log.info("the storage works again")
+        if self._is_retrying:
+            self._is_retrying = False
+            self.on_recovery()
 
     def count_memory(self) -> None:
         """Note how much memory the guest's writes hold."""
@@ -435,6 +450,10 @@ class Disk:
             self.backend.close()
         except Exception as error:  # noqa: BLE001 - an author's code must not stop our clean-up
             log.error("close failed in %s: %s", self.backend, user_line(error, self.backend))
+
+
+def _nobody(text: str) -> None:
+    """Tell nobody."""
 
 
 def _is_aligned(request: Transfer | Discard, step: int) -> bool:

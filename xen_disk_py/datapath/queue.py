@@ -662,7 +662,7 @@ class Queue:
         if begun.was_retried and status == OKAY:
             self._retries.succeeded()
             if not any(other.was_retried for other in self._unanswered.values()):
-                log.info("the storage works again")
+                self._disk.recovered()
         try:
             begun.acquired.release(deliver=status == OKAY)
         except HypervisorError as error:
