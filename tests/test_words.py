@@ -22,7 +22,9 @@ WORDS = {
     r"(let|lets|letting) (it |them |him |the disk )?go\b": "release; unpause",
     r"look(s|ed|ing)? on\b": "busy-poll",
     r"mend(s|ed|ing)?\b": "fix",
+    r"tells? the truth\b": "can be trusted",
     r"one behind the other\b": "contiguous",
+    r"process(es)?( that was killed)? (has |have )?left\b": "orphan; unanswered requests",
     r"polite(ly|ness)?\b": "gracefully",
     r"rehears(e|es|ed|al|ing)\b": "dry run",
     r"requests? (is|are) held\b": "queued for retry",
@@ -32,6 +34,7 @@ WORDS = {
     r"(stand-?ins?|stood in)\b": "orphan responder",
     r"storms?\b": "event flood",
     r"trouble\b": "problem; retry",
+    r"whoever (reads|writes) in order\b": "sequential reads, writes",
     r"wish(es|ed)?\b": "resize request; config",
 }
 

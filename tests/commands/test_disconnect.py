@@ -175,7 +175,7 @@ RING = Ring((8,), 17)
 
 
 def left_by(host, orphan, queues=2):
-    """Make the record that a process left with something noted."""
+    """Make the record of a dead process, with something noted."""
     forget(host.records, orphan.address)
     left = Record(host.records, orphan.address, queues)
     left.describe(Facts(path="/a"))

@@ -1,4 +1,4 @@
-"""``list``: what this host serves, and what a killed process left."""
+"""``list``: what this host serves, and orphans."""
 
 from __future__ import annotations
 

@@ -384,7 +384,7 @@ def test_nodes_without_a_record(host, adopt, orphan, image):
     before = trace(host)
     status, _, err = adopt()
     assert (ExitStatus.ERROR, before) == (status, trace(host))
-    assert "no process has left xvdb of domain 5 behind" in err
+    assert "no record of xvdb of domain 5: nothing to adopt" in err
 
 
 def test_a_process_that_lives(host, adopt, orphan, image):

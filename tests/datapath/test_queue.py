@@ -2299,7 +2299,7 @@ def test_a_backend_that_hangs_when_it_is_tried_again(host, threads, operation):
 
 
 class Left:
-    """What a killed process left: eight writes on a ring, and its journal.
+    """An orphan: eight writes on a ring, and its journal.
 
     It had taken the first six; 2 and 5 are done, and it was about to tell so. Request n writes
     page n to sector 8 n.

@@ -225,7 +225,7 @@ def test_a_directory_that_is_not_ours(directory, record, monkeypatch):
         ask(directory, ADDRESS, "echo")
 
 
-def test_what_a_killed_process_left_is_bound_anew(directory, record):
+def test_the_socket_of_a_killed_process_is_bound_anew(directory, record):
     before = Control(record)
     before._listener.close()  # as the kernel does; the name stays
     with Control(record) as control:

@@ -307,7 +307,7 @@ LEFT = Unanswered(7, [b"a" * 12], [b"b" * 112, b"c" * 112])
 
 
 class TestAdopting:
-    """What a killed process left is taken over."""
+    """The record of a killed process is taken over."""
 
     @pytest.fixture
     def killed(self, directory):
@@ -417,9 +417,9 @@ class TestAdopting:
         with Record.adopt(directory, ADDRESS):
             pass
 
-    def test_nothing_is_adopted_where_nobody_left_anything(self, directory):
+    def test_nothing_is_adopted_without_a_record(self, directory):
         for _ in range(2):
-            with pytest.raises(DeviceError, match="left xvdb of domain 5 behind"):
+            with pytest.raises(DeviceError, match="no record of xvdb of domain 5"):
                 Record.adopt(directory, ADDRESS)
             Path(directory).mkdir(parents=True, exist_ok=True)
         assert [] == os.listdir(directory)

@@ -1,7 +1,7 @@
 """A queue that is killed at every line it executes, and its successors.
 
 Run as a program, it plays the frontend. Backends are forked: the first is killed (SIGKILL) at its
-n-th line, the second, on what that has left, at a line picked at random, the third lives. Then
+n-th line, the second, on its results, at a line picked at random, the third lives. Then
 each request must have been answered exactly once, and every byte be right. Then n + 1, until a
 backend gets through before its n-th line comes.
 

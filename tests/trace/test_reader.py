@@ -160,7 +160,7 @@ def test_a_ring_has_the_newest(tmp_path, count):
     assert len(found) >= min(count, 7 * 7)
 
 
-def test_a_ring_is_continued_where_another_process_left_it(tmp_path):
+def test_a_ring_is_continued_where_another_process_stopped(tmp_path):
     path = tmp_path / "t.xdt"
     with TraceWriter.create(str(path), header(data=True, ring=MIN_RING, size=1 << 40)) as writer:
         fill(writer, 70)

@@ -114,7 +114,7 @@ class Backend:
     that depends on it."""
 
     repeats_flush: bool = False
-    """True: a ``flush`` that failed may be called again and tells the truth then, because the
+    """True: a ``flush`` that failed may be called again and can be trusted then, because the
     disk has not dropped what it could not store. Linux' files are not like that: after an error
     the next ``fdatasync`` succeeds without the data. By default a flush that failed is the last
     that is tried, or what was written is written again first (``--on-error hold``)."""

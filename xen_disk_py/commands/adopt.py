@@ -83,7 +83,7 @@ def _serve(env: Environment, store: Store, address: Address) -> None:
 
 
 def _take_over(env: Environment, store: Store, address: Address) -> ExitStatus:
-    """Take over what a process that was killed has left; that stays as it is if we cannot."""
+    """Take over the disk of a process that was killed; it stays an orphan if we cannot."""
     domid, vdev = address.frontend_domid, from_number(address.devid)
     with ExitStack() as stack:
         try:
@@ -231,18 +231,18 @@ def _answer_orphan(env: Environment, store: Store, address: Address) -> None:
     def closed() -> bool:
         return State.parse(store.read(path)) in (None, State.CLOSED, State.INITIALISING)
 
-    with _left(env, address) as left:
+    with _claim(env, address) as record:
         died = int(store.read(f"{address.backend}/{PID_KEY}") or 0)
-        log.info("answering the requests that process %d has left, with errors", died)
-        with stand_in(store, env.open_hypervisor, address, left.journals):
+        log.info("answering with errors the requests that process %d did not answer", died)
+        with stand_in(store, env.open_hypervisor, address, record.journals):
             if not until(store, path, closed, _PATIENCE):
                 log.warning("the guest does not release the disk")
                 return
         attachment.close(store, address, died)
 
 
-def _left(env: Environment, address: Address) -> Record:
-    """Claim what the process has left, or its place if that cannot be read.
+def _claim(env: Environment, address: Address) -> Record:
+    """Claim the record of the process, or make one if it cannot be read.
 
     Raises:
         DeviceTaken: it lives.

@@ -140,7 +140,7 @@ def _is_to_recover(
 def _take_over(
     args: argparse.Namespace, env: Environment, role: Role, vdev: VirtualDevice
 ) -> ExitStatus:
-    """Serve what a process that was killed has left."""
+    """Serve the disk of a process that was killed."""
     with ExitStack() as stack:
         try:
             with env.open_store() as store:
@@ -255,13 +255,13 @@ class _Connection:
         raise DeviceTaken("every free device was taken by somebody else at once; try again")
 
     def take_over(self, orphan: Orphan) -> None:
-        """Say in xenstore, and to whoever started us, who serves what another process has left."""
+        """Say in xenstore, and to whoever started us, that we serve an orphan now."""
         name = toolstack.disk_name(self._store, orphan.disk.address)
         notify(f"X_DEVICE={self._domain.domid} {orphan.disk.device}", f"X_NAME={name}")
         toolstack.pass_on(self._store, orphan.disk.address, os.getpid())
 
     def serve_orphan(self, orphan: Orphan) -> ExitStatus:
-        """Serve what another process has left."""
+        """Serve the disk of another process."""
         disk, record = orphan.disk, orphan.record
         return self._serve(disk.device, disk.address, record, record.facts)
 

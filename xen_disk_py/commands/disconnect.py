@@ -37,7 +37,7 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
         found = record.find(env.record_directory, disk.address)
         alive = found is not None and found.alive
         if not alive:
-            journals = stack.enter_context(_left(env, disk))
+            journals = stack.enter_context(_orphaned_journals(env, disk))
             with stand_in(store, env.open_hypervisor, disk.address, journals):
                 _ask(store, disk)
                 if args.force:
@@ -60,23 +60,23 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
 
 
 @contextlib.contextmanager
-def _left(env: Environment, disk: Attached) -> Iterator[Sequence[Journal]]:
+def _orphaned_journals(env: Environment, disk: Attached) -> Iterator[Sequence[Journal]]:
     """Give the journals of a dead process, if they can be read; nobody else adopts it meanwhile.
 
     Raises:
         DeviceTaken: somebody has, just now.
     """
     try:
-        left = Record.adopt(env.record_directory, disk.address)
+        orphaned = Record.adopt(env.record_directory, disk.address)
     except DeviceTaken:
         raise
     except XenDiskError:
         yield ()
         return
     try:
-        yield left.journals
+        yield orphaned.journals
     finally:
-        left.leave()
+        orphaned.leave()
 
 
 def _ask(store: Store, disk: Attached) -> None:

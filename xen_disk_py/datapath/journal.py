@@ -26,7 +26,7 @@ SIZE = 33 * 4096
 
 
 class Unanswered(NamedTuple):
-    """What a process has left on a ring."""
+    """The requests that a process took from a ring and did not answer."""
 
     start: int
     """The index of the first response that it was about to publish."""
@@ -69,7 +69,7 @@ class Journal:
         self._buffer.clear()
 
     def recall(self, ring: Ring, slot_size: int) -> Unanswered | None:
-        """Return what a process has left; the journal continues from there.
+        """Return what the process before noted; the journal continues from there.
 
         None if it did not serve this ring, or if what is noted is damaged.
         """

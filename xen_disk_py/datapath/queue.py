@@ -170,7 +170,7 @@ class Queue:
         options: how.
         persistent: the frontend promised to use the same grants again and again.
         sharers: the queues of the disk, this one included: they share the limits.
-        journal: what outlives this process. If a process that was killed has left something
+        journal: what outlives this process. If a process that was killed has noted something
             about this very ring there, this resumes from it. By default a private one.
         statistics: where this queue, and no other, counts.
         on_failure: called from the queue's thread when it stops for an error of its own.
@@ -220,11 +220,11 @@ class Queue:
             self._ring = BackRing(self._mapping.view, abi.slot_size, hypervisor.fence)
             undo.callback(self._ring.close)
             self._journal = journal if journal is not None else Journal()
-            left = self._recall(ring)
-            if left is None:
+            inherited = self._recall(ring)
+            if inherited is None:
                 self._journal.begin(ring, abi.slot_size)
-            self._resumes = left is not None
-            self._left = deque(left or ())  # to do again, and not begun yet
+            self._resumes = inherited is not None
+            self._inherited = deque(inherited or ())  # to do again, and not begun yet
             self._channel: EventChannel = undo.enter_context(
                 hypervisor.bind_interdomain(domid, ring.event_channel)
             )
@@ -249,9 +249,9 @@ class Queue:
 
     def _recall(self, ring: Ring) -> Sequence[bytes] | None:
         """Put the ring to where the journal says; the requests to do again, or None."""
-        left = self._journal.recall(ring, self._abi.slot_size)
-        if left and self._ring.resume(left.start, left.responses, len(left.requests)):
-            return left.requests
+        noted = self._journal.recall(ring, self._abi.slot_size)
+        if noted and self._ring.resume(noted.start, noted.responses, len(noted.requests)):
+            return noted.requests
         return None
 
     def start(self) -> bool:
@@ -397,13 +397,13 @@ class Queue:
 
     def _resume(self) -> None:
         """Do what another has not answered; reads, writes and flushes can be repeated."""
-        left, words = self._left, self._statistics.words
-        words[count.IN_FLIGHT] = len(left)
+        inherited, words = self._inherited, self._statistics.words
+        words[count.IN_FLIGHT] = len(inherited)
         self._stopwatch.start()
-        while left:
-            if left[0][0] == WRITE_BARRIER:
+        while inherited:
+            if inherited[0][0] == WRITE_BARRIER:
                 self._drain()  # as long as the journal has it among those that are not begun
-            self._begin(left.popleft(), None, waits=False)
+            self._begin(inherited.popleft(), None, waits=False)
             self._publish_if_late()
         self._publish()
         words[count.IN_FLIGHT] = len(self._unanswered)
@@ -549,8 +549,8 @@ class Queue:
             self._statistics.words[count.REQUESTS] += len(responses)
             begun = self._unanswered
             waiting: Sequence[bytes] = ()
-            if begun or self._left:
-                waiting = [*(each.slot for each in begun.values()), *self._left]
+            if begun or self._inherited:
+                waiting = [*(each.slot for each in begun.values()), *self._inherited]
             self._journal.note(ring.published, responses, waiting)
             self._stall.moves += 1
             if ring.push():
@@ -784,8 +784,8 @@ class Queue:
         ring, abi = self._ring, self._abi
         try:
             self._publish()  # what was done, whatever the ring has shown since
-            slots = b"".join(self._left) + ring.take()
-            self._left.clear()
+            slots = b"".join(self._inherited) + ring.take()
+            self._inherited.clear()
             for at in range(0, len(slots), abi.slot_size):
                 request = abi.decode(slots[at : at + abi.slot_size], self._max_indirect_segments)
                 status = failure(request.operation)

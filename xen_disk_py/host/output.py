@@ -194,7 +194,7 @@ class Output(io.TextIOBase):
                 os.close(fd)
 
     def inherit(self) -> None:
-        """Take what the program before us in this process has left of its lines."""
+        """Take the lines that the program before us in this process did not get rid of."""
         number = os.environ.pop(_HEIR, "")
         if not number.isdecimal():
             return

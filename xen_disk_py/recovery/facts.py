@@ -105,7 +105,7 @@ class Facts:
 
     @classmethod
     def parse(cls, text: bytes) -> Facts | None:
-        """Read what :meth:`encode` returned, or what another version or chance has left there.
+        """Read what :meth:`encode` returned, or what another version or chance has written.
 
         Returns:
             None for nothing, or nothing that can be read. What makes no sense has its default;

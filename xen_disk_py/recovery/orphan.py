@@ -1,4 +1,4 @@
-"""In place of a process that was killed: the requests it has left are answered, with errors.
+"""In place of a process that was killed: its unanswered requests are answered, with errors.
 
 A guest waits for an answer indefinitely. Linux then hangs while it removes the device, in the one
 thread that would also tell it of a new one, so that no disk can be connected to it any more.
@@ -30,7 +30,7 @@ _PATIENCE = 5.0
 
 
 class _Gone(Backend):
-    """A disk of which nothing is left."""
+    """A disk without storage."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -66,8 +66,8 @@ def stand_in(
         store: xenstore.
         open_hypervisor: opens what maps grants and binds event channels.
         address: which device.
-        journals: those that the process has left, one for each queue: of the requests that it
-            took and that were overtaken, nothing else tells.
+        journals: of the process, one for each queue: nothing else tells of the requests that
+            it took and that were overtaken.
     """
     with ExitStack() as stack:
         try:

@@ -7,8 +7,8 @@ The file is memory-mapped, so that ``list`` reads it at no cost to the disk::
     a journal for each queue that is offered
     histograms of latency for each of these queues
 
-The process holds a lock on the file as long as it lives: a record without a lock is what a
-killed process left, and :meth:`Record.adopt` takes it over. The lock goes when the last thread
+The process holds a lock on the file as long as it lives: a record without a lock is that
+of an orphan, and :meth:`Record.adopt` takes it over. The lock goes when the last thread
 of the process has ended and all its memory is unmapped, so that nothing that it began can come
 after what its successor does.
 
@@ -168,8 +168,8 @@ class Record(Closing):
         directory: where records live.
         address: which device.
         queues: how many queues the disk has at most.
-        is_attached: tells whether the guest has the device: then what a killed process has left
-            of it is for a successor, and stays as it is.
+        is_attached: tells whether the guest has the device: then the record of a killed
+            process is for a successor, and stays as it is.
 
     Attributes:
         path: the file.
@@ -225,7 +225,7 @@ class Record(Closing):
 
     @classmethod
     def adopt(cls, directory: str, address: Address) -> Record:
-        """Take over the record that a killed process left, with all that is in it.
+        """Take over the record of a killed process, with all that is in it.
 
         Counters and histograms continue. A record of format 2 gets histograms, which begin anew.
 
@@ -238,7 +238,7 @@ class Record(Closing):
         try:
             fd = _claim(path, os.O_RDWR)
         except FileNotFoundError as error:
-            raise DeviceError(f"no process has left {name} behind: nothing to adopt") from error
+            raise DeviceError(f"no record of {name}: nothing to adopt") from error
         except OSError as error:
             raise XenUnavailable(f"cannot open {path}: {error.strerror}; run as root") from error
         if fd is None:
@@ -268,7 +268,7 @@ class Record(Closing):
     def _refuse(address: Address) -> NoReturn:
         domid, device = address.frontend_domid, from_number(address.devid)
         raise DeviceTaken(
-            f"a process that was killed has left {device} of domain {domid}: take it over "
+            f"{device} of domain {domid} is an orphan, its process was killed: take it over "
             f"(xen-disk connect --adopt {domid} {device}), take it away (xen-disk disconnect "
             f"{domid} {device}), or choose another --vdev"
         )
@@ -312,7 +312,7 @@ class Record(Closing):
 
     @property
     def is_closed(self) -> bool:
-        """Whether it is ours no longer: closed, or left."""
+        """Whether it is ours no longer: closed, or free for a successor."""
         return self._fd < 0
 
     def leave(self) -> None:
@@ -411,7 +411,7 @@ def find(directory: str, address: Address) -> Found | None:
 
 
 def forget(directory: str, address: Address) -> None:
-    """Remove what a killed process left; not what one that lives has made of it."""
+    """Remove the record of a killed process; not what one that lives has made of it."""
     path = path_of(directory, address)
     try:
         fd = _lock(path, os.O_RDONLY)

@@ -1,4 +1,4 @@
-"""Taking over the disk of a process that died: what it has left, and whether that will do."""
+"""Taking over the disk of a process that died: its record, and whether its storage is the same."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ PASSING = (BackendError, HypervisorError, ImageError, StoreError, XenUnavailable
 
 
 class Gone(Exception):
-    """The guest or its disk has gone, and all that was left of it is removed; the text says so."""
+    """The guest or its disk has gone, and its nodes and files are removed; the text says so."""
 
 
 class Orphan(NamedTuple):
@@ -51,7 +51,7 @@ class Orphan(NamedTuple):
 
 
 def is_orphan(directory: str, store: Store, domain: Domain, devid: int) -> bool:
-    """Tell whether a process that served this device has died, and left what it was."""
+    """Tell whether a process that served this device has died, and its record says what it was."""
     disk = _find(store, domain, devid)
     found = record.find(directory, disk.address) if disk is not None else None
     return (
@@ -65,7 +65,7 @@ def is_orphan(directory: str, store: Store, domain: Domain, devid: int) -> bool:
 def take(
     directory: str, store: Store, vm: str, vdev: VirtualDevice, *, force: bool = False
 ) -> Orphan:
-    """Claim what a process has left, and go to the directory that its paths start from.
+    """Claim the record of a dead process, and go to the directory that its paths start from.
 
     Args:
         directory: where records are.
@@ -125,22 +125,22 @@ def _address(store: Store, domain: Domain, vdev: VirtualDevice) -> Address:
 
 
 def _remove(directory: str, store: Store, address: Address) -> None:
-    """Remove all that a process has left of a disk that nobody has any longer.
+    """Remove nodes, record and temporary file of a disk that nobody has any longer.
 
     Raises:
         DeviceTaken: somebody else is at it.
     """
     try:
-        left = Record.adopt(directory, address)
+        orphaned = Record.adopt(directory, address)
     except DeviceTaken:
         raise
     except DeviceError:  # none, or one of another version
         toolstack.detach(store, address)
         record.forget(directory, address)
         return
-    with left:
+    with orphaned:
         toolstack.detach(store, address)
-        file = left.facts.temporary
+        file = orphaned.facts.temporary
         if file is not None:
             temporary.remove(file)
 

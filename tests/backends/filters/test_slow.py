@@ -142,7 +142,7 @@ def test_what_does_not_pass_is_an_error_at_once(error):
 
 
 @pytest.mark.parametrize("repeats", [False, True])
-def test_a_flush_is_tried_again_only_where_that_tells_the_truth(repeats):
+def test_a_flush_is_tried_again_only_where_a_second_one_can_be_trusted(repeats):
     source = Failing(1)
     source.repeats_flush = repeats
     disk = wrap(source, ["retry:pause=0"])

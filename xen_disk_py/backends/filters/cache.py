@@ -1,8 +1,8 @@
-"""``cache``: what was read is kept in memory, for a source that is slow.
+"""``cache``: a read cache in memory, for a slow source.
 
-``--filter cache:size=256M`` keeps blocks of 64 KiB; the ones that nobody has read for longest go
-first. Writes go to the source before they are answered (write-through), and a flush is the
-source's: nothing is lost with the process. Whatever else changes the source is not seen.
+``--filter cache:size=256M`` caches blocks of 64 KiB and evicts the least recently used. It is
+write-through: a write is answered when the source has done it, and a flush goes to the source, so
+nothing is lost with the process. Changes that others make to the source are not seen.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""``checksum``: what comes back is what was written, or an error.
+"""``checksum``: detects sectors that read back differently from what was written to them.
 
-``--filter checksum`` remembers a CRC of each sector that was written since the disk was connected.
-A read that brings something else is an I/O error in the guest (EIO) and a line in the log with the
-place. Sectors that were not written are not checked.
+``--filter checksum`` keeps a CRC of each sector that was written since the disk was connected. If
+a read does not match, the guest gets an I/O error (EIO), and the log a line with the offset.
+Sectors that were not written are not checked.
 
-Memory: about 2 % of what was written, ``limit`` at most; beyond that, what was written longest ago
-is forgotten, a MiB at a time. It dies with the process: whoever takes the disk over begins anew.
+Memory: about 2 % of what was written, at most ``limit``; beyond that the oldest CRCs are dropped, a
+MiB of the disk at a time. They end with the process: one that takes the disk over starts with none.
 """
 
 from __future__ import annotations

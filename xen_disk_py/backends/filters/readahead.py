@@ -1,8 +1,8 @@
-"""``readahead``: who reads in order is served from what was read before it was asked for.
+"""``readahead``: sequential reads are served from memory, which is filled ahead of them.
 
-``--filter readahead:window=1M`` for a source where each request takes long, however short it is: a
-server far away. A read that continues where another has just ended fetches the window behind it in
-the same request to the source. Reads that jump about cost what they cost without.
+``--filter readahead:window=1M`` is for a source with a high latency, such as a server far away. A
+read that starts where another just ended fetches the window after it in the same request to the
+source. Random reads cost what they cost without it.
 """
 
 from __future__ import annotations

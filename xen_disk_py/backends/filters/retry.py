@@ -1,9 +1,9 @@
-"""``retry``: what the storage fails at is tried again, some times, before the guest hears of it.
+"""``retry``: retries failed requests a few times before the guest gets an I/O error.
 
-``--filter retry:times=5,pause=100ms`` waits 100 ms, 200 ms, 400 ms, … between the tries, no longer
-than ``longest``. Only errors that may pass are tried again: those for which ``--on-error hold``
-waits as long as it takes. A flush that failed is tried again only where the disk below tells the
-truth then (NBD, RBD): Linux drops what it could not write, and the next flush succeeds without it.
+``--filter retry:times=5,pause=100ms`` waits 100 ms, 200 ms, 400 ms, … between attempts, at most
+``longest``. Only errors that may be temporary are retried: those that ``--on-error hold`` retries
+indefinitely. A failed flush is retried only where a second one can be trusted (NBD, RBD): Linux
+drops what it could not write, and the next flush succeeds without it.
 """
 
 from __future__ import annotations
