@@ -81,8 +81,8 @@ class Player:
 def connect(host):
     """Run ``connect`` here while the script plays; give its status and what it said."""
 
-    def connect(script, *argv, stderr=None):
-        env = host.environment(stderr)
+    def connect(script, *argv, stderr=None, xen=(4, 20)):
+        env = replace(host.environment(stderr), xen_version=lambda: xen)
         player = Player(host, env, script)
         player.thread.start()
         handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
@@ -235,6 +235,16 @@ def test_cdrom(host, connect, image, kind):
     host.store.write(f"/libxl/{host.DOMID}/type", "")
     assert (ExitStatus.OK, True) == (status, out.endswith("cow ro\n"))
     assert (kind == "pvh") == ("PVH guest: Linux does not take a CD-ROM there" in err)
+
+
+@pytest.mark.parametrize(("xen", "says"), [((4, 17), True), ((4, 19), False), (None, False)])
+def test_who_can_take_the_disk_away_from_a_guest_with_a_qemu(host, connect, xen, says):
+    host.store.write(f"/local/domain/0/device-model/{host.DOMID}/state", "running")
+    status, _, err = connect(session, "guest", xen=xen)
+    host.store.remove("/local/domain/0/device-model")
+    assert status is ExitStatus.OK
+    told = "cannot take a disk away from a guest with a QEMU of its own; use: xen-disk disconnect "
+    assert says == (f"{told}{host.DOMID} xvda" in err)
 
 
 class Somebody:

@@ -7,6 +7,8 @@ import random
 import re
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from xen_disk_py.backends import Backend
 from xen_disk_py.backends.filter import Filter
@@ -384,6 +386,39 @@ def test_discard(backend, request_, status):
         assert OKAY == disk.serve_discard(request)
         name = "discard securely" if secure else "discard"
         assert [(name, sector * 512, sectors * 512)] == backend.calls
+
+
+@given(
+    sector=st.integers(0, 2**34) | st.integers(0, 2**14).map(lambda part: part << 25),
+    sectors=st.integers(1, 2**34),
+)
+def test_a_large_discard_is_done_in_parts(sector, sectors):
+    """All of it, in order, each cut where no storage has a granule."""
+    disk = Disk(Discarding(size=1 << 50))
+    parts = []
+    request = Discard(1, DISCARD, sector, sectors, secure=False)
+    assert OKAY == disk.serve_discard(request, lambda: parts.append(len(disk.backend.calls)))
+    calls = disk.backend.calls
+    assert list(range(1, len(calls))) == parts
+    offset = sector * 512
+    for name, start, length in calls:
+        assert ("discard", offset) == (name, start)
+        assert 0 < length <= 16 << 30
+        offset += length
+        assert offset % (16 << 30) == 0 or (name, start, length) == calls[-1]
+    assert offset == (sector + sectors) * 512
+
+
+def test_a_large_discard_ends_at_the_first_error():
+    class Full(Discarding):
+        def discard(self, offset, length):
+            super().discard(offset, length)
+            if offset:
+                raise OSError(28, "no space left on device")
+
+    disk = Disk(Full(size=1 << 40))
+    assert ERROR == disk.serve_discard(Discard(1, DISCARD, 0, 1 << 28, secure=False))
+    assert [0, 16 << 30] == [offset for _, offset, _ in disk.backend.calls]
 
 
 def test_memory_is_counted():

@@ -2702,6 +2702,38 @@ def test_each_answer_counts_as_progress_though_it_is_not_published(host, clock, 
     host.until(lambda: line.queue.stalled_for == 0)
 
 
+@in_order_or_not
+def test_each_part_of_a_long_discard_counts_as_progress(host, clock, threads):
+    """Linux 7 discards 2 TiB with one request: no watchdog may end us amid it."""
+
+    class Vast(Gate):
+        size = 5 << 40
+
+        def discard(self, offset, length):
+            self._do(offset)
+
+    backend = Vast()
+    backend.threads = threads
+    line = host.line(backend)
+    length = (1 << 41) - 512  # what Linux makes of 5 TiB
+    parts = [number << 34 for number in range(length + (1 << 34) - 1 >> 34)]
+    slow = parts[:3]
+    for part in slow:
+        backend.shut(part)
+    line.put(Discard(7, DISCARD, 0, length // 512, secure=False))
+    line.kick()
+    for number, part in enumerate(slow, 1):
+        backend.wait_for(number)
+        assert 0 == line.queue.stalled_for
+        clock.now += 50
+        assert 50 == line.queue.stalled_for
+        backend.open(part)
+    (answer,) = line.responses(1)
+    assert Response(7, DISCARD, OKAY) == answer
+    assert parts == backend.wait_for(len(parts))
+    host.until(lambda: line.queue.stalled_for == 0)
+
+
 def test_what_waits_for_a_thread_is_not_under_way(host, clock):
     backend = Gate()
     backend.threads = 2

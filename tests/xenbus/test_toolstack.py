@@ -20,6 +20,7 @@ from xen_disk_py.xenbus.toolstack import (
     Domain,
     attach,
     attached,
+    can_xl_detach,
     choose_kind,
     detach,
     domains,
@@ -272,6 +273,8 @@ class TestHost:
             store.write(f"/local/domain/0/device-model/{GUEST}/state", "running")
 
         assert kind == choose_kind(store, GUEST, version)
+        is_known = kind == "qdisk" or version is None or version >= (4, 19)
+        assert is_known == can_xl_detach(kind, version)
 
 
 class TestDevices:

@@ -1004,7 +1004,8 @@ def build_parser() -> _Parser:
         "disconnect",
         help="take a disk away from a guest",
         description="Take a disk away from a guest and wait until it is gone. This also cleans up "
-        "after a process that was killed.",
+        "after a process that was killed. From an HVM guest on Xen before 4.19, xl block-detach "
+        "cannot take it.",
     )
     _add_disk_of_a_guest(disconnect)
     disconnect.add_argument(

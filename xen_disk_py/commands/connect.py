@@ -359,7 +359,7 @@ class _Connection:
                     events.taken_over(pause)
 
             def connected(self) -> None:
-                connection._announce(record)
+                connection._announce(record, address.kind)
                 if not is_known:
                     events.connected()
 
@@ -402,7 +402,7 @@ class _Connection:
                 "if it does not connect, use --read-only in place of --cdrom"
             )
 
-    def _announce(self, record: Record) -> None:
+    def _announce(self, record: Record, kind: str) -> None:
         record.update(connected=True)
         facts = record.facts
         notify("READY=1", f"STATUS={facts.vdev} of {facts.domain}")
@@ -415,6 +415,13 @@ class _Connection:
             self._env.announce(
                 f"{facts.vdev} {facts.number} {facts.device} {format_size(facts.size)} "
                 f"{facts.backend} {facts.mode}"
+            )
+        version = self._env.xen_version()
+        if version is not None and not toolstack.can_xl_detach(kind, version):
+            self._env.tell(
+                f"xl block-detach of Xen {version[0]}.{version[1]} cannot take a disk away from a "
+                "guest with a QEMU of its own; use: xen-disk disconnect "
+                f"{self._domain.domid} {facts.vdev}"
             )
         if facts.backend == "cow" or self._spec.is_temporary:
             self._env.tell(

@@ -46,6 +46,7 @@ RETRY = -99
 """A status that is not for the guest: the storage failed, and such requests are tried again."""
 
 _LINES = 5  # of the log, at once; then one a second
+_DISCARD = 16 << 30  # bytes of a discard that is a part of a larger one
 SETTLING = 5.0
 """Seconds that the requests under way may take before a disk becomes smaller."""
 
@@ -353,15 +354,29 @@ class Disk:
             return OKAY
         return self._failed(_NAMES.get(request.operation, "request"), error)
 
-    def serve_discard(self, request: Discard) -> int:
-        """Do a discard that :meth:`refusal` let pass."""
+    def serve_discard(
+        self, request: Discard, on_progress: Callable[[], None] = lambda: None
+    ) -> int:
+        """Do a discard that :meth:`refusal` let pass.
+
+        Linux 7 discards up to 2 TiB with one request, which takes minutes on some storage.
+
+        Args:
+            request: it may be of the whole disk.
+            on_progress: called each time that a part is done and more follow.
+        """
         if not request.sectors:
             return OKAY
         backend = self.backend
         discard = backend.discard_securely if request.secure else backend.discard
-        offset, length = request.sector * SECTOR, request.sectors * SECTOR
+        offset, end = request.sector * SECTOR, (request.sector + request.sectors) * SECTOR
         try:
-            self._durability.discarding(discard, offset, length)
+            # cut at round places, where no granule of the storage is in two parts
+            while (cut := (offset // _DISCARD + 1) * _DISCARD) < end:
+                self._durability.discarding(discard, offset, cut - offset)
+                offset = cut
+                on_progress()
+            self._durability.discarding(discard, offset, end - offset)
         except BaseException as error:  # noqa: BLE001 - as above
             return self._failed("discard", error)
         return OKAY

@@ -604,7 +604,7 @@ class Queue:
         """Do a request, however long it takes; None if a worker does."""
         disk, request = self._disk, begun.request
         if isinstance(request, Discard):
-            call = partial(disk.serve_discard, request)
+            call = partial(disk.serve_discard, request, partial(self._note_progress, begun))
         else:
             call = partial(disk.transfer, request, begun.acquired.buffers)
         begun.since = perf_counter()
@@ -620,6 +620,12 @@ class Queue:
         pause, later = disk.pause(request, call)
         self._workers.submit(partial(_timed, begun, later), begun, pause)
         return None
+
+    def _note_progress(self, begun: _Begun) -> None:
+        """Let the watchdog know that a request, though it takes long, has not stalled."""
+        begun.since = perf_counter()
+        if not self._is_concurrent:
+            self._stall.moves += 1
 
     def _judge(self, slot: bytes, descriptors: bytes | None) -> _Begun | None:
         """Decode a request and borrow its pages; None if it was refused, and that answered."""

@@ -24,6 +24,7 @@ from .xenstore import Store, quote, unquote
 KINDS = ("vbd3", "qdisk")
 """The kinds of backend directory that we use."""
 
+_VBD3 = (4, 19)  # the Xen whose libxl knows that kind
 _NO_SCRIPT = "/bin/true"
 
 SCRIPT = "block-xen-disk"
@@ -109,11 +110,19 @@ def xen_version() -> tuple[int, int] | None:
 
 def choose_kind(store: Store, domid: int, version: tuple[int, int] | None) -> str:
     """Choose the backend directory's kind so that libxl, and nobody's QEMU, minds the disk."""
-    if version is not None and version < (4, 19):
+    if version is not None and version < _VBD3:
         device_model = f"/local/domain/{own_domid(store)}/device-model/{domid}"
         if not store.exists(device_model):
             return "qdisk"
     return "vbd3"
+
+
+def can_xl_detach(kind: str, version: tuple[int, int] | None) -> bool:
+    """Tell whether ``xl block-detach`` of that Xen takes away a disk of that kind of directory.
+
+    An older one knows no ``vbd3``, which guests with a QEMU of their own need all the same.
+    """
+    return kind != "vbd3" or version is None or version >= _VBD3
 
 
 def taken(store: Store, domid: int) -> set[int]:
