@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import select
 import socket
 import struct
 
@@ -31,11 +32,9 @@ class Listener:
 
     @property
     def is_empty(self):
-        try:
-            self._socket.recv(1, socket.MSG_DONTWAIT | socket.MSG_PEEK)
-        except BlockingIOError:
-            return True
-        return False
+        poller = select.poll()
+        poller.register(self._socket, select.POLLIN)
+        return not poller.poll(0)
 
     def close(self):
         self._socket.close()

@@ -17,6 +17,7 @@ from xen_disk_py.blkif import ERROR, READ
 from xen_disk_py.cli import main
 from xen_disk_py.exit_status import ExitStatus
 from xen_disk_py.recovery.events import KINDS
+from xen_disk_py.recovery.record import find
 
 
 @pytest.fixture
@@ -106,14 +107,13 @@ def test_requests_that_are_tried_again(host, journal, processes, tmp_path):
     assert ["attached", "connected"] == kinds(journal, 2)
     frontend.submit(READ, 0, length=4096)
     frontend.kick()
-    process.until("to be retried")
+    host.until(lambda: find(host.records, ADDRESS).counters["held"])
     flag.touch()
     frontend.drain()
-    found = []
-    while "recovered" not in found:
-        entry = journal.next()
-        found.append(entry["XEN_DISK_EVENT"].decode())
-    assert {"retrying"} == set(found[:-1])
+    entry = journal.next()
+    assert [b"retrying", b"1"] == [entry["XEN_DISK_EVENT"], entry["XEN_DISK_COUNT"]]
+    assert b"read: disk.py:13: OSError: [Errno 28] no space" == entry["XEN_DISK_ERROR"]
+    assert ["recovered"] == kinds(journal, 1)
     end(host, process, frontend)
     assert ["detached"] == kinds(journal, 1)
 

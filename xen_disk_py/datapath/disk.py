@@ -83,7 +83,7 @@ class Disk:
         self._lines = Ration(_LINES, 1.0)
         self._unsaid = 0
         self._said, self._repeat_at = "", 0.0  # the last line; and when to say the same again
-        self._is_retrying = False
+        self._is_retrying, self._failure = False, ""
         self.on_error = self.on_retry = _nobody
         """Called with a line for each request that failed, or is queued for retry."""
         self.on_recovery: Callable[[], None] = lambda: None
@@ -425,13 +425,17 @@ class Disk:
         reason = user_line(error, self.backend)
         if self._holds and passes(error):
             self.say(logging.ERROR, f"{what} failed in {self.backend}, to be retried: {reason}")
-            self._is_retrying = True
-            self.on_retry(f"{what}: {reason}")
+            self._failure = f"{what}: {reason}"
             return RETRY
         self.statistics.add(count.ERRORS)
         self.say(logging.ERROR, f"{what} failed in {self.backend}: {reason}")
         self.on_error(f"{what}: {reason}")
         return FLUSH_FAILED if what == "flush" else ERROR
+
+    def queued_for_retry(self) -> None:
+        """Note that a request is, since it has just failed."""
+        self._is_retrying = True
+        self.on_retry(self._failure)
 
     def recovered(self) -> None:
         """Note that all requests of a queue succeed that were queued for retry."""

@@ -729,6 +729,8 @@ class Queue:
     def _retry_later(self, begun: _Begun) -> None:
         """Keep a request, to try it again; the guest waits, and knows of nothing."""
         begun.since = inf
+        if not begun.was_retried:
+            self._disk.queued_for_retry()
         begun.was_retried = True
         self._retries.add(begun)
         self._statistics.words[count.HELD] = len(self._retries)

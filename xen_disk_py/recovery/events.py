@@ -90,7 +90,7 @@ class Events:
 
     def _failed(self, kind: Kind, what: str, count: int, first: str) -> None:
         more: dict[str, Value] = {"XEN_DISK_COUNT": count, "XEN_DISK_ERROR": first}
-        self._send(kind, f"{count} {what}; the first: {printable(first)}", **more)
+        self._send(kind, f"{what}: {count}, the first: {printable(first)}", **more)
 
     def _recovered(self) -> None:
         self._retries.flush()  # what happened before is told before
