@@ -11,6 +11,14 @@ only what the other side decides::
     byte 12  rsp_event   wake the frontend when rsp_prod passes this
     byte 64  slot 0, slot 1, ...
 
+A processor may do loads and stores in another order than that of the program; ARM's does, x86's
+only delays stores beyond later loads. Each fence here is for one such order; all of them are full.
+The guest's data, which requests only refer to, needs no others: what the frontend wrote before it
+published a request is read after :meth:`BackRing.take`, and what is written into its pages before
+:meth:`BackRing.push` is there when it sees the response. A thread that did the request for the
+ring's own has handed it over with a lock, which orders as much. ``tests/test_memory_order.py``
+takes each fence away, and shows the harm.
+
 No I/O here: notifying is left to the caller, fences are handed in. Indices are read and
 written through a ``memoryview`` of format "I", one aligned 4-byte access each; ``pack_into``
 must not touch them, nor a slot the other side may look at: it clears before it writes.
@@ -151,7 +159,9 @@ class BackRing(_Ring):
             raise GuestMisbehaved(
                 f"request index {produced} is over {self.slots} ahead of {answered} answered"
             )
-        self._fence()  # the slots' contents are read after the index that covers them
+        # Load, load: the slots are read after the index that covers them, or they may be older. The
+        # check above must not stand for it: a load does not wait for what a condition needs.
+        self._fence()
         waiting = min(waiting, most)
         slots = self._copy(self._consumed, waiting)
         self._consumed = (self._consumed + waiting) & _MASK
@@ -166,9 +176,13 @@ class BackRing(_Ring):
             at = HEADER + (index & last) * size
             shared[at : at + len(response)] = response
         self._unpublished.clear()
-        self._fence()  # responses are visible before the index that covers them
+        # Store, store: whoever sees the index sees the responses, and the data that they tell of.
+        # Load, store: the requests have been read from the slots that this gives back.
+        self._fence()
         self._indices[_RSP_PROD] = self._published = new
-        self._fence()  # the index is visible before we look who waits for it
+        # Store, load: either we see that the frontend waits, or it sees the index when it looks for
+        # the last time (the fence in its ``arm``); also, the index is there before any event is.
+        self._fence()
         return (new - self._indices[_RSP_EVENT]) & _MASK < (new - old) & _MASK
 
     def arm(self) -> bool:
@@ -178,7 +192,8 @@ class BackRing(_Ring):
         (RING_FINAL_CHECK_FOR_REQUESTS).
         """
         self._indices[_REQ_EVENT] = (self._consumed + 1) & _MASK
-        self._fence()  # our request for a notification is visible before the last look
+        # Store, load: either the frontend sees that we wait, or we see its index.
+        self._fence()
         return self._indices[_REQ_PROD] != self._consumed
 
 
@@ -220,9 +235,9 @@ class FrontRing(_Ring):
     def push(self) -> bool:
         """Publish the requests put so far; True if the backend wants to be notified."""
         old, new = self._published, self._produced
-        self._fence()
+        self._fence()  # as in BackRing.push, with requests and responses exchanged
         self._indices[_REQ_PROD] = self._published = new
-        self._fence()
+        self._fence()  # likewise
         return (new - self._indices[_REQ_EVENT]) & _MASK < (new - old) & _MASK
 
     def take(self) -> list[bytes]:
@@ -234,7 +249,7 @@ class FrontRing(_Ring):
         waiting = (self._indices[_RSP_PROD] - self._consumed) & _MASK
         if waiting > (self._published - self._consumed) & _MASK:
             raise RuntimeError("more responses than requests")
-        self._fence()
+        self._fence()  # as in BackRing.take
         slots = self._copy(self._consumed, waiting)
         self._consumed = (self._consumed + waiting) & _MASK
         size = self._slot_size
@@ -243,5 +258,5 @@ class FrontRing(_Ring):
     def arm(self) -> bool:
         """Ask to be notified of the next response; True if one is there already."""
         self._indices[_RSP_EVENT] = (self._consumed + 1) & _MASK
-        self._fence()
+        self._fence()  # as in BackRing.arm
         return self._indices[_RSP_PROD] != self._consumed

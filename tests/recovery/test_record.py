@@ -24,6 +24,7 @@ from xen_disk_py.datapath.journal import SIZE, Unanswered
 from xen_disk_py.datapath.latency import SIZE as LATENCIES
 from xen_disk_py.errors import DeviceError, DeviceTaken, XenUnavailable
 from xen_disk_py.host import process
+from xen_disk_py.host.process import start_time
 from xen_disk_py.recovery import record
 from xen_disk_py.recovery.facts import Facts
 from xen_disk_py.recovery.record import Found, Record, find, forget
@@ -102,6 +103,24 @@ class TestServing:
             mine.describe(Facts(path="a" * 1000))
             mine.describe(FACTS)
             assert FACTS == find(directory, ADDRESS).facts
+
+    def test_one_who_reads_amid_a_description_reads_again(self, directory, monkeypatch):
+        """What a living process has not wholly written is not taken for what it says."""
+        mixtures, pread = [3, 2, 1], os.pread
+
+        def read(fd, length, offset):
+            data = bytearray(pread(fd, length, offset))
+            if mixtures:
+                data[data.index(b"torn.raw")] ^= mixtures.pop()
+            return bytes(data)
+
+        with Record(directory, ADDRESS) as mine:
+            pid = os.getpid()
+            facts = Facts(path="/torn.raw", pid=pid, process_started=start_time(pid))
+            mine.describe(facts)
+            monkeypatch.setattr(record.os, "pread", read)
+            assert Found(facts, mine.statistics.as_dict(), True) == find(directory, ADDRESS)
+            monkeypatch.undo()
 
     def test_the_format_is_told_with_the_facts(self, directory):
         with Record(directory, ADDRESS) as mine:

@@ -2,8 +2,19 @@
 
 It is part of a file that is mapped by whoever serves a disk. What is written replaces what was
 there as a whole: one of two buffers is valid, the other is filled, then a word says that this one
-is valid. Whenever the process is killed, one buffer is complete. Only a process that has ended has
-a successor, which sees all stores that were done: their order is all it takes, no fence.
+is valid. Whenever the process is killed, one buffer is complete.
+
+The order of the stores in the program is all that this takes, and no fence, on ARM neither:
+
+* A process is killed between two instructions. All stores before are done, though another processor
+  may not see them yet; none behind is, since no processor stores for an instruction that it may
+  still have to give up.
+* A successor reads after it has got the lock that goes when the process has ended (see
+  :mod:`xen_disk_py.recovery.record`): the kernel, which takes a lock to release one, has made all
+  of these visible then.
+
+Who reads while the process lives has neither, and may find a mixture: if the buffer that was valid
+is written anew meanwhile, and on ARM also if the word was visible before what it stands for.
 """
 
 from __future__ import annotations

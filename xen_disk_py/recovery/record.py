@@ -392,10 +392,14 @@ def find(directory: str, address: Address) -> Found | None:
         fd = os.open(path_of(directory, address), os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return None
+    facts: Facts | None = None
     try:
         for _ in range(_TRIES):
             alive = _is_locked(fd)
             data = os.pread(fd, HEAD, 0)
+            if alive and os.pread(fd, _FACTS, 0) != data[:_FACTS]:
+                time.sleep(_PAUSE)  # it is being written, and may be a mixture
+                continue
             facts = _facts_in(data)
             # A sweep has the lock for a moment: that is not the process that serves. One that has
             # described nothing yet has just begun.
