@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import storage
 from killing import everywhere
+from overlays import with_header
 
 from xen_disk_py.backends import newfile
 from xen_disk_py.backends.image import Image
@@ -179,7 +180,7 @@ def test_only_what_was_flushed_before_a_crash_of_the_host(commit, image, overlay
     before = image.read_bytes()
     data = bytearray(overlay.read_bytes())
     assert data.count(b"-", 36, 72) == 4
-    data[36:72] = b"0" * 36  # another boot
+    data = bytearray(with_header(bytes(data), 36, b"0" * 36))  # another boot
     data[4096] = 0  # the live map
     data[4096 + 1] = 1
     overlay.write_bytes(data)
@@ -572,8 +573,8 @@ def test_what_an_overlay_names_cannot_steer_a_terminal(image, overlay, merged, w
     page = bytearray(overlay.read_bytes()[:4096])
     evil = b"/x\x1b[2J\n\xc2\x9bxen-disk: all is well"
     struct.pack_into("<H", page, 96, len(evil))
-    rest = page[98:].partition(b"\0")[2].rstrip(b"\0")
-    page[98:] = (evil + b"\0" + rest).ljust(4096 - 98, b"\0")
+    rest = page[98:2044].partition(b"\0")[2].rstrip(b"\0")
+    page = with_header(page, 96, page[96:98] + (evil + b"\0" + rest).ljust(1946, b"\0"))
     with open(overlay, "r+b") as file:
         file.write(page)
     env = Environment(stdout=io.StringIO(), stderr=io.StringIO(), stdin=None)

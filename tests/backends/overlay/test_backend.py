@@ -18,6 +18,7 @@ from pathlib import Path
 import killing
 import pytest
 import storage
+from overlays import with_header
 
 from backends.blocks import buffers, read, write
 from backends.child import conformance_command
@@ -292,8 +293,7 @@ def test_an_overlay_that_is_killed_while_it_is_taken_up_after_a_crash(make_image
     flushed = read(disk, 0, 16 * BLOCK)
     write(disk, BLOCK, b"n" * 2 * BLOCK)
     kill(disk)
-    crashed = bytearray(Path(overlay).read_bytes())
-    crashed[36:72] = b"0" * 36  # another boot
+    crashed = bytearray(with_header(Path(overlay).read_bytes(), 36, b"0" * 36))  # another boot
     for block in (1, 2):  # marked, but the data is lost
         crashed[3 * BLOCK :][block * BLOCK : (block + 1) * BLOCK] = bytes(BLOCK)
     Path(overlay).write_bytes(crashed)
@@ -1082,7 +1082,7 @@ def test_an_overlay_of_version_1_is_taken_and_becomes_one_of_this(opened, image,
         disk = opened()
         assert expected == read(disk, 0, SIZE)
         kill(disk)
-    assert 2 == Path(overlay).read_bytes()[16]
+    assert 3 == Path(overlay).read_bytes()[16]
 
 
 def test_a_block_device(loop_device, opened, overlay):
@@ -1097,6 +1097,8 @@ def test_a_block_device(loop_device, opened, overlay):
 
 
 def damaged(at, content):
+    if at < BLOCK:
+        return lambda data: with_header(data, at, content)
     return lambda data: data[:at] + content + data[at + len(content) :]
 
 
@@ -1106,7 +1108,7 @@ def damaged(at, content):
         (lambda data: b"", "not an overlay"),
         (lambda data: data[:100], "not an overlay"),
         (lambda data: b"QFI\xfb" + data[4:], "not an overlay"),
-        (damaged(16, b"\3"), "an overlay of version 3"),
+        (damaged(16, b"\4"), "an overlay of version 4"),
         (damaged(20, b"\1"), "its header makes no sense"),  # the block
         (damaged(24, bytes(8)), "its header makes no sense"),  # the size
         (damaged(24, b"\1"), "its header makes no sense"),
@@ -1116,7 +1118,8 @@ def damaged(at, content):
         (damaged(96, b"\3\0"), "its header makes no sense"),
         (damaged(98, b"relative"), "its header makes no sense"),
         (damaged(99, b"\0"), "its header makes no sense"),
-        (damaged(4095, b"\1"), "its header makes no sense"),
+        (damaged(2043, b"\1"), "its header makes no sense"),
+        (lambda data: 2 * (data[:2000] + bytes(48)) + data[BLOCK:], "its header makes no sense"),
         (damaged(4096 + 7, b"\2"), "its map makes no sense"),
         (damaged(4096 + 257, b"\1"), "its map makes no sense"),  # a block beyond the end
         (lambda data: data[:-1], "perhaps cut short"),
@@ -1139,8 +1142,9 @@ def test_an_enormous_hole_is_refused(opened, overlay):
     opened().close()
     size = 1 << 42
     with open(overlay, "r+b") as file:
-        file.seek(24)
-        file.write(struct.pack("<Q", size))
+        page = file.read(BLOCK)
+        file.seek(0)
+        file.write(with_header(page, 24, struct.pack("<Q", size)))
         file.truncate(BLOCK + 2 * (size // BLOCK**2 * BLOCK) + size)
     assert "changed or replaced since" in refusal(opened)
 

@@ -2,7 +2,7 @@
 
 ::
 
-    0            a header of 4096 bytes: whose changes these are, see :mod:`.header`
+    0            a header of 4096 bytes, twice: whose changes these are, see :mod:`.header`
     4096         the live map: a byte for each block of 4096 bytes, 1 where it is allocated in here
     + map        the durable map, of the same length (both rounded up to 4096 bytes)
     + map        the blocks, each as far in here as it is in the image: what is not allocated is a
@@ -43,7 +43,7 @@ from ..image import Image, lock, transfer_all
 from ..newfile import NewFile
 from ..trim import punch_hole
 from .epoch import Epoch
-from .header import BLOCK, Commit, Header, damaged
+from .header import BLOCK, COPY, Commit, Header, damaged
 from .trust import require_trusted
 from .unflushed import Unflushed
 
@@ -117,7 +117,7 @@ class OverlayFile(Closing):
             with NewFile(path) as new:
                 header = Header.of(image, Epoch.of(new.fd))
                 os.ftruncate(new.fd, _file_length(header.size))
-                transfer_all(os.pwritev, new.fd, [memoryview(header.pack())], 0)
+                transfer_all(os.pwritev, new.fd, [memoryview(2 * header.pack())], 0)
                 file = cls(new.fd, path, header, writable=True)
                 file._image = image
                 os.fsync(new.fd)
@@ -291,10 +291,22 @@ class OverlayFile(Closing):
                 zeros = memoryview(bytes(min(1 << 20, stop - at)))
                 transfer_all(os.pwritev, self.fd, [zeros], at)
 
-    def _write_header(self, header: Header) -> None:
-        if header != self.header:
-            transfer_all(os.pwritev, self.fd, [memoryview(header.pack())], 0)
-            self.header = header
+    def _write_header(self, header: Header, *, waits: bool = True) -> None:
+        """Write it; whatever a power cut tears, it or the one before can be read.
+
+        Args:
+            header: what is to be there.
+            waits: for the storage; else only those who read it in this boot are told.
+        """
+        if header == self.header:
+            return
+        page = memoryview(header.pack())
+        if waits:
+            os.fdatasync(self.fd)  # the first may have been written a moment ago
+            transfer_all(os.pwritev, self.fd, [page], COPY)
+            os.fdatasync(self.fd)
+        transfer_all(os.pwritev, self.fd, [page], 0)
+        self.header = header
 
     def extents(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """Cut the bytes from ``start`` to ``stop`` of the disk into extents: from, to, allocated.
@@ -384,7 +396,7 @@ class OverlayFile(Closing):
                     self._changed |= changed
                     self._unflushed.fail()
                     with suppress(OSError):  # whoever opens it next must not trust the cache
-                        self._write_header(replace(self.header, live=False))
+                        self._write_header(replace(self.header, live=False), waits=False)
                         self._copy_again()
                 raise
             with self.lock:

@@ -1,4 +1,9 @@
-"""The first page of an overlay: whose changes these are, and since when they are in the cache."""
+"""The first page of an overlay: whose changes these are, and since when they are in the cache.
+
+It is there twice, in 2048 bytes each, with a checksum: power that fails may tear what is being
+written at any sector. So the second one is written, and on stable storage, before the first is
+touched; who finds the first torn reads the second.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +11,7 @@ import json
 import os
 import stat
 import struct
+import zlib
 from dataclasses import asdict, dataclass, replace
 
 from ...errors import ImageError
@@ -16,12 +22,16 @@ from ..signatures import OVERLAY
 from .epoch import Epoch, boot_id
 
 BLOCK = 4096
-VERSION = 2
+COPY = 2048
+"""Where in the page the second header is, in bytes."""
+VERSION = 3
 
 # version, block, size, sector size, boot id, st_dev, st_ino, st_mtime_ns, length of the path
 _FIELDS = struct.Struct("<16sIIQI36sQQqH")
-# Then the path; in version 2 also a zero and a JSON object: "mount" and "superblock", see Epoch;
-# "broken": the live map does not count; "image", see host/identity.py; "commit", see Commit.
+_CHECKSUM = struct.Struct("<I")  # CRC-32 of the 2044 bytes before it
+# Then the path; from version 2 on also a zero and a JSON object: "mount" and "superblock", see
+# Epoch; "broken": the live map does not count; "image", see host/identity.py; "commit", see Commit.
+# Versions 1 and 2 have the whole page, and no checksum.
 
 
 @dataclass(frozen=True)
@@ -92,13 +102,30 @@ class Header:
         """
         if len(page) < BLOCK or not page.startswith(OVERLAY):
             raise ImageError(f"{name}: not an overlay: give a file that --overlay has made")
+        error = None
+        for part in (page[:COPY], page[COPY:], page):  # the last: of version 1 or 2
+            if part.startswith(OVERLAY):
+                try:
+                    return cls._parse(part, name)
+                except ImageError as why:
+                    error = error or why
+        assert error is not None
+        raise error
+
+    @classmethod
+    def _parse(cls, page: bytes, name: str) -> Header:
         _, version, block, size, sector_size, boot, *known = _FIELDS.unpack_from(page)
         device, inode, modified, length = known
-        if version not in (1, VERSION):
+        if version not in (1, 2, VERSION):
             raise ImageError(
                 f"{name}: an overlay of version {version}, this program knows {VERSION}: use the "
                 "xen-disk that made it"
             )
+        if version == VERSION:
+            end = COPY - _CHECKSUM.size
+            if _CHECKSUM.unpack_from(page, end) != (zlib.crc32(page[:end]),):
+                raise damaged(name, "its header makes no sense")
+            page = page[:end]
         path, rest = page[_FIELDS.size :][:length], page[_FIELDS.size + length :]
         more = _parse_json(rest) if version > 1 else ({} if not any(rest) else None)
         sane = (
@@ -145,7 +172,7 @@ class Header:
         return replace(self, epoch=_OldEpoch(self.epoch.boot))
 
     def pack(self) -> bytes:
-        """Return the page.
+        """Return one of the two headers.
 
         Raises:
             ImageError: the path is too long for it.
@@ -162,11 +189,13 @@ class Header:
         fields = (VERSION, BLOCK, self.size, self.sector_size, self.epoch.boot.encode())
         page = _FIELDS.pack(OVERLAY, *fields, *self.numbers, self.modified, len(path)) + path
         page += b"\0" + json.dumps(more).encode()
-        if len(page) > BLOCK - (_ROOM if self.commit is None else 0):
+        end = COPY - _CHECKSUM.size
+        if len(page) > end - (_ROOM if self.commit is None else 0):
             raise ImageError(
                 f"{self.shown_path}: too long a path for an overlay: use a shorter one"
             )
-        return page.ljust(BLOCK, b"\0")
+        page = page.ljust(end, b"\0")
+        return page + _CHECKSUM.pack(zlib.crc32(page))
 
     @property
     def shown_path(self) -> str:
