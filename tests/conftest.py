@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 
+import long_run
 import pytest
 from processes import Processes
 
@@ -448,6 +449,15 @@ def pytest_runtest_logreport(report):
         version = ".".join(map(str, sys.version_info[:2]))
         with open(os.environ["XEN_DISK_RERUNS"], "a", encoding="utf-8") as file:
             file.write(f"{report.nodeid} (Python {version})\n")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Have this Python run its share of the tests, where several run them."""
+    chosen = long_run.of_this_python(items)
+    others = [item for item, is_ours in zip(items, chosen) if not is_ours]
+    items[:] = [item for item, is_ours in zip(items, chosen) if is_ours]
+    if others:
+        config.hook.pytest_deselected(items=others)
 
 
 def pytest_collection_finish():

@@ -9,10 +9,18 @@ from __future__ import annotations
 import os
 import random
 import sys
+import zlib
+from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pytest
 
 LONG = bool(os.environ.get("XEN_DISK_LONG"))
+SHARED = {"backends", "commands", "crashtest", "hostile", "libxl", "reliability", "trace"}
+_RUNS_ALL = 11  # Python 3.11, where coverage is measured
+_SHARE = 4
 
 
 def repeat(count: int, in_a_long_run: int) -> range:
@@ -31,18 +39,32 @@ def one_in(share: int, *indices: int) -> bool:
     return LONG or sum(n * index for n, index in enumerate(indices, 1)) % share == 0
 
 
-def on_this_python(values: Sequence[Any], share: int, start: int = 0) -> list[Any]:
-    """Return one in ``share`` of the values; so many Pythons, one after the other, have them all.
+def of_this_python(tests: Sequence[pytest.Function]) -> list[bool]:
+    """Tell which tests run on this Python, where several Pythons share them out.
 
-    For tests that start processes, and do the same on every Python. A long run has all on each.
+    Python 3.11 runs all. Of each function that is shared every other Python runs one case in four,
+    so that each case runs on two Pythons. Shared are the tests in the directories SHARED and those
+    that are marked ``shared``: they depend on kernels, protocols, formats and other programs more
+    than on Python, and each Python still runs a part of every file. Without XEN_DISK_SHARE=1, which
+    says that several Pythons run the tests, this one runs everything.
 
     Args:
-        values: of a dimension, as many as ``share`` or more.
-        share: at most as many as there are Pythons to test on.
-        start: another one for another test: then one Python does not have the same of each.
+        tests: all of them, in order.
     """
-    first = 0 if LONG else (sys.version_info.minor + start) % share
-    return list(values[first :: 1 if LONG else share])
+    minor = sys.version_info.minor
+    if LONG or minor == _RUNS_ALL or not os.environ.get("XEN_DISK_SHARE"):
+        return [True] * len(tests)
+    number = minor - (minor > _RUNS_ALL)
+    cases: Counter[str] = Counter()
+    chosen = []
+    for test in tests:
+        path, _, _ = test.nodeid.partition("::")
+        function = f"{path}::{test.originalname}"
+        case = cases[function] + zlib.crc32(function.encode())
+        cases[function] += 1
+        is_shared = path.split("/")[1] in SHARED or test.get_closest_marker("shared") is not None
+        chosen.append(not is_shared or (case - number) % _SHARE == 0)
+    return chosen
 
 
 def stride(step: int) -> tuple[int, int]:

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 from libxl_stub import Libxl
-from long_run import on_this_python
 
 from xen_disk_py.backends.nbd.libnbd import NBD
 from xen_disk_py.errors import XenUnavailable
@@ -160,7 +159,6 @@ def test_connect(host, processes, disk, side):
     assert [] == os.listdir(host.records)
 
 
-@pytest.mark.parametrize("side", on_this_python(SIDES, 3), indirect=True)
 def test_supervise(host, processes, disk, side):
     """Neither the supervisor, nor its worker, nor a successor."""
     options, later = side
@@ -182,7 +180,6 @@ def test_supervise(host, processes, disk, side):
     assert [] == os.listdir(host.records)
 
 
-@pytest.mark.parametrize("side", on_this_python(SIDES, 3, 1), indirect=True)
 def test_serve(host, processes, image, side, tmp_path):
     """Neither the daemon, nor the process of a disk."""
     options, later = side

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from long_run import LONG, on_this_python
+from long_run import LONG
 
 from xen_disk_py.datapath import queue
 
@@ -54,15 +54,12 @@ def test_at_every_line(threads):
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "setting",
-    on_this_python(
-        [
-            {"abi": "x86_32", "start": 2**32 - 20, "threads": 4},
-            {"order": 4, "start": 2**32 - 500, "threads": 4},
-            {"grants": "copy", "persistent": False, "start": 2**32 - 3},
-            {"grants": "map", "threads": 4, "start": 2**31 - 30},
-        ],
-        2,
-    ),
+    [
+        {"abi": "x86_32", "start": 2**32 - 20, "threads": 4},
+        {"order": 4, "start": 2**32 - 500, "threads": 4},
+        {"grants": "copy", "persistent": False, "start": 2**32 - 3},
+        {"grants": "map", "threads": 4, "start": 2**31 - 30},
+    ],
 )
 def test_rings_that_go_round(setting):
     """More requests than the ring has slots, while the frontend takes answers and puts more."""

@@ -1,0 +1,55 @@
+"""What each Python runs, where several run the tests."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+
+import long_run
+import pytest
+
+
+def case(name, *, marked=False, directory="host"):
+    marker = object() if marked else None
+    return SimpleNamespace(
+        nodeid=f"tests/{directory}/test_x.py::{name}[a]",
+        originalname=name,
+        get_closest_marker=lambda wanted: marker if wanted == "shared" else None,
+    )
+
+
+TESTS = [
+    *(case("test_many", marked=True) for _ in range(10)),
+    *(case(f"test_{number}", directory="backends") for number in range(20)),
+    *(case("test_cheap") for _ in range(3)),
+]
+
+
+@pytest.fixture
+def of(monkeypatch):
+    """Return which tests a Python of that minor version runs."""
+    monkeypatch.setenv("XEN_DISK_SHARE", "1")
+    monkeypatch.setattr(long_run, "LONG", False)
+
+    def of(minor):
+        monkeypatch.setattr(sys, "version_info", SimpleNamespace(minor=minor))
+        return long_run.of_this_python(TESTS)
+
+    return of
+
+
+def test_each_shared_case_runs_on_3_11_and_on_one_of_the_others(of):
+    assert {True} == set(of(11))
+    shares = [of(minor) for minor in (9, 10, 12, 13)]
+    times = [sum(chosen) for chosen in zip(*shares)]
+    assert [1] * 30 + [4] * 3 == times
+    for share in shares:
+        assert 2 <= sum(share[:10]) <= 3
+
+
+def test_a_run_on_one_python_is_whole(of, monkeypatch):
+    monkeypatch.delenv("XEN_DISK_SHARE")
+    assert {True} == set(of(13))
+    monkeypatch.setenv("XEN_DISK_SHARE", "1")
+    monkeypatch.setattr(long_run, "LONG", True)
+    assert {True} == set(of(13))
