@@ -71,6 +71,14 @@ def test_an_error_for_each_reply(lie, number, expected):
     disk.close()
 
 
+@pytest.mark.parametrize("answer", [lambda *_: None, lambda kind, cookie, length: reply(cookie, 5)])
+def test_a_flush_that_fails_ends_the_connection_and_not_the_process(lie, answer):
+    disk = NbdBackend(lie(answer=answer).uri)
+    with pytest.raises(StorageError):
+        disk.flush()
+    disk.close()
+
+
 @pytest.mark.parametrize(
     "answer",
     [

@@ -238,7 +238,9 @@ class Connection(Closing):
 
     @property
     def events(self) -> int:
-        """What to poll the socket for."""
+        """What to poll the socket for; nothing once this is closed, as it is amid a lost flush."""
+        if self._handle is None:
+            return 0
         direction = self._nbd.nbd_aio_get_direction(self._handle)
         return (select.POLLIN if direction & _TO_READ else 0) | (
             select.POLLOUT if direction & _TO_WRITE else 0
