@@ -59,8 +59,8 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
             )
             if disk.size < header.size:
                 raise UsageError(
-                    f"{disk} is {disk.size} bytes long, the recorded disk was {header.size}: give "
-                    "one of that size"
+                    f"{printable(spec.overlay or spec.path or spec.backend_name)}: has {disk.size} "
+                    f"bytes, the recorded disk {header.size}: give one of that size"
                 )
             replay = Replay(disk, speed=args.speed, compare=args.compare)
             size = os.path.getsize(args.trace)
@@ -70,7 +70,10 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
         if not ending.is_complete:
             env.tell(f"{printable(args.trace)}: {ending.text}")
     facts = _facts(replay)
-    env.say(json.dumps(facts) if args.json else "\n".join(_lines(facts)))
+    if args.json:
+        env.say(json.dumps(facts))
+    else:
+        env.say("\n".join(_lines(facts)) + (", as far as it is" if ending.is_damaged else ""))
     return ExitStatus.OK if facts["passed"] and not ending.is_damaged else ExitStatus.ERROR
 
 

@@ -1,0 +1,102 @@
+"""Traces that cannot be used, and what does not belong to them: each command says so, once, and
+makes nothing.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+
+import pytest
+from recorded import SIZE, flush, header, make, stopped, write
+
+from xen_disk_py.cli import main
+from xen_disk_py.commands.environment import Environment
+from xen_disk_py.exit_status import ExitStatus
+
+RECORDS = [write(0, 1, 0, b"a" * 1024), flush(2, 3), write(4, 5, 4096, b"b" * 512), stopped(9)]
+
+COMMANDS = {
+    "trace": ["trace", "t.xdt"],
+    "plot": ["plot", "t.xdt", "-o", "new.svg"],
+    "replay": ["replay", "t.xdt", "--path", "base.raw", "--speed", "asap"],
+    "rewind": ["rewind", "t.xdt", "--base", "base.raw", "--at", "end", "-o", "new.raw"],
+    "overlay": ["rewind", "t.xdt", "--base", "base.raw", "--at", "end", "--overlay", "new"],
+    "crashtest": ["crashtest", "t.xdt", "--base", "base.raw", "--check", "true {}"],
+    "info": ["info", "at:t.xdt@end"],
+    "export": ["export", "at:t.xdt@end", "new.raw", "--option", "base=base.raw"],
+}
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Run a command on a trace that was changed; return the status and what it said."""
+    monkeypatch.chdir(tmp_path)
+    tmp_path.chmod(0o700)
+    base = tmp_path / "base.raw"
+    base.write_bytes(b"\1" * SIZE)
+    make(tmp_path / "t.xdt", header(base), RECORDS)
+
+    def run(name, change=lambda data: data):
+        trace = tmp_path / "t.xdt"
+        trace.write_bytes(change(trace.read_bytes()))
+        env = Environment(stdout=io.StringIO(), stderr=io.StringIO(), stdin=None)
+        status = main(COMMANDS[name], env)
+        return status, env.stdout.getvalue(), env.stderr.getvalue()
+
+    return run
+
+
+@pytest.fixture
+def refused(run, tmp_path):
+    def refused(name, change=lambda data: data):
+        status, out, err = run(name, change)
+        assert (ExitStatus.ERROR, "") == (status, out)
+        assert ["base.raw", "t.xdt"] == sorted(os.listdir(tmp_path))
+        assert 1 == err.count("\n")
+        return err
+
+    return refused
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda data: b"", "not a trace: give a file that --filter record"),
+        (lambda data: b"QFI\xfb" + data[4:], "not a trace: give a file that --filter record"),
+        (lambda data: data[:100], "a trace that was cut in its header: nothing of it is left"),
+        (lambda data: data[:16] + b"\2" + data[17:], "a trace of version 2, this program knows 1"),
+        (
+            lambda data: data[:60] + b"\xff" + data[61:],
+            "a damaged trace: the checksum of its header is wrong",
+        ),
+    ],
+    ids=["empty", "other", "cut", "future", "damaged"],
+)
+def test_what_is_no_trace(refused, name, change, words):
+    assert words in refused(name, change)
+
+
+@pytest.mark.parametrize("name", ["rewind", "overlay", "crashtest", "export"])
+@pytest.mark.parametrize("size", [SIZE, SIZE // 2])
+def test_what_the_disk_was_not(refused, tmp_path, name, size):
+    (tmp_path / "base.raw").write_bytes(b"\2" * size)
+    assert "give the image as it was when t.xdt was begun" in refused(name)
+
+
+def test_a_replay_of_what_is_left_has_not_passed(run):
+    status, out, err = run("replay", lambda data: data[:-1])
+    assert (ExitStatus.ERROR, True) == (status, out.endswith("passed, as far as it is\n"))
+    assert "what was recorded later is not read" in err
+
+
+@pytest.mark.parametrize("name", ["rewind", "overlay", "export"])
+def test_no_space(refused, monkeypatch, name):
+    def full(*_arguments):
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(os, "pwritev", full)
+    monkeypatch.setattr(os, "pwrite", full)
+    monkeypatch.setattr(os, "copy_file_range", full, raising=False)
+    assert "No space left" in refused(name)
