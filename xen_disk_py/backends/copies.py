@@ -46,7 +46,8 @@ class Copies:
     def flushed(self, end: int) -> None:
         """Drop those before number ``end``."""
         while self._first < end:
-            self.size -= sum(len(data) for _, data in self._writes.popleft())
+            for _, data in self._writes.popleft():
+                self.size -= len(data)
             self._first += 1
 
     def newest(self) -> Iterator[Piece]:

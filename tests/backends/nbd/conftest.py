@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import signal
 import socket
@@ -26,6 +27,12 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.parent.name == "nbd" and missing:
             item.add_marker(pytest.mark.skip(reason=missing))
+
+
+def stop(pid):
+    """Stop a child, and wait until all its threads have."""
+    os.kill(pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOWAIT)
 
 
 class Server:
@@ -52,6 +59,13 @@ class Server:
                     time.sleep(0.01)
                 else:
                     break
+
+    def stop(self):
+        """Stop it where it is: it answers nothing."""
+        stop(self._process.pid)
+
+    def resume(self):
+        self._process.send_signal(signal.SIGCONT)
 
     def kill(self, signum=signal.SIGKILL):
         if self._process is not None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import select
 import shutil
+import signal
 import subprocess
 import threading
 
@@ -11,12 +13,15 @@ import pytest
 
 from backends.blocks import read, write
 from xen_disk_py.backends import StorageError
-from xen_disk_py.backends.asynchronous import WRITE
+from xen_disk_py.backends.asynchronous import READ, WRITE
 from xen_disk_py.backends.conformance import BackendConformance
 from xen_disk_py.backends.loader import open_backend
-from xen_disk_py.backends.nbd import NbdBackend
+from xen_disk_py.backends.nbd import NbdBackend, libnbd, wire
+from xen_disk_py.backends.nbd import backend as backend_module
 from xen_disk_py.backends.nbd import client as client_module
 from xen_disk_py.errors import BackendError, UsageError
+
+from .conftest import stop
 
 MIB = 1 << 20
 PATIENCE = 30.0
@@ -48,6 +53,27 @@ class TestSmallRequests(OnAServer):
         "blocksize-maximum=64K",
         "blocksize-error-policy=error",
     )
+
+
+class TestEncrypted(OnAServer):
+    """As if it were: requests and replies go through libnbd."""
+
+    command = ("nbdkit", "memory", "4M")
+
+    @pytest.fixture(autouse=True)
+    def _by_libnbd(self, monkeypatch):
+        monkeypatch.setattr(backend_module, "is_plain", lambda where: False)
+
+
+class TestLittleAtATime(OnAServer):
+    """What arrives is cut anywhere, replies' headers as well."""
+
+    command = ("nbdkit", "memory", "4M")
+
+    @pytest.fixture(autouse=True)
+    def _little(self, monkeypatch):
+        monkeypatch.setattr(wire, "_BUFFER", 41)
+        monkeypatch.setattr(wire, "_PIECES", 3)
 
 
 class TestReadOnly(OnAServer):
@@ -270,6 +296,112 @@ def test_writes_that_wait_for_a_flush_end_with_their_server(serve, monkeypatch):
         errors += [type(done.error) for done in many.collect()]
     assert [StorageError] * 4 == errors
     disk.close()
+
+
+@pytest.mark.parametrize("is_plain", [True, False])
+def test_large_requests_go_over_a_socket_that_takes_less_at_once(serve, monkeypatch, is_plain):
+    monkeypatch.setattr(backend_module, "is_plain", lambda where: is_plain)
+    disk = NbdBackend(serve("nbdkit", "memory", "8M").uri, connections=1)
+    many, data = disk.asynchronous, [bytes([number + 1]) * MIB for number in range(8)]
+    for operation in (WRITE, READ):
+        pages = [memoryview(bytearray(each if operation == WRITE else MIB)) for each in data]
+        errors = []
+        for number, page in enumerate(pages):
+            many.submit(operation, [page], number * MIB, MIB, number)
+        while many.unfinished:
+            select.select([many], [], [], PATIENCE)
+            errors += [done.error for done in many.collect()]
+        assert [None] * 8 == errors
+    assert data == [bytes(page) for page in pages]
+    disk.close()
+
+
+@pytest.mark.parametrize("is_plain", [True, False])
+def test_a_server_that_does_not_answer_is_given_up(serve, tmp_path, monkeypatch, is_plain):
+    """And is a disk again when it does."""
+    monkeypatch.setattr(backend_module, "is_plain", lambda where: is_plain)
+    monkeypatch.setattr(libnbd, "_PATIENCE", 0.2)
+    image = tmp_path / "disk.raw"
+    image.write_bytes(b"a" * MIB)
+    server = serve("nbdkit", "file", str(image))
+    disk = NbdBackend(server.uri, timeout=1)
+    server.stop()
+    many, page, errors = disk.asynchronous, memoryview(bytearray(512)), []
+    for number in range(4):
+        many.submit(READ, [page], 512 * number, 512, number)
+    while many.unfinished:
+        select.select([many], [], [], PATIENCE)
+        errors += [type(done.error) for done in many.collect()]
+    assert [StorageError] * 4 == errors
+    fails(disk)  # at once: nobody is there
+    server.resume()
+    wait_for(disk)
+    disk.close()
+
+
+def test_a_server_of_our_own_that_does_not_answer_is_killed(tmp_path):
+    """Else it could do what it has taken when others have done more."""
+    if shutil.which("nbdkit") is None:
+        pytest.skip("needs nbdkit")
+    pid_file = tmp_path / "pid"
+    disk = NbdBackend(f"[ nbdkit -f -P {pid_file} memory 1M ]", timeout=1)
+    stopped = int(pid_file.read_text())
+    stop(stopped)
+    fails(disk)
+    with pytest.raises(ProcessLookupError):
+        os.kill(stopped, 0)
+    wait_for(disk)
+    disk.close()
+
+
+def test_a_request_has_its_time_however_many_others_are_answered(serve):
+    server = serve("nbdkit", "--filter=delay", "memory", "1M", "rdelay=1000")
+    disk = NbdBackend(server.uri, timeout=1)
+    many, page, done = disk.asynchronous, memoryview(bytearray(512)), {}
+    many.submit(READ, [page], 0, 512, "read")
+    while "read" not in done:
+        if many.unfinished < 2:
+            many.submit(WRITE, [memoryview(bytes(512))], 512, 512, "write")
+        select.select([many], [], [], PATIENCE)
+        done.update(many.collect())
+    assert isinstance(done["read"], StorageError)
+    disk.close()
+
+
+def test_an_answer_that_is_there_counts_however_late_we_look(serve):
+    disk = NbdBackend(serve("nbdkit", "memory", "1M").uri, timeout=1)
+    many, page = disk.asynchronous, memoryview(bytes(512))
+    many.submit(WRITE, [page], 0, 512, "write")
+    many._first.progress(select.POLLOUT)  # it is sent
+    answered = select.poll()
+    answered.register(many._first.fileno(), select.POLLIN)
+    assert answered.poll(PATIENCE * 1000)
+    many._look_at_time(0.0)
+    many._timer.start(0)  # and the time is over, too
+    assert [("write", None)] == many.collect()
+    disk.close()
+
+
+def test_a_server_that_was_started_again_stays(tmp_path):
+    """libnbd has it end with the thread that started it."""
+    if shutil.which("nbdkit") is None:
+        pytest.skip("needs nbdkit")
+    pid_file = tmp_path / "pid"
+    disk = NbdBackend(f"[ nbdkit -f -P {pid_file} memory 1M ]")
+    os.kill(int(pid_file.read_text()), signal.SIGKILL)
+    fails(disk)
+    wait_for(disk)
+    starter = disk.asynchronous._thread
+    for _ in range(200):
+        read(disk, 0, 512)
+    assert starter.is_alive()
+    disk.close()
+    assert not starter.is_alive()
+
+
+def test_no_time_is_no_limit():
+    with pytest.raises(UsageError, match="timeout=-1"):
+        NbdBackend("nbd://localhost", timeout=-1)
 
 
 def fails(disk):

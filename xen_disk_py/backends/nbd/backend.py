@@ -17,6 +17,7 @@ from ..asynchronous import DISCARD, FLUSH, READ, WRITE
 from . import tls
 from .client import Client
 from .libnbd import Connection
+from .wire import WireConnection, is_plain
 
 _SECTORS = (512, 1024, 2048, 4096)
 
@@ -31,6 +32,8 @@ class NbdBackend(Backend):
         sector_size: the logical sector in bytes; by default 512, or the server's smallest request.
         connections: how many to have at most. A server must say that several are one disk; to
             one that is started by a command there is one.
+        timeout: seconds that a request may take; then the server is given up, and connected
+            again. 0 for any time.
 
     Raises:
         UsageError: what is asked for contradicts itself.
@@ -47,15 +50,19 @@ class NbdBackend(Backend):
         read_only: bool = False,
         sector_size: int | None = None,
         connections: int = 4,
+        timeout: int = 0,
     ) -> None:
         self._name = path if isinstance(path, str) else shlex.join(path)
+        if timeout < 0:
+            raise UsageError(f"timeout={timeout}: seconds, or 0 for any time")
         where = _where(path) if isinstance(path, str) else path
         if not isinstance(where, str):
             connections = 1  # each would start a server of its own, with a disk of its own
         else:
             tls.check(where, os.environ.get("HOME"), is_root=os.geteuid() == 0)
         try:
-            self._client = Client(lambda: Connection(where), max(1, connections))
+            connect = WireConnection if is_plain(where) else Connection
+            self._client = Client(lambda: connect(where), max(1, connections), timeout)
         except XenDiskError as error:
             reason = tls.explained(where, str(error)) if isinstance(where, str) else str(error)
             raise type(error)(f"{self._name}: {reason}") from error

@@ -13,10 +13,14 @@ import errno
 import logging
 import select
 import threading
+import time
+from collections import deque
 from collections.abc import Sequence
-from typing import Any, Callable
+from operator import attrgetter
+from typing import Callable
 
 from ...errors import BackendError
+from ...host.timer import Timer
 from .. import StorageError
 from ..asynchronous import DISCARD, FLUSH, WRITE, Asynchronous, Request
 from ..copies import Copies
@@ -32,6 +36,8 @@ _PAUSES = 0.1, 5.0  # seconds between two tries to connect: at first, and at mos
 _DISCARD = 1 << 30  # bytes in one request, whose length has 32 bits
 _REPLIES = 16  # to take from a connection before they are told of
 _PATIENCE = 1.0  # seconds that closing waits for a try to connect
+_LOOKS = 8  # at the time, while a request has all that it is given
+_in_flight = attrgetter("in_flight")
 
 
 class Client(Asynchronous):
@@ -40,14 +46,21 @@ class Client(Asynchronous):
     Args:
         connect: makes a connection; called again, from a thread, when a server has gone away.
         connections: how many to have, if the server says that several are one disk.
+        timeout: seconds that a request may take before the server is given up; 0: any time.
 
     Raises:
         BackendError: the server cannot be had.
     """
 
-    def __init__(self, connect: Callable[[], Connection], connections: int) -> None:
+    def __init__(
+        self, connect: Callable[[], Connection], connections: int, timeout: float = 0
+    ) -> None:
         first = connect()  # before anything is opened that this would have to close
         super().__init__()
+        self._timeout = timeout
+        self._timer: Timer | None = None
+        self._is_timed = False  # it runs
+        self._looks: dict[int, deque[tuple[float, int]]] = {}  # by socket: when, and the newest
         self._connect = connect
         self.export = first.export
         self._count = connections if self.export.can_multi_conn else 1
@@ -57,12 +70,17 @@ class Client(Asynchronous):
         self._waiting: list[Request] = []  # writes, for the end of that
         self._epoll = select.epoll()
         self._connections: dict[int, Connection] = {}  # by socket
-        self._events: dict[int, int] = {}  # what each is polled for
+        self._first = first  # of them
         self._epoll.register(self._wake_read, select.EPOLLIN)
         self._returned: list[Connection] | None = None  # by the thread that connects again
         self._closing = threading.Event()
+        self._wanted = threading.Event()  # connections, by us
+        self._is_connecting = False
         self._thread: threading.Thread | None = None
         try:
+            if timeout:
+                self._timer = Timer()
+                self._epoll.register(self._timer.fileno(), select.EPOLLIN)
             self._adopt([first, *(connect() for _ in range(self._count - 1))])
         except BaseException:
             first.close()
@@ -76,6 +94,7 @@ class Client(Asynchronous):
     def close(self) -> None:
         """Disconnect. What is under way is given up."""
         self._closing.set()
+        self._wanted.set()
         with self._lock:
             thread, self._thread = self._thread, None
         if thread is not None:
@@ -85,6 +104,8 @@ class Client(Asynchronous):
                 connection.close()
             self._connections.clear()
             self._returned = None
+            if self._timer is not None:
+                self._timer.close()
             self._epoll.close()
             super().close()
 
@@ -94,8 +115,9 @@ class Client(Asynchronous):
         for connection in connections:
             fd = connection.fileno()
             self._connections[fd] = connection
-            self._events[fd] = connection.events
-            self._epoll.register(fd, self._events[fd])
+            connection.watched = connection.events
+            self._epoll.register(fd, connection.watched)
+        self._first = connections[0]
 
     def _begin(self, request: Request) -> None:
         if request.operation == FLUSH:
@@ -122,69 +144,103 @@ class Client(Asynchronous):
 
     def _issue(self, request: Request) -> None:
         """Give a request, in parts that are not too large, to the connection with least to do."""
-        if not self._connections:
+        connections = self._connections
+        if not connections:
             self._connect_again()
             self._end(request, StorageError(errno.ENOTCONN, "the NBD server is away"))
             return
-        connections = list(self._connections.values())
-        connection = connections[0]
+        connection = self._first
         if len(connections) > 1:
-            connection = min(connections, key=lambda each: each.in_flight)
+            connection = min(connections.values(), key=_in_flight)
         operation, memory, length = request.operation, request.memory, request.length
         most = _DISCARD if operation == DISCARD else self.export.maximum
         if length <= most:
-            self._issue_part(connection, request, memory, 0, length)
+            request.parts = 1
+            error = connection.issue(operation, memory, request.offset, length, request)
+            if error is not None:
+                self._part_done(request, error)
         else:
-            for at in range(0, length, most):
-                part = memory and memoryview(memory)[at : at + most]
-                self._issue_part(connection, request, part, at, min(most, length - at))
-        self._watch(connection)
-
-    def _issue_part(
-        self, connection: Connection, request: Request, memory: Any, at: int, length: int
-    ) -> None:
-        request.parts += 1
-        if request.operation == WRITE and not isinstance(memory, bytes):
-            memory = bytes(memory)
-        error = connection.issue(request.operation, memory, request.offset + at, length, request)
-        if error is not None:
-            self._part_done(request, error)
+            places = range(0, length, most)
+            request.parts = len(places)
+            for at in places:
+                size = min(most, length - at)
+                part = memory and memoryview(memory)[at : at + size]
+                if operation == WRITE:
+                    part = bytes(part)
+                error = connection.issue(operation, part, request.offset + at, size, request)
+                if error is not None:
+                    self._part_done(request, error)
+        if connection.events != connection.watched:
+            self._watch(connection)
+        if self._timer is not None and not self._is_timed:
+            self._is_timed = True
+            self._timer.start(self._timeout / _LOOKS)
 
     def _watch(self, connection: Connection) -> None:
         """Poll the connection for what it waits for; one that is lost waits for nothing."""
         fd, events = connection.fileno(), connection.events
-        if fd not in self._events:
+        if fd not in self._connections:
             return  # lost since
         if not events and not connection.is_alive:
             for request, error in connection.completed():
                 self._part_done(request, error)
-            self._lose("it closed the connection")
-        elif events != self._events[fd]:
-            self._events[fd] = events
+            self._lose(connection.lost or "it closed the connection")
+        elif events != connection.watched:
+            connection.watched = events
             self._epoll.modify(fd, events)
 
     def _progress(self) -> None:
+        is_timed = False
         for _ in range(_REPLIES):
             ready = self._epoll.poll(0)
             if not ready:
                 break
             for fd, events in ready:
-                if fd == self._wake_read:
-                    self._woken()
-                    continue
                 connection = self._connections.get(fd)
-                if connection is None:
-                    continue  # lost since
-                # It takes one reply; told to read where there is none, it would send no request
-                # until there is.
+                if connection is None:  # or it was lost since
+                    if fd == self._wake_read:
+                        self._woken()
+                    elif self._timer is not None and fd == self._timer.fileno():
+                        is_timed = self._timer.acknowledge()
+                    continue
+                # libnbd takes one reply; told to read where there is none, it would send no
+                # request until there is.
                 connection.progress(events)
                 for request, error in connection.completed():
                     self._part_done(request, error)
-                self._watch(connection)
+                if connection.events != connection.watched:
+                    self._watch(connection)
+        if is_timed:  # when what has been answered is known
+            self._look_at_time(time.monotonic())
+
+    def _look_at_time(self, now: float) -> None:
+        """Give the server up if a request has been under way for too long.
+
+        To look now and then costs the requests nothing. What was issued before a look is known by
+        its number, so a request has up to one look's interval more than the time it is given.
+        """
+        before, self._looks = self._looks, {}
+        for fd, connection in self._connections.items():
+            if not connection.in_flight:
+                continue
+            looks = before.get(fd) or deque()
+            looks.append((now, connection.newest))
+            while len(looks) > 1 and looks[1][0] <= now - self._timeout:
+                looks.popleft()
+            then, newest = looks[0]
+            if then <= now - self._timeout and connection.oldest <= newest:
+                connection.end_server()
+                self._lose(f"it has not answered a request for {self._timeout:g} s")
+                break
+            self._looks[fd] = looks
+        self._is_timed = bool(self._looks)
+        if self._timer is not None and self._is_timed:
+            self._timer.start(self._timeout / _LOOKS)
 
     def _part_done(self, request: Request, error: OSError | None) -> None:
         request.parts -= 1
-        request.error = request.error or error
+        if error is not None and request.error is None:
+            request.error = error
         if not request.parts:
             self._end(request, request.error)
 
@@ -207,7 +263,7 @@ class Client(Asynchronous):
         returned, self._returned = self._returned, None
         if returned is not None:
             self._adopt(returned)
-            self._thread = None
+            self._is_connecting = False
             log.info("connected to the NBD server again")
 
     def _lose(self, why: str) -> None:
@@ -215,7 +271,7 @@ class Client(Asynchronous):
         connections, self._connections = self._connections, {}
         if not connections:
             return  # that is known
-        self._events.clear()
+        self._looks.clear()
         log.warning("the NBD server is away: %s; trying to connect again", why)
         lost = StorageError(errno.ENOTCONN, "the NBD server went away")
         for connection in connections.values():
@@ -226,18 +282,32 @@ class Client(Asynchronous):
         self._connect_again()
 
     def _connect_again(self) -> None:
-        """Have a thread connect, if none does; where none is to be had, the next request asks."""
-        if self._thread is not None or self._closing.is_set():
+        """Have a thread connect, if it does not; where none is to be had, the next request asks."""
+        if self._is_connecting or self._closing.is_set():
             return
-        thread = threading.Thread(target=self._reconnect, name="nbd", daemon=True)
-        try:
-            thread.start()
-        except RuntimeError as error:
-            log.warning("no thread to connect to the NBD server: %s", error)
-        else:
+        if self._thread is None:
+            thread = threading.Thread(target=self._run, name="nbd", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:
+                log.warning("no thread to connect to the NBD server: %s", error)
+                return
             self._thread = thread
+        self._is_connecting = True
+        self._wanted.set()
 
     # -- the thread that connects again --------------------------------------------------
+
+    def _run(self) -> None:
+        """Connect whenever that is wanted.
+
+        It stays until the disk is closed: libnbd has the kernel end a server of our own with the
+        thread that started it (PR_SET_PDEATHSIG).
+        """
+        while not self._closing.is_set():
+            self._wanted.wait()
+            self._wanted.clear()
+            self._reconnect()
 
     def _reconnect(self) -> None:
         pause, said = _PAUSES[0], ""
@@ -277,7 +347,7 @@ class Client(Asynchronous):
         writes = list(self._unflushed.newest())
         for offset, data in writes:
             for at in range(0, len(data), now.maximum):
-                connection.do(WRITE, data[at : at + now.maximum], offset + at)
+                connection.do(WRITE, data[at : at + now.maximum], offset + at, self._timeout)
         if writes:
-            connection.do(FLUSH, b"", 0)
+            connection.do(FLUSH, b"", 0, self._timeout)
             self._unflushed.flushed(self._unflushed.end)

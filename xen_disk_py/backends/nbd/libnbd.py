@@ -12,6 +12,7 @@ import ctypes
 import errno
 import os
 import select
+import signal
 import time
 from collections.abc import Sequence
 from ctypes import POINTER, c_bool, c_char_p, c_int, c_int64, c_size_t, c_uint, c_uint32, c_uint64
@@ -24,7 +25,7 @@ from ...host.clibrary import Library, Signature
 from ...host.output import relayed_stderr
 from ...hypervisor import Closing
 from .. import StorageError
-from ..asynchronous import DISCARD, FLUSH, READ, Done
+from ..asynchronous import DISCARD, FLUSH, READ
 
 _handle = ctypes.c_void_p
 
@@ -58,6 +59,9 @@ NBD = Library(
         "nbd_aio_is_connecting": Signature(c_int, (_handle,)),
         "nbd_poll": Signature(c_int, (_handle, c_int)),
         "nbd_set_uri_allow_local_file": Signature(c_int, (_handle, c_bool)),
+        "nbd_set_request_structured_replies": Signature(c_int, (_handle, c_bool)),
+        "nbd_set_request_extended_headers": Signature(c_int, (_handle, c_bool), optional=True),
+        "nbd_kill_subprocess": Signature(c_int, (_handle, c_int)),
         "nbd_get_error": Signature(c_char_p, ()),
         "nbd_get_errno": Signature(c_int, ()),
     },
@@ -129,7 +133,7 @@ class Export(NamedTuple):
     """Bytes: the largest request; 32 MiB if the server does not say."""
 
 
-_PASSING = {
+PASSING = {
     errno.ENOTCONN,
     errno.ECONNRESET,
     errno.ECONNREFUSED,
@@ -154,18 +158,30 @@ class Connection(Closing):
         where: a URI (``nbd://``, ``nbds://``, ``nbd+unix://``), or the command line of a server
             that is started with its socket (systemd's socket activation) and ends with the
             connection.
+        is_simple: have the server send simple replies only.
+
+    Attributes:
+        lost: why no more requests can be issued; empty if they can, as far as is known.
+        watched: what the socket is polled for, if it is: for whoever polls it.
 
     Raises:
         BackendError: the server cannot be had; the message says why.
     """
 
-    def __init__(self, where: str | Sequence[str]) -> None:
+    def __init__(self, where: str | Sequence[str], *, is_simple: bool = False) -> None:
         self._nbd = _calls()
+        self.lost = ""
+        self.watched = 0
+        self._is_ours = not isinstance(where, str)
         self._handle = self._nbd.nbd_create()
         if not self._handle:
             raise BackendError(f"libnbd: {self._why()[1]}")
         self._in_flight: dict[int, tuple[Any, Any]] = {}  # by cookie: token, memory
         try:
+            if is_simple:
+                self._nbd.nbd_set_request_structured_replies(self._handle, False)
+                if self._nbd.nbd_set_request_extended_headers is not None:  # libnbd 1.18
+                    self._nbd.nbd_set_request_extended_headers(self._handle, False)
             self._connect(where)
             self.export = self._negotiated()
         except BaseException:
@@ -291,21 +307,27 @@ class Connection(Closing):
         elif direction & _TO_WRITE and revents & select.POLLOUT:
             nbd.nbd_aio_notify_write(handle)
 
-    def completed(self) -> list[Done]:
+    def completed(self) -> list[tuple[Any, OSError | None]]:
         """Retire the requests that are over; of a connection that is lost, that is all of them."""
         nbd, handle, in_flight = self._nbd, self._handle, self._in_flight
         peek, retire = nbd.nbd_aio_peek_command_completed, nbd.nbd_aio_command_completed
-        done = []
+        done: list[tuple[Any, OSError | None]] = []
         while in_flight:
             cookie = peek(handle)
             if cookie <= 0:
                 break
             error = self._error() if retire(handle, cookie) < 0 else None
-            done.append(Done(in_flight.pop(cookie)[0], error))
+            done.append((in_flight.pop(cookie)[0], error))
         return done
 
-    def do(self, operation: int, memory: bytes, offset: int) -> None:
+    def do(self, operation: int, memory: bytes, offset: int, timeout: float = 0) -> None:
         """Do one request and wait for it, where no other is in flight.
+
+        Args:
+            operation: as of :meth:`issue`.
+            memory: what to write; empty for a flush.
+            offset: bytes from the disk's beginning.
+            timeout: seconds that it may take; 0: any time.
 
         Raises:
             OSError: it failed.
@@ -314,12 +336,33 @@ class Connection(Closing):
         poller = select.poll()
         while error is None and self._in_flight:
             poller.register(self._fd, self.events)
-            for _, revents in poller.poll():
+            ready = poller.poll(timeout * 1000 or None)
+            if not ready:
+                self.end_server()
+                error = StorageError(errno.ETIMEDOUT, f"no answer for {timeout:g} s")
+            for _, revents in ready:
                 self.progress(revents)
-            for done in self.completed():
-                error = done.error
+            for _, failure in self.completed():
+                error = failure
+            if self.lost:
+                error = StorageError(errno.ENOTCONN, self.lost)
         if error is not None:
             raise error
+
+    @property
+    def oldest(self) -> int:
+        """The number of the request that has been in flight for longest: they grow."""
+        return int(next(iter(self._in_flight)))
+
+    @property
+    def newest(self) -> int:
+        """The number of the request that was issued last, of those in flight."""
+        return int(next(reversed(self._in_flight)))
+
+    def end_server(self) -> None:
+        """Kill a server of our own, which would else do what it has taken, at any time."""
+        if self._is_ours:
+            self._nbd.nbd_kill_subprocess(self._handle, signal.SIGKILL)
 
     def abandon(self) -> list[Any]:
         """Disconnect, and return the tokens of the requests that were in flight."""
@@ -329,7 +372,7 @@ class Connection(Closing):
 
     def _error(self) -> OSError:
         number, text = self._why()
-        return StorageError(number, text) if number in _PASSING else OSError(number, text)
+        return StorageError(number, text) if number in PASSING else OSError(number, text)
 
     def close(self) -> None:
         """Disconnect; what is in flight is forgotten, and no memory is touched any longer."""

@@ -30,6 +30,7 @@ class QemuBackend(NbdBackend):
         format: which of QEMU_FORMATS it is. It is never guessed.
         read_only: refuse writes; the image is opened for reading only.
         sector_size: the logical sector in bytes.
+        timeout: as of an NBD server.
 
     Raises:
         UsageError: there is no such format.
@@ -44,6 +45,7 @@ class QemuBackend(NbdBackend):
         *,
         read_only: bool = False,
         sector_size: int | None = None,
+        timeout: int = 0,
     ) -> None:
         if format not in QEMU_FORMATS:
             raise UsageError(f"format={format}: one of {', '.join(QEMU_FORMATS)}")
@@ -62,7 +64,12 @@ class QemuBackend(NbdBackend):
         self._format = format
         _wait_for_another(path)
         try:
-            super().__init__([*command, "--", path], read_only=read_only, sector_size=sector_size)
+            super().__init__(
+                [*command, "--", path],
+                read_only=read_only,
+                sector_size=sector_size,
+                timeout=timeout,
+            )
         except BackendError as error:
             raise BackendError(
                 f"{path}: qemu-nbd does not serve it as {format}: qemu-img info --force-share "
