@@ -406,3 +406,14 @@ def test_a_disk_that_a_python_file_defines(tmp_path, new):
     assert (ExitStatus.OK, "") == exported(path, new, "--quiet", "text=hello")
     assert bytes(1 << 20) + b"hello".ljust(1 << 20, b"\0") == new.read_bytes()
     assert (1 << 20) >= 512 * new.stat().st_blocks
+
+
+def test_what_looks_like_another_format_is_named_and_not_believed(host, tmp_path):
+    env = host.environment()
+    assert ExitStatus.OK == main(["create", str(tmp_path / "disk.vhd"), "--size", "1M"], env)
+    os.rename(tmp_path / "disk.vhd", tmp_path / "disk")
+    for content, said in ((None, "a VHD: if it is, add --format vhd"), (b"QFI\xfb", "qcow2")):
+        if content is not None:
+            (tmp_path / "disk").write_bytes(content.ljust(8192, b"\0"))
+        assert ExitStatus.USAGE == main(["export", str(tmp_path / "disk"), "new"], env)
+        assert f"{tmp_path / 'disk'}: looks like {said}" in env.stderr.getvalue()

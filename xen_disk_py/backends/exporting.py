@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import stat
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Callable
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Callable, Protocol
 
-from ..errors import BackendError, ImageError, UsageError
+from ..errors import BackendError, DeviceError, ImageError, UsageError
 from ..units import format_size
 from . import Backend
+from .before_images import put_over
 from .image import transfer_all
 from .locks import lock
 from .newfile import NewFile
+
+log = logging.getLogger("xen_disk_py")
 
 _CHUNK = 1 << 20  # read in one go
 _PIECE = 64 << 10  # if it is nothing but zeros, a hole is left
@@ -29,6 +33,25 @@ Progress = Callable[[int, int], None]
 
 Check = Callable[[str, bool], None]
 """Is given the path of a file once it is open, and locked, and whether it will be written."""
+
+
+class Kept(Protocol):
+    """Before-images that another process keeps of a disk, from now on."""
+
+    def check(self) -> None:
+        """Raise ``DeviceError`` if they are lost already: nobody need copy the rest."""
+
+    def finish(self) -> bytearray:
+        """Return when all are in the file: what it has, see :func:`~.before_images.put_over`.
+
+        Raises:
+            DeviceError: something is missing.
+        """
+
+
+Keep = Callable[[int, int, int], AbstractContextManager[Kept]]
+"""Is given a file that a disk writes, the size of the disk, and an empty file: has before-images
+kept in that while in the context. Raises ``DeviceError`` if nobody can."""
 
 Convert = Callable[[int, int], None]
 """Is given a raw image and an empty file, both open, and makes the latter of the former."""
@@ -109,38 +132,105 @@ def _read(disk: Backend, chunk: memoryview, offset: int) -> None:
         done += moved
 
 
-def at_one_instant(fd: int, path: str, copy: Callable[[int], None]) -> None:
+def at_one_instant(
+    fd: int,
+    path: str,
+    copy: Callable[[int, Progress], None],
+    *,
+    size: int,
+    raw: NewFile,
+    keep: Keep | None,
+    progress: Progress,
+) -> None:
     """Copy what a file is at one instant, though somebody is writing it.
+
+    It is cloned, where the file system can; or whoever writes it keeps what that overwrites (see
+    :mod:`.before_images`), if it is a disk of ours; else it is copied until nobody writes
+    meanwhile.
 
     Args:
         fd: the file, which is left open.
         path: its name.
-        copy: given a descriptor, which it closes, of a clone, or of the file itself: then it is
-            called again if the file was written meanwhile.
+        copy: given a descriptor, which it closes, of a clone, or of the file itself: then it may
+            be called again; and what it is to tell how far it is. Makes the new image.
+        size: of the disk, in bytes.
+        raw: the new image.
+        keep: has the disk that writes the file keep before-images; None: nobody can.
+        progress: told how far it is.
 
     Raises:
         ImageError: it is written all the time; or from ``copy``.
     """
     clone = _clone(fd, path)
     if clone is not None:
-        copy(clone)
+        copy(clone, progress)
         return
+    why = ""
     for _ in range(_ATTEMPTS):
-        before = _settled(fd)
-        if before is None:
-            continue
-        try:
-            copy(os.open(f"/proc/self/fd/{fd}", os.O_RDONLY))
-        except ImageError:
-            if before == os.fstat(fd).st_mtime_ns:
-                raise
-        else:
-            if before == os.fstat(fd).st_mtime_ns:
-                return
+        # Nobody keeps them, say, since the process was just killed: the next one may.
+        if keep is not None:
+            try:
+                if _copy_and_keep(fd, copy, size, raw, keep, progress):
+                    return
+            except DeviceError as error:
+                why = f" ({error})"
+                log.debug("%s: %s", path, error)
+        if _copy_unchanged(fd, copy, progress):
+            return
     raise ImageError(
-        f"{path}: its guest writes while it is copied, and this file system cannot clone "
-        "files: pause the guest meanwhile (xl pause VM, then xl unpause VM), or disconnect the disk"
+        f"{path}: its guest writes while it is copied, and this file system cannot clone files"
+        f"{why}: pause the guest meanwhile (xl pause VM, then xl unpause VM), or disconnect the "
+        "disk"
     )
+
+
+def _copy_and_keep(
+    fd: int,
+    copy: Callable[[int, Progress], None],
+    size: int,
+    raw: NewFile,
+    keep: Keep,
+    progress: Progress,
+) -> bool:
+    """Copy a file, and put before-images over that; False if it could not be read.
+
+    Raises:
+        DeviceError: before-images are missing.
+        ImageError: from ``copy``.
+    """
+    with raw.another() as images, keep(fd, size, images.fd) as kept:
+
+        def checked(done: int, of: int) -> None:
+            kept.check()
+            progress(done, of)
+
+        modified = os.fstat(fd).st_mtime_ns
+        try:
+            copy(os.open(f"/proc/self/fd/{fd}", os.O_RDONLY), checked)
+        except ImageError:  # it was just becoming larger, say
+            if modified == os.fstat(fd).st_mtime_ns:
+                raise
+            return False
+        put_over(images.fd, kept.finish(), size, raw.fd)
+    return True
+
+
+def _copy_unchanged(fd: int, copy: Callable[[int, Progress], None], progress: Progress) -> bool:
+    """Copy a file when nobody seems to write; False if somebody did.
+
+    Raises:
+        ImageError: from ``copy``.
+    """
+    before = _settled(fd)
+    if before is None:
+        return False
+    try:
+        copy(os.open(f"/proc/self/fd/{fd}", os.O_RDONLY), progress)
+    except ImageError:
+        if before == os.fstat(fd).st_mtime_ns:
+            raise
+        return False
+    return before == os.fstat(fd).st_mtime_ns
 
 
 def _clone(fd: int, path: str) -> int | None:

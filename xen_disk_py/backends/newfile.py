@@ -66,6 +66,14 @@ class NewFile(Closing):
         self._name = None
         sync_directory(path)
 
+    def another(self) -> NewFile:
+        """Make one more in the same directory.
+
+        Raises:
+            OSError: it cannot be made.
+        """
+        return NewFile(os.path.join(self._directory, ""))
+
     def detach(self) -> int:
         """Return the descriptor, which is the caller's to close from now on."""
         fd, self.fd = self.fd, -1

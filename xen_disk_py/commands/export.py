@@ -5,17 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from contextlib import closing
+from contextlib import closing, suppress
 
 from ..backends import Backend, qemu_img
 from ..backends.exporting import Convert, Progress, export_disk
 from ..backends.loader import QEMU_FORMATS, choose, is_file, open_backend
 from ..backends.overlay import maintenance
 from ..backends.overlay.file import image_path
+from ..backends.signatures import recognise
 from ..backends.vhd.backend import directories_from
 from ..backends.vhd.export import export as export_vhd
 from ..errors import UsageError
 from ..exit_status import ExitStatus
+from ..recovery.export_in_use import keeper
 from ..units import format_size
 from .backend_arguments import is_vhd
 from .environment import Environment
@@ -58,10 +60,12 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
                 progress=progress,
                 convert=convert,
                 check=check,
+                keep=keeper(env.record_directory),
             )
         elif args.option:
             raise UsageError("--option is for a VHD: leave it out")
         else:
+            _refuse_other_formats(args.overlay)
             size = maintenance.export(
                 args.overlay,
                 args.new,
@@ -70,6 +74,7 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
                 path=args.path,
                 convert=convert,
                 check=check,
+                keep=keeper(env.record_directory),
             )
     path = os.path.abspath(args.new)
     if args.json:
@@ -82,6 +87,17 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
 def _is_image(source: str) -> bool:
     """Tell whether it is a file that we read ourselves: no server's disk, nor a program."""
     return is_file(source) and choose(None, source) == "cow"
+
+
+def _refuse_other_formats(source: str) -> None:
+    """Name the option for what is no overlay; never read it by its content."""
+    with suppress(OSError), open(source, "rb") as file:
+        looks = recognise(file.fileno(), source, os.fstat(file.fileno()).st_size)
+        if looks is None or looks.is_overlay:
+            return
+        form = "vhd" if looks.option is not None else looks.name.split()[-1].lower()
+        if form == "vhd" or form in QEMU_FORMATS:
+            raise UsageError(f"{source}: looks like {looks.name}: if it is, add --format {form}")
 
 
 def _open(args: argparse.Namespace) -> Backend:

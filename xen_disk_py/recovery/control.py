@@ -33,7 +33,8 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, Callable
 
@@ -58,6 +59,8 @@ _ANSWER = 1 << 20
 _TEXT = 2000  # letters of an error
 _GRACE = 1.0  # seconds: a process that has just taken over binds its socket in a moment
 _PAUSE = 0.02
+_DESCRIPTORS = 4  # that may come with a request
+_INT = array("i").itemsize
 _PEER = struct.Struct("iii")  # struct ucred: pid, uid, gid
 
 
@@ -138,21 +141,29 @@ class Control(Closing):
         uid = _PEER.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))[1]
         if uid not in (0, self._owner):
             return
-        line = _receive(peer, _REQUEST, time.monotonic() + _CLIENT, self._stop_read)
-        if line is None:
-            return
+        descriptors: list[int] = []
         try:
-            text = json.dumps({"answer": self._answer(line)})
+            until = time.monotonic() + _CLIENT
+            line = _receive(peer, _REQUEST, until, self._stop_read, descriptors)
+            text = None if line is None else self._answer_to(line, descriptors)
+        finally:
+            for fd in descriptors:
+                os.close(fd)
+        if text is not None:
+            _send(peer, f"{text}\n".encode(), time.monotonic() + _CLIENT, self._stop_read)
+
+    def _answer_to(self, line: bytes, descriptors: list[int]) -> str:
+        try:
+            return json.dumps({"answer": self._answer(line, descriptors)})
         except XenDiskError as error:
             is_usage = isinstance(error, UsageError)
-            text = json.dumps({"error": str(error), "usage": is_usage})
+            return json.dumps({"error": str(error), "usage": is_usage})
         except Exception as error:
             log.error("a command failed", exc_info=error)
             told = f"{type(error).__name__}: {error}"[:1000]
-            text = json.dumps({"error": told, "usage": False})
-        _send(peer, f"{text}\n".encode(), time.monotonic() + _CLIENT, self._stop_read)
+            return json.dumps({"error": told, "usage": False})
 
-    def _answer(self, line: bytes) -> dict[str, Any]:
+    def _answer(self, line: bytes, descriptors: list[int]) -> dict[str, Any]:
         try:
             request = json.loads(line)
         except (ValueError, RecursionError):
@@ -166,11 +177,20 @@ class Control(Closing):
                 "the process that serves the disk does not know that command: have the installed "
                 "version take over with: xen-disk upgrade"
             )
+        request.pop("descriptors", None)
+        if descriptors:
+            request["descriptors"] = descriptors
         return handler(request)
 
 
 def ask(
-    directory: str, address: Address, verb: str, *, timeout: float = PATIENCE, **arguments: Any
+    directory: str,
+    address: Address,
+    verb: str,
+    *,
+    timeout: float = PATIENCE,
+    descriptors: Sequence[int | socket.socket] = (),
+    **arguments: Any,
 ) -> dict[str, Any]:
     """Have the process that serves a device do something.
 
@@ -179,6 +199,8 @@ def ask(
         address: the device.
         verb: what to do.
         timeout: seconds that it may take.
+        descriptors: are sent along; the handler finds its own of them, open only as long as it is
+            called, as ``descriptors``.
         arguments: of that, as JSON knows them.
 
     Raises:
@@ -201,7 +223,14 @@ def ask(
     )
     with _connected(records.path_of(directory, address), str(vdev), deadline, silent) as peer:
         try:
-            _send(peer, request + b"\n", deadline)
+            request += b"\n"
+            if descriptors:
+                numbers = array(
+                    "i", [fd if isinstance(fd, int) else fd.fileno() for fd in descriptors]
+                )
+                rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, numbers)
+                request = request[peer.sendmsg([request], [rights]) :]
+            _send(peer, request, deadline)
             line = _receive(peer, _ANSWER, deadline)
         except OSError as error:
             raise DeviceError(f"the process that serves {vdev} has ended: {error}") from error
@@ -293,14 +322,29 @@ def _ready(peer: socket.socket, event: int, deadline: float, stop: int) -> bool:
     return bool(ready) and all(fd != stop for fd, _ in ready)
 
 
-def _receive(peer: socket.socket, limit: int, deadline: float, stop: int = -1) -> bytes | None:
-    """Return a line; None if it does not come, is too long, or ``stop`` is readable."""
+def _receive(
+    peer: socket.socket,
+    limit: int,
+    deadline: float,
+    stop: int = -1,
+    descriptors: list[int] | None = None,
+) -> bytes | None:
+    """Return a line; None if it does not come, is too long, or ``stop`` is readable.
+
+    What descriptors come with it are added to ``descriptors``; without that they are dropped.
+    """
     peer.setblocking(False)
     line = bytearray()
     while len(line) < limit:
         if not _ready(peer, select.POLLIN, deadline, stop):
             return None
-        part = peer.recv(min(65536, limit - len(line)))
+        length = min(65536, limit - len(line))
+        left = 0 if descriptors is None else _DESCRIPTORS - len(descriptors)
+        room = socket.CMSG_SPACE(left * _INT) if left > 0 else 0
+        part, rights, _, _ = peer.recvmsg(length, room, socket.MSG_CMSG_CLOEXEC)
+        for level, kind, data in rights:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS) and descriptors is not None:
+                descriptors.extend(array("i", data[: len(data) // _INT * _INT]))
         if not part:
             return None
         line += part

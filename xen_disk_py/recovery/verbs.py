@@ -11,6 +11,7 @@ from ..backends.filter import Filter
 from ..datapath.disk import Disk
 from ..errors import UsageError
 from .control import Control
+from .export_in_use import Exports
 from .record import Record
 
 
@@ -26,6 +27,9 @@ def register(control: Control, disk: Disk, record: Record) -> None:
     control.register("filter.list", filters.list)
     control.register("filter.set", filters.set)
     control.register("filter.act", filters.act)
+    exports = Exports(disk)
+    control.register("export.begin", exports.begin)
+    control.register("export.end", exports.end)
 
 
 class _Filters:

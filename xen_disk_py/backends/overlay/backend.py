@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import time
 from collections.abc import Sequence
 from typing import Callable
 
@@ -20,6 +21,7 @@ from ...errors import DeviceError, UsageError
 from ...host import memory
 from ...units import format_size
 from .. import Backend
+from ..before_images import WAIT, BeforeImages
 from ..image import Image, cut, file_system
 from ..newfile import sync_directory
 from ..sharing import Storage, storage_of
@@ -79,6 +81,16 @@ class OverlayBackend(Backend):
         in_memory = file_system(self._file.fd) in ("tmpfs", "ramfs")
         self._budget = memory.Budget(memory.room) if in_memory else None
         self._warned = False
+        self._before: BeforeImages | None = None
+
+    @property
+    def exported_fd(self) -> int:
+        """The file that an export of this disk, while it is in use, reads."""
+        return self._file.fd
+
+    def keep_before_images(self, images: BeforeImages | None) -> None:
+        """Save there, from now on, what the disk has before that changes; None: no longer."""
+        self._before = images
 
     def read(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Read from the file what is allocated there, from the image what is not."""
@@ -103,10 +115,15 @@ class OverlayBackend(Backend):
 
     def write(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Write into the file, with the rest of blocks that are not allocated there yet."""
+        before = self._before
+        if before is not None:
+            before.save(offset, offset + sum(map(len, buffers)))
         return self._write(buffers, offset, self._image.read)
 
     def write_nowait(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Write into the page cache, unless a part of the image is needed that is not there."""
+        if self._before is not None:
+            return 0
         return self._write(buffers, offset, self._image.read_nowait)
 
     def _write(self, buffers: Sequence[memoryview], offset: int, read_image: _Read) -> int:
@@ -168,11 +185,14 @@ class OverlayBackend(Backend):
     def discard(self, offset: int, length: int) -> None:
         """Give space back; the image's own content is read there afterwards."""
         end = offset + length
+        before, deadline = self._before, time.monotonic() + WAIT
         last = self._file.blocks if end == self.size else end // BLOCK
         for first in range(-(-offset // BLOCK), last, _DISCARD_BLOCKS):
             if not self._file.used:
                 return
             stop = min(first + _DISCARD_BLOCKS, last)
+            if before is not None and self._file.allocated.find(b"\1", first, stop) >= 0:
+                before.save(first * BLOCK, min(stop * BLOCK, self.size), deadline)
             with self._file.lock:
                 if self._file.allocated.find(b"\1", first, stop) >= 0:
                     self._file.deallocate(first, stop)
@@ -196,6 +216,8 @@ class OverlayBackend(Backend):
 
     def close(self) -> None:
         """Close both, with the changes on stable storage."""
+        if self._before is not None:
+            self._before.fail("the disk is closed")
         try:
             self._file.close()
         finally:

@@ -189,6 +189,11 @@ class OverlayFile(Closing):
             os.close(fd)
             raise
 
+    @property
+    def is_live(self) -> bool:
+        """Whether the live map counts: so it does for whoever is writing, unless a flush failed."""
+        return self._is_live
+
     def check_length(self) -> None:
         """See that nobody has cut it short.
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
 from ...errors import ImageError
-from ..exporting import Check, Convert, Progress, at_one_instant, exported, new_image
+from ..exporting import Check, Convert, Keep, Progress, at_one_instant, exported, new_image
 from ..image import Image
 from ..newfile import NewFile, sync_directory
 from .file import OverlayFile, data_extents
@@ -132,6 +132,7 @@ def export(
     path: str | None = None,
     convert: Convert | None = None,
     check: Check = lambda path, writes: None,
+    keep: Keep | None = None,
 ) -> int:
     """Make a new image of an overlay and its image, which other disks may be using.
 
@@ -146,6 +147,7 @@ def export(
         path: the image; by default the one that the overlay names, if that can be trusted.
         convert: given the raw image and an empty file, both open: makes the latter the new image.
         check: called with the overlay, then with the image, before anything is done; may raise.
+        keep: see :func:`~..exporting.at_one_instant`.
 
     Returns:
         The size of the disk, in bytes.
@@ -163,7 +165,7 @@ def export(
         file.header.check(image, overlay)
         sources = (file.fd, image.fd)
         with exported(new, image.size, sources, force=force, convert=convert) as raw:
-            _merge_consistently(file, image, raw, progress)
+            _merge_consistently(file, image, raw, keep, progress)
         return image.size
 
 
@@ -262,20 +264,26 @@ def _compare(file: OverlayFile, given: str, new: Image, progress: Progress) -> N
                 progress(at, new.size)
 
 
-def _merge_consistently(file: OverlayFile, image: Image, raw: NewFile, progress: Progress) -> None:
+def _merge_consistently(
+    file: OverlayFile, image: Image, raw: NewFile, keep: Keep | None, progress: Progress
+) -> None:
     """Copy what the disk has at one instant, even if its guest is writing."""
     if not file.in_use:
         _merge(file, image, raw.fd, progress)
         _check_still_fits(file, image)
         return
 
-    def copy(fd: int) -> None:
+    def copy(fd: int, progress: Progress) -> None:
         with OverlayFile.of(fd, file.path) as now:
+            if file.is_live and not now.is_live:  # its disk goes by the other map
+                raise ImageError(f"{file.path}: a flush of its guest failed meanwhile: try again")
             os.ftruncate(raw.fd, 0)
             _merge(now, image, raw.fd, progress)
             _check_still_fits(now, image)
 
-    at_one_instant(file.fd, file.path, copy)
+    if not file.is_live:  # a flush has failed: its disk goes by the other map
+        keep = None
+    at_one_instant(file.fd, file.path, copy, size=image.size, raw=raw, keep=keep, progress=progress)
 
 
 def _image_of(file: OverlayFile, given: str, path: str | None) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from ...errors import DeviceError, ImageError, UsageError, XenDiskError
 from .. import Backend
+from ..before_images import BeforeImages
 from ..image import Image
 from ..loader import parse_options
 from ..sharing import Storage
@@ -91,6 +92,21 @@ class VhdBackend(Backend):
             return
         self._can_discard = True
 
+    @property
+    def exported_fd(self) -> int | None:
+        """The file that an export of this disk, while it is in use, reads; None: it cannot be."""
+        return None if isinstance(self._top, Image) else self._top.fd
+
+    def keep_before_images(self, images: BeforeImages | None) -> None:
+        """Save there, from now on, what the disk has before that changes; None: no longer."""
+        assert not isinstance(self._top, Image)
+        self._top.before = images
+
+    def _fail_export(self, reason: str) -> None:
+        before = None if isinstance(self._top, Image) else self._top.before
+        if before is not None:
+            before.fail(reason)
+
     def read(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Read from the file and its parents."""
         return self._top.read(buffers, offset)
@@ -132,6 +148,7 @@ class VhdBackend(Backend):
             raise DeviceError(f"{self.path}: opened for reading only")
         try:
             check_size(size)
+            self._fail_export("the disk was resized")
             grow(self._top, size)
         except XenDiskError as error:
             raise DeviceError(f"{self.path}: {error}: {remedy}") from error
@@ -145,6 +162,7 @@ class VhdBackend(Backend):
 
     def close(self) -> None:
         """Close and unlock all files."""
+        self._fail_export("the disk is closed")
         self._top.close()
 
 

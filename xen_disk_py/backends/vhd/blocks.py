@@ -26,12 +26,14 @@ import errno
 import os
 import struct
 import threading
+import time
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from ...errors import ImageError
 from ...units import format_size
+from ..before_images import WAIT, BeforeImages
 from ..image import IOV_MAX, Image, cut, nowait_flags, transfer_all
 from ..overlay.file import data_extents
 from ..sharing import Storage, storage_of
@@ -63,6 +65,7 @@ class BlockLayer:
 
     Attributes:
         stable: what flushes it.
+        before: saves what the disk has before that changes; None: nobody needs it.
         is_ordered: bits wait for their data; not needed where a crash need not leave the old
             content.
     """
@@ -96,6 +99,7 @@ class BlockLayer:
         self._lock = threading.Lock()  # for whoever changes anything above, or the end of the file
         self._nowait = nowait_flags(vhd.fd)
         self._tail = vhd.tail if vhd.tail is not None else vhd.length
+        self.before: BeforeImages | None = None
         self._end = blocks.used  # what is used ends there
         self._is_ours = vhd.is_device  # what lies from there to the tail: in a file it is zeros
 
@@ -254,6 +258,8 @@ class BlockLayer:
 
     def write_nowait(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Write where only data changes: into the page cache."""
+        if self.before is not None:
+            return 0
         length = len(buffers[0]) if len(buffers) == 1 else sum(map(len, buffers))
         inside = offset & self._mask
         if inside + length <= self._block_size and len(buffers) <= IOV_MAX:
@@ -272,6 +278,9 @@ class BlockLayer:
     def write(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Write all of it; see the module for the order."""
         length, done = sum(map(len, buffers)), 0
+        before = self.before
+        if before is not None:
+            before.save(offset, offset + length)
         while done < length:
             start = offset + done
             inside = start & self._mask
@@ -520,8 +529,11 @@ class BlockLayer:
 
         What only the parent has stays as it is.
         """
+        before, deadline = self.before, time.monotonic() + WAIT
         for start, stop, place in self.extents(offset, offset + length):
             if place >= 0:
+                if before is not None:
+                    before.save(start, stop, deadline)
                 punch_hole(self.fd, place, stop - start)
 
     def allocated(self, start: int, stop: int) -> Iterator[tuple[int, int]]:

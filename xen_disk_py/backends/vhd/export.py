@@ -9,7 +9,7 @@ import stat
 from collections.abc import Sequence
 from contextlib import closing
 
-from ..exporting import Check, Convert, Progress, at_one_instant, exported
+from ..exporting import Check, Convert, Keep, Progress, at_one_instant, exported
 from ..image import Image, transfer_all
 from .blocks import BlockLayer
 from .chain import Top, open_chain
@@ -43,6 +43,7 @@ def export(
     progress: Progress,
     convert: Convert | None = None,
     check: Check = lambda path, writes: None,
+    keep: Keep | None = None,
 ) -> int:
     """Make a new image of what a VHD and its parents are together.
 
@@ -57,6 +58,7 @@ def export(
         progress: told how far it is.
         convert: given the raw image and an empty file, both open: makes the latter the new image.
         check: called with each file of the chain before anything is done; may raise.
+        keep: see :func:`~..exporting.at_one_instant`.
 
     Returns:
         The size of the disk, in bytes.
@@ -73,20 +75,22 @@ def export(
             with exported(new, top.size, sources, force=force, convert=convert) as raw:
                 return _fill(raw.fd, top, progress)
     try:
-        size = 0
-        length = os.lseek(fd, 0, os.SEEK_END)
-        with exported(new, length, [fd], force=force, convert=convert) as raw:
+        size = examine(fd, os.path.abspath(path)).size
+        is_checked = False
+        with exported(new, size, [fd], force=force, convert=convert) as raw:
 
-            def copy(now: int) -> None:
-                nonlocal size
+            def copy(now: int, progress: Progress) -> None:
+                nonlocal size, is_checked
                 top = _open_chain_of(now, path, directories)
                 with closing(top):
                     sources = [] if isinstance(top, Image) else top.descriptors[1:]
-                    _check([fd, *sources], check)
+                    if not is_checked:  # not when the process that serves it was killed meanwhile
+                        _check([fd, *sources], check)
+                    is_checked = True
                     os.ftruncate(raw.fd, 0)
                     size = _fill(raw.fd, top, progress)
 
-            at_one_instant(fd, path, copy)
+            at_one_instant(fd, path, copy, size=size, raw=raw, keep=keep, progress=progress)
         return size
     finally:
         os.close(fd)
