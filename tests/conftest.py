@@ -294,10 +294,11 @@ class Host:
         limit=PERSISTENT_LIMIT,
         max_indirect_segments=256,
         number=0,
+        latency=True,
     ):
         """Serve a backend, or a disk that others serve too, on a ring, without xenstore."""
         disk = backend if isinstance(backend, Disk) else Disk(backend)
-        options = Options(max_indirect_segments, grants, limit)
+        options = Options(max_indirect_segments, grants, limit, latency)
         line = Line(self, disk, abi, order, persistent, options, number)
         self._stack.callback(line.close)
         return line

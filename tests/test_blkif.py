@@ -183,9 +183,11 @@ class TestDecoding:
         for _ in range(9):
             head = [dice.getrandbits(bits) for bits in (8, 8, 16, 64, 64)]
             slot = slot_with(at, size, *head)
+            (descriptor,) = struct.unpack_from("<Q", slot, at["segments"])
             (page,) = struct.unpack_from("<I", slot, at["grefs"])
+            assert page == descriptor >> 32
             slots += slot
-            expected.append((*head, page))
+            expected.append((*head, descriptor))
 
         assert expected == list(abi.heads(slots))
         assert at["segments"] == abi.segments_at

@@ -158,11 +158,12 @@ class Abi:
         self.slot_size = self._head.size + MAX_SEGMENTS * 8
         """Bytes from one slot of the ring to the next: 112, or 108 on x86_32."""
         self.heads: Callable[[bytes], Iterator[tuple[int, int, int, int, int, int]]] = Struct(
-            f"<BBH{padding}xQQ4xI80x"
+            f"<BBH{padding}xQQQ80x"
         ).iter_unpack
         """``heads(slots)``: of each slot in a run of them the first byte (the operation), the
         second (segments; an indirect request's real operation), the u16 behind them (an indirect
-        request's segments), the id, the sector and an indirect request's first page."""
+        request's segments), the id, the sector and the first segment descriptor as a number (its
+        upper half is an indirect request's first page)."""
 
     def __repr__(self) -> str:
         return f"<Abi {self.name}>"

@@ -38,6 +38,8 @@ HEADER = 64
 
 _REQ_PROD, _REQ_EVENT, _RSP_PROD, _RSP_EVENT = range(4)
 _MASK = 0xFFFF_FFFF
+_SEVERAL = 8  # responses: so many are copied into their slots word by word, fewer one by one
+_WORDS = 3  # of four bytes each, in a response
 
 Fence = Callable[[], object]
 
@@ -91,9 +93,10 @@ class BackRing(_Ring):
     def __init__(self, shared: memoryview, slot_size: int, fence: Fence) -> None:
         super().__init__(shared, slot_size, fence)
         self._published = self._consumed = self._indices[_RSP_PROD]
-        self._unpublished: list[bytes] = []
-        self.respond: Callable[[bytes], None] = self._unpublished.append
-        """Put a response for the next slot. The frontend sees it after :meth:`push`.
+        self.unpublished: list[bytes] = []
+        """The responses put since the last :meth:`push`, to be looked at."""
+        self.respond: Callable[[bytes], None] = self.unpublished.append
+        """Put a response, of 12 bytes, for the next slot. The frontend sees it after :meth:`push`.
 
         Until then the slot keeps its request, for whoever answers it if we are killed.
         """
@@ -117,7 +120,7 @@ class BackRing(_Ring):
         if self._published not in (start, end):
             return False
         if self._published != end:
-            self._unpublished.extend(responses)
+            self.unpublished.extend(responses)
             self.push()
         self._consumed = (end + waiting) & _MASK
         return True
@@ -126,11 +129,6 @@ class BackRing(_Ring):
     def published(self) -> int:
         """The index of the next response to :meth:`push`."""
         return self._published
-
-    @property
-    def unpublished(self) -> Sequence[bytes]:
-        """The responses put since the last :meth:`push`."""
-        return self._unpublished
 
     @property
     def has_requests(self) -> bool:
@@ -150,12 +148,12 @@ class BackRing(_Ring):
             GuestMisbehaved: the frontend claims more requests than the ring has room for
                 (RING_REQUEST_PROD_OVERFLOW); the ring must not be served any longer.
         """
-        produced = self._indices[_REQ_PROD]
-        waiting = (produced - self._consumed) & _MASK
+        produced, consumed = self._indices[_REQ_PROD], self._consumed
+        waiting = (produced - consumed) & _MASK
         if not waiting:
             return b""
-        answered = self._published + len(self._unpublished)
-        if waiting + ((self._consumed - answered) & _MASK) > self.slots:
+        answered = self._published + len(self.unpublished)
+        if waiting + ((consumed - answered) & _MASK) > self.slots:
             raise GuestMisbehaved(
                 f"request index {produced} is over {self.slots} ahead of {answered} answered"
             )
@@ -163,19 +161,21 @@ class BackRing(_Ring):
         # check above must not stand for it: a load does not wait for what a condition needs.
         self._fence()
         waiting = min(waiting, most)
-        slots = self._copy(self._consumed, waiting)
-        self._consumed = (self._consumed + waiting) & _MASK
-        return slots
+        self._consumed = (consumed + waiting) & _MASK
+        return self._copy(consumed, waiting)
 
     def push(self) -> bool:
         """Publish the responses put so far; True if the frontend wants to be notified."""
-        old = self._published
-        new = (old + len(self._unpublished)) & _MASK
-        shared, size, last = self._bytes, self._slot_size, self.slots - 1
-        for index, response in enumerate(self._unpublished, old):  # _store, without its call
-            at = HEADER + (index & last) * size
-            shared[at : at + len(response)] = response
-        self._unpublished.clear()
+        old, responses = self._published, self.unpublished
+        new = (old + len(responses)) & _MASK
+        first = old & self.slots - 1
+        fit = self.slots - first
+        if len(responses) <= fit:
+            self._answer(first, responses)
+        else:
+            self._answer(first, responses[:fit])
+            self._answer(0, responses[fit:])
+        responses.clear()
         # Store, store: whoever sees the index sees the responses, and the data that they tell of.
         # Load, store: the requests have been read from the slots that this gives back.
         self._fence()
@@ -184,6 +184,23 @@ class BackRing(_Ring):
         # the last time (the fence in its ``arm``); also, the index is there before any event is.
         self._fence()
         return (new - self._indices[_RSP_EVENT]) & _MASK < (new - old) & _MASK
+
+    def _answer(self, first: int, responses: Sequence[bytes]) -> None:
+        """Put responses into the slots from number ``first`` on; the rest of these stays."""
+        size = self._slot_size
+        at = HEADER + first * size
+        if len(responses) < _SEVERAL:
+            shared = self._bytes
+            for response in responses:
+                shared[at : at + len(response)] = response
+                at += size
+            return
+        # The first word of each, then the second, then the third: three calls, however many.
+        at, step = at // 4, size // 4
+        end, data = at + len(responses) * step, memoryview(b"".join(responses)).cast("I")
+        with self._bytes.cast("I") as words:
+            for word in range(_WORDS):
+                words[at + word : end : step] = data[word::_WORDS]
 
     def arm(self) -> bool:
         """Ask to be notified of the next request; True if one is there already.

@@ -364,13 +364,13 @@ def test_without_waiting(open_cow, image):
     """What was written is in memory; of the rest, what the system has there."""
     make_cold(image)
     disk = open_cow()
-    if disk._image._nowait:
+    if disk._image.nowait:
         assert disk.read_nowait(buffers(bytes(1 << 20)), 0) < 1 << 20
         assert 0 == disk.memory
     before = read(disk, 0, 16384)
     found = buffers(bytes(16384))
     done = disk.read_nowait(found, 0)
-    assert done == (0 if disk._image._nowait is None else 16384)
+    assert done == (0 if disk._image.nowait is None else 16384)
     assert before[:done] == b"".join(found)[:done]
     assert 512 == disk.write_nowait(buffers(b"x" * 512), 4096)
     assert 4096 == disk.memory

@@ -373,7 +373,7 @@ def read_now(opened, offset, length):
 def test_what_is_in_memory_is_read_without_waiting(image):
     with Image.open(image, writable=False) as opened:
         expected = os.pread(opened.fd, 1 << 20, 0)
-        if opened._nowait is None:
+        if opened.nowait is None:
             pytest.skip("this file system cannot tell what waits")
         assert (1 << 20, expected) == read_now(opened, 0, 1 << 20)
         assert (8192, expected[512:8704]) == read_now(opened, 512, 8192)
@@ -383,7 +383,7 @@ def test_what_is_in_memory_is_read_without_waiting(image):
 def test_what_is_not_in_memory_is_left_to_a_read_that_waits(image):
     make_cold(image)
     with Image.open(image, writable=False) as opened:
-        if not opened._nowait:
+        if not opened.nowait:
             pytest.skip("this file system does not tell what waits")
         done, found = read_now(opened, 0, 1 << 20)
         assert done < 1 << 20
@@ -484,7 +484,7 @@ def test_an_image_reads_and_writes_as_many_buffers_as_one_system_call_takes(imag
         for read in (opened.read, opened.read_nowait):
             found = buffers(bytes(1025 * 512), 512)
             done = read(found, 512)
-            assert 1024 * 512 == done or (read == opened.read_nowait and opened._nowait is None)
+            assert 1024 * 512 == done or (read == opened.read_nowait and opened.nowait is None)
             assert data[:done] == b"".join(found)[:done]
 
 

@@ -79,10 +79,10 @@ def test_without_waiting(image):
     assert b"x" * 8192 == content(image)[512:8704]
     found = buffers(bytes(8192))
     done = disk.read_nowait(found, 512)
-    assert done == (0 if disk._image._nowait is None else 8192)
+    assert done == (0 if disk._image.nowait is None else 8192)
     assert b"x" * done == b"".join(found)[:done]
     make_cold(image)
-    if disk._image._nowait:
+    if disk._image.nowait:
         assert disk.read_nowait(buffers(bytes(1 << 20)), 0) < 1 << 20
     assert b"x" * 8192 == read(disk, 512, 8192)
     disk.close()

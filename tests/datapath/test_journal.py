@@ -46,7 +46,7 @@ def test_what_was_noted_last_is_recalled(slot_size, pages):
             some(dice, responses, 12),
             some(dice, requests, slot_size),
         )
-        journal.note(noted.start, noted.responses, iter(noted.requests))
+        journal.note(noted.start, noted.responses, noted.requests)
         assert noted == Journal(memory).recall(ring, slot_size)
 
 

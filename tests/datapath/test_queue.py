@@ -2598,6 +2598,31 @@ def test_a_disk_that_becomes_slow(host, clock):
     assert {0} == set(late[17:])
 
 
+@pytest.mark.parametrize("latency", [True, False])
+def test_a_disk_of_a_millisecond_answers_as_it_goes(host, clock, latency):
+    """From the second batch on, where they are timed: the first one shows how slow it is."""
+    backend = Slow(clock)
+    line = host.line(backend, **KEPT, latency=latency)
+    refs = host.share(16).refs
+    requests = [whole(id_, READ, 16 * id_, [ref]) for id_, ref in enumerate(refs)]
+
+    def late():
+        backend.known[:] = []
+        with line.pages.view[:16].cast("I") as indices:
+            first = line.ring._consumed
+            backend.answered = lambda: indices[2] - first
+            line.ask(*requests)
+        host.until(lambda: counted(line, "in_flight") == (0,))  # the batch's end
+        return max(number - known for number, known in enumerate(backend.known))
+
+    backend.seconds = 0.001
+    late()
+    assert (0 if latency else 15) == late()
+    backend.seconds = 0.0001
+    late()
+    assert late() > 8  # as long as it is quick, many at once cost the guest the least
+
+
 def test_an_answer_left_from_a_batch_is_not_late(host, clock):
     """A guest that has always one more request than are answered leaves few to publish."""
     backend = Slow(clock)
@@ -2631,7 +2656,7 @@ def test_a_slow_disk_answers_as_it_goes_when_it_works_again(host, clock):
     host.until(lambda: counted(line, "held") == (6,))
     with line.pages.view[:16].cast("I") as indices:
         backend.answered = lambda: indices[2]
-        line.disk._write = line.disk._write_first = do
+        line.disk._write = line.disk.write_first = do
         while len(backend.known) < 6:
             clock.tick(0.001)
             time.sleep(0.001)

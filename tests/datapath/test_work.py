@@ -11,6 +11,7 @@ import random
 import select
 import struct
 import threading
+from math import inf
 
 import pytest
 
@@ -30,6 +31,8 @@ class Work:
 
     def __init__(self, host, path, **options):
         self.calls = collections.Counter()
+        self.in_python = self.in_c = self.batches = 0  # calls amid batches, and those
+        self._is_amid = False
         self.host = host
         disk = Disk(RawBackend(str(path)))
         host._stack.callback(disk.close)
@@ -42,6 +45,12 @@ class Work:
     def _note(self, frame, event, what):
         if event == "c_call" and what.__name__ in SYSTEM_CALLS:
             self.calls[what.__name__] += 1
+        if frame.f_code is queue.Queue._serve.__code__ and event in {"call", "return"}:
+            self._is_amid = event == "call"
+            self.batches += self._is_amid
+        elif self._is_amid:
+            self.in_python += event == "call"
+            self.in_c += event == "c_call"
 
     def _settle(self):
         """Wait until all is counted and told that belongs to the answers there are."""
@@ -59,6 +68,7 @@ class Work:
         self._settle()
         counters = self.host.hypervisor.counters
         self.calls.clear()
+        self.in_python = self.in_c = self.batches = 0
         before = counters.maps, counters.unmaps, counters.copies, counters.notifications
         answers = self.line.ask(*requests)
         assert {0} == {answer.status for answer in (answers if len(requests) > 1 else [answers])}
@@ -74,6 +84,7 @@ def work(host, tmp_path, monkeypatch):
     monkeypatch.setattr(polling, "_MOST", 0.0)  # busy-polling is bounded by time, not counts
     # Nor is publishing because a request took long: a busy machine may stop us anywhere.
     monkeypatch.setattr(queue, "_clock", lambda: 0.0)
+    monkeypatch.setattr(queue, "_SLOW", inf)
     path = tmp_path / "disk.raw"
     path.write_bytes(random.Random(1).randbytes(4 << 20))
     return lambda **options: Work(host, path, **options)
@@ -98,6 +109,19 @@ def test_small_requests_take_one_call_each(host, work, operation, call):
     assert done["notifications"] <= 1
     assert done["write"] == done["notifications"]
     assert done["poll"] + done["read"] <= 3 * SLEEP
+
+
+@pytest.mark.parametrize(("operation", "calls"), [(READ, 5), (WRITE, 6)])
+def test_small_requests_take_few_calls_of_functions(host, work, operation, calls):
+    """One in Python, the backend's; in C a look-up, the system call, and two for the answer.
+
+    A write takes one more, since the system does not take all buffers there could be at once.
+    """
+    watched = work(persistent=True)
+    watched.of(*small(host, operation, DEPTH))
+    for_a_batch = 60
+    assert watched.in_python <= DEPTH + for_a_batch / 2 * watched.batches
+    assert watched.in_python + watched.in_c <= calls * DEPTH + for_a_batch * watched.batches
 
 
 def test_a_large_request_takes_one_call(host, work):

@@ -50,6 +50,7 @@ class Image(Closing):
         device_sector_size: the device's own, in bytes; 512 for a file.
         read_only: opened for reading only.
         is_block_device: a block device, not a file.
+        nowait: the flags of a read that does not wait for the storage; None if there are none.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class Image(Closing):
         self.read_only = read_only
         self.is_block_device = is_block_device
         self._locks = locks
-        self._nowait = nowait_flags(fd)
+        self.nowait = nowait_flags(fd)
 
     @classmethod
     def open(cls, path: str, *, writable: bool, sector_size: int | None = None) -> Image:
@@ -169,12 +170,12 @@ class Image(Closing):
 
     def read_nowait(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Read as much as is in memory: what needs no waiting for the storage."""
-        if self._nowait is None:
+        if self.nowait is None:
             return 0
         try:
             if len(buffers) <= IOV_MAX:  # nearly always: then no slice, and no call to make one
-                return os.preadv(self.fd, buffers, offset, self._nowait)
-            return os.preadv(self.fd, buffers[:IOV_MAX], offset, self._nowait)
+                return os.preadv(self.fd, buffers, offset, self.nowait)
+            return os.preadv(self.fd, buffers[:IOV_MAX], offset, self.nowait)
         except BlockingIOError:
             return 0
 

@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 
 from . import Backend
-from .image import Image
+from .image import IOV_MAX, Image
 from .sharing import Storage
 from .trim import Trim
 
@@ -37,7 +37,7 @@ class RawBackend(Backend):
         self, path: str, *, read_only: bool = False, sector_size: int | None = None
     ) -> None:
         self._image = image = Image.open(path, writable=not read_only, sector_size=sector_size)
-        self._fd = image.fd
+        self._fd, self._nowait = image.fd, image.nowait
         self.path = image.path
         self.size = image.size
         self.sector_size = image.sector_size
@@ -52,10 +52,19 @@ class RawBackend(Backend):
 
     def read_nowait(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Read what is in the page cache."""
-        return self._image.read_nowait(buffers, offset)
+        if self._nowait is None:
+            return 0
+        try:  # as the image does, whose call would cost a tenth of all
+            return os.preadv(self._fd, buffers, offset, self._nowait)
+        except BlockingIOError:
+            return 0
+        except OSError:  # more buffers than fit into one call
+            return self._image.read_nowait(buffers, offset)
 
     def write(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Write with ``pwritev``: into the page cache, where ``flush`` takes it from."""
+        if len(buffers) <= IOV_MAX:
+            return os.pwritev(self._fd, buffers, offset)
         return self._image.write(buffers, offset)
 
     write_nowait = write

@@ -77,6 +77,10 @@ class Disk:
         durability = Durability(backend, self._statistics, keeps=holds and not self.read_only)
         self._durability = durability
         self._binding = threading.Lock()
+        self.read_first: Move
+        self.write_first: Move
+        """What reads and writes are done by, at first (see :meth:`serve_read`); a queue calls these
+        itself, to be asked for anew each time: they change."""
         self.bind()
         self._lock = threading.Lock()
         self._holds = holds
@@ -112,12 +116,12 @@ class Disk:
             read_first = durability.reading(direct(backend, "read_nowait"))
             write_nowait = direct(backend, "write_nowait")
             write_first = durability.writing(write_nowait, may_wait=False)
-        self._read, self._read_first = read, read_first
+        self._read, self.read_first = read, read_first
         self._waiting = outermost(backend)
         with self._binding:
             if durability.is_lost:
                 write = write_first = durability.refuse
-            self._write, self._write_first = write, write_first
+            self._write, self.write_first = write, write_first
 
     def _refuse_writes_if_lost(self) -> None:
         """Let no write succeed once no flush can.
@@ -127,7 +131,7 @@ class Disk:
         """
         with self._binding:
             if self._durability.is_lost:
-                self._write = self._write_first = self._durability.refuse
+                self._write = self.write_first = self._durability.refuse
 
     def features(
         self,
@@ -262,29 +266,47 @@ class Disk:
             several threads in, or the request is one to hold. Then :meth:`transfer` does it.
         """
         try:
-            done = self._read_first(buffers, offset)
+            done = self.read_first(buffers, offset)
         except BaseException as error:  # noqa: BLE001 - whatever an author's code raises, exit() too
-            status = self._failed("read", error)
-            return None if status == RETRY else status
-        if done is None or done == length:
-            return OKAY
-        if self._is_concurrent:
-            return None
-        status = self._finish("read", self._read, buffers, offset, length, done)
-        return None if status == RETRY else status
+            return self.failed_at_first(READ, error)
+        return self.finish(READ, buffers, offset, length, done)
 
     def serve_write(self, buffers: Sequence[memoryview], offset: int, length: int) -> int | None:
         """Write ``length`` bytes from ``buffers`` at ``offset``; returns as :meth:`serve_read`."""
         try:
-            done = self._write_first(buffers, offset)
+            done = self.write_first(buffers, offset)
         except BaseException as error:  # noqa: BLE001 - whatever an author's code raises, exit() too
-            status = self._failed("write", error)
-            return None if status == RETRY else status
+            return self.failed_at_first(WRITE, error)
+        return self.finish(WRITE, buffers, offset, length, done)
+
+    def failed_at_first(self, operation: int, error: BaseException) -> int | None:
+        """The status of what :attr:`read_first` or :attr:`write_first` raised ``error`` for.
+
+        Returns:
+            As :meth:`serve_read`.
+        """
+        status = self._failed(_NAMES[operation], error)
+        return None if status == RETRY else status
+
+    def finish(
+        self,
+        operation: int,
+        buffers: Sequence[memoryview],
+        offset: int,
+        length: int,
+        done: int | None,
+    ) -> int | None:
+        """Do what :attr:`read_first` or :attr:`write_first` has left, having returned ``done``.
+
+        Returns:
+            As :meth:`serve_read`.
+        """
         if done is None or done == length:
             return OKAY
         if self._is_concurrent:
             return None
-        status = self._finish("write", self._write, buffers, offset, length, done)
+        move = self._read if operation == READ else self._write
+        status = self._finish(_NAMES[operation], move, buffers, offset, length, done)
         return None if status == RETRY else status
 
     def transfer(self, request: Transfer, buffers: Sequence[memoryview]) -> int:

@@ -49,12 +49,12 @@ class DoubleBuffer:
         Raises:
             ValueError: it does not fit; what is there stays.
         """
-        spare = 2 if self._valid == 1 else 1
-        at = _HEAD if spare == 1 else _HEAD + self._size
-        if len(data) > self._size - _LENGTH.size:
+        spare, at = (2, _HEAD + self._size) if self._valid == 1 else (1, _HEAD)
+        content = _LENGTH.pack(len(data)) + data
+        if len(content) > self._size:
             raise ValueError(f"{len(data)} bytes do not fit into {self.room}")
         # one store: a memory's slice costs as much as it takes to copy a page
-        self._memory[at : at + _LENGTH.size + len(data)] = _LENGTH.pack(len(data)) + data
+        self._memory[at : at + len(content)] = content
         self._word[0] = self._valid = spare
 
     def read(self) -> bytes | None:

@@ -50,9 +50,19 @@ class Plan(NamedTuple):
     """What a run of segment descriptors stands for: good as long as its pages are kept."""
 
     sectors: int
+    length: int
+    """In bytes."""
     buffers: tuple[memoryview, ...]  # no backend can change what the next request finds
     kind: int
     """What is counted of it: see :func:`~xen_disk_py.datapath.stopwatch.kind`."""
+
+
+def key_of(descriptors: bytes) -> int | bytes:
+    """Return what the plan of a request is found by: its descriptors, a single one as a number.
+
+    Such a number is what :attr:`~xen_disk_py.blkif.Abi.heads` gives for each request.
+    """
+    return descriptors if len(descriptors) != 8 else int.from_bytes(descriptors, "little")
 
 
 class GuestBuffers:
@@ -101,8 +111,8 @@ class GuestPages:
         limit: int = PERSISTENT_LIMIT,
         grants: Grants = Grants.AUTO,
     ) -> None:
-        self.plans: dict[bytes, Plan] = {}
-        """Requests seen before, by their segment descriptors."""
+        self.plans: dict[int | bytes, Plan] = {}
+        """Requests seen before, by their segment descriptors (see :func:`key_of`)."""
         self.kept: dict[int, memoryview] = {}
         """Pages that stay mapped, by reference; writable, 4096 bytes each."""
         self._hypervisor = hypervisor
@@ -261,8 +271,8 @@ class GuestPages:
         if self._planned > _PLANNED_SEGMENTS:
             self.plans.clear()
             self._planned = segments
-        sectors = request.sectors
-        self.plans[descriptors] = Plan(sectors, buffers, kind(segments, sectors * SECTOR))
+        sectors, length = request.sectors, request.sectors * SECTOR
+        self.plans[key_of(descriptors)] = Plan(sectors, length, buffers, kind(segments, length))
         return buffers
 
     # -- the end -----------------------------------------------------------------------

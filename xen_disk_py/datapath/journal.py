@@ -12,7 +12,7 @@ That costs some hundred nanoseconds each time that responses are published, howe
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from ..blkif import RESPONSE_SIZE, Ring
@@ -52,7 +52,7 @@ class Journal:
         self._buffer.clear()
         self._ring = _identity(ring, slot_size)
 
-    def note(self, start: int, responses: Sequence[bytes], requests: Iterable[bytes]) -> None:
+    def note(self, start: int, responses: Sequence[bytes], requests: Sequence[bytes]) -> None:
         """Replace what is noted.
 
         Args:
@@ -60,7 +60,7 @@ class Journal:
             responses: those that are about to be published, as they are put into slots.
             requests: the slots of all that were taken and are not answered with these.
         """
-        slots = b"".join(requests)
+        slots = b"".join(requests) if requests else b""
         head = _HEAD.pack(self._ring, start, len(responses), len(slots))
         self._buffer.write(b"".join((head, *responses, slots)))
 

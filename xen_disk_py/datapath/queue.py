@@ -63,7 +63,7 @@ from ..hypervisor import PAGE_SIZE, EventChannel, Hypervisor, Mapping
 from ..ring import BackRing
 from . import statistics as count
 from .disk import RETRY, Disk
-from .grants import PERSISTENT_LIMIT, Grants, GuestBuffers, GuestPages
+from .grants import PERSISTENT_LIMIT, Grants, GuestBuffers, GuestPages, key_of
 from .idle import Idle
 from .joining import LARGE, Run
 from .journal import Journal
@@ -81,6 +81,7 @@ MAX_IN_FLIGHT = 64 << 20
 
 _PUBLISH = 256 << 10  # bytes moved until responses are published, amid a batch
 _LATE = 0.005  # seconds that a response waits for others, and then for the request under way
+_SLOW = 0.0005  # seconds, the mean of a batch: each response of the next is published at once
 _LOOK = 16  # requests until the clock is looked at, of a disk that is quick
 _FEW = 4  # responses: fewer wait while there is more to do, since each notification costs much
 
@@ -199,7 +200,7 @@ class Queue:
         self._max_indirect_segments = options.max_indirect_segments
         self._statistics = statistics
         self._stopwatch = Stopwatch(
-            statistics, every=batches_per_sample() if options.latency else 0
+            statistics, every=batches_per_sample() if options.latency else 0, clock=perf_counter
         )
         self._on_failure = on_failure
         self._pages = GuestPages(
@@ -243,6 +244,7 @@ class Queue:
         self._idle = Idle(self._channel, [*self._ends(), self._wake_read], statistics)
         self._looked_at = _clock()  # when last published for being late, by the coarse clock
         self._look = 1  # requests until the clock is looked at
+        self._is_slow = False  # the disk was, in the last batch that was timed
         self._stopping = False
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
@@ -415,73 +417,89 @@ class Queue:
         This is where the time goes. A read or write of known pages costs a look-up of its
         descriptors, the backend's call and the packing of its answer.
         """
-        stall = self._stall
+        stall, stopwatch = self._stall, self._stopwatch
         stall.is_amid = True
         stall.moves += 1
-        self._stopwatch.start()
-        counts, taken = self._stopwatch.counts, self._stopwatch.taken
+        stopwatch.start()
+        counts, taken = stopwatch.counts, stopwatch.taken
         abi, disk, ring, statistics = self._abi, self._disk, self._ring, self._statistics
         plans, kept = self._pages.plans, self._pages.kept
-        size, segments_at = abi.slot_size, abi.segments_at
+        size, segments_at, respond = abi.slot_size, abi.segments_at, ring.respond
         in_one_page = min(self._max_indirect_segments, SEGMENTS_PER_PAGE)
-        many, unanswered, now = self._many, self._unanswered, perf_counter()
+        many, unanswered, now = self._many, self._unanswered, taken or perf_counter()
+        large = 0 if many is not None else LARGE
         run = self._joined
         joined = run.requests
         requests = len(slots) // size
         words = statistics.words
-        words[count.IN_FLIGHT] = requests + len(self._unanswered)
+        words[count.IN_FLIGHT] = requests + len(unanswered)
         # Looked at after that: whoever makes the disk smaller waits for what is in flight.
         capacity, misaligned, read_only = disk.sectors, disk.alignment - 1, disk.read_only
-        reads = writes = bytes_read = bytes_written = unpublished = 0
+        reads = writes = bytes_read = bytes_written = bytes_joined = 0
+        publish_at = _PUBLISH  # bytes
         look_at = self._look * size
         at = -size
-        for operation, segments, wide, id_, sector, page in abi.heads(slots):
+        for operation, segments, wide, id_, sector, first in abi.heads(slots):
             at += size
-            if unpublished >= _PUBLISH:
-                unpublished = 0
-                self._publish()
-            elif at >= look_at and ring.unpublished:  # before each request, if the disk is slow
-                self._look = 1 if self._publish_if_late() else min(2 * self._look, _LOOK)
+            if at >= look_at:  # before each request, if the disk is slow
+                if bytes_read + bytes_written + bytes_joined >= publish_at:
+                    publish_at += _PUBLISH
+                    self._publish()
+                elif ring.unpublished:
+                    self._look = 1 if self._publish_if_late() else min(2 * self._look, _LOOK)
                 look_at = at + self._look * size
             descriptors = plan = None
             if operation <= WRITE:
-                if segments <= MAX_SEGMENTS:
+                if segments == 1:
+                    plan = plans.get(first)
+                elif segments <= MAX_SEGMENTS:
                     start = at + segments_at
                     plan = plans.get(slots[start : start + 8 * segments])
-            elif operation == INDIRECT and page in kept and 0 < wide <= in_one_page:
-                descriptors = bytes(kept[page][: 8 * wide])
-                plan = plans.get(descriptors)
+            elif operation == INDIRECT and 0 < wide <= in_one_page and first >> 32 in kept:
+                descriptors = bytes(kept[first >> 32][: 8 * wide])
+                plan = plans.get(key_of(descriptors))
                 operation = segments  # noqa: PLW2901 - the second byte of an indirect request
             if plan is not None:
-                sectors, buffers, kind = plan
-                if sector + sectors <= capacity and not sector & misaligned:
-                    length = sectors * SECTOR
-                    may = operation == READ or (operation == WRITE and not read_only)
-                    if many is not None and may:
-                        slot = slots[at : at + size]
-                        known = _Known(slot, descriptors, id_, operation, kind, length, now, taken)
-                        try:
-                            many.submit(operation, buffers, sector * SECTOR, length, known)
-                        except Exception:  # the other way does it once more
-                            log.debug("a request was not begun", exc_info=True)
+                sectors, length, buffers, kind = plan
+                if (
+                    sector + sectors <= capacity
+                    and not sector & misaligned
+                    and (operation == READ or (operation == WRITE and not read_only))
+                ):
+                    if length >= large:
+                        if many is not None:
+                            slot = slots[at : at + size]
+                            known = _Known(
+                                slot, descriptors, id_, operation, kind, length, now, taken
+                            )
+                            try:
+                                many.submit(operation, buffers, sector * SECTOR, length, known)
+                            except Exception:  # the other way does it once more
+                                log.debug("a request was not begun", exc_info=True)
+                            else:
+                                unanswered[id(known)] = known
+                                self._with_backend += 1
+                                continue
                         else:
-                            unanswered[id(known)] = known
-                            self._with_backend += 1
+                            offset = sector * SECTOR
+                            if joined and not run.continues(operation, offset, length):
+                                bytes_joined += self._do_run()
+                                look_at = 0
+                            request = (id_, kind, slots[at : at + size], descriptors)
+                            run.add(operation, offset, plan, request)
                             continue
-                    elif length >= LARGE and may:
-                        offset = sector * SECTOR
-                        if joined and not run.continues(operation, offset, length):
-                            unpublished += self._do_run()
-                        request = (id_, kind, slots[at : at + size], descriptors)
-                        run.add(operation, offset, plan, request)
-                        continue
                     if joined:
-                        unpublished += self._do_run()
-                    status = None
-                    if operation == READ:
-                        status = disk.serve_read(buffers, sector * SECTOR, length)
-                    elif operation == WRITE and not read_only:
-                        status = disk.serve_write(buffers, sector * SECTOR, length)
+                        bytes_joined += self._do_run()
+                        look_at = 0
+                    try:
+                        move = disk.write_first if operation else disk.read_first
+                        done = move(buffers, sector * SECTOR)
+                    except BaseException as error:  # noqa: BLE001 - as in Disk.serve_read
+                        status = disk.failed_at_first(operation, error)
+                    else:
+                        status = OKAY
+                        if done != length and done is not None:
+                            status = disk.finish(operation, buffers, sector * SECTOR, length, done)
                     if status is not None:
                         if operation == READ:
                             reads += 1
@@ -491,11 +509,10 @@ class Queue:
                             writes += 1
                             bytes_written += length
                             counts[kind + WRITES] += 1
-                        ring.respond(encode_response(id_, operation, status))
-                        unpublished += length
+                        respond(encode_response(id_, operation, status))
                         continue
             if joined:
-                unpublished += self._do_run()
+                bytes_joined += self._do_run()
             self._begin(slots[at : at + size], descriptors, waits=plan is not None)
             self._publish_if_late()  # it may have taken its time
         if joined:
@@ -511,7 +528,11 @@ class Queue:
             words[count.WRITES] += writes
             words[count.BYTES_WRITTEN] += bytes_written
             disk.count_memory()
-        words[count.IN_FLIGHT] = len(self._unanswered)
+        words[count.IN_FLIGHT] = len(unanswered)
+        if taken is not None:
+            self._is_slow = perf_counter() - taken > requests * _SLOW
+            if self._is_slow:
+                self._look = 1
         stall.is_amid = False
         self._idle.spurious = 0
         self._idle.worked()
@@ -558,15 +579,16 @@ class Queue:
             self._stopwatch.published()
 
     def _publish_if_late(self) -> bool:
-        """Publish if that was not done for the time's sake lately; tell if so.
+        """Publish if that was not done for the time's sake lately, or always; tell if so.
 
-        A disk may be slow. One that is quick publishes once too often in so many milliseconds,
-        and looks at the clock no oftener than that.
+        A disk may be slow: always, if it was in the last batch. One that is quick publishes once
+        too often in so many milliseconds, and looks at the clock no oftener than that.
         """
-        now = _clock()
-        if now - self._looked_at < _LATE:
-            return False
-        self._looked_at = now
+        if not self._is_slow:
+            now = _clock()
+            if now - self._looked_at < _LATE:
+                return False
+            self._looked_at = now
         self._publish()
         return True
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Callable
 
 from ..blkif import MAX_QUEUES, READ, SECTOR, WRITE, Discard, Transfer
@@ -40,6 +41,7 @@ WORDS = _BLOCK * (1 + MAX_QUEUES) + 1
 _U64 = 0xFFFF_FFFF_FFFF_FFFF
 
 
+@lru_cache(maxsize=4096)  # asked for each batch
 def bucket(number: int) -> int:
     """Number the bucket of a number: 1, 2, 3–4, 5–8, … the last for 2049 and more."""
     return min((number - 1).bit_length(), BUCKETS - 1) if number > 0 else 0
