@@ -25,6 +25,7 @@ from xen_disk_py.datapath.disk import Disk
 from xen_disk_py.datapath.grants import PERSISTENT_LIMIT, Grants
 from xen_disk_py.datapath.queue import Options, Queue
 from xen_disk_py.errors import XenDiskError
+from xen_disk_py.recovery import control
 from xen_disk_py.ring import FrontRing
 from xen_disk_py.session import Interrupts, Observer, Session
 from xen_disk_py.simulated.frontend import Frontend
@@ -125,7 +126,7 @@ class Line:
             self.channel.notify()
 
     def responses(self, count):
-        """Wait for that many responses."""
+        """Wait for that many responses; the next has to come within ``PATIENCE``."""
         found = []
         deadline = time.monotonic() + PATIENCE
         poll = select.poll()
@@ -133,7 +134,9 @@ class Line:
         while len(found) < count:
             slots = self.ring.take()
             found.extend(map(decode_response, slots))
-            if not slots and not self.ring.arm():
+            if slots:
+                deadline = time.monotonic() + PATIENCE
+            elif not self.ring.arm():
                 assert time.monotonic() < deadline, f"{len(found)} of {count} responses"
                 poll.poll(100)
                 self.channel.acknowledge()
@@ -389,12 +392,18 @@ def patience():
             "session._TOOLSTACK_PATIENCE",
             "simulated.xenstored._PATIENCE",
             "recovery.orphan._PATIENCE",
+            "recovery.orphans._PATIENCE",
+            "recovery.control._CLIENT",
+            "recovery.control._GRACE",
+            "backends.filters.record.PATIENCE",
+            "backends.nbd.qemu._PATIENCE",
             "host.systemd._PATIENCE",
             "xenbus.device._FINISHING",
         ):
             patch.setattr(f"xen_disk_py.{name}", PATIENCE)
         patch.setattr(Store.open.__func__, "__defaults__", (None, PATIENCE))
         patch.setattr(Device.force, "__defaults__", (PATIENCE,))
+        patch.setitem(control.ask.__kwdefaults__, "timeout", PATIENCE)
         yield
 
 

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     import pytest
 
 LONG = bool(os.environ.get("XEN_DISK_LONG"))
-SHARED = {"backends", "commands", "crashtest", "hostile", "libxl", "reliability", "trace"}
+SHARED = {
+    *("backends", "commands", "crashtest", "hostile", "libxl"),
+    *("recovery", "reliability", "simulated", "trace", "xenbus"),
+}
 _RUNS_ALL = 11  # Python 3.11, where coverage is measured
 _SHARE = 4
 

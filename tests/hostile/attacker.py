@@ -172,7 +172,7 @@ class Wire:
             self.channel.notify()
 
     def responses(self, count, patience=PATIENCE):
-        """Wait for that many responses."""
+        """Wait for that many responses; so many seconds for the next at most."""
         found = []
         deadline = time.monotonic() + patience
         poll = select.poll()
@@ -180,7 +180,9 @@ class Wire:
         while len(found) < count:
             slots = self.ring.take()
             found.extend(map(decode_response, slots))
-            if not slots and not self.ring.arm():
+            if slots:
+                deadline = time.monotonic() + patience
+            elif not self.ring.arm():
                 assert time.monotonic() < deadline, f"{len(found)} of {count} responses"
                 assert not self.failures, self.failures
                 poll.poll(100)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import socket
 import stat
 import threading
@@ -135,11 +136,20 @@ def test_clients_that_say_too_much_or_nothing_or_leave(directory, control, recor
 
 
 def test_who_does_not_read_the_answer_is_left(directory, control, record, monkeypatch):
-    control.register("much", lambda request: {"much": "x" * 900_000})
-    assert {"much": "x" * 900_000} == ask(directory, ADDRESS, "much")
-    monkeypatch.setattr(module, "_CLIENT", 0.01)
+    much = {"much": "x" * 900_000}
+
+    def hurry(request):
+        monkeypatch.setattr(module, "_CLIENT", 0.01)
+        return much
+
+    control.register("much", lambda request: much)
+    control.register("hurry", hurry)
+    assert much == ask(directory, ADDRESS, "much")
     with connected(record) as client:
-        client.sendall(b'{"verb": "much"}\n')
+        client.sendall(b'{"verb": "hurry"}\n')
+        closed = select.poll()
+        closed.register(client, 0)
+        assert closed.poll(30_000)  # nothing was read
         monkeypatch.undo()
         assert {"got": {}} == ask(directory, ADDRESS, "echo")
         assert len(rest(client)) < 900_000
