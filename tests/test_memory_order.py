@@ -17,7 +17,10 @@ from __future__ import annotations
 
 import inspect
 import re
+import shutil
+import subprocess
 import sys
+from itertools import zip_longest
 
 import pytest
 
@@ -320,3 +323,44 @@ def test_every_fence_is_tried():
 def test_without_one_of_them_something_is_wrong(line):
     """So none of them is there for nothing, and the memory here is as weak as it should be."""
     assert any(harm(scene, without=line)[0] for scene in SCENES)
+
+
+DMB = "DMB ISH"  # what the fence is on ARM
+LITMUS = {
+    # x is a slot, y the index that covers it
+    "take finds what push was told of": (
+        ("MOV W0,#1", "STR W0,[X1]", DMB, "MOV W2,#1", "STR W2,[X3]"),
+        ("LDR W2,[X3]", DMB, "LDR W0,[X1]"),
+        "1:X2=1 /\\ 1:X0=0",
+    ),
+    "a slot that push gives back was read": (
+        ("LDR W0,[X1]", DMB, "MOV W2,#1", "STR W2,[X3]"),
+        ("LDR W2,[X3]", DMB, "MOV W0,#2", "STR W0,[X1]"),
+        "0:X0=2 /\\ 1:X2=1",
+    ),
+    # x is the index of one end, y what the other waits for
+    "push sees that the other waits, or arm what is there": (
+        ("MOV W0,#1", "STR W0,[X1]", DMB, "LDR W2,[X3]"),
+        ("MOV W2,#1", "STR W2,[X3]", DMB, "LDR W0,[X1]"),
+        "0:X2=0 /\\ 1:X0=0",
+    ),
+}
+"""What the two processors do, and how it must not end."""
+
+
+@pytest.mark.skipif(
+    shutil.which("herd7") is None, reason="no herd7 (Debian has it in herdtools7, from forky on)"
+)
+@pytest.mark.parametrize("without", [None, 0, 1])
+@pytest.mark.parametrize("name", LITMUS)
+def test_arms_own_model_says_the_same(tmp_path, name, without):
+    *programs, end = LITMUS[name]
+    if without is not None:
+        programs[without] = [line for line in programs[without] if line != DMB]
+    rows = "".join(f"{a} | {b} ;\n" for a, b in zip_longest(*programs, fillvalue=""))
+    test = tmp_path / "ring.litmus"
+    test.write_text(
+        f"AArch64 ring\n{{0:X1=x; 0:X3=y; 1:X1=x; 1:X3=y;}}\nP0 | P1 ;\n{rows}exists ({end})\n"
+    )
+    done = subprocess.run(["herd7", str(test)], capture_output=True, text=True, check=True)
+    assert ("Observation ring Never" in done.stdout) is (without is None), done.stdout
