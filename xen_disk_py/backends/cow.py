@@ -25,6 +25,7 @@ log = logging.getLogger("xen_disk_py")
 _ANONYMOUS = (
     mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
 )  # no memory is set aside for it
+_NOT = (b"\1", b"\0")  # by the byte of the dirty map, the other one
 _DISCARD_PAGES = 4096  # looked at in one go: their bytes in the dirty map are a page or two
 
 _Read = Callable[[Sequence[memoryview], int], int]
@@ -82,27 +83,22 @@ class CowBackend(Backend):
 
     def read(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Read from the image what is not written yet, from memory what is."""
-        end = offset + sum(map(len, buffers))
-        if self._dirty.find(b"\1", offset // PAGE, -(-end // PAGE)) < 0:
-            return self._image.read(buffers, offset)
-        return self._read(buffers, offset, end, self._image.read)
+        return self._read(buffers, offset, self._image.read)
 
     def read_nowait(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Read what is in memory: written by the guest, or in the page cache."""
-        end = offset + sum(map(len, buffers))
-        if self._dirty.find(b"\1", offset // PAGE, -(-end // PAGE)) < 0:
-            return self._image.read_nowait(buffers, offset)
-        return self._read(buffers, offset, end, self._image.read_nowait)
+        return self._read(buffers, offset, self._image.read_nowait)
 
-    def _read(self, buffers: Sequence[memoryview], offset: int, end: int, read_image: _Read) -> int:
-        """Read what is written at least in part."""
-        last = -(-end // PAGE)
-        if self._dirty.find(b"\0", offset // PAGE, last) < 0:
-            return self._load(buffers, offset)
+    def _read(self, buffers: Sequence[memoryview], offset: int, read_image: _Read) -> int:
+        end = offset + (len(buffers[0]) if len(buffers) == 1 else sum(map(len, buffers)))
+        first, last = offset // PAGE, -(-end // PAGE)
+        is_written = self._dirty[first]
+        if last - first == 1 or self._dirty.find(_NOT[is_written], first + 1, last) < 0:
+            return self._load(buffers, offset) if is_written else read_image(buffers, offset)
         at, rest = offset, [*reversed(buffers)]
         while at < end:  # one extent after the other, of what is written or is not
             is_written = self._dirty[at // PAGE]
-            stop = self._dirty.find(b"\0" if is_written else b"\1", at // PAGE, last)
+            stop = self._dirty.find(_NOT[is_written], at // PAGE, last)
             length = (end if stop < 0 else min(stop * PAGE, end)) - at
             part = _take(rest, length)
             done = self._load(part, at) if is_written else read_image(part, at)
@@ -137,7 +133,7 @@ class CowBackend(Backend):
 
     def _write(self, buffers: Sequence[memoryview], offset: int, read_image: _Read) -> int:
         """Write; return 0 if ``read_image`` cannot read what it has to (yet)."""
-        end = offset + sum(map(len, buffers))
+        end = offset + (len(buffers[0]) if len(buffers) == 1 else sum(map(len, buffers)))
         first, last = offset // PAGE, -(-end // PAGE)
         dirty = self._dirty
         fresh = dirty[first:last].count(0)

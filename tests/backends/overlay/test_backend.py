@@ -87,7 +87,7 @@ def boot(monkeypatch):
 
 def kill(disk):
     """Leave everything as a process does that is killed: nothing is written any more."""
-    for part in (disk._file._file, disk._image):
+    for part in (disk._file.reader, disk._image):
         os.close(part.fd)
         part.fd = -1
     disk._file.fd = -1
@@ -745,7 +745,7 @@ def test_nothing_waits_that_must_not(opened, monkeypatch):
 def test_what_can_be_read_without_waiting_ends_where_the_image_does(opened, monkeypatch):
     disk = opened()
     write(disk, 0, b"x" * BLOCK)
-    readers = (lambda *_: 0, disk._file.read)
+    readers = (lambda *_: 0, disk._file.reader.read)
     monkeypatch.setattr(disk, "_readers_nowait", readers)
     got = buffers(bytes(2 * BLOCK))
     assert BLOCK == disk.read_nowait(got, 0)

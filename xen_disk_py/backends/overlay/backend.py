@@ -72,8 +72,9 @@ class OverlayBackend(Backend):
         if cow_limit is not None and cow_limit < 0:
             raise UsageError(f"--cow-limit: {cow_limit} bytes is less than nothing")
         self._image, self._file = _open(path, overlay, sector_size)
-        self._readers = (self._image.read, self._file.read)
-        self._readers_nowait = (self._image.read_nowait, self._file.read_nowait)
+        self._readers = (self._image.read, self._file.reader.read)
+        self._readers_nowait = (self._image.read_nowait, self._file.reader.read_nowait)
+        self._starts = (0, self._file.data)  # in what they read
         self.path = self._image.path
         self.size = self._image.size
         self.sector_size = self._image.sector_size
@@ -103,11 +104,16 @@ class OverlayBackend(Backend):
     def _read(
         self, buffers: Sequence[memoryview], offset: int, readers: tuple[_Read, _Read]
     ) -> int:
-        length, done = sum(map(len, buffers)), 0
+        length = len(buffers[0]) if len(buffers) == 1 else sum(map(len, buffers))
+        first = offset // BLOCK
+        if offset + length <= (first + 1) * BLOCK:  # most requests
+            allocated = self._file.allocated[first]
+            return readers[allocated](buffers, self._starts[allocated] + offset)
+        done = 0
         for start, stop, allocated in self._file.extents(offset, offset + length):
             whole = stop - start == length
             part = buffers if whole else cut(buffers, start - offset, stop - offset)
-            moved = readers[allocated](part, start)
+            moved = readers[allocated](part, self._starts[allocated] + start)
             done += moved
             if moved < stop - start:
                 break
@@ -127,9 +133,13 @@ class OverlayBackend(Backend):
         return self._write(buffers, offset, self._image.read_nowait)
 
     def _write(self, buffers: Sequence[memoryview], offset: int, read_image: _Read) -> int:
-        length = sum(map(len, buffers))
+        length = len(buffers[0]) if len(buffers) == 1 else sum(map(len, buffers))
         end = offset + length
         first, last = offset // BLOCK, -(-end // BLOCK)
+        if not offset % BLOCK and (not end % BLOCK or end == self.size):  # most requests
+            with self._file.lock:
+                self._store(buffers, offset, first, last, ())
+            return length
         # What the first and the last block have before and behind the write: block, from, to
         edges = ((first, first * BLOCK, offset), (last - 1, end, min(last * BLOCK, self.size)))
         allocated = self._file.allocated
@@ -148,15 +158,28 @@ class OverlayBackend(Backend):
                 ]
                 if not all(s in copies for s, _ in wanted):
                     continue  # a discard was quicker
-                fresh = allocated[first:last].count(0)
-                if fresh:
-                    self._check_limit(fresh)
                 head = [copies[s] for s, _ in wanted if s < offset]
                 tail = [copies[s] for s, _ in wanted if s >= end]
-                self._file.write([*head, *buffers, *tail], offset - sum(map(len, head)), wanted)
-                if fresh:
-                    self._file.allocate(first, last)
+                start = offset - sum(map(len, head))
+                self._store([*head, *buffers, *tail], start, first, last, wanted)
                 return length
+
+    def _store(
+        self,
+        buffers: Sequence[memoryview],
+        offset: int,
+        first: int,
+        last: int,
+        copied: Sequence[tuple[int, int]],
+    ) -> None:
+        """Write what fills the blocks from ``first`` to before ``last`` that are not allocated."""
+        file = self._file
+        fresh = file.allocated[first:last].count(0)
+        if fresh:
+            self._check_limit(fresh)
+        file.write(buffers, offset, copied)
+        if fresh:
+            file.allocate(first, last)
 
     def _check_limit(self, fresh: int) -> None:
         limit = self.cow_limit

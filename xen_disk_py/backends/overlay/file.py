@@ -65,6 +65,7 @@ class OverlayFile(Closing):
         allocated: the map, a byte for each block: 0 or 1. To be changed through :meth:`allocate`
             and :meth:`deallocate` only.
         data: where the blocks start in the file, in bytes.
+        reader: the file as an image, which has the disk's blocks from ``data`` on.
         lock: to be held by whoever changes the map.
         in_use: somebody else may be changing the file.
     """
@@ -97,7 +98,7 @@ class OverlayFile(Closing):
         except BaseException:
             self._close_maps()
             raise
-        self._file = Image(
+        self.reader = Image(
             fd,
             self.path,
             self.data + header.size,
@@ -327,14 +328,6 @@ class OverlayFile(Closing):
             yield max(start, at * BLOCK), min(stop, end * BLOCK), allocated
             at = end
 
-    def read(self, buffers: Sequence[memoryview], offset: int) -> int:
-        """Fill ``buffers`` from blocks that are allocated, ``offset`` bytes into the disk."""
-        return self._file.read(buffers, self.data + offset)
-
-    def read_nowait(self, buffers: Sequence[memoryview], offset: int) -> int:
-        """Do so as far as that takes no waiting."""
-        return self._file.read_nowait(buffers, self.data + offset)
-
     def write(
         self, buffers: Sequence[memoryview], offset: int, copied: Iterable[tuple[int, int]] = ()
     ) -> None:
@@ -346,10 +339,10 @@ class OverlayFile(Closing):
             copied: the parts of it that are copies of the image's content: from, to, each in one
                 block.
         """
-        stop = offset + sum(map(len, buffers))
         try:
-            transfer_all(os.pwritev, self.fd, buffers, self.data + offset)
+            stop = offset + transfer_all(os.pwritev, self.fd, buffers, self.data + offset)
         except OSError:  # no space left, mostly: what does not count must not take any
+            stop = offset + sum(map(len, buffers))
             for start, end, allocated in self.extents(offset, stop):
                 if not allocated:
                     self._punch(start, end)
@@ -436,12 +429,12 @@ class OverlayFile(Closing):
                     "%s: a flush failed: what was written since the last good one may be lost",
                     self.path,
                 )
-            elif not self._file.read_only and (self._changed or not self._unflushed.is_empty):
+            elif not self.reader.read_only and (self._changed or not self._unflushed.is_empty):
                 self.flush()
         finally:
             self.fd = -1
             self._close_maps()
-            self._file.close()
+            self.reader.close()
 
     def _make_map(self) -> mmap.mmap:
         """Make a map in memory, a byte for each block: zeros, which take no room."""
