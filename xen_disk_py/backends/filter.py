@@ -151,6 +151,14 @@ class Filter(Backend):
         """
         raise UsageError(f"{self.name} keeps its settings as long as the disk is connected")
 
+    def serves(self, guest: str, vdev: str) -> None:
+        """Hear whose disk it is, before the first request; by default, it does not matter.
+
+        Args:
+            guest: its name.
+            vdev: the disk's name there.
+        """
+
     def passes_on(self, method: str) -> bool:
         """Tell whether ``read``, ``write`` or the like does just what the source's does.
 

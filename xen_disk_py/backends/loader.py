@@ -182,14 +182,15 @@ def wrap(source: Backend, filters: Iterable[str]) -> Backend:
     disk = source
     try:
         for text in filters:
-            disk = _filtered(disk, text)
+            disk = put_over(disk, text)
     except BaseException:
         disk.close()
         raise
     return disk
 
 
-def _filtered(source: Backend, text: str) -> Backend:
+def put_over(source: Backend, text: str) -> Filter:
+    """Put a filter over a disk, which stays open if that cannot be; as :func:`wrap` otherwise."""
     match = _FILTER.fullmatch(text)
     if match is None:
         raise UsageError(f"--filter {text}: write it as NAME, or NAME:key=value,key=value")

@@ -89,6 +89,17 @@ def _settings(each: Filter) -> dict[str, str]:
     return found
 
 
+def check_settings(settings: Sequence[str]) -> None:
+    """See that settings can be written down as ``--filter`` has them.
+
+    Raises:
+        UsageError: they cannot.
+    """
+    for item in settings:
+        if "," in item or not item.isprintable():
+            raise UsageError(f"{item!r}: no comma or control character can be in a setting")
+
+
 def change(
     filters: Sequence[Filter],
     each: Filter,
@@ -108,22 +119,26 @@ def change(
         BackendError: the filter's own code is broken.
         XenDiskError: from ``note``; the settings are as they were then.
     """
-    for item in changes:
-        if "," in item or not item.isprintable():
-            raise UsageError(f"{item!r}: no comma or control character can be in a setting")
+    check_settings(changes)
     cls, before = type(each), each.given
     after = {**before, **filter_options(cls, each.name, changes)}
-    _configure(each, after)
+    configure(each, after)
     each.given = after
     try:
         note(tuple(map(text_of, filters)))
     except BaseException:
         each.given = before
-        _configure(each, before)
+        configure(each, before)
         raise
 
 
-def _configure(each: Filter, given: Mapping[str, str]) -> None:
+def configure(each: Filter, given: Mapping[str, str]) -> None:
+    """Give a filter these settings, and no other than its defaults.
+
+    Raises:
+        UsageError: a setting cannot be.
+        BackendError: the filter's own code is broken.
+    """
     defaults = {name: p.default for name, p in filter_parameters(type(each)).items()}
     try:
         each.configure(**{**defaults, **filter_arguments(type(each), each.name, given)})

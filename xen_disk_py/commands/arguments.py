@@ -828,9 +828,9 @@ def _add_record(commands: argparse._SubParsersAction[_Parser]) -> None:
     record = commands.add_parser(
         "record",
         help="record what a guest asks of its disk",
-        description="Start or stop recording the requests to a disk that was connected with "
-        "--filter record:on=no, or print whether they are recorded. The guest notices nothing. "
-        "Until it is started, that filter costs nothing.",
+        description="Start or stop recording the requests to a disk that is in use, or print "
+        "whether they are recorded. The guest notices nothing. Who takes the disk over continues "
+        "the recording.",
     )
     _add_disk_of_a_guest(record)
     record.add_argument(

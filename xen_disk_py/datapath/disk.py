@@ -36,6 +36,7 @@ from ..errors import BackendError, DeviceError, XenDiskError
 from ..ration import Ration
 from . import statistics as count
 from .durability import Durability, Move, passes
+from .quiet import QuietPoint
 from .statistics import Statistics
 
 log = logging.getLogger("xen_disk_py")
@@ -48,7 +49,7 @@ RETRY = -99
 _LINES = 5  # of the log, at once; then one a second
 _DISCARD = 16 << 30  # bytes of a discard that is a part of a larger one
 SETTLING = 5.0
-"""Seconds that the requests under way may take before a disk becomes smaller."""
+"""Seconds that the requests under way may take before a disk becomes smaller, or is recomposed."""
 
 
 class Disk:
@@ -81,6 +82,8 @@ class Disk:
         self.write_first: Move
         """What reads and writes are done by, at first (see :meth:`serve_read`); a queue calls these
         itself, to be asked for anew each time: they change."""
+        self.quiet = QuietPoint()
+        self._changing = threading.Lock()
         self.bind()
         self._lock = threading.Lock()
         self._holds = holds
@@ -122,6 +125,26 @@ class Disk:
             if durability.is_lost:
                 write = write_first = durability.refuse
             self._write, self.write_first = write, write_first
+
+    def recompose(self, change: Callable[[Backend], Backend]) -> None:
+        """Serve from another composition over the same backend, from a moment between two requests.
+
+        Args:
+            change: called with what is served now when no request is under way; it returns what is
+                served from then on, with as many threads.
+
+        Raises:
+            DeviceError: a request or another change takes too long; nothing was changed.
+            Exception: what ``change`` raises; the same.
+        """
+        if not self._changing.acquire(timeout=SETTLING):
+            raise DeviceError("the disk is being resized: try again when that is done")
+        try:
+            with self.quiet.reached(SETTLING):
+                self.backend = self._durability.backend = change(self.backend)
+                self.bind()
+        finally:
+            self._changing.release()
 
     def _refuse_writes_if_lost(self) -> None:
         """Let no write succeed once no flush can.
@@ -201,6 +224,12 @@ class Disk:
         Raises:
             DeviceError, ImageError, BackendError: the disk is as it was; the message says why.
         """
+        with self._changing:
+            return self._resize(size, force=force, step=step, on_change=on_change)
+
+    def _resize(
+        self, size: int | None, *, force: bool, step: int, on_change: Callable[[int], None]
+    ) -> int:
         before = self.sectors
         wanted = self._resize_backend(None) if size is None else size
         if not isinstance(wanted, int) or wanted <= 0 or wanted % step:

@@ -58,7 +58,7 @@ class Durability:
 
     def __init__(self, backend: Backend, statistics: Statistics, *, keeps: bool) -> None:
         self.statistics = statistics
-        self._backend = backend
+        self.backend = backend
         self._flushing = threading.Lock()
         self._started = 0  # flushes
         self._last_good = 0  # the number of the last that succeeded
@@ -144,12 +144,12 @@ class Durability:
             self._started += 1
             end = 0
             if copies is not None:
-                copies.write_again(self._backend.write)
+                copies.write_again(self.backend.write)
                 end = copies.end
             try:
-                self._backend.flush()
+                self.backend.flush()
             except BaseException as error:
-                if not self._backend.repeats_flush:
+                if not self.backend.repeats_flush:
                     # Noted before anybody hears of it: nobody may take the next for a good one.
                     self.statistics.flush_failed = True
                     if copies is not None:

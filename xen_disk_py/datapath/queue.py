@@ -38,6 +38,7 @@ from typing import Callable, NamedTuple
 
 from ..backends.asynchronous import Asynchronous
 from ..backends.loader import user_line
+from ..backends.queues import here
 from ..blkif import (
     ERROR,
     INDIRECT,
@@ -171,6 +172,7 @@ class Queue:
         options: how.
         persistent: the frontend promised to use the same grants again and again.
         sharers: the queues of the disk, this one included: they share the limits.
+        number: of the queue, from 0 on.
         journal: what outlives this process. If a process that was killed has noted something
             about this very ring there, this resumes from it. By default a private one.
         statistics: where this queue, and no other, counts.
@@ -191,6 +193,7 @@ class Queue:
         options: Options,
         persistent: bool,
         sharers: int = 1,
+        number: int = 0,
         journal: Journal | None = None,
         statistics: Counters,
         on_failure: Callable[[Exception], None],
@@ -203,6 +206,7 @@ class Queue:
             statistics, every=batches_per_sample() if options.latency else 0, clock=perf_counter
         )
         self._on_failure = on_failure
+        self._number = number
         self._pages = GuestPages(
             hypervisor,
             domid,
@@ -231,7 +235,9 @@ class Queue:
             )
             workers = max(1, disk.backend.threads // sharers)
             complain = partial(disk.say, logging.WARNING)
-            self._workers: Workers[_Begun] = undo.enter_context(Workers(workers, complain))
+            self._workers: Workers[_Begun] = undo.enter_context(
+                Workers(workers, complain, self._begin_thread)
+            )
             self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
             undo.pop_all()
         self._with_backend = 0  # requests that an asynchronous backend has begun
@@ -246,6 +252,7 @@ class Queue:
         self._look = 1  # requests until the clock is looked at
         self._is_slow = False  # the disk was, in the last batch that was timed
         self._stopping = False
+        self._asked = False  # to stop, or to be quiet
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -286,7 +293,11 @@ class Queue:
         """Have the thread come to its end; :meth:`stop` waits for that."""
         if self._wake_read >= 0 and not self._stopping:
             self._stopping = True
-            os.write(self._wake_write, b"x")
+            self._ask()
+
+    def _ask(self) -> None:
+        self._asked = True
+        os.write(self._wake_write, b"x")
 
     def stop(self, timeout: float | None = None) -> bool:
         """Finish the requests taken so far, refuse those that wait, unmap and unbind everything.
@@ -314,7 +325,13 @@ class Queue:
 
     # -- the thread --------------------------------------------------------------------
 
+    def _begin_thread(self) -> None:
+        here.number = self._number
+
     def _run(self) -> None:
+        self._begin_thread()
+        self._disk.quiet.enter(self, self._ask)
+        self._many = self._disk.backend.asynchronous
         try:
             self._loop()
         except GuestMisbehaved as error:
@@ -330,6 +347,7 @@ class Queue:
             self._attempt(self._refuse_the_rest)
             self._journal.clear()  # a queue that never ran leaves it to the next
             self._attempt(self._release)
+            self._disk.quiet.leave(self)
             self._ended.set()
 
     def _attempt(self, step: Callable[[], None]) -> bool:
@@ -378,7 +396,7 @@ class Queue:
         idle, retries = self._idle, self._retries
         if self._resumes:
             self._resume()
-        while not self._stopping:
+        while not (self._asked and self._is_over()):
             finished = self._is_any_elsewhere and self._end_finished()
             if retries.is_due:
                 self._retry()
@@ -396,6 +414,24 @@ class Queue:
             elif (self._is_any_elsewhere or not idle.busy_poll(ring)) and not ring.arm():
                 idle.sleep(retries.milliseconds)
         self._publish()
+
+    def _is_over(self) -> bool:
+        """Tell whether to stop; else be quiet, and have the disk be changed."""
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._wake_read, 4096)
+        self._asked = self._stopping
+        if self._stopping:
+            self._asked = True  # it may have been set since
+            return True
+        quiet = self._disk.quiet
+        while self._is_any_elsewhere and quiet.is_wanted and not self._stopping:
+            if not self._end_finished():
+                self._await_workers()
+        self._publish()
+        if not self._is_any_elsewhere:
+            quiet.wait(self)
+            self._many = self._disk.backend.asynchronous
+        return False
 
     def _resume(self) -> None:
         """Do what another has not answered; reads, writes and flushes can be repeated."""

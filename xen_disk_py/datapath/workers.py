@@ -34,13 +34,20 @@ class Workers(Closing, Generic[Token]):
     Args:
         limit: how many threads.
         complain: called once, with a line for the log, when the system gives no thread.
+        begin: called in each thread before all else.
 
     Attributes:
         unfinished: calls that were submitted and not collected yet.
     """
 
-    def __init__(self, limit: int, complain: Callable[[str], None] = lambda _: None) -> None:
+    def __init__(
+        self,
+        limit: int,
+        complain: Callable[[str], None] = lambda _: None,
+        begin: Callable[[], None] = lambda: None,
+    ) -> None:
         self.unfinished = 0
+        self._begin = begin
         self._complain = complain
         self._has_complained = False
         self._limit = limit
@@ -123,6 +130,7 @@ class Workers(Closing, Generic[Token]):
         self._threads = []
 
     def _work(self) -> None:
+        self._begin()
         while True:
             job: Any = self._calls.get()
             if job is None:

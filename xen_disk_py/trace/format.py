@@ -49,6 +49,12 @@ _BLOCK_MAGIC = b"XDTB"
 _RECORD = struct.Struct("<QQQQIHhB3x")
 BLOCK_HEADER_SIZE = _BLOCK.size
 RECORD_SIZE = _RECORD.size
+OPERATION_AT = 40
+"""The byte of a record that has its operation."""
+STATUS_AT = 36
+"""The first of the two that have its status."""
+pack_record_into = _RECORD.pack_into
+"""Put a record into a buffer: the buffer, where, and its :data:`Fields` one by one."""
 Fields = tuple[int, int, int, int, int, int, int, int]
 """Of a record: start, latency, offset, length, bytes of data, status, queue, operation."""
 
@@ -275,14 +281,32 @@ def pack_block(
         data: of those records that have some, in their order; at most :data:`MAX_DATA` bytes.
     """
     written = b"".join(data)
-    # All at once: this is what recording costs for each request of a guest.
     body = struct.pack(f"<{_RECORD.format[1:] * len(records)}", *chain.from_iterable(records))
+    return pack_head(seed, sequence, requests, flushes, body, written) + body, written
+
+
+def pack_head(
+    seed: bytes,
+    sequence: int,
+    requests: int,
+    flushes: int,
+    body: bytes | memoryview,
+    data: bytes | memoryview,
+) -> bytes:
+    """Return what stands before the records of a block.
+
+    Args:
+        seed: as for :func:`pack_block`.
+        sequence: the same.
+        requests: the same.
+        flushes: the same.
+        body: the records, each as :data:`pack_record_into` has it.
+        data: what was written, in one piece.
+    """
     start = crc32(seed)
-    fields_ = (_BLOCK_MAGIC, len(records), sequence, requests, flushes, len(written))
-    data_crc = crc32(written, start)
-    head = _BLOCK.pack(*fields_, data_crc, 0)[:-4]
-    crc = crc32(body, crc32(head, start))
-    return b"".join((head, struct.pack("<I", crc), body)), written
+    fields_ = (_BLOCK_MAGIC, len(body) // RECORD_SIZE, sequence, requests, flushes, len(data))
+    head = _BLOCK.pack(*fields_, crc32(data, start), 0)[:-4]
+    return head + struct.pack("<I", crc32(body, crc32(head, start)))
 
 
 def unpack_records(seed: bytes, header: BlockHeader, head: bytes, body: bytes) -> Iterator[Record]:

@@ -19,6 +19,7 @@ from .format import (
     Header,
     Record,
     pack_block,
+    pack_head,
 )
 from .reader import TraceReader
 
@@ -137,6 +138,40 @@ class TraceWriter(Closing):
         parts = pack_block(
             self.header.id, self.sequence, self.requests, self.flushes, records, data
         )
+        self._append(parts, requests, flushes)
+
+    def write_packed(
+        self,
+        body: bytes | memoryview,
+        data: bytes | memoryview,
+        *,
+        requests: int,
+        flushes: int,
+    ) -> None:
+        """Write one block; without a copy of what is in it.
+
+        Args:
+            body: the records, packed.
+            data: what was written, in one piece.
+            requests: as for :meth:`write`.
+            flushes: the same.
+
+        Raises:
+            OSError: it cannot be written; nothing of it counts.
+        """
+        head = pack_head(self.header.id, self.sequence, self.requests, self.flushes, body, data)
+        self._append((head, body, data), requests, flushes)
+
+    def describe(self, header: Header) -> None:
+        """Write the header anew, which says more than it did; from any thread.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        _write(self.fd, header.pack(), 0)
+        self.header = header
+
+    def _append(self, parts: Sequence[bytes | memoryview], requests: int, flushes: int) -> None:
         length = sum(map(len, parts))
         at = self._place(length)
         done = os.pwritev(self.fd, parts, at)

@@ -385,6 +385,7 @@ class Device:
                 options=self._options,
                 persistent=connection.persistent,
                 sharers=len(connection.rings),
+                number=number,
                 journal=self._journals[number] if self._journals else None,
                 statistics=self._disk.statistics.of_queue(number),
                 on_failure=self._on_failure,

@@ -18,7 +18,10 @@ from xen_disk_py.backends.conformance import BackendConformance
 from xen_disk_py.backends.filter import succeeding
 from xen_disk_py.backends.filters import record as module
 from xen_disk_py.backends.loader import open_backend, wrap
+from xen_disk_py.backends.queues import here
 from xen_disk_py.errors import ImageError, UsageError
+from xen_disk_py.trace import sink as sinks
+from xen_disk_py.trace import writer as writers
 from xen_disk_py.trace.format import (
     DISCARD,
     FLUSH,
@@ -137,8 +140,8 @@ def test_a_successor_continues_and_says_that_something_may_be_missing(path):
     first = recorded(path, ",data=yes")
     write(first, 0, b"1" * 512)
     first._sink._write()  # as its thread does; then it is killed
-    os.close(first._sink._writer.fd)
-    first._sink._writer.fd = -1
+    os.close(first._sink.writer.fd)
+    first._sink.writer.fd = -1
     first._sink._over = True
     with succeeding():
         second = recorded(path, ",data=yes")
@@ -165,7 +168,7 @@ def test_a_successor_that_cannot_continue_serves_all_the_same(path, caplog):
 def test_no_space_ends_the_recording_and_not_the_disk(path, caplog, monkeypatch):
     disk = recorded(path)
     ended = threading.Event()
-    stop = module.Sink._stop
+    stop = sinks.Sink._stop
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -175,8 +178,8 @@ def test_no_space_ends_the_recording_and_not_the_disk(path, caplog, monkeypatch)
         stop(sink, why)
         ended.set()
 
-    monkeypatch.setattr(module.Sink, "_stop", stopped)
-    monkeypatch.setattr(module.os, "pwritev", full)
+    monkeypatch.setattr(sinks.Sink, "_stop", stopped)
+    monkeypatch.setattr(writers.os, "pwritev", full)
     write(disk, 0, b"x" * 512)
     assert ended.wait(30)
     write(disk, 512, b"y" * 512)
@@ -189,8 +192,8 @@ def test_no_space_ends_the_recording_and_not_the_disk(path, caplog, monkeypatch)
 
 
 def test_requests_that_are_too_many_to_note_are_counted(path, monkeypatch):
-    monkeypatch.setattr(module, "MAX_RECORDS", 3)
-    monkeypatch.setattr(module.Sink, "_rouse", lambda _: None)  # its thread does not come to it
+    monkeypatch.setattr(sinks, "MAX_RECORDS", 3)
+    monkeypatch.setattr(sinks.Sink, "rouse", lambda _: None)  # its thread does not come to it
     disk = recorded(path)
     for number in range(5):
         write(disk, number * 512, b"x" * 512)
@@ -198,6 +201,62 @@ def test_requests_that_are_too_many_to_note_are_counted(path, monkeypatch):
     found, _ = trace(path)
     assert [WRITE, WRITE, WRITE, GAP, STOPPED] == [each.operation for each in found]
     assert 2 == found[3].length
+
+
+def test_a_resize_is_noted_between_the_requests(path):
+    class Growing(Memory):
+        def resize(self, size):
+            return self.size if size is None else size
+
+    disk = wrap(Growing(), [f"record:file={path},data=yes"])
+    write(disk, 0, b"1" * 512)
+    disk.resize(1 << 20)
+    write(disk, 512, b"2" * 512)
+    disk.resize(2 << 20)
+    disk.close()
+    found, _ = trace(path)
+    assert [WRITE, RESIZED, WRITE, RESIZED, STOPPED] == [each.operation for each in found]
+    assert [1 << 20, 2 << 20] == [each.offset for each in found if each.operation == RESIZED]
+
+
+def test_many_blocks_pages_and_pieces(path, monkeypatch):
+    for each in (sinks, module):
+        monkeypatch.setattr(each, "MAX_DATA", 2048)
+    monkeypatch.setattr(sinks, "MAX_RECORDS", 3)
+    monkeypatch.setattr(sinks, "MAX_WAITING", 4096)
+    disk = recorded(path, ",data=yes")
+    expected = []
+    for number in range(50):
+        data = [bytes([number, piece]) * 256 for piece in range(1 + number % 6)]
+        disk.write([memoryview(each) for each in data], 0)
+        expected.append(b"".join(data))
+        read(disk, 0, 512)
+    disk.close()
+    found, ending = trace(path)
+    assert ending.is_complete
+    written: list[bytes] = []
+    for each in found:
+        if each.operation == WRITE:
+            written.append(each.data) if not each.offset else written.append(
+                written.pop() + each.data
+            )
+    assert expected == written
+    assert 50 == sum(each.operation == READ for each in found)
+
+
+def test_whose_disk_it_is_and_by_which_queue_a_request_came(path):
+    disk = recorded(path)
+    disk.serves("guest", "xvdb")
+    read(disk, 0, 512)
+    try:
+        here.number = 3
+        read(disk, 0, 512)
+    finally:
+        here.number = -1
+    disk.close()
+    with TraceReader(path) as reader:
+        assert ("guest", "xvdb") == (reader.header.guest, reader.header.vdev)
+        assert [-1, 3] == [each.queue for each in list(reader.records())[:-1]]
 
 
 class Library(Asynchronous):
@@ -266,7 +325,7 @@ def test_a_storage_that_does_not_move_ends_the_recording_and_a_write_waits_no_lo
     path, caplog, monkeypatch
 ):
     stuck, ended = threading.Event(), threading.Event()
-    pwritev, stop = os.pwritev, module.Sink._stop
+    pwritev, stop = os.pwritev, sinks.Sink._stop
 
     def wait(*arguments):
         assert stuck.wait(30)
@@ -276,10 +335,12 @@ def test_a_storage_that_does_not_move_ends_the_recording_and_a_write_waits_no_lo
         stop(sink, why)
         ended.set()
 
-    monkeypatch.setattr(module, "MAX_WAITING", 1000)
-    monkeypatch.setattr(module, "PATIENCE", 0.05)
-    monkeypatch.setattr(module.os, "pwritev", wait)
-    monkeypatch.setattr(module.Sink, "_stop", stopped)
+    for each in (sinks, module):
+        monkeypatch.setattr(each, "MAX_DATA", 1000)
+    monkeypatch.setattr(sinks, "MAX_WAITING", 1000)
+    monkeypatch.setattr(sinks, "PATIENCE", 0.05)
+    monkeypatch.setattr(writers.os, "pwritev", wait)
+    monkeypatch.setattr(sinks.Sink, "_stop", stopped)
     disk = recorded(path, ",data=yes")
     for number in range(4):
         write(disk, number * 512, b"x" * 512)

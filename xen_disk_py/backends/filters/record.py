@@ -14,12 +14,10 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-import threading
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from operator import itemgetter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Callable, Optional
 from zlib import crc32
@@ -28,39 +26,30 @@ from ...errors import ImageError, UsageError
 from ...trace.format import (
     DISCARD,
     DISCARD_SECURELY,
-    EVENTS,
     FLUSH,
     GAP,
     MAX_DATA,
     MIN_RING,
-    NO_QUEUE,
     READ,
+    RECORD_SIZE,
     RESIZED,
     RESUMED,
-    STOPPED,
     UNKNOWN_ERROR,
     WRITE,
-    Fields,
     Header,
+    pack_record_into,
 )
 from ...trace.reader import TraceReader
+from ...trace.sink import Sink
 from ...trace.writer import TraceWriter, event, fields_of
 from ...units import format_size, parse_size
 from .. import Backend, asynchronous
 from ..asynchronous import Asynchronous, Done
 from ..filter import Filter, is_succeeding
+from ..queues import here
 
 log = logging.getLogger("xen_disk_py")
 
-PATIENCE = 5.0
-"""Seconds without progress of the trace's storage."""
-MAX_WAITING = 64 << 20
-"""Bytes of data that wait to be written."""
-MAX_RECORDS = 100_000
-"""Records that do."""
-_GATHERING = 0.2  # seconds that the writer sleeps to have more to write at once
-_PLENTY = MAX_DATA  # bytes of data for which it does not
-_BLOCK = 16_384  # records in a block, at most
 _SAMPLES = 32
 _OPERATIONS = {
     asynchronous.READ: READ,
@@ -70,7 +59,6 @@ _OPERATIONS = {
 }
 
 Move = Callable[["Sequence[memoryview]", int], Optional[int]]
-_operation = itemgetter(7)  # of a record's fields
 _now = time.perf_counter_ns  # CLOCK_MONOTONIC
 
 
@@ -99,6 +87,7 @@ class Recorder(Filter):
         self._sink = Sink(None, "")
         self._settings: tuple[object, ...] = ()
         self._is_in_use = False
+        self._guest: tuple[str, str] | None = None
         if source.asynchronous is not None:
             self.threads = source.threads
             self.asynchronous = _Recorded(source.asynchronous, self)
@@ -118,14 +107,65 @@ class Recorder(Filter):
         writer = None
         if on:
             writer = _open(self.source, file, data=data, ring=size, in_use=self._is_in_use)
-        before, self._sink = self._sink, Sink(writer, file)
+        source = self.source
+        is_single = source.threads == 1 and source.asynchronous is None
+        before, self._sink = self._sink, Sink(writer, file, is_single=is_single)
         self._settings = settings
-        self._read: Move = self.source.read
-        self._write: Move = self.source.write
-        if writer is not None:
-            self._read = self._timed(READ, self.source.read)
-            self._write = self._timed(WRITE, self.source.write)
+        self._describe()
+        read: Move = source.read
+        write: Move = source.write
+        if writer is not None and not is_single:
+            read = self._noted(READ, source.read)
+            write = self._copied if data else self._noted(WRITE, source.write)
+        elif writer is not None:
+            read = _quickly(self._sink, READ, source.read)
+            write = (_quickly_copied if data else _quickly)(self._sink, WRITE, source.write)
+        # In the place of the methods, which would be one call more for each request.
+        self.read, self.write = read, write  # type: ignore[method-assign,assignment]
         before.close()
+
+    def serves(self, guest: str, vdev: str) -> None:
+        """Note whose disk it is, in the trace."""
+        self._guest = guest, vdev
+        self._describe()
+
+    def know_base(self, samples: Sequence[tuple[int, int]]) -> None:
+        """Note what the disk had when recording began, of a trace that was begun in use."""
+        self._describe(samples=tuple(samples))
+
+    def _describe(self, **more: Any) -> None:
+        writer = self._sink.writer
+        if writer is None:
+            return
+        if self._guest is not None and writer.header.guest is None:
+            more["guest"], more["vdev"] = self._guest
+        if more:
+            with suppress(OSError):  # who writes the rest will hear of it
+                writer.describe(replace(writer.header, **more))
+
+    @property
+    def file(self) -> str | None:
+        """The trace that is being written; None: nothing is recorded."""
+        return None if self._sink.is_over else str(self._settings[0])
+
+    @property
+    def has_data(self) -> bool:
+        """Whether what is written is recorded, too."""
+        return self._sink.has_data
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether it has been told to record; another thing is whether it still does."""
+        return bool(self._settings[3])
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the recording has ended by itself."""
+        return self._sink.has_failed
+
+    def finish(self) -> None:
+        """End the recording; the source stays open."""
+        self._sink.close()
 
     def passes_on(self, method: str) -> bool:
         """Everything while nothing is recorded."""
@@ -136,68 +176,64 @@ class Recorder(Filter):
         sink = self._sink
         return {"recorded": sink.recorded, "lost": sink.lost, "recording": int(not sink.is_over)}
 
-    def _timed(self, operation: int, call: Move) -> Move:
-        """Return ``call``, noted. All names are local: this is what a request costs more."""
-        sink, failed = self._sink, self._failed
-        note, origin = sink.note, sink.clock
+    def read(self, buffers: Sequence[memoryview], offset: int) -> int | None:
+        """Read, and note that; :meth:`configure` puts another in its place."""
+        return self.source.read(buffers, offset)
+
+    def write(self, buffers: Sequence[memoryview], offset: int) -> int | None:
+        """Write, and note that; with data, the very bytes: the guest may change its pages."""
+        return self.source.write(buffers, offset)
+
+    def _noted(self, operation: int, call: Move) -> Move:
+        """Return ``call``, noted; for a disk with many threads in it."""
+        sink = self._sink
 
         def move(buffers: Sequence[memoryview], offset: int) -> int | None:
             start = _now()
             try:
                 done = call(buffers, offset)
             except BaseException as error:
-                failed(operation, start, offset, sum(map(len, buffers)), error)
+                self._failed(sink, operation, start, offset, sum(map(len, buffers)), error)
                 raise
-            took = _now() - start
             length = sum(map(len, buffers)) if done is None else done
-            note((start - origin, took, offset, length, 0, 0, NO_QUEUE, operation))
+            _note(sink, operation, start, offset, length)
             return done
 
         return move
 
-    def read(self, buffers: Sequence[memoryview], offset: int) -> int | None:
-        """Read, and note that."""
-        return self._read(buffers, offset)
+    def _copied(self, buffers: Sequence[memoryview], offset: int) -> int | None:
+        sink, data = self._sink, b"".join(buffers)
+        start = _now()
+        try:
+            done = self.source.write((memoryview(data),), offset)
+        except BaseException as error:
+            sink.wrote(start, _now() - start, offset, data, status_of(error), here.number)
+            raise
+        took = _now() - start
+        sink.wrote(start, took, offset, data if done is None else data[:done], 0, here.number)
+        return done
 
     def read_nowait(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Read what takes no waiting; noted if that is all."""
         start = _now()
         done = self.source.read_nowait(buffers, offset)
         if done and done == sum(map(len, buffers)):
-            fields = (start - self._sink.clock, _now() - start, offset, done, 0, 0, NO_QUEUE, READ)
-            self._sink.note(fields)
-        return done
-
-    def write(self, buffers: Sequence[memoryview], offset: int) -> int | None:
-        """Write, and note that; with data, the very bytes: the guest may change its pages."""
-        if not self._sink.has_data:
-            return self._write(buffers, offset)
-        data = b"".join(buffers)
-        start = _now()
-        try:
-            done = self.source.write((memoryview(data),), offset)
-        except BaseException as error:
-            self._failed(WRITE, start, offset, len(data), error, data)
-            raise
-        self._sink.wrote(start, _now() - start, offset, data if done is None else data[:done])
+            _note(self._sink, READ, start, offset, done)
         return done
 
     def write_nowait(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Write if that takes no waiting; noted if it is all, for else it is done again."""
-        data = None
-        if self._sink.has_data:
+        sink, data = self._sink, None
+        if sink.has_data:
             data = b"".join(buffers)
             buffers = (memoryview(data),)
         start = _now()
         done = self.source.write_nowait(buffers, offset)
         if done and done == sum(map(len, buffers)):
-            took = _now() - start
             if data is None:
-                self._sink.note(
-                    (start - self._sink.clock, took, offset, done, 0, 0, NO_QUEUE, WRITE)
-                )
+                _note(sink, WRITE, start, offset, done)
             else:
-                self._sink.wrote(start, took, offset, data)
+                sink.wrote(start, _now() - start, offset, data, 0, here.number)
         return done
 
     def flush(self) -> None:
@@ -214,46 +250,28 @@ class Recorder(Filter):
         self._do(DISCARD_SECURELY, offset, length, lambda: call(offset, length))
 
     def _do(self, operation: int, offset: int, length: int, call: Callable[[], None]) -> None:
-        start = _now()
+        sink, start = self._sink, _now()
         try:
             call()
         except BaseException as error:
-            self._failed(operation, start, offset, length, error)
+            self._failed(sink, operation, start, offset, length, error)
             raise
-        fields = (
-            start - self._sink.clock,
-            _now() - start,
-            offset,
-            length,
-            0,
-            0,
-            NO_QUEUE,
-            operation,
-        )
-        self._sink.note(fields)
+        _note(sink, operation, start, offset, length)
 
+    @staticmethod
     def _failed(
-        self,
-        operation: int,
-        start: int,
-        offset: int,
-        length: int,
-        error: BaseException,
-        data: bytes | None = None,
+        sink: Sink, operation: int, start: int, offset: int, length: int, error: BaseException
     ) -> None:
-        took, status = _now() - start, status_of(error)
-        if data is not None:
-            self._sink.wrote(start, took, offset, data, status)
-            return
-        at = start - self._sink.clock
-        self._sink.note((at, took, offset, length, 0, status, NO_QUEUE, operation))
+        took = _now() - start
+        fields = (start - sink.clock, took, offset, length, 0, status_of(error))
+        sink.note((*fields, here.number, operation))
 
     def resize(self, size: int | None) -> int:
         """Resize, and note that."""
         done = super().resize(size)
         if size is not None:
             at = _now() - self._sink.clock
-            self._sink.note(fields_of(event(RESIZED, at, size=done)))
+            self._sink.note_aside(fields_of(event(RESIZED, at, size=done)))
         return done
 
     def close(self) -> None:
@@ -262,6 +280,135 @@ class Recorder(Filter):
             self._sink.close()
         finally:
             super().close()
+
+
+def _note(sink: Sink, operation: int, start: int, offset: int, length: int) -> None:
+    took = _now() - start
+    sink.note((start - sink.clock, took, offset, length, 0, 0, here.number, operation))
+
+
+def _quickly(sink: Sink, operation: int, call: Move) -> Move:
+    """Return ``call``, noted without its data; for a disk with one thread in it.
+
+    What :meth:`Sink.note` does is done here: this is what each request costs more.
+    """
+    origin, capacity = sink.clock, sink.capacity
+
+    def move(buffers: Sequence[memoryview], offset: int) -> int | None:
+        start = _now()
+        status = 0
+        try:
+            done = call(buffers, offset)
+        except BaseException as error:
+            took = _now() - start
+            length = sum(map(len, buffers))
+            status = status_of(error)
+            sink.note((start - origin, took, offset, length, 0, status, here.number, operation))
+            raise
+        took = _now() - start
+        length = sum(map(len, buffers)) if done is None else done
+        page = sink.page
+        count, used = page.done
+        if count >= capacity:
+            found = sink.turn(0)
+            if found is None:
+                return done
+            page = found
+            count, used = page.done
+        pack_record_into(
+            page.records,
+            count * RECORD_SIZE,
+            start - origin,
+            took,
+            offset,
+            length,
+            0,
+            status,
+            here.number,
+            operation,
+        )
+        page.done = (count + 1, used)
+        if not sink.is_awake:
+            sink.rouse()
+        return done
+
+    return move
+
+
+def _quickly_copied(sink: Sink, operation: int, call: Move) -> Move:
+    """The same of a write with its data, which is copied to where it is written from."""
+    origin, capacity = sink.clock, sink.capacity
+
+    def move(buffers: Sequence[memoryview], offset: int) -> int | None:
+        page = sink.page
+        count, at = page.done
+        length = len(buffers[0]) if len(buffers) == 1 else sum(map(len, buffers))
+        end = at + length
+        if count >= capacity or end > MAX_DATA:
+            found = sink.turn(length) if length <= MAX_DATA else None
+            if found is None:
+                return _slowly_copied(sink, call, buffers, offset)
+            page = found
+            count, at = page.done
+            end = at + length
+        data = page.data
+        if len(buffers) == 1:
+            data[at:end] = buffers[0]
+        else:
+            to = at
+            for buffer in buffers:
+                data[to : to + len(buffer)] = buffer
+                to += len(buffer)
+        start = _now()
+        status = 0
+        try:
+            done = call((data[at:end],), offset)
+        except BaseException as error:
+            took = _now() - start
+            status = status_of(error)
+            raise
+        else:
+            took = _now() - start
+            if done is not None and done != length:
+                length = done
+                end = at + done
+            return done
+        finally:
+            pack_record_into(
+                page.records,
+                count * RECORD_SIZE,
+                start - origin,
+                took,
+                offset,
+                length,
+                length,
+                status,
+                here.number,
+                operation,
+            )
+            page.done = (count + 1, end)
+            if not sink.is_awake:
+                sink.rouse()
+
+    return move
+
+
+def _slowly_copied(
+    sink: Sink, call: Move, buffers: Sequence[memoryview], offset: int
+) -> int | None:
+    """What is longer than a page, or comes when nothing more is recorded."""
+    if sink.is_over:
+        return call(buffers, offset)
+    data = b"".join(buffers)
+    start = _now()
+    try:
+        done = call((memoryview(data),), offset)
+    except BaseException as error:
+        sink.wrote(start, _now() - start, offset, data, status_of(error), here.number)
+        raise
+    took = _now() - start
+    sink.wrote(start, took, offset, data if done is None else data[:done], 0, here.number)
+    return done
 
 
 class _Recorded(Asynchronous):
@@ -290,7 +437,8 @@ class _Recorded(Asynchronous):
         if operation == asynchronous.WRITE and self._owner._sink.has_data:
             data = b"".join(buffers)
             buffers = (memoryview(data),)
-        noted = _Noted(token, _OPERATIONS[operation], offset, length, data, _now())
+        number = here.number
+        noted = _Noted(token, _OPERATIONS[operation], offset, length, data, number, _now())
         self._source.submit(operation, buffers, offset, length, noted)
 
     def collect(self) -> list[Done]:
@@ -304,11 +452,11 @@ class _Recorded(Asynchronous):
         status = 0 if done.error is None else status_of(done.error)
         sink = self._owner._sink
         if noted.data is not None:
-            sink.wrote(noted.start, took, noted.offset, noted.data, status)
+            sink.wrote(noted.start, took, noted.offset, noted.data, status, noted.queue)
         else:
             at = noted.start - sink.clock
-            fields = (at, took, noted.offset, noted.length, 0, status, NO_QUEUE, noted.operation)
-            sink.note(fields)
+            fields = (at, took, noted.offset, noted.length, 0, status)
+            sink.note((*fields, noted.queue, noted.operation))
         return Done(noted.token, done.error)
 
     def call(
@@ -328,212 +476,25 @@ class _Recorded(Asynchronous):
 class _Noted:
     """A request under way, and what it is noted from."""
 
-    __slots__ = ("data", "length", "offset", "operation", "start", "token")
+    __slots__ = ("data", "length", "offset", "operation", "queue", "start", "token")
 
     def __init__(
-        self, token: Any, operation: int, offset: int, length: int, data: bytes | None, start: int
+        self,
+        token: Any,
+        operation: int,
+        offset: int,
+        length: int,
+        data: bytes | None,
+        queue: int,
+        start: int,
     ) -> None:
         self.token = token
         self.operation = operation
         self.offset = offset
         self.length = length
         self.data = data
+        self.queue = queue
         self.start = start
-
-
-class Sink:
-    """Takes records from any thread, and writes them from one of its own.
-
-    Args:
-        writer: of the file; None: nothing is recorded.
-        name: of the file, for the log.
-    """
-
-    def __init__(self, writer: TraceWriter | None, name: str) -> None:
-        self._writer = writer
-        self._name = name
-        self.clock = writer.header.clock if writer is not None else 0
-        self.has_data = writer is not None and writer.header.data
-        self._items: deque[Fields] = deque()
-        self._data: deque[bytes] = deque()  # of those records that have some
-        self._most = MAX_RECORDS if writer is not None else 0
-        self._is_awake = writer is None
-        self._wake = threading.Event()
-        self._hurry = threading.Event()
-        self._moved = threading.Condition()
-        self._waiting = 0  # bytes of data
-        self._lost = 0  # requests, since the last gap was noted
-        self.recorded = self.lost = 0
-        self._over = writer is None
-        self._closing = False
-        self._why = ""
-        self._thread: threading.Thread | None = None
-        self._starting = threading.Lock()
-
-    @property
-    def is_over(self) -> bool:
-        """Whether nothing more is recorded."""
-        return self._over
-
-    def note(self, fields: Fields) -> None:
-        """Take the record of what has no data; never waits."""
-        items = self._items
-        if len(items) < self._most:
-            items.append(fields)
-        elif not self._over:
-            with self._moved:
-                self._lost += 1
-                self.lost += 1
-        if not self._is_awake:
-            self._rouse()
-
-    def wrote(self, start: int, took: int, offset: int, data: bytes, status: int = 0) -> None:
-        """Take the record of a write with its data; waits while too much is not written yet."""
-        if self._over:
-            return
-        with self._moved:
-            self._waiting += len(data)
-            if self._waiting > _PLENTY:
-                self._hurry.set()
-            while self._waiting > MAX_WAITING and not self._over:
-                before = self._waiting
-                if not self._moved.wait(PATIENCE) and self._waiting >= before:
-                    self._end(f"its storage has not moved for {PATIENCE:g} s")
-            begun = start - self.clock
-            for at in range(0, len(data), MAX_DATA):
-                part = data[at : at + MAX_DATA]
-                length = len(part)
-                self._data.append(part)  # first: the record says that it is there
-                self._items.append(
-                    (begun, took, offset + at, length, length, status, NO_QUEUE, WRITE)
-                )
-        if not self._is_awake:
-            self._rouse()
-
-    def _rouse(self) -> None:
-        self._is_awake = True
-        if self._over:
-            return
-        if self._thread is None:
-            with self._starting:
-                if self._thread is None:  # not before: who opens a disk may fork
-                    thread = threading.Thread(target=self._run, name="trace", daemon=True)
-                    try:
-                        thread.start()
-                    except RuntimeError as error:
-                        self._end(f"there is no thread to be had ({error})")
-                        return
-                    self._thread = thread
-        self._wake.set()
-
-    def _run(self) -> None:
-        while True:
-            self._wake.wait()
-            self._wake.clear()
-            while True:
-                if not self._closing:
-                    self._hurry.wait(_GATHERING)
-                self._hurry.clear()
-                if not self._write():
-                    break
-            self._is_awake = False
-            if self._items:  # came after the last look, and saw us awake
-                self._rouse()
-            if self._over:
-                self._items.clear()
-                self._data.clear()
-                if self._writer is not None and self._writer.fd >= 0:
-                    self._stop(self._why)  # another thread has given up waiting for this one
-            if self._closing or self._over:
-                return
-
-    def _write(self) -> bool:
-        """Write all that there is; False if that is nothing."""
-        wrote = False
-        while self._items and not self._over:
-            wrote = True
-            records, data, size = self._take()
-            try:
-                self._put(records, data)
-            except OSError as error:
-                self._end(error.strerror or str(error))
-            with self._moved:
-                self._waiting -= size
-                self._moved.notify_all()
-        return wrote
-
-    def _take(self) -> tuple[list[Fields], list[bytes], int]:
-        items = self._items
-        data: list[bytes] = []
-        size = 0
-        if not self.has_data:
-            records = [items.popleft() for _ in range(min(len(items), _BLOCK))]
-        else:
-            records = []
-            while items and len(records) < _BLOCK and size + items[0][4] <= MAX_DATA:
-                fields = items.popleft()
-                records.append(fields)
-                if fields[4]:
-                    data.append(self._data.popleft())
-                    size += fields[4]
-        if self._lost:
-            with self._moved:
-                lost, self._lost = self._lost, 0
-            last = records[-1]
-            records.append(fields_of(event(GAP, last[0] + last[1], lost=lost)))
-            log.warning("%s: %d requests not recorded: its storage is too slow", self._name, lost)
-        return records, data, size
-
-    def _put(self, records: Sequence[Fields], data: Sequence[bytes]) -> None:
-        writer = self._writer
-        assert writer is not None
-        operations = list(map(_operation, records))
-        requests, flushes = len(records), operations.count(FLUSH)
-        if flushes:
-            flushes = sum(each[7] == FLUSH and not each[5] for each in records)
-        if max(operations) >= EVENTS:
-            requests = sum(each < EVENTS for each in operations)
-        writer.write(records, data, requests=requests, flushes=flushes)
-        self.recorded += requests
-
-    def _end(self, why: str) -> None:
-        """Record nothing more, and say so, in the trace too if it can be."""
-        if self._over:
-            return
-        self._why = why
-        self._over = True
-        self.has_data = False
-        self._most = 0
-        log.error("%s: recording ended: %s; the disk is served on", self._name, why)
-        if self._thread is None or threading.current_thread() is self._thread:
-            self._stop(why)
-
-    def _stop(self, why: str) -> None:
-        writer = self._writer
-        if writer is not None and writer.fd >= 0:
-            with suppress(OSError):
-                writer.append([event(STOPPED, _now() - self.clock, text=why)])
-                writer.sync()
-            writer.close()
-
-    def close(self) -> None:
-        """Write the rest, within :data:`PATIENCE` seconds."""
-        if self._over:
-            return
-        self._closing = True
-        self._hurry.set()
-        self._wake.set()
-        thread = self._thread
-        if thread is not None:
-            thread.join(PATIENCE)
-            if thread.is_alive():
-                log.error("%s: its end is not recorded: its storage does not return", self._name)
-                self._over = True
-                return
-        if not self._over:
-            self._write()
-            self._over, self._most, self.has_data = True, 0, False
-            self._stop("")
 
 
 def status_of(error: BaseException) -> int:
@@ -600,12 +561,12 @@ def _describe(source: Backend, *, data: bool, ring: int, in_use: bool) -> Header
         backend=str(source),
         path=os.path.abspath(path) if isinstance(path, str) and os.path.exists(path) else None,
         # Nobody else may read while the disk is in use, nor would it be one moment's content.
-        samples=tuple(_samples(source)) if data and not in_use else (),
+        samples=tuple(samples_of(source)) if data and not in_use else (),
     )
 
 
-def _samples(source: Backend) -> Iterator[tuple[int, int]]:
-    """Checksums of some places of the disk, to know its base by."""
+def samples_of(source: Backend) -> Iterator[tuple[int, int]]:
+    """Checksums of some places of the disk, to know its base by: offsets, and CRC-32 there."""
     sample = Header.sample
     last = (source.size - 1) // sample
     for number in sorted({last * step // (_SAMPLES - 1) for step in range(_SAMPLES)}):

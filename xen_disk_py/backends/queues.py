@@ -1,0 +1,13 @@
+"""By which of the guest's queues a request came: each thread that does requests is of one queue."""
+
+from __future__ import annotations
+
+import threading
+
+
+class _Here(threading.local):
+    number = -1
+
+
+here = _Here()
+"""``here.number``: the queue of the thread that asks, counted from 0; -1: not a queue's thread."""

@@ -1,0 +1,88 @@
+"""A moment in which no request is under way, to change what is below the queues.
+
+Each queue has a thread, which looks here between two batches if it is asked to. It finishes what it
+has begun, waits until the disk has been changed, and takes the next requests. What waits on the
+ring, or for a retry, has not been begun.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Callable
+
+from ..errors import DeviceError
+
+
+class QuietPoint:
+    """That moment, of one disk.
+
+    Attributes:
+        is_wanted: somebody waits for it.
+    """
+
+    def __init__(self) -> None:
+        self.is_wanted = False
+        self._changed = threading.Condition()
+        self._queues: dict[object, Callable[[], None]] = {}
+        self._quiet: set[object] = set()
+
+    def enter(self, queue: object, ask: Callable[[], None]) -> None:
+        """Begin to serve; waits while the disk is being changed.
+
+        Args:
+            queue: one of the disk's.
+            ask: has its thread call :meth:`wait` when nothing of it is under way.
+        """
+        with self._changed:
+            while self.is_wanted:
+                self._changed.wait()
+            self._queues[queue] = ask
+
+    def leave(self, queue: object) -> None:
+        """Serve no longer."""
+        with self._changed:
+            self._queues.pop(queue, None)
+            self._changed.notify_all()
+
+    def wait(self, queue: object) -> None:
+        """Be quiet until the disk has been changed, or nobody wants to change it any longer."""
+        with self._changed:
+            self._quiet.add(queue)
+            self._changed.notify_all()
+            while self.is_wanted:
+                self._changed.wait()
+            self._quiet.discard(queue)
+
+    @contextmanager
+    def reached(self, timeout: float) -> Iterator[None]:
+        """Be at that moment inside; one thread at a time.
+
+        Raises:
+            DeviceError: a request has not returned within ``timeout`` seconds.
+        """
+        with self._changed:
+            self.is_wanted = True
+            for ask in self._queues.values():
+                ask()
+        try:
+            self._await(timeout)
+            yield
+        finally:
+            with self._changed:
+                self.is_wanted = False
+                self._changed.notify_all()
+
+    def _await(self, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        with self._changed:
+            while not self._queues.keys() <= self._quiet:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise DeviceError(
+                        f"a request has not returned within {timeout:g} s: nothing was changed; "
+                        "try again"
+                    )
+                self._changed.wait(left)

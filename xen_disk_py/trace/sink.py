@@ -1,0 +1,416 @@
+"""Takes records from the threads that do requests, and writes them from one of its own.
+
+What is noted goes into a :class:`Page`, ready to be written: a record is packed where it stays, and
+data is copied once, into the page. The thread writes what pages hold, without looking at single
+records; all that takes long there (checksums, ``pwritev``) is done without Python's lock.
+
+Nothing depends on the file: if it cannot be written, the recording ends, with a line in the log.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import threading
+from collections import deque
+from contextlib import suppress
+from time import perf_counter_ns
+
+from .format import (
+    EVENTS,
+    FLUSH,
+    GAP,
+    MAX_DATA,
+    NO_QUEUE,
+    OPERATION_AT,
+    RECORD_SIZE,
+    STATUS_AT,
+    STOPPED,
+    WRITE,
+    Fields,
+    pack_record_into,
+)
+from .writer import TraceWriter, event, fields_of
+
+log = logging.getLogger("xen_disk_py")
+
+PATIENCE = 5.0
+"""Seconds without progress of the trace's storage."""
+MAX_WAITING = 64 << 20
+"""Bytes of data that wait to be written."""
+MAX_RECORDS = 100_000
+"""Records that do, of a trace without data."""
+_GATHERING = 0.2  # seconds that the writer sleeps to have more to write at once
+_BLOCK = 16_384  # records in a page, at most
+
+
+class Page:
+    """What was noted and is not written yet.
+
+    Attributes:
+        records: packed.
+        data: of these, contiguous.
+        done: how many records, and how many bytes of data. Whoever has put something into the page
+            replaces this, at once, when all of that is there.
+        written: how much of it is in the file.
+    """
+
+    __slots__ = ("data", "done", "records", "written")
+
+    def __init__(self, records: int, data: int) -> None:
+        self.records = memoryview(bytearray(records * RECORD_SIZE))
+        anonymous = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        self.data = memoryview(mmap.mmap(-1, data, anonymous) if data else bytearray())
+        self.done: tuple[int, int] = (0, 0)
+        self.written: tuple[int, int] = (0, 0)
+
+
+class Sink:
+    """Takes records.
+
+    :meth:`note` and :meth:`wrote` do, from any thread, unless ``is_single``: then all calls come
+    from one thread at a time, but for :meth:`note_aside`; and who calls may put records into
+    :attr:`page` by itself:
+
+    * if ``page.done`` leaves no room (``capacity`` records, ``MAX_DATA`` bytes), into what
+      :meth:`turn` returns;
+    * if not :attr:`is_awake`, it calls :meth:`rouse` afterwards.
+
+    Args:
+        writer: of the file; None: nothing is recorded.
+        name: of the file, for the log.
+        is_single: see above.
+
+    Attributes:
+        page: where the next record goes.
+        capacity: records of a page.
+        clock: what ``CLOCK_MONOTONIC`` showed when the trace began, in nanoseconds.
+        has_data: what is written is recorded, too.
+        recorded: requests that are in the file.
+        lost: requests that were not recorded.
+    """
+
+    def __init__(self, writer: TraceWriter | None, name: str, *, is_single: bool = False) -> None:
+        self.writer = writer
+        self.clock = writer.header.clock if writer is not None else 0
+        self.has_data = writer is not None and writer.header.data
+        self.capacity = min(_BLOCK, MAX_RECORDS)
+        self.is_awake = writer is None
+        self.recorded = self.lost = 0
+        self._name = name
+        self._is_single = is_single
+        # No room in it: the next request calls turn().
+        self._nothing = Page(0, 0)
+        self._nothing.done = self._nothing.written = (self.capacity, MAX_DATA + 1)
+        self.page = self._filling = self._nothing
+        self._full: deque[Page] = deque()
+        self._free: list[Page] = []
+        self._pages = 0  # how many there are
+        most = MAX_WAITING // MAX_DATA if self.has_data else MAX_RECORDS // self.capacity
+        self._most = max(1, most)
+        self._aside: list[Fields] = []
+        self._moved = threading.Condition(threading.RLock())
+        self._moves = 0
+        self._wake = threading.Event()
+        self._hurry = threading.Event()
+        self._gap = 0  # requests lost, since that was noted
+        self._over = writer is None
+        self._closing = False
+        self._why = ""
+        self._thread: threading.Thread | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more is recorded."""
+        return self._over
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether that is so because the file could not be written."""
+        return bool(self._why)
+
+    # -- for those who do requests ---------------------------------------------------------
+
+    def note(self, fields: Fields) -> None:
+        """Take the record of what has no data; never waits, but for a trace with data."""
+        if self._over:
+            return
+        if self._is_single:
+            self._put(fields, b"")
+        else:
+            with self._moved:
+                self._put(fields, b"")
+        if not self.is_awake:
+            self.rouse()
+
+    def wrote(
+        self,
+        start: int,
+        took: int,
+        offset: int,
+        data: bytes,
+        status: int = 0,
+        queue: int = NO_QUEUE,
+    ) -> None:
+        """Take the record of a write with its data; waits while too much is not written yet.
+
+        Args:
+            start: by ``CLOCK_MONOTONIC``, in nanoseconds.
+            took: nanoseconds.
+            offset: bytes.
+            data: what was written.
+            status: 0, or the errno.
+            queue: its number.
+        """
+        if self._over:
+            return
+        begun, view = start - self.clock, memoryview(data)
+        with self._moved:  # one behind another, if it takes several records
+            for at in range(0, len(data), MAX_DATA):
+                part = view[at : at + MAX_DATA]
+                length = len(part)
+                self._put((begun, took, offset + at, length, length, status, queue, WRITE), part)
+        if not self.is_awake:
+            self.rouse()
+
+    def note_aside(self, fields: Fields) -> None:
+        """Take the record of an event, from a thread that does no requests."""
+        with self._moved:
+            if self._over:
+                return
+            if self._is_single:
+                self._aside.append(fields)
+                self.page = self._nothing  # who does the next request finds it
+            else:
+                self._put(fields, b"")
+        if not self.is_awake:
+            self.rouse()
+
+    def _put(self, fields: Fields, data: bytes | memoryview) -> None:
+        page: Page | None = self.page
+        assert page is not None
+        count, used = page.done
+        if count >= self.capacity or used + len(data) > MAX_DATA:
+            page = self.turn(len(data))
+            if page is None:
+                return
+            count, used = page.done
+        end = used + len(data)
+        if data:
+            page.data[used:end] = data
+        pack_record_into(page.records, count * RECORD_SIZE, *fields)
+        page.done = (count + 1, end)
+
+    def turn(self, length: int) -> Page | None:
+        """Return a page with room for one more record; None: there is none, do without.
+
+        Args:
+            length: bytes of its data, at most ``MAX_DATA``.
+        """
+        with self._moved:
+            aside, self._aside = self._aside, []
+            for fields in aside:
+                page = self._with_room(0)
+                if page is not None:
+                    _append(page, fields)
+            found = self._with_room(length)
+            if found is None and not self._over:
+                self._gap += 1
+                self.lost += 1
+            self.page = self._filling if not self._over else self._nothing
+            return found
+
+    def _with_room(self, length: int) -> Page | None:
+        """The page that is being filled, or another; of a trace with data, wait for one."""
+        while not self._over:
+            page = self._filling
+            count, used = page.done
+            if count < self.capacity and used + length <= MAX_DATA:
+                return page
+            can_have_another = bool(self._free) or self._pages < self._most
+            if page is not self._nothing and (can_have_another or self.has_data):
+                self._full.append(page)
+                self._filling = self._nothing
+                self._hurry.set()
+            if can_have_another:
+                self._filling = self._another()
+            elif not self.has_data:
+                return None
+            else:
+                self._await_page()
+        return None
+
+    def _another(self) -> Page:
+        if self._free:
+            page = self._free.pop()
+        else:
+            self._pages += 1
+            page = Page(self.capacity, MAX_DATA if self.has_data else 0)
+        if self._gap:
+            lost, self._gap = self._gap, 0
+            now = perf_counter_ns() - self.clock
+            _append(page, fields_of(event(GAP, now, lost=lost)))
+            log.warning("%s: %d requests not recorded: its storage is too slow", self._name, lost)
+        return page
+
+    def _await_page(self) -> None:
+        self.page = self._nothing
+        self.rouse()
+        before = self._moves
+        if not self._moved.wait(PATIENCE) and self._moves == before:
+            self._end(f"its storage has not moved for {PATIENCE:g} s")
+
+    def rouse(self) -> None:
+        """Have what is there be written."""
+        self.is_awake = True
+        if self._over:
+            return
+        if self._thread is None:
+            with self._moved:
+                if self._thread is None:  # not before: who opens a disk may fork
+                    thread = threading.Thread(target=self._run, name="trace", daemon=True)
+                    try:
+                        thread.start()
+                    except RuntimeError as error:
+                        self._end(f"there is no thread to be had ({error})")
+                        return
+                    self._thread = thread
+        self._wake.set()
+
+    # -- the thread ------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while True:
+            self._wake.wait()
+            self._wake.clear()
+            while True:
+                if not self._closing:
+                    self._hurry.wait(_GATHERING)
+                self._hurry.clear()
+                if not self._write():
+                    break
+            self.is_awake = False
+            if self._full or self._filling.done != self._filling.written:
+                self.rouse()  # came after the last look, and saw us awake
+            if self._over and self.writer is not None and self.writer.fd >= 0:
+                self._stop(self._why)  # another thread has given up waiting for this one
+            if self._closing or self._over:
+                return
+
+    def _write(self) -> bool:
+        """Write all that there is; False if that is nothing."""
+        wrote = False
+        while not self._over:
+            with self._moved:
+                is_full = bool(self._full)
+                page = self._full[0] if is_full else self._filling
+                done = page.done
+            if page is self._nothing or (done == page.written and not is_full):
+                break
+            if done != page.written:
+                wrote = True
+                try:
+                    self._write_part(page, done)
+                except OSError as error:
+                    self._end(error.strerror or str(error))
+            with self._moved:
+                page.written = done
+                self._moves += 1
+                if is_full and self._full:
+                    self._full.popleft()
+                    page.done = page.written = (0, 0)
+                    self._free.append(page)
+                self._moved.notify_all()
+        return wrote
+
+    def _write_part(self, page: Page, done: tuple[int, int]) -> None:
+        writer = self.writer
+        assert writer is not None
+        (first, start), (last, end) = page.written, done
+        body = page.records[first * RECORD_SIZE : last * RECORD_SIZE]
+        operations = bytes(body[OPERATION_AT::RECORD_SIZE])
+        requests, flushes = last - first, operations.count(FLUSH)
+        if flushes:
+            statuses = zip(body[STATUS_AT::RECORD_SIZE], body[STATUS_AT + 1 :: RECORD_SIZE])
+            flushes = sum(
+                operation == FLUSH and not any(status)
+                for operation, status in zip(operations, statuses)
+            )
+        if max(operations) >= EVENTS:
+            requests = sum(each < EVENTS for each in operations)
+        writer.write_packed(body, page.data[start:end], requests=requests, flushes=flushes)
+        self.recorded += requests
+
+    # -- its end ---------------------------------------------------------------------------
+
+    def _end(self, why: str) -> None:
+        """Record nothing more, and say so, in the trace too if it can be."""
+        with self._moved:
+            if self._over:
+                return
+            self._why = why
+            self._over = True
+            self.page = self._filling = self._nothing
+            self._full.clear()
+            self._free.clear()
+            self._moved.notify_all()
+        log.error("%s: recording ended: %s; the disk is served on", self._name, why)
+        if self._thread is None or threading.current_thread() is self._thread:
+            self._stop(why)
+
+    def _stop(self, why: str) -> None:
+        writer = self.writer
+        if writer is not None and writer.fd >= 0:
+            with suppress(OSError):
+                now = perf_counter_ns() - self.clock
+                writer.append([event(STOPPED, now, text=why)])
+                writer.sync()
+            writer.close()
+
+    def close(self) -> None:
+        """Write the rest, within :data:`PATIENCE` seconds."""
+        if self._over:
+            return
+        self._closing = True
+        self._hurry.set()
+        self._wake.set()
+        thread = self._thread
+        if thread is not None:
+            thread.join(PATIENCE)
+            if thread.is_alive():
+                log.error("%s: its end is not recorded: its storage does not return", self._name)
+                self._over, self.page = True, self._nothing
+                return
+        if self._over:
+            return
+        self._closing = False  # nobody writes but us now
+        self._thread = threading.current_thread()
+        with self._moved:
+            self._add_what_is_left()
+        self._write()
+        self._over, self.page = True, self._nothing
+        self._stop("")
+
+    def _add_what_is_left(self) -> None:
+        """Note events, and what was lost, for which no request came any more."""
+        left, self._aside = self._aside, []
+        if self._gap:
+            now = perf_counter_ns() - self.clock
+            left.append(fields_of(event(GAP, now, lost=self._gap)))
+            self._gap = 0
+        for fields in left:
+            while True:
+                count, _ = self._filling.done
+                if count < self.capacity and self._filling is not self._nothing:
+                    break
+                if self._filling is not self._nothing:
+                    self._full.append(self._filling)
+                self._filling = Page(self.capacity, 0)
+            _append(self._filling, fields)
+
+
+def _append(page: Page, fields: Fields) -> None:
+    """Put the record of what has no data into a page that has room."""
+    count, used = page.done
+    pack_record_into(page.records, count * RECORD_SIZE, *fields)
+    page.done = (count + 1, used)
