@@ -470,7 +470,8 @@ class _Recorded(Asynchronous):
         self._source.call(operation, buffers, offset, length)
 
     def close(self) -> None:
-        """The source's owner closes it."""
+        """Give up what is under way: nothing touches a request's buffers afterwards."""
+        self._source.close()
 
 
 class _Noted:
