@@ -395,7 +395,7 @@ def patience():
             "recovery.orphans._PATIENCE",
             "recovery.control._CLIENT",
             "recovery.control._GRACE",
-            "backends.filters.record.PATIENCE",
+            "trace.sink.PATIENCE",
             "backends.nbd.qemu._PATIENCE",
             "host.systemd._PATIENCE",
             "xenbus.device._FINISHING",
