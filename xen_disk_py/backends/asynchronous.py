@@ -69,9 +69,7 @@ class Request:
         self.error: OSError | None = None
         self.covers = 0  # of a flush: how many writes, in words of whoever counts them
         self.memory: Any = None
-        if operation == WRITE:
-            self.memory = bytes(buffers[0]) if len(buffers) == 1 else b"".join(buffers)
-        elif operation == READ:
+        if operation == READ:
             self.memory = buffers[0] if len(buffers) == 1 else bytearray(length)
 
 
@@ -105,7 +103,10 @@ class Asynchronous(Closing):
             token: anything.
         """
         with self._lock:
-            self._begin(Request(operation, buffers, offset, length, token))
+            request = Request(operation, buffers, offset, length, token)
+            if operation == WRITE:
+                request.memory = self._copied(buffers, length)
+            self._begin(request)
             self.unfinished += 1
             if self._finished:  # nothing else makes fileno() readable for that
                 self._tell()
@@ -159,6 +160,10 @@ class Asynchronous(Closing):
             self._wake_read = -1
 
     # -- for subclasses; the lock is held --------------------------------------------------
+
+    def _copied(self, buffers: Sequence[memoryview], length: int) -> Any:
+        """Copy what is to be written, ``length`` bytes, to one piece of memory."""
+        return bytes(buffers[0]) if len(buffers) == 1 else b"".join(buffers)
 
     def _begin(self, request: Request) -> None:
         """Start a request, or :meth:`_end` it at once."""

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Union
 
-Piece = tuple[int, bytes]
+Data = Union[bytes, bytearray, memoryview]
+Piece = tuple[int, Data]
 """Where it begins on the disk, in bytes, and what is there."""
 
 
@@ -25,30 +27,35 @@ class Copies:
     def __init__(self) -> None:
         self.size = 0
         self._first = 0  # the number of the oldest, counted from the first ever
-        self._writes: deque[list[Piece]] = deque()  # each in pieces
+        self._writes: deque[tuple[Piece, ...]] = deque()  # each in pieces
 
     @property
     def end(self) -> int:
         """The number that the next will have."""
         return self._first + len(self._writes)
 
-    def add(self, offset: int, data: bytes) -> None:
+    def add(self, offset: int, data: Data) -> None:
         """Keep what was written ``offset`` bytes into the disk."""
-        self._writes.append([(offset, data)])
+        self._writes.append(((offset, data),))
         self.size += len(data)
 
     def forget(self, offset: int, length: int) -> None:
         """Cut an extent out of all copies: it was discarded."""
-        for write in self._writes:
-            write[:] = [left for piece in write for left in cut(piece, offset, offset + length)]
+        self._writes = deque(
+            tuple(left for piece in write for left in cut(piece, offset, offset + length))
+            for write in self._writes
+        )
         self.size = sum(len(data) for write in self._writes for _, data in write)
 
-    def flushed(self, end: int) -> None:
-        """Drop those before number ``end``."""
-        while self._first < end:
-            for _, data in self._writes.popleft():
-                self.size -= len(data)
-            self._first += 1
+    def flushed(self, end: int) -> list[Data]:
+        """Drop those before number ``end``, and return their data."""
+        dropped: list[Data] = []
+        writes = self._writes
+        for _ in range(end - self._first):
+            dropped += [data for _, data in writes.popleft()]
+        self._first = max(self._first, end)
+        self.size -= sum(map(len, dropped))
+        return dropped
 
     def newest(self) -> Iterator[Piece]:
         """Return what was written last of each byte, in no order; no two overlap."""
@@ -67,7 +74,7 @@ def cut(piece: Piece, start: int, end: int) -> Iterator[Piece]:
         yield end, data[end - offset :]
 
 
-def _newest(writes: Sequence[Sequence[Piece]]) -> Iterator[Piece]:
+def _newest(writes: Sequence[Iterable[Piece]]) -> Iterator[Piece]:
     """What was written last of each byte."""
     bounds: list[int] = []  # where what is known begins and ends, by turns
     for write in reversed(writes):

@@ -421,3 +421,18 @@ def wait_for(disk):
         else:
             return
     raise AssertionError("the disk does not answer")
+
+
+def test_memory_that_is_not_needed_is_used_again_up_to_a_bound():
+    spare = client_module.SpareMemory(8192)
+    first = spare.take(4096)
+    assert 4096 == len(first)
+    spare.give([first, b"of somebody else's"])
+    assert spare.take(4096) is first
+    assert spare.take(4096) is not first
+    large, small = bytearray(8192), [bytearray(4096) for _ in range(3)]
+    spare.give([large])
+    spare.give(small)  # of another size, and one too many
+    assert [spare.take(4096) is each for each in small[1::-1]] == [True, True]
+    assert spare.take(4096) is not small[2]
+    assert spare.take(8192) is not large

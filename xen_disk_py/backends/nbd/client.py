@@ -14,8 +14,8 @@ import logging
 import select
 import threading
 import time
-from collections import deque
-from collections.abc import Sequence
+from collections import defaultdict, deque
+from collections.abc import Iterable, Sequence
 from operator import attrgetter
 from typing import Callable
 
@@ -23,14 +23,14 @@ from ...errors import BackendError
 from ...host.timer import Timer
 from .. import StorageError
 from ..asynchronous import DISCARD, FLUSH, WRITE, Asynchronous, Request
-from ..copies import Copies
+from ..copies import Copies, Data
 from .libnbd import Connection
 
 log = logging.getLogger("xen_disk_py")
 
 UNFLUSHED = 64 << 20
-"""Bytes of writes that are kept. At half of it the client flushes by itself; beyond it, a write
-waits until that is done."""
+"""Bytes of writes that are kept. At a quarter of it the client flushes by itself; beyond it, a
+write waits until that is done."""
 
 _PAUSES = 0.1, 5.0  # seconds between two tries to connect: at first, and at most
 _DISCARD = 1 << 30  # bytes in one request, whose length has 32 bits
@@ -38,6 +38,44 @@ _REPLIES = 16  # to take from a connection before they are told of
 _PATIENCE = 1.0  # seconds that closing waits for a try to connect
 _LOOKS = 8  # at the time, while a request has all that it is given
 _in_flight = attrgetter("in_flight")
+
+
+class SpareMemory:
+    """Memory that was in use, by its size, for whoever needs as much.
+
+    What is new to the process costs a page fault for each 4 KiB, which takes longer than all else
+    that Python does for a write.
+
+    Args:
+        most: bytes to keep.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._size = 0
+        self._by_size: defaultdict[int, list[bytearray]] = defaultdict(list)
+
+    def take(self, length: int) -> bytearray:
+        """Return so many bytes, whatever is in them."""
+        spare = self._by_size[length]
+        if spare:
+            self._size -= length
+            return spare.pop()
+        return bytearray(length)
+
+    def give(self, memories: Iterable[Data]) -> None:
+        """Keep what nobody uses any longer; where that is too much, rather than of other sizes."""
+        for memory in memories:
+            length = len(memory)
+            while self._size + length > self._most:
+                other = next((size for size in self._by_size if size != length), None)
+                if other is None:
+                    break
+                self._size -= other * len(self._by_size.pop(other))
+            else:
+                if isinstance(memory, bytearray):
+                    self._by_size[length].append(memory)
+                    self._size += length
 
 
 class Client(Asynchronous):
@@ -66,6 +104,7 @@ class Client(Asynchronous):
         self._count = connections if self.export.can_multi_conn else 1
         self._is_logged = self.export.can_flush and not self.export.read_only
         self._unflushed = Copies()
+        self._spare = SpareMemory(UNFLUSHED // 4)
         self._is_flushing = False  # by ourselves
         self._waiting: list[Request] = []  # writes, for the end of that
         self._epoll = select.epoll()
@@ -119,6 +158,18 @@ class Client(Asynchronous):
             self._epoll.register(fd, connection.watched)
         self._first = connections[0]
 
+    def _copied(self, buffers: Sequence[memoryview], length: int) -> bytearray:
+        memory = self._spare.take(length)
+        view = memoryview(memory)  # a slice of the bytearray itself would be assigned a copy
+        if len(buffers) == 1:
+            view[:] = buffers[0]
+        else:
+            at = 0
+            for buffer in buffers:
+                view[at : at + len(buffer)] = buffer
+                at += len(buffer)
+        return memory
+
     def _begin(self, request: Request) -> None:
         if request.operation == FLUSH:
             request.covers = self._unflushed.end
@@ -126,7 +177,7 @@ class Client(Asynchronous):
             self._waiting.append(request)
             return
         self._issue(request)
-        if self._unflushed.size > UNFLUSHED // 2 and not self._is_flushing:
+        if self._unflushed.size > UNFLUSHED // 4 and not self._is_flushing:
             self._is_flushing = True
             flush = Request(FLUSH, (), 0, 0, self)
             flush.covers = self._unflushed.end
@@ -165,8 +216,6 @@ class Client(Asynchronous):
             for at in places:
                 size = min(most, length - at)
                 part = memory and memoryview(memory)[at : at + size]
-                if operation == WRITE:
-                    part = bytes(part)
                 error = connection.issue(operation, part, request.offset + at, size, request)
                 if error is not None:
                     self._part_done(request, error)
@@ -247,7 +296,7 @@ class Client(Asynchronous):
     def _end(self, request: Request, error: OSError | None) -> None:
         if request.operation == FLUSH:
             if error is None:
-                self._unflushed.flushed(request.covers)
+                self._spare.give(self._unflushed.flushed(request.covers))
             elif self._connections:
                 self._lose(f"it could not flush: {error.strerror}")
             if request.token is self:

@@ -26,6 +26,7 @@ from ...host.output import relayed_stderr
 from ...hypervisor import Closing
 from .. import StorageError
 from ..asynchronous import DISCARD, FLUSH, READ
+from ..copies import Data
 
 _handle = ctypes.c_void_p
 
@@ -320,7 +321,7 @@ class Connection(Closing):
             done.append((in_flight.pop(cookie)[0], error))
         return done
 
-    def do(self, operation: int, memory: bytes, offset: int, timeout: float = 0) -> None:
+    def do(self, operation: int, memory: Data, offset: int, timeout: float = 0) -> None:
         """Do one request and wait for it, where no other is in flight.
 
         Args:
