@@ -6,7 +6,9 @@ import fcntl
 import json
 import os
 import pty
+import re
 import struct
+import sys
 import termios
 import threading
 
@@ -17,8 +19,9 @@ from xen_disk_py.commands import rates as rates_module
 from xen_disk_py.commands import top
 from xen_disk_py.commands.arguments import build_parser, commands_of
 from xen_disk_py.commands.rates import SORTS, in_order, rates
+from xen_disk_py.commands.top_table import COLUMNS, drawing, fitting
 from xen_disk_py.datapath.latency import Latency, bucket_of
-from xen_disk_py.datapath.statistics import BYTES_READ, READS, REQUESTS
+from xen_disk_py.datapath.statistics import BYTES_READ, ERRORS, READS, REQUESTS
 from xen_disk_py.exit_status import ExitStatus
 from xen_disk_py.host.process import start_time
 from xen_disk_py.recovery import survey
@@ -201,32 +204,81 @@ def test_an_interval_of_nothing(run):
     assert ExitStatus.USAGE == run("--interval=0")[0]
 
 
-def test_on_a_terminal_keys_sort_and_end_it(host, served):
+@pytest.fixture(params=["plain", "rich"])
+def drawn(request, monkeypatch):
+    """How the table is drawn on a terminal."""
+    if request.param == "rich":
+        pytest.importorskip("rich")
+    else:
+        monkeypatch.setitem(sys.modules, "rich.console", None)
+    return drawing()
+
+
+class Terminal:
+    """What a person sees of ``top``, who presses keys, each when all before it is drawn."""
+
+    def __init__(self, columns, keys):
+        self._master, self._slave = pty.openpty()
+        fcntl.ioctl(self._slave, termios.TIOCSWINSZ, struct.pack("HHHH", 10, columns, 0, 0))
+        self._settings = termios.tcgetattr(self._slave)
+        self._keys = keys
+        self._out = bytearray()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+
+    def _read(self):
+        pressed = 0
+        while not self._out.endswith(b"\x1b[?1049l"):
+            self._out.extend(os.read(self._master, 4096))
+            if pressed < min(len(self._keys), self._out.count(b"\x1b[J")):
+                os.write(self._master, self._keys[pressed : pressed + 1])
+                pressed += 1
+
+    def run(self, env, *argv):
+        """Return the screens, one after another, without colours."""
+        self._reader.start()
+        with open(os.dup(self._slave), "w") as env.stdout, open(os.dup(self._slave)) as env.stdin:
+            assert ExitStatus.OK == main(["top", *argv], env)
+        self._reader.join(30)
+        assert not self._reader.is_alive()
+        assert self._settings == termios.tcgetattr(self._slave)
+        os.close(self._master)
+        os.close(self._slave)
+        text = self._out.decode()
+        assert text.startswith("\x1b[?1049h\x1b[?25l")
+        shown = re.sub("\x1b\\[[0-9;]*m|\x1b\\[K", "", text)
+        return [screen.split("\r\n") for screen in re.findall("\x1b\\[H(.*?)\x1b\\[J", shown, re.S)]
+
+
+def test_on_a_terminal_keys_sort_and_end_it(host, served, drawn):
     """The terminal is as it was afterwards, and what is drawn fits it."""
     served()
-    master, slave = pty.openpty()
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 10, 30, 0, 0))
-    settings = termios.tcgetattr(slave)
-    env = host.environment()
-    out, drained = bytearray(), threading.Event()
+    busy = served(domid=6, domain="other")
+    busy.statistics.of_queue(0).words[ERRORS] = 7
+    screens = Terminal(70, b"e<<> q").run(host.environment(), "--interval=1000")
+    assert all(len(line) < 70 for screen in screens for line in screen)
+    assert all(len(screen) <= 10 for screen in screens)
+    assert "2 disks, 0 IOPS" in screens[0][0]
+    names = [[line.split()[0] for line in screen[3:5]] for screen in screens]
+    assert ["guest", "other"] == names[0]
+    assert ["other", "guest"] == names[1]  # by errors
+    assert "MEMORY" not in screens[0][2]
+    assert "ERRORS" in screens[0][2]
 
-    def drain():
-        while not out.endswith(b"\x1b[?1049l"):
-            out.extend(os.read(master, 4096))
-            if b"\x1b[J" in out and not drained.is_set():
-                drained.set()
-                os.write(master, b"m")
-                os.write(master, b"q")
 
-    reader = threading.Thread(target=drain, daemon=True)
-    reader.start()
-    with open(os.dup(slave), "w") as env.stdout, open(os.dup(slave)) as env.stdin:
-        assert ExitStatus.OK == main(["top", "--interval=1000"], env)
-    reader.join(30)
-    assert not reader.is_alive()
-    assert settings == termios.tcgetattr(slave)
-    text = out.decode()
-    assert text.startswith("\x1b[?1049h\x1b[?25l")
-    assert "xvdb" in text
-    os.close(master)
-    os.close(slave)
+def test_what_does_not_fit_is_left_out_but_not_what_disks_are_sorted_by():
+    cells = [COLUMNS, tuple(name.lower() for name in COLUMNS)]
+    everything = range(len(COLUMNS))
+    assert list(everything) == fitting(cells, 0, 200)
+    for sort in everything:
+        for width in range(10, 100, 10):
+            kept = fitting(cells, sort, width)
+            assert sort in kept
+            assert {0, 1, 3} <= set(kept)
+            assert kept == sorted(kept)
+
+
+def test_a_guests_name_is_no_markup(drawn):
+    name = "[red]x[/red]"
+    cells = [COLUMNS, (name, *COLUMNS[1:])]
+    rows = [{"errors": 1, "alive": True}]
+    assert name in "".join(drawn(cells, rows, range(len(COLUMNS)), 3))

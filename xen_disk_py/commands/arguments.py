@@ -868,7 +868,8 @@ def _add_list_and_top(commands: argparse._SubParsersAction[_Parser]) -> None:
         description="Show for each disk that this host serves how many requests and bytes it does "
         "a second, how long requests take (from when they are taken off the ring until their "
         "answer is published), how many there are on average (DEPTH) and now (FLIGHT), and its "
-        "errors. On a terminal the table is refreshed in place: q ends it, other keys sort it. "
+        "errors. On a terminal the table is refreshed in place, in colours if Rich is installed: "
+        "q ends it, < and > sort by another column. "
         "Elsewhere each interval is printed below the last. Reads the records of the processes, "
         "which takes root; locks and changes nothing.",
     )

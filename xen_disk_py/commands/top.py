@@ -23,6 +23,7 @@ from ..units import format_size
 from .environment import Environment
 from .rates import in_order, is_of, rates
 from .signals import interruptible
+from .top_table import COLUMNS, Draw, drawing, fitting, plainly
 
 _SORT_KEYS = {
     "g": "guest",
@@ -34,14 +35,22 @@ _SORT_KEYS = {
     "e": "errors",
     "M": "memory",
 }
-_HELP = "q quit; sort: g guest, i IOPS, m MB/s, l p99, d depth, f in flight, e errors, M memory"
+_HELP = (
+    "q quit, space now; sort: < >, or g guest, i IOPS, m MB/s, l p99, d depth, f in flight, "
+    "e errors, M memory"
+)
 _ENTER, _LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"  # another screen, no cursor
 _NAME = 20  # columns of a guest's name at most
-_COLUMNS = (
-    *("GUEST", "VDEV", "BACKEND", "IOPS", "MB/s", "p50", "p99", "max"),
-    *("DEPTH", "FLIGHT", "ERRORS", "MEMORY"),
-)
-_TEXT = 3  # columns that are text
+_SORTED = {
+    "guest": "GUEST",
+    "iops": "IOPS",
+    "mbs": "MB/s",
+    "p99": "p99",
+    "depth": "DEPTH",
+    "inflight": "FLIGHT",
+    "errors": "ERRORS",
+    "memory": "MEMORY",
+}
 
 
 def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
@@ -102,13 +111,13 @@ def _wait_for_reader(env: Environment, seconds: float) -> None:
 
 def _show(args: argparse.Namespace, env: Environment, stdin: TextIO) -> None:
     """Show a table in place, and obey keys."""
-    sort = args.sort
+    sort, draw = args.sort, drawing()
     before, then = _look(args, env), time.monotonic()
     rows = rates(before, before, 1.0)
     with _screen(env.stdout, stdin) as wake:
         due = then + args.interval
         while True:
-            _draw(env.stdout, [*_table(in_order(rows, sort)), "", _HELP])
+            _draw(env.stdout, in_order(rows, sort), COLUMNS.index(_SORTED[sort]), draw)
             poller = select.poll()
             poller.register(stdin.fileno(), select.POLLIN)
             poller.register(wake, select.POLLIN)
@@ -120,7 +129,9 @@ def _show(args: argparse.Namespace, env: Environment, stdin: TextIO) -> None:
                 if not keys or set(keys) & set("qQ\x03\x04"):
                     return
                 for key in keys:
-                    sort = _SORT_KEYS.get(key, sort)
+                    sort = _next(sort, key) if key in "<>" else _SORT_KEYS.get(key, sort)
+                if " " in keys:
+                    due = 0.0
             now = time.monotonic()
             if now >= due:
                 seen = _look(args, env)
@@ -150,24 +161,38 @@ def _screen(stdout: TextIO, stdin: TextIO) -> Iterator[int]:
             stdout.flush()
 
 
-def _draw(stdout: TextIO, lines: list[str]) -> None:
+def _next(sort: str, key: str) -> str:
+    """The order by the column to the left or to the right."""
+    columns = list(_SORTED)
+    return columns[(columns.index(sort) + (1 if key == ">" else -1)) % len(columns)]
+
+
+def _draw(stdout: TextIO, rows: list[dict[str, Any]], sort: int, draw: Draw) -> None:
     width, height = os.get_terminal_size(stdout.fileno())
-    shown = [line[: max(0, width - 1)] for line in lines[: max(1, height)]]
-    stdout.write("\x1b[H" + "\r\n".join(f"{line}\x1b[K" for line in shown) + "\x1b[J")
+    most = max(1, width - 1)
+    cells = [COLUMNS, *map(_cells, rows)]
+    kept = fitting(cells, sort, most)
+    table = draw(cells, rows, kept, sort)
+    shown = [_summary(rows)[:most], "", *table[: max(1, height - 4)], "", _HELP[:most]]
+    text = "\r\n".join(f"{line}\x1b[K" for line in shown[: max(1, height)])
+    encoding = stdout.encoding or "utf-8"
+    text = text.encode(encoding, "replace").decode(encoding)
+    stdout.write(f"\x1b[H{text}\x1b[J")
     stdout.flush()
 
 
+def _summary(rows: list[dict[str, Any]]) -> str:
+    iops = sum(row["iops"] for row in rows)
+    rate = sum(row["bytes_per_second"] for row in rows) / 1e6
+    under_way = sum(row["in_flight"] for row in rows)
+    disks = f"{len(rows)} disk{'' if len(rows) == 1 else 's'}"
+    return (
+        f"{time.strftime('%X')}  {disks}, {iops:.0f} IOPS, {rate:.1f} MB/s, {under_way} in flight"
+    )
+
+
 def _table(rows: list[dict[str, Any]]) -> list[str]:
-    table = [_COLUMNS, *map(_cells, rows)]
-    widths = [max(map(len, column)) for column in zip(*table)]
-    lines = []
-    for cells in table:
-        padded = [
-            cell.ljust(width) if number < _TEXT else cell.rjust(width)
-            for number, (cell, width) in enumerate(zip(cells, widths))
-        ]
-        lines.append("  ".join(padded).rstrip())
-    return lines
+    return plainly([COLUMNS, *map(_cells, rows)], rows, range(len(COLUMNS)), 0)
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
