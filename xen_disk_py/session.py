@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
+from functools import partial
 from types import FrameType
 from typing import Callable
 
@@ -207,6 +208,7 @@ class Session:
         self._is_known = is_known
         self._watchdog = Watchdog()
         self._is_stuck_said = False
+        self._is_storage_changed = False
         self._news = Ration(*_NEWS)  # a guest decides how often there are any
 
     def run(self, observer: Observer) -> Outcome:
@@ -269,7 +271,10 @@ class Session:
                     observer.upgrade_requested()
             if interrupts.resize:
                 interrupts.resize = False
-                self._attempt(self._resize)
+                self._attempt(partial(self._resize, self._device.resize, None))
+            if self._is_storage_changed:
+                self._is_storage_changed = False
+                self._attempt(partial(self._resize, self._device.follow_storage))
             if self._store.is_lost:
                 self._attempt(self._reconnect)
             else:
@@ -300,6 +305,9 @@ class Session:
             waits.append(0.0)
         else:
             poller.register(self._store.fileno(), select.POLLIN)
+        notice = self._device.resize_notice
+        if notice is not None:
+            poller.register(notice, select.POLLIN)
         if deadline is not None:
             waits.append(max(0.0, deadline - time.monotonic()))
         if ticking:
@@ -312,7 +320,8 @@ class Session:
                 self._is_stuck_said = True
                 log.error("a request has not returned for %g s; the watchdog ends us", watchdog)
             waits.append(self._watchdog.pause() or watchdog / 2)
-        poller.poll(min(waits) * 1000 if waits else None)
+        ready = poller.poll(min(waits) * 1000 if waits else None)
+        self._is_storage_changed = any(descriptor == notice for descriptor, _ in ready)
 
     def _attempt(self, step: Callable[[], None]) -> None:
         """Do a step that needs xenstore; if it is lost the step is done after it is back."""
@@ -332,9 +341,9 @@ class Session:
             self._news.take()
             self._device.update()
 
-    def _resize(self) -> None:
+    def _resize(self, step: Callable[..., object], *arguments: object) -> None:
         try:
-            self._device.resize(None)
+            step(*arguments)
         except StoreLost:
             raise
         except XenDiskError as error:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import select
+import signal
 import subprocess
 import sys
 import threading
@@ -16,6 +18,7 @@ from xen_disk_py.backends.rbd import RbdBackend
 from xen_disk_py.errors import BackendError, UsageError
 
 MIB = 1 << 20
+PATIENCE = 60.0
 
 
 class TestContract(BackendConformance):
@@ -91,6 +94,90 @@ def test_no_write_of_ours_after_another_has_broken_the_lock(cluster, image, disk
     assert b"b" * 4096 == read(second, 0, 4096)
 
 
+HOST = """
+import sys
+from xen_disk_py.backends.rbd import RbdBackend
+
+# What another host is: a process of its own. It writes some blocks, then one for each line.
+path, conf, first, wait = sys.argv[1:]
+disk = RbdBackend(path, conf=conf, wait=int(wait))
+many, page, under_way, done = disk.asynchronous, memoryview(bytes([int(first)]) * 4096), 0, []
+print("has it", flush=True)
+for number in range(int(first), int(first) + 64):
+    many.submit(1, [page], 4096 * number, 4096, number)
+while many.unfinished:
+    done += [f"{token}:{error.strerror if error else 0}" for token, error in many.collect()]
+print(" ".join(done), flush=True)
+for line in sys.stdin:
+    try:
+        disk.write([page], 0)
+        print("written", flush=True)
+    except OSError as error:
+        print(error.strerror, flush=True)
+disk.close()
+print("released", flush=True)
+"""
+
+
+@pytest.fixture
+def on_a_host(cluster, image):
+    """Run a process that writes to the image from a block on."""
+    running = []
+
+    def start(first, wait=0):
+        command = [sys.executable, "-c", HOST, f"rbd:rbd/{image}", str(cluster.conf)]
+        command += [str(first), str(wait)]
+        running.append(
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        )
+        return running[-1]
+
+    yield start
+    for process in running:
+        with process:
+            process.kill()
+
+
+def test_the_image_is_handed_over_from_host_to_host(image, disk, on_a_host):
+    """All that the first was answered is there for the second, which waits for its lock."""
+    first = on_a_host(0)
+    assert "has it\n" == first.stdout.readline()
+    second = on_a_host(64, wait=120)
+    written = first.stdout.readline().split()
+    assert {f"{number}:0" for number in range(64)} == set(written)
+    with pytest.raises(BackendError, match="--option wait=SECONDS"):
+        disk()
+    assert second.poll() is None
+    first.stdin.close()
+    assert "released\n" == first.stdout.readline()
+    assert "has it\n" == second.stdout.readline()
+    assert {f"{number}:0" for number in range(64, 128)} == set(second.stdout.readline().split())
+    second.stdin.close()
+    assert 0 == second.wait(PATIENCE)
+    third = disk()
+    assert bytes([0]) * 64 * 4096 + bytes([64]) * 64 * 4096 == read(third, 0, 128 * 4096)
+
+
+def test_a_host_that_is_cut_off_writes_nothing_when_it_is_back(cluster, image, disk, on_a_host):
+    """It stood still, with a write to do; another host broke its lock and served on."""
+    first = on_a_host(1)
+    assert "has it\n" == first.stdout.readline()
+    assert {f"{number}:0" for number in range(1, 65)} == set(first.stdout.readline().split())
+    first.send_signal(signal.SIGSTOP)
+    first.stdin.write("one more\n")
+    first.stdin.flush()
+    locker, *lock, _ = cluster.rbd("lock", "ls", f"rbd/{image}").splitlines()[-1].split()
+    cluster.rbd("lock", "rm", f"rbd/{image}", " ".join(lock), locker)
+    second = disk()
+    write(second, 0, b"b" * MIB)
+    first.send_signal(signal.SIGCONT)
+    assert "broke our lock" in first.stdout.readline()
+    first.stdin.close()
+    assert "released\n" == first.stdout.readline()  # to release what is another's is no error
+    assert b"b" * MIB == read(second, 0, MIB)
+    assert second._image.is_locked
+
+
 def test_a_snapshot_is_what_it_was_and_read_only(cluster, image, disk):
     writer = disk()
     write(writer, 0, b"a" * 4096)
@@ -108,6 +195,21 @@ def test_sizes_follow_the_image(cluster, image, disk):
     assert 16 * MIB == writer.resize(None)
     assert 24 * MIB == writer.resize(24 * MIB)
     assert f"size {24} MiB" in cluster.rbd("info", f"rbd/{image}")
+
+
+def test_somebody_else_s_resize_is_told_of(cluster, image, disk):
+    writer = disk()
+    notice = select.poll()
+    notice.register(writer.resize_notice, select.POLLIN)
+    assert 16 * MIB == writer.resize(None)
+    cluster.rbd("resize", "-s", "24M", f"rbd/{image}")
+    assert notice.poll(PATIENCE * 1000)
+    assert 24 * MIB == writer.resize(None)
+    assert [] == notice.poll(0)
+    cluster.rbd("snap", "create", f"rbd/{image}@then")  # the size is the same
+    assert notice.poll(PATIENCE * 1000)
+    assert 24 * MIB == writer.resize(None)
+    cluster.rbd("snap", "rm", f"rbd/{image}@then")
 
 
 def test_a_write_that_was_answered_survives_kill_9(cluster, image, disk):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from xen_disk_py.backends.discard import DiscardBackend
+from xen_disk_py.backends.filter import Filter
 from xen_disk_py.backends.raw import RawBackend
 from xen_disk_py.backends.vhd import VhdBackend
 from xen_disk_py.backends.vhd.create import create
@@ -217,3 +220,67 @@ def test_a_disk_that_goes_before_we_ask(host, resize, monkeypatch):
         status, _, err = resize("guest", "xvdb", "2M")
     assert (ExitStatus.ERROR, True) == (status, "xvdb was disconnected meanwhile" in err)
     assert serving.address.backend not in host.tree()
+
+
+class Noticing(DiscardBackend):
+    """A disk whose storage somebody else resizes."""
+
+    def __init__(self, size):
+        super().__init__(size=size)
+        self.storage = size
+        self.resize_notice, self.tell = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+
+    def resize(self, size):
+        if size is None:
+            with contextlib.suppress(BlockingIOError):
+                os.read(self.resize_notice, 4096)
+            return self.storage
+        self.size = size
+        return size
+
+    def change(self, size):
+        self.storage = size
+        os.write(self.tell, b"x")
+
+    def close(self):
+        os.close(self.resize_notice)
+        os.close(self.tell)
+
+
+@pytest.fixture
+def noticing(host):
+    backend = Noticing(MIB)
+    yield backend
+    host.end_sessions()
+    backend.close()
+
+
+@pytest.mark.parametrize("is_filtered", [False, True])
+def test_storage_that_tells_of_another_size_is_followed(host, noticing, serve, caplog, is_filtered):
+    backend = noticing
+    serving = serve(Filter(backend) if is_filtered else backend)
+    frontend = serving.frontend()
+    for size in (2 * MIB, 3 * MIB):
+        backend.change(size)
+        host.until(lambda size=size: frontend.look_again().sectors == size // 512)
+    backend.change(3 * MIB)  # something else has changed
+    backend.change(MIB)
+    host.until(lambda: "less than the disk has" in caplog.text)  # it takes nothing away
+    assert 3 * MIB // 512 == frontend.look_again().sectors
+
+
+def test_storage_that_cannot_tell_its_size_is_served_on(host, noticing, serve, caplog):
+    backend = noticing
+    serving = serve(backend)
+    frontend = serving.frontend()
+
+    def fail(size):
+        os.read(backend.resize_notice, 4096)
+        raise OSError(errno.EIO, "away")
+
+    backend.resize = fail
+    backend.change(2 * MIB)
+    host.until(lambda: "not resized" in caplog.text)
+    del backend.resize
+    backend.change(2 * MIB)
+    host.until(lambda: frontend.look_again().sectors == 2 * MIB // 512)

@@ -107,6 +107,10 @@ class Backend:
     them and tells which are over. A queue then does so from its own thread, and ``threads`` is 1.
     Such a disk has ``repeats_flush``."""
 
+    resize_notice: int | None = None
+    """A descriptor that polls readable when the storage has another size that nobody here asked
+    for; ``resize(None)`` makes it quiet. A longer disk then becomes the guest's at once."""
+
     survives: bool = False
     """True: what the guest wrote does not end with this process (it is in a file, on a server):
     if it is killed, another may open the same and take over. That one repeats what was not

@@ -40,6 +40,7 @@ _ATTRIBUTES = (
     "sector_size",
     "physical_sector_size",
     "threads",
+    "resize_notice",
     "survives",
     "repeats_flush",
     "discard_granularity",

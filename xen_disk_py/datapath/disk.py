@@ -257,6 +257,10 @@ class Disk:
         self.sectors = sectors
         return wanted
 
+    def storage_size(self) -> int:
+        """Return the bytes that the storage has now; raises as :meth:`resize`."""
+        return self._resize_backend(None)
+
     def _resize_backend(self, size: int | None) -> int:
         backend = self.backend
         try:

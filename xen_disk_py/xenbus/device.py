@@ -202,6 +202,16 @@ class Device:
             if disk.sectors != before:
                 self._publish_size()
 
+    @property
+    def resize_notice(self) -> int | None:
+        """What polls readable when the storage has changed its size by itself, if anything."""
+        return self._disk.backend.resize_notice
+
+    def follow_storage(self) -> None:
+        """Take the size that the storage has now, if it has another; raises as :meth:`resize`."""
+        if self._disk.storage_size() != self._disk.sectors * SECTOR:
+            self.resize(None)
+
     def ask_to_close(self) -> None:
         """Write what tells the guest that the device goes, and do no more."""
 

@@ -22,6 +22,8 @@ class Offset(Filter):
         size: its bytes; by default all to the end.
     """
 
+    resize_notice = None  # a part keeps its size
+
     def __init__(self, source: Backend, *, start: int = 0, size: int = 0) -> None:
         super().__init__(source)
         self._start = start

@@ -28,6 +28,7 @@ class RbdBackend(Backend):
         id: who we are to the cluster: ``client.ID``.
         conf: ceph.conf, if it is not where Ceph looks.
         timeout: seconds that a request may take before it fails; 0 for any time.
+        wait: seconds to wait for another client that has the exclusive lock.
 
     Raises:
         UsageError: the path is not of that form.
@@ -50,6 +51,7 @@ class RbdBackend(Backend):
         id: str = "admin",  # noqa: A002 - Ceph's own word for it
         conf: str | None = None,
         timeout: int = 30,
+        wait: int = 0,
     ) -> None:
         parts = _PATH.fullmatch(path)
         if parts is None:
@@ -71,10 +73,12 @@ class RbdBackend(Backend):
                     "rados_osd_op_timeout": str(timeout),
                 },
                 writable=not self.read_only,
+                wait=wait,
             )
         except XenDiskError as error:
             raise type(error)(f"{path}: {error}") from error
         self.asynchronous = self._image
+        self.resize_notice = self._image.changes
         self.size = self._image.size
         if not self.size or self.size % sector_size:
             self.close()
@@ -102,6 +106,7 @@ class RbdBackend(Backend):
     def resize(self, size: int | None) -> int:
         """Resize the image; with None, say how long somebody else has made it."""
         if size is None:
+            self._image.acknowledge_changes()  # before the look: none is missed
             return self._image.size
         if size != self._image.size:
             self._image.resize(size)

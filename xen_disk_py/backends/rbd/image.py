@@ -5,13 +5,23 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import time
 from ctypes import addressof, byref, c_char, c_int, c_uint64, c_void_p
 from typing import Any
 
 from ...errors import BackendError
 from ..asynchronous import DISCARD, FLUSH, READ, Asynchronous, Request
-from .librbd import EVENT_TYPE_PIPE, FEATURE_EXCLUSIVE_LOCK, LOCK_EXCLUSIVE, calls, failure
+from .librbd import (
+    EVENT_TYPE_PIPE,
+    FEATURE_EXCLUSIVE_LOCK,
+    LOCK_EXCLUSIVE,
+    ON_UPDATE,
+    calls,
+    failure,
+)
 
+_LOCKED = {errno.EROFS, errno.EBUSY}
+_PAUSE = 0.2  # seconds until the lock is asked for again
 _AT_ONCE = 64  # completions to ask for in one call
 
 Settings = dict[str, str]
@@ -29,6 +39,11 @@ class RbdImage(Asynchronous):
         conf: ceph.conf's path; None for where Ceph looks.
         settings: options that count more than the file's.
         writable: take the exclusive lock, and keep it: nobody else writes meanwhile.
+        wait: seconds that another client may keep the lock until we give up.
+
+    Attributes:
+        changes: a descriptor that polls readable when somebody has changed the image's header;
+            None if that is not told.
 
     Raises:
         BackendError: the cluster or the image cannot be had, or another has the lock.
@@ -45,15 +60,17 @@ class RbdImage(Asynchronous):
         conf: str | None,
         settings: Settings,
         writable: bool,
+        wait: float = 0,
     ) -> None:
         self._calls = calls()
         self._completions = (c_void_p * _AT_ONCE)()
         self._requests: dict[int, tuple[Request, Any]] = {}  # by completion: and what it moves
         super().__init__()
+        self.changes: int | None = None
         self._undo = contextlib.ExitStack()
         self._undo.callback(super().close)
         try:
-            self._open(pool, name, snapshot, user, conf, settings, writable)
+            self._open(pool, name, snapshot, user, conf, settings, writable, wait)
         except OSError as error:
             self._undo.close()
             raise BackendError(_reason(error, pool, name, writable)) from error
@@ -70,6 +87,7 @@ class RbdImage(Asynchronous):
         conf: str | None,
         settings: Settings,
         writable: bool,
+        wait: float,
     ) -> None:
         call, undo = self._calls, self._undo
         cluster, io, image = c_void_p(), c_void_p(), c_void_p()
@@ -95,8 +113,48 @@ class RbdImage(Asynchronous):
         if self._has_lock:
             # Asked for by name it stays ours until we give it back; one that is only taken with
             # the first write goes to whoever else writes.
-            call.rbd_lock_acquire(image, LOCK_EXCLUSIVE)
+            self._lock_image(wait)
             undo.callback(self._unlock)
+        if writable:  # librbd has no watch of what is opened read-only
+            self._watch()
+
+    def _lock_image(self, wait: float) -> None:
+        deadline = time.monotonic() + wait
+        while True:
+            try:
+                self._calls.rbd_lock_acquire(self._image, LOCK_EXCLUSIVE)
+            except OSError as error:
+                if error.errno not in _LOCKED or time.monotonic() >= deadline:
+                    raise
+                time.sleep(_PAUSE)
+            else:
+                return
+
+    def _watch(self) -> None:
+        """Be told when the image's header changes: its size, say, or its snapshots."""
+        read, write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._undo.callback(os.close, read)
+        self._undo.callback(os.close, write)
+
+        def note(_argument: object) -> None:
+            with contextlib.suppress(BlockingIOError):  # as good as told
+                os.write(write, b"x")
+
+        self._note = ON_UPDATE(note)  # lives as long as librbd may call it
+        handle = c_uint64()
+        self._calls.rbd_update_watch(self._image, byref(handle), self._note, None)
+        self._undo.callback(self._unwatch, handle)
+        self.changes = read
+
+    def _unwatch(self, handle: c_uint64) -> None:
+        with contextlib.suppress(OSError):  # the cluster is away
+            self._calls.rbd_update_unwatch(self._image, handle)
+
+    def acknowledge_changes(self) -> None:
+        """Make :attr:`changes` quiet again."""
+        if self.changes is not None:
+            with contextlib.suppress(BlockingIOError):
+                os.read(self.changes, 4096)
 
     def _unlock(self) -> None:
         with contextlib.suppress(OSError):  # it was broken, and is another's
@@ -185,8 +243,11 @@ def _reason(error: OSError, pool: str, name: str, writable: bool) -> str:
         hint = "no such pool, image or snapshot (rbd ls " + pool + ")"
     elif error.errno == errno.ETIMEDOUT:
         hint = "no monitor answers: is the cluster up, and 'mon host' in ceph.conf right?"
-    elif writable and error.errno in {errno.EROFS, errno.EBUSY}:
-        hint = f"another client has the exclusive lock (rbd lock ls {pool}/{name})"
+    elif writable and error.errno in _LOCKED:
+        hint = (
+            f"another client has the exclusive lock (rbd lock ls {pool}/{name}); "
+            "--option wait=SECONDS waits for it"
+        )
     elif error.errno in {errno.EACCES, errno.EPERM}:
         hint = "no permission: --option id=NAME, and its keyring where ceph.conf says"
     else:

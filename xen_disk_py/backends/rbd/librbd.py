@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
-from ctypes import POINTER, c_char_p, c_int, c_size_t, c_ssize_t, c_uint64, c_void_p
+from ctypes import CFUNCTYPE, POINTER, c_char_p, c_int, c_size_t, c_ssize_t, c_uint64, c_void_p
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +27,9 @@ def _status(result: int, function: Any, _arguments: tuple[Any, ...]) -> int:
         raise failure(result, function.__name__)
     return result
 
+
+ON_UPDATE = CFUNCTYPE(None, c_void_p)
+"""``rbd_update_callback_t``: called in a thread of librbd's when an image's header has changed."""
 
 RADOS = Library(
     "librados.so.2",
@@ -58,6 +61,10 @@ RBD = Library(
         "rbd_lock_release": Signature(c_int, (c_void_p,), _status),
         "rbd_is_exclusive_lock_owner": Signature(c_int, (c_void_p, POINTER(c_int)), _status),
         "rbd_set_image_notification": Signature(c_int, (c_void_p, c_int, c_int), _status),
+        "rbd_update_watch": Signature(
+            c_int, (c_void_p, POINTER(c_uint64), ON_UPDATE, c_void_p), _status
+        ),
+        "rbd_update_unwatch": Signature(c_int, (c_void_p, c_uint64), _status),
         "rbd_aio_create_completion": Signature(c_int, (c_void_p, c_void_p, _pointer), _status),
         "rbd_aio_release": Signature(None, (c_void_p,)),
         "rbd_aio_get_return_value": Signature(c_ssize_t, (c_void_p,)),
