@@ -7,6 +7,7 @@ import io
 import itertools
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 
@@ -241,6 +242,22 @@ def test_the_default_environment(monkeypatch):
     assert env.xen_version() == (4, 17)
     assert main(["connect"]) is ExitStatus.USAGE
     assert "required: VM" in sys.stderr.getvalue()
+
+
+@pytest.mark.parametrize("argv", [["top", "--once", "--interval", "0.01"], ["complete", "con"]])
+def test_a_closed_stdout_is_no_error(monkeypatch, argv, tmp_path):
+    monkeypatch.setattr("sys.stdout", None)
+    env = Environment(stderr=io.StringIO(), record_directory=str(tmp_path))
+    with env.stdout:
+        assert (ExitStatus.OK, "") == (main(argv, env), env.stderr.getvalue())
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["--version"], ["top", "--help"]])
+def test_help_that_has_not_arrived_is_an_error(monkeypatch, env, argv):
+    with suppress(OSError), open("/dev/full", "w", encoding="utf-8") as full:
+        monkeypatch.setattr("sys.stdout", full)
+        assert ExitStatus.ERROR == main(argv, env)
+    assert "cannot write to stdout: No space left on device" in env.stderr.getvalue()
 
 
 def test_as_a_program():

@@ -61,13 +61,26 @@ def _main(argv: Sequence[str], env: Environment, *, is_program: bool) -> ExitSta
     except BrokenPipeError:
         return ExitStatus.ERROR  # whoever read our output has gone; there is nobody to tell
     except SystemExit as done:  # argparse, after --help or --version; or an author's backend
-        return ExitStatus.ERROR if done.code else ExitStatus.OK
+        return ExitStatus.ERROR if done.code else _printed(env, debug)
     except Exception as error:
         if debug:
             raise
         message = f"{type(error).__name__}: {error} (a bug, or a broken system: see --debug)"
         return _fail(env, XenDiskError(message), ExitStatus.ERROR, debug)
     return _main(words, env, is_program=is_program)
+
+
+def _printed(env: Environment, debug: bool) -> ExitStatus:
+    """See that what others have printed on stdout has arrived."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        return ExitStatus.ERROR
+    except OSError as error:
+        told = XenDiskError(f"cannot write to stdout: {error.strerror}")
+        return _fail(env, told, ExitStatus.ERROR, debug)
+    return ExitStatus.OK
 
 
 def _fail(env: Environment, error: Exception, status: ExitStatus, debug: bool) -> ExitStatus:

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 
@@ -198,3 +199,10 @@ ZSH = """
 def test_zsh(shell, line, completed):
     """In a terminal of its own, since zsh completes nowhere else."""
     assert [completed] == shell("zsh", ZSH.format(data=DATA, line=line))
+
+
+def test_a_full_disk_is_no_bug():
+    with suppress(OSError), open("/dev/full", "w", encoding="utf-8") as full:
+        env = Environment(stdout=full, stderr=io.StringIO(), open_store=away)
+        assert ExitStatus.ERROR == main(["complete", "con"], env)
+    assert "cannot write to stdout: No space left on device\n" in env.stderr.getvalue()

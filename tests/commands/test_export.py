@@ -417,3 +417,10 @@ def test_what_looks_like_another_format_is_named_and_not_believed(host, tmp_path
             (tmp_path / "disk").write_bytes(content.ljust(8192, b"\0"))
         assert ExitStatus.USAGE == main(["export", str(tmp_path / "disk"), "new"], env)
         assert f"{tmp_path / 'disk'}: looks like {said}" in env.stderr.getvalue()
+
+
+def test_nobody_waits_for_the_other_end_of_a_pipe(host, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    env = host.environment()
+    assert ExitStatus.ERROR == main(["export", str(tmp_path / "pipe"), "new"], env)
+    assert "not an overlay" in env.stderr.getvalue()

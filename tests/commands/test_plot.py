@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import importlib.util
 import io
+import subprocess
 import xml.etree.ElementTree as ET
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from xen_disk_py.cli import main
 from xen_disk_py.commands.environment import Environment
 from xen_disk_py.exit_status import ExitStatus
+from xen_disk_py.host.program import own_command
 from xen_disk_py.trace.format import FLUSH, STOPPED, WRITE, Header, Record
 from xen_disk_py.trace.writer import TraceWriter, event
 
@@ -100,3 +102,11 @@ def test_pictures_in_files(trace, tmp_path):  # no host: matplotlib keeps its fo
     page = (tmp_path / "x.html").read_text()
     assert "a &lt;guest&gt;" in page
     assert "data:image/png;base64," in page
+
+
+@needs_matplotlib
+def test_what_lies_in_the_current_directory_changes_nothing(trace, tmp_path):
+    """matplotlib reads a ``matplotlibrc`` there, when it is imported: a process of its own."""
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nsvg.fonttype: path\n")
+    subprocess.run(own_command("plot", str(trace), "-o", "new.svg"), cwd=tmp_path, check=True)
+    assert b"<text " in (tmp_path / "new.svg").read_bytes()  # neither paths nor LaTeX's

@@ -40,7 +40,7 @@ from xen_disk_py.ring import FrontRing
 from xen_disk_py.xenbus.states import State
 from xen_disk_py.xenbus.xenstore import Store
 
-from .disk import Disk, block_nodes, mapped_grants, open_files, resident
+from .disk import Disk, block_nodes, mapped_grants, open_files, resident, xen_disk
 from .driver import frontend_path
 from .guest import PATIENCE, RESULTS, Dom0, Guest
 
@@ -471,3 +471,44 @@ def test_event_flood(
     assert any(share() < 0.5 for _ in range(3))
     assert connected.works()
     assert other.disconnect() == 0, other.describe()
+
+
+@pytest.mark.parametrize("connected_before", [True, False])
+def test_a_guest_that_floods_its_own_state_does_not_keep_the_disk(
+    pv_guest: Guest, connect: Connect, tmp_path: Path, *, connected_before: bool
+) -> None:
+    """It writes the node that we watch, and that the removal's transaction is about."""
+    path = tmp_path / "disk.raw"
+    path.write_bytes(image_of(SIZE))
+    disk = connect(pv_guest, "--path", path, "--backend", "raw", "--supervise")
+    pv_guest.wait_for_device(disk.device)
+    front = frontend_path(disk)
+    state = State.CONNECTED if connected_before else State.INITIALISING
+    payload = f"{front}/state\0{int(state)}".encode()
+    message = struct.pack("<4I", 11, 0, 0, len(payload)) + payload  # XS_WRITE (xs_wire.h)
+    octal = "".join(f"\\{byte:03o}" for byte in message)
+    pv_guest.check("rm -f /tmp/enough; mkdir -p /dev/xen; [ -e /dev/xen/xenbus ]")
+    once = f"printf '{octal}' >&3; dd bs=4096 count=1 <&3 > /dev/null 2>&1"
+    job = pv_guest.spawn(f"exec 3<>/dev/xen/xenbus; until [ -e /tmp/enough ]; do {once}; done")
+    try:
+        with Store.open(timeout=PATIENCE) as store:
+            store.watch(f"{front}/state")
+            seen = [0]
+
+            def flooded() -> bool:
+                seen[0] += len(store.pending())
+                return seen[0] > 50
+
+            start = time.monotonic()
+            until(flooded, "no flood")
+            report(f"{seen[0] / (time.monotonic() - start):.0f} states/s by a guest")
+        start = time.monotonic()
+        gone = xen_disk("disconnect", pv_guest.name, disk.vdev, "--force")
+        assert gone.returncode == 0, gone
+        report(f"disconnected by force in {time.monotonic() - start:.1f} s meanwhile")
+        disk.wait()
+        assert len(disk.stderr.splitlines()) < 100, disk.stderr[-2000:]
+        assert not [n for n in block_nodes(pv_guest.domid) if f"/{disk.info['number']}/" in n]
+    finally:
+        pv_guest.check("touch /tmp/enough")
+        job.wait()

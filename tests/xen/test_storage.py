@@ -361,12 +361,12 @@ def test_what_was_flushed_outlives_a_loss_of_power(
 # -- errors that are waited for --------------------------------------------------------------------
 
 
-@pytest.mark.smoke
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_disk_that_holds_waits_until_the_storage_works(
-    dom0: Dom0, connect: Connect, device: Device, start: Starting
+    backend: str, dom0: Dom0, connect: Connect, device: Device, start: Starting
 ) -> None:
     """The guest sees a pause and no error, and all that it wrote is there."""
-    disk = connect(dom0, "--path", device.path, "--backend", "raw", "--on-error", "hold")
+    disk = connect(dom0, "--path", device.path, "--backend", backend, "--on-error", "hold")
     load = start(disk)
     load.wait_flushes()
     for _ in range(2):
@@ -374,6 +374,24 @@ def test_a_disk_that_holds_waits_until_the_storage_works(
         wait_held(disk)
         device.sound()
         load.wait_flushes()
+    possible = load.end()
+    assert load.errors() == []
+    leave(dom0, disk)
+    compare(device.path, possible)
+
+
+def test_a_disk_that_holds_while_writes_fail_now_and_then(
+    dom0: Dom0, connect: Connect, device: Device, start: Starting
+) -> None:
+    """Every other second, for as long as it takes to see some of it."""
+    disk = connect(dom0, "--path", device.path, "--backend", "raw", "--on-error", "hold")
+    load = start(disk)
+    load.wait_flushes()
+    device.fails_now_and_then()
+    for _ in range(3):
+        wait_held(disk)
+        load.wait_flushes()
+    device.sound()
     possible = load.end()
     assert load.errors() == []
     leave(dom0, disk)
@@ -415,6 +433,21 @@ def test_a_guests_file_system_outlives_storage_that_fails(
 # -- a thin pool that runs full --------------------------------------------------------------------
 
 
+def test_a_full_pool_is_reported(dom0: Dom0, connect: Connect, thin: Thin, start: Starting) -> None:
+    """What did not find room is an error of a flush; what a flush was good for is there."""
+    thin.make("error_if_no_space")
+    disk = connect(dom0, "--path", thin.path, "--backend", "raw")
+    load = start(disk)
+    load.wait_failure()
+    assert thin.is_full()
+    thin.extend()
+    before = len(load.notes())
+    load.wait(lambda: len(load.notes()) > before + 10, "nothing happens")
+    possible = load.end()
+    leave(dom0, disk)
+    compare(thin.path, possible)
+
+
 @pytest.mark.smoke
 def test_a_full_pool_is_waited_for(
     dom0: Dom0, connect: Connect, thin: Thin, start: Starting
@@ -425,6 +458,22 @@ def test_a_full_pool_is_waited_for(
     load = start(disk)
     wait_held(disk)
     assert thin.is_full()
+    thin.extend()
+    load.wait_flushes()
+    possible = load.end()
+    assert load.errors() == []
+    leave(dom0, disk)
+    compare(thin.path, possible)
+
+
+def test_a_full_pool_that_makes_linux_wait(
+    dom0: Dom0, connect: Connect, thin: Thin, start: Starting
+) -> None:
+    """A pool may let writes wait by itself; then nothing fails whatever the disk is told to do."""
+    thin.make()
+    disk = connect(dom0, "--path", thin.path, "--backend", "raw")
+    load = start(disk)
+    load.wait(thin.is_full, "there is room")
     thin.extend()
     load.wait_flushes()
     possible = load.end()

@@ -49,7 +49,7 @@ class Place(NamedTuple):
 def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
     """Print what could stand at the cursor."""
     lines = answer(find_place(build_parser(), args.line), env)
-    env.stdout.write("".join(f"{line}\n" for line in lines))  # env.say prints no tab
+    env.put("".join(f"{line}\n" for line in lines))  # env.say prints no tab
     return ExitStatus.OK
 
 

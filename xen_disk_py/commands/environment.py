@@ -41,12 +41,17 @@ def _xen_version() -> tuple[int, int] | None:
     return xen_version()
 
 
+def _or_null(stream: TextIO | None) -> TextIO:
+    """Return a stream to write to where Python has none: it was started with that one closed."""
+    return stream if stream is not None else open(os.devnull, "w", encoding="utf-8")
+
+
 @dataclass
 class Environment:
     """The machine: by default, the real one."""
 
-    stdout: TextIO = field(default_factory=lambda: sys.stdout)
-    stderr: TextIO = field(default_factory=lambda: sys.stderr)
+    stdout: TextIO = field(default_factory=lambda: _or_null(sys.stdout))
+    stderr: TextIO = field(default_factory=lambda: _or_null(sys.stderr))
     open_store: Callable[[], Store] = Store.open
     open_hypervisor: Callable[[], Hypervisor] = _xen
     xen_version: Callable[[], tuple[int, int] | None] = _xen_version
@@ -88,14 +93,14 @@ class Environment:
             BrokenPipeError: nobody reads it any longer.
             XenDiskError: it cannot be written.
         """
-        lines = "\n".join(map(printable, text.split("\n")))
+        self.put("\n".join(map(printable, text.split("\n"))) + "\n")
+
+    def put(self, text: str) -> None:
+        """Print text that is not for a terminal on stdout, as it is; errors as of :meth:`say`."""
         encoding = getattr(self.stdout, "encoding", None) or "utf-8"
         try:
-            print(
-                lines.encode(encoding, "backslashreplace").decode(encoding),
-                file=self.stdout,
-                flush=True,
-            )
+            self.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
+            self.stdout.flush()
         except BrokenPipeError:
             raise
         except OSError as error:

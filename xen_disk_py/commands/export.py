@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from contextlib import closing, suppress
+from contextlib import closing
 
 from ..backends import Backend, qemu_img
 from ..backends.exporting import Convert, Progress, export_disk
@@ -91,10 +91,17 @@ def _is_image(source: str) -> bool:
 
 def _refuse_other_formats(source: str) -> None:
     """Name the option for what is no overlay; never read it by its content."""
-    with suppress(OSError), open(source, "rb") as file:
-        looks = recognise(file.fileno(), source, os.fstat(file.fileno()).st_size)
-        if looks is None or looks.is_overlay:
-            return
+    try:
+        fd = os.open(source, os.O_RDONLY | os.O_NONBLOCK)  # of a FIFO, nobody waits
+    except OSError:
+        return  # whoever opens it says why
+    try:
+        looks = recognise(fd, source, os.fstat(fd).st_size)
+    except OSError:
+        return
+    finally:
+        os.close(fd)
+    if looks is not None and not looks.is_overlay:
         form = "vhd" if looks.option is not None else looks.name.split()[-1].lower()
         if form == "vhd" or form in QEMU_FORMATS:
             raise UsageError(f"{source}: looks like {looks.name}: if it is, add --format {form}")

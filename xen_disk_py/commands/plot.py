@@ -135,6 +135,9 @@ def _figure(picture: Picture, title: str) -> Figure:
             f"a picture in a file needs matplotlib ({error}): pip install matplotlib, or "
             "leave out -o for one in the terminal"
         ) from error
+    # It has read a matplotlibrc of the current directory, which may be a stranger's: that can have
+    # LaTeX run on what he likes.
+    mpl.rcdefaults()
     mpl.rcParams["svg.hashsalt"] = "xen-disk"  # the same picture is the same file
     mpl.rcParams["svg.fonttype"] = "none"
     figure = Figure(figsize=(12, 9.5), layout="constrained")

@@ -44,6 +44,11 @@ def base_of(directory, *, name="base.vhd", size=64 * KIB, uuid=UUID, block_size=
     )
 
 
+def raw_of(directory):
+    (directory / "base.raw").write_bytes(b"p" * (64 * KIB))
+    return str(directory / "base.raw")
+
+
 def child_of(directory, *, locators=(), name="", size=64 * KIB, uuid=UUID, **options):
     """A child of whatever has ``uuid``, with a sector of c.
 
@@ -209,6 +214,29 @@ def test_a_parent_lies_in_the_directories_that_were_named(tmp_path, how):
     check(path, parents=f"{tmp_path}/none:{tmp_path}/secret")
     check(path, parents=str(tmp_path))
     assert "outside" in refusal(path, parents=f"{tmp_path}/sec")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives a file away")
+@pytest.mark.parametrize("make", [base_of, raw_of])
+def test_a_stranger_names_no_file_that_he_cannot_read(tmp_path, make):
+    """In a directory that is everybody's, such as /tmp, others have theirs."""
+    (tmp_path / "secret").mkdir(mode=0o700)
+    base = make(tmp_path / "secret")
+    uuid = layout.NO_UUID if make is not base_of else UUID
+    relative = f"./secret/{os.path.basename(base)}".encode("utf-16-le")
+    path = child_of(tmp_path, locators=[(b"W2ru", relative)], uuid=uuid)
+    check(path)
+    for status in ((99, 99, 0o600), (0, 0, 0o666), (0, 99, 0o660)):
+        os.chown(path, *status[:2])
+        os.chmod(path, status[2])
+        text = refusal(path)
+        assert "may not be able to read" in text
+        assert text.endswith(f"--option parents={tmp_path}/secret")
+        check(path, parents=f"{tmp_path}/secret")
+    os.chown(path, 99, 99)
+    os.chmod(path, 0o600)
+    os.chown(base, 99, 99)
+    check(path)
 
 
 def test_the_name_is_looked_for_in_the_directories_that_were_named(tmp_path):

@@ -28,7 +28,7 @@ def require_trusted(
     Raises:
         ImageError: it is not; the message says why and what to do.
     """
-    reason = _reason(os.fstat(fd), "it") or _reason_above(path)
+    reason = distrust(os.fstat(fd), "it") or _reason_above(path)
     if reason is not None:
         raise ImageError(
             f"{path}: whoever wrote it chose which image it names, and {reason}: if it "
@@ -36,7 +36,7 @@ def require_trusted(
         )
 
 
-def _reason(status: os.stat_result, what: str) -> str | None:
+def distrust(status: os.stat_result, what: str) -> str | None:
     """Say who else can change a file or directory; None: nobody."""
     if status.st_uid not in (0, os.geteuid()):
         return f"{what} belongs to another user ({status.st_uid})"
@@ -55,7 +55,7 @@ def _reason_above(path: str) -> str | None:
         status = os.lstat(at)
         sticky = status.st_mode & stat.S_ISVTX and status.st_uid in (0, os.geteuid())
         if not sticky:
-            reason = _reason(status, f"its directory {at}")
+            reason = distrust(status, f"its directory {at}")
             if reason is not None:
                 return reason
         name = left.pop(0)

@@ -2,7 +2,9 @@
 
 What names a parent stands in a file that anybody may have written, so a parent must lie in the
 directory of the VHD that the user has named, or in one that the user has named too; in either,
-however deep. Which file that is, is judged when links have been followed.
+however deep. Which file that is, is judged when links have been followed. In the first, what a
+stranger may have written names only what is his own: in a shared directory may be what he cannot
+read.
 
 A parent that is a VHD must have the UUID that its child says. A child that says none has a raw
 parent, as blktap has them. Time stamps are not looked at: no program does.
@@ -19,6 +21,7 @@ from typing import Union
 from ...errors import ImageError
 from ...text import printable
 from ..image import Image
+from ..overlay.trust import distrust
 from .blocks import BlockLayer
 from .layout import (
     EPOCH,
@@ -159,6 +162,14 @@ def open_parent(vhds: Sequence[Vhd], roots: Sequence[str]) -> Vhd | Image:
                 f"{' and '.join(roots)}: if that is the right one, add --option "
                 f"parents={os.path.dirname(real)}"
             )
+        elif not any(_is_within(real, root) for root in roots[1:]) and (
+            why := _not_his(child, status)
+        ):
+            refused = refused or ImageError(
+                f"{child.path}: its parent would be {printable(real)}, which whoever wrote it may "
+                f"not be able to read, and {why}: if that is the right one, add --option "
+                f"parents={os.path.dirname(real)}"
+            )
         else:
             try:
                 return _open_checked(child, header, real, status)
@@ -171,6 +182,18 @@ def open_parent(vhds: Sequence[Vhd], roots: Sequence[str]) -> Vhd | Image:
         f"{child.path}: its parent is not there ({names}): put it back, or name its directory "
         "with --option parents=DIR"
     )
+
+
+def _not_his(child: Vhd, parent: os.stat_result) -> str | None:
+    """Say who may have written a VHD, other than root and we, and does not have the parent.
+
+    None: nobody, or whoever has both.
+    """
+    status = os.fstat(child.fd)
+    owners = [(each.st_uid, each.st_gid) for each in (status, parent)]
+    if child.is_device or (owners[0] == owners[1] and not status.st_mode & stat.S_IWOTH):
+        return None
+    return distrust(status, "it")
 
 
 def _open_checked(child: Vhd, header: Header, real: str, status: os.stat_result) -> Vhd | Image:
