@@ -109,11 +109,31 @@ def test_the_state_is_kept_if_that_is_wanted(crashtest, directory):
 def test_the_check_is_told_when(crashtest, tmp_path):
     seen = tmp_path / "seen"
     names = "$XEN_DISK_STATE $XEN_DISK_FLUSH $XEN_DISK_TIME $XEN_DISK_UNTIL"
-    crashtest(GOOD, f": {{}}; echo {names} >> {seen}", "--limit", "2", "--jobs", "1")
-    assert [
-        "0.0 0 1000000000.000000000 1000000000.000000003",
-        "1.0 1 1000000000.000000003",
-    ] == seen.read_text().splitlines()
+    crashtest(GOOD, f": {{}}; echo {names} >> {seen}", "--limit", "100", "--jobs", "1")
+    told = seen.read_text().splitlines()
+    assert "0.0 0 1000000000.000000000 1000000000.000000003" == told[0]
+    assert "1.1 1 1000000000.000000003" in told
+
+
+@pytest.mark.parametrize("limit", [8, 12, 40])
+def test_with_few_states_there_is_some_of_each_kind(crashtest, tmp_path, limit):
+    """Not only what was flushed after each of many flushes."""
+    flushes = [
+        each
+        for at in range(0, 80, 10)
+        for each in (
+            *(write(at + n, at + n + 1, 4096 * n, bytes([at + n]) * 2048) for n in range(5)),
+            flush(at + 6, at + 7),
+        )
+    ]
+    seen = tmp_path / "seen"
+    out = crashtest(flushes, f": {{}}; echo $XEN_DISK_STATE >> {seen}", "--limit", str(limit))[1]
+    states = [tuple(map(int, line.split("."))) for line in seen.read_text().split()]
+    assert f"{len(states)} states tried" in out
+    assert len({number for number, _ in states}) >= 7
+    turns = {turn for _, turn in states}
+    assert 0 in turns
+    assert len(turns) > 3
 
 
 def test_a_check_may_write(crashtest):

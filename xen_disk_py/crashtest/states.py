@@ -6,6 +6,7 @@ and the sectors 0 to 3 of request 107.
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -29,6 +30,9 @@ from ..trace.reader import TraceReader
 
 _TURN = re.compile(r"(\d{1,9})\.(\d{1,9})", re.ASCII)
 _PART = re.compile(r"(\d{1,18})(?:/(\d{1,9})-(\d{1,9}))?", re.ASCII)
+
+
+_FEW = 16  # turns, among which each kind of state is
 
 
 class State(NamedTuple):
@@ -89,9 +93,12 @@ class Plan:
         self.flushes = last.number
         self.written += sum(pending.change.length for pending in last.pending)
         wanted = [at for at, capacity in enumerate(capacities) if capacity]
-        turns = spread([capacities[at] for at in wanted], limit)
-        self._turns = dict(zip(wanted, turns))
-        self.count = sum(turns)
+        counts = spread([capacities[at] for at in wanted], limit)
+        self._turns: dict[int, Sequence[int]] = {}
+        for at, count in zip(wanted, counts):
+            if count:
+                self._turns[at] = _some(len(self._turns), count, capacities[at])
+        self.count = sum(counts)
         ending = reader.ending
         if self._stop is None and ending is not None and ending.is_damaged:
             self.notes.append(f"{reader.path}: {ending.text}")
@@ -102,7 +109,7 @@ class Plan:
 
     def states(self, epoch: Epoch) -> Iterator[State]:
         """Those of an epoch that are tried."""
-        for turn in range(self._turns.get(epoch.number, 0)):
+        for turn in self._turns.get(epoch.number, ()):
             yield self._state(epoch, turn)
 
     def _state(self, epoch: Epoch, turn: int) -> State:
@@ -171,6 +178,22 @@ class Plan:
                         f"{self._reader.path}: request {record.number} is not in whole sectors"
                     )
                 yield change
+
+
+def _some(place: int, count: int, capacity: int) -> Sequence[int]:
+    """Return which turns of an epoch are tried: of each kind some, if not all can be.
+
+    Args:
+        place: how many epochs have turns before it.
+        count: how many.
+        capacity: how many there are.
+    """
+    if count >= min(_FEW, capacity):
+        return range(count)
+    # what is flushed and nothing else, or, if there is but one for each epoch, in every second
+    first = [] if count == 1 and place % 2 else [0]
+    others = random.Random(place).sample(range(1, min(_FEW, capacity)), count - len(first))
+    return [*first, *sorted(others)]
 
 
 def name_of(epoch: Epoch, chosen: Choice, unit: int) -> str:
