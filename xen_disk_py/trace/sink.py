@@ -66,31 +66,29 @@ class Page:
 
 
 class Sink:
-    """Takes records.
+    """Takes records, from any thread.
 
-    :meth:`note` and :meth:`wrote` do, from any thread, unless ``is_single``: then all calls come
-    from one thread at a time, but for :meth:`note_aside`; and who calls may put records into
-    :attr:`page` by itself:
-
-    * if ``page.done`` leaves no room (``capacity`` records, ``MAX_DATA`` bytes), into what
-      :meth:`turn` returns;
-    * if not :attr:`is_awake`, it calls :meth:`rouse` afterwards.
+    :meth:`note` and :meth:`wrote` do. Who does nothing but that puts them into :attr:`page` itself,
+    as these do: with :attr:`lock` held, where ``page.done`` leaves room (:attr:`capacity` records,
+    ``MAX_DATA`` bytes), else into what :meth:`turn` returns. What has data needs :attr:`data_lock`,
+    taken before the other and kept from when its data is put behind what is there until its record
+    is there.
 
     Args:
         writer: of the file; None: nothing is recorded.
         name: of the file, for the log.
-        is_single: see above.
 
     Attributes:
         page: where the next record goes.
         capacity: records of a page.
         clock: what ``CLOCK_MONOTONIC`` showed when the trace began, in nanoseconds.
         has_data: what is written is recorded, too.
+        is_awake: nobody needs to :meth:`rouse` the thread.
         recorded: requests that are in the file.
         lost: requests that were not recorded.
     """
 
-    def __init__(self, writer: TraceWriter | None, name: str, *, is_single: bool = False) -> None:
+    def __init__(self, writer: TraceWriter | None, name: str) -> None:
         self.writer = writer
         self.clock = writer.header.clock if writer is not None else 0
         self.has_data = writer is not None and writer.header.data
@@ -98,7 +96,6 @@ class Sink:
         self.is_awake = writer is None
         self.recorded = self.lost = 0
         self._name = name
-        self._is_single = is_single
         # No room in it: the next request calls turn().
         self._nothing = Page(0, 0)
         self._nothing.done = self._nothing.written = (self.capacity, MAX_DATA + 1)
@@ -108,8 +105,9 @@ class Sink:
         self._pages = 0  # how many there are
         most = MAX_WAITING // MAX_DATA if self.has_data else MAX_RECORDS // self.capacity
         self._most = max(1, most)
-        self._aside: list[Fields] = []
-        self._moved = threading.Condition(threading.RLock())
+        self.lock = threading.RLock()
+        self.data_lock = threading.Lock()
+        self._moved = threading.Condition(self.lock)
         self._moves = 0
         self._wake = threading.Event()
         self._hurry = threading.Event()
@@ -132,14 +130,11 @@ class Sink:
     # -- for those who do requests ---------------------------------------------------------
 
     def note(self, fields: Fields) -> None:
-        """Take the record of what has no data; never waits, but for a trace with data."""
+        """Take the record of what has no data."""
         if self._over:
             return
-        if self._is_single:
-            self._put(fields, b"")
-        else:
-            with self._moved:
-                self._put(fields, b"")
+        with self.lock:
+            self.put(fields, b"")
         if not self.is_awake:
             self.rouse()
 
@@ -165,28 +160,16 @@ class Sink:
         if self._over:
             return
         begun, view = start - self.clock, memoryview(data)
-        with self._moved:  # one behind another, if it takes several records
+        with self.data_lock, self.lock:  # contiguous, if it takes several records
             for at in range(0, len(data), MAX_DATA):
                 part = view[at : at + MAX_DATA]
                 length = len(part)
-                self._put((begun, took, offset + at, length, length, status, queue, WRITE), part)
+                self.put((begun, took, offset + at, length, length, status, queue, WRITE), part)
         if not self.is_awake:
             self.rouse()
 
-    def note_aside(self, fields: Fields) -> None:
-        """Take the record of an event, from a thread that does no requests."""
-        with self._moved:
-            if self._over:
-                return
-            if self._is_single:
-                self._aside.append(fields)
-                self.page = self._nothing  # who does the next request finds it
-            else:
-                self._put(fields, b"")
-        if not self.is_awake:
-            self.rouse()
-
-    def _put(self, fields: Fields, data: bytes | memoryview) -> None:
+    def put(self, fields: Fields, data: bytes | memoryview) -> None:
+        """Put a record, and its data, behind the others; the locks are held."""
         page: Page | None = self.page
         assert page is not None
         count, used = page.done
@@ -207,17 +190,12 @@ class Sink:
         Args:
             length: bytes of its data, at most ``MAX_DATA``.
         """
-        with self._moved:
-            aside, self._aside = self._aside, []
-            for fields in aside:
-                page = self._with_room(0)
-                if page is not None:
-                    _append(page, fields)
+        with self.lock:
             found = self._with_room(length)
             if found is None and not self._over:
                 self._gap += 1
                 self.lost += 1
-            self.page = self._filling if not self._over else self._nothing
+            self.page = self._nothing if self._over else self._filling
             return found
 
     def _with_room(self, length: int) -> Page | None:
@@ -386,27 +364,18 @@ class Sink:
         self._closing = False  # nobody writes but us now
         self._thread = threading.current_thread()
         with self._moved:
-            self._add_what_is_left()
+            self._note_gap()
         self._write()
         self._over, self.page = True, self._nothing
         self._stop("")
 
-    def _add_what_is_left(self) -> None:
-        """Note events, and what was lost, for which no request came any more."""
-        left, self._aside = self._aside, []
+    def _note_gap(self) -> None:
+        """Note what was lost, if no request came any more."""
         if self._gap:
-            now = perf_counter_ns() - self.clock
-            left.append(fields_of(event(GAP, now, lost=self._gap)))
-            self._gap = 0
-        for fields in left:
-            while True:
-                count, _ = self._filling.done
-                if count < self.capacity and self._filling is not self._nothing:
-                    break
-                if self._filling is not self._nothing:
-                    self._full.append(self._filling)
-                self._filling = Page(self.capacity, 0)
-            _append(self._filling, fields)
+            if self._filling is not self._nothing:
+                self._full.append(self._filling)
+            self._pages = 0  # one more can be had
+            self._filling = self._another()
 
 
 def _append(page: Page, fields: Fields) -> None:

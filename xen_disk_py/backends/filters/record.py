@@ -40,7 +40,7 @@ from ...trace.format import (
     pack_record_into,
 )
 from ...trace.reader import TraceReader
-from ...trace.sink import Sink
+from ...trace.sink import Page, Sink
 from ...trace.writer import TraceWriter, event, fields_of
 from ...units import format_size, parse_size
 from .. import Backend, asynchronous
@@ -107,21 +107,24 @@ class Recorder(Filter):
         writer = None
         if on:
             writer = _open(self.source, file, data=data, ring=size, in_use=self._is_in_use)
-        source = self.source
-        is_single = source.threads == 1 and source.asynchronous is None
-        before, self._sink = self._sink, Sink(writer, file, is_single=is_single)
+        source, before, sink = self.source, self._sink, Sink(writer, file)
+        self._sink = sink
         self._settings = settings
         self._describe()
-        read: Move = source.read
-        write: Move = source.write
-        if writer is not None and not is_single:
-            read = self._noted(READ, source.read)
-            write = self._copied if data else self._noted(WRITE, source.write)
+        read, write = source.read, source.write
+        read_at_once, write_at_once = source.read_nowait, source.write_nowait
+        if writer is not None:
+            read = _noted(sink, READ, read)
+            read_at_once = _noted(sink, READ, read_at_once, only_whole=True)
+        if data and writer is not None:
+            write = _copied(sink, write)
+            write_at_once = _copied(sink, write_at_once, only_whole=True)
         elif writer is not None:
-            read = _quickly(self._sink, READ, source.read)
-            write = (_quickly_copied if data else _quickly)(self._sink, WRITE, source.write)
-        # In the place of the methods, which would be one call more for each request.
-        self.read, self.write = read, write  # type: ignore[method-assign,assignment]
+            write = _noted(sink, WRITE, write)
+            write_at_once = _noted(sink, WRITE, write_at_once, only_whole=True)
+        # In the place of the methods: each would be one call more for each request.
+        self.read, self.read_nowait = read, read_at_once  # type: ignore[method-assign]
+        self.write, self.write_nowait = write, write_at_once  # type: ignore[method-assign]
         before.close()
 
     def serves(self, guest: str, vdev: str) -> None:
@@ -184,57 +187,13 @@ class Recorder(Filter):
         """Write, and note that; with data, the very bytes: the guest may change its pages."""
         return self.source.write(buffers, offset)
 
-    def _noted(self, operation: int, call: Move) -> Move:
-        """Return ``call``, noted; for a disk with many threads in it."""
-        sink = self._sink
-
-        def move(buffers: Sequence[memoryview], offset: int) -> int | None:
-            start = _now()
-            try:
-                done = call(buffers, offset)
-            except BaseException as error:
-                self._failed(sink, operation, start, offset, sum(map(len, buffers)), error)
-                raise
-            length = sum(map(len, buffers)) if done is None else done
-            _note(sink, operation, start, offset, length)
-            return done
-
-        return move
-
-    def _copied(self, buffers: Sequence[memoryview], offset: int) -> int | None:
-        sink, data = self._sink, b"".join(buffers)
-        start = _now()
-        try:
-            done = self.source.write((memoryview(data),), offset)
-        except BaseException as error:
-            sink.wrote(start, _now() - start, offset, data, status_of(error), here.number)
-            raise
-        took = _now() - start
-        sink.wrote(start, took, offset, data if done is None else data[:done], 0, here.number)
-        return done
-
     def read_nowait(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Read what takes no waiting; noted if that is all."""
-        start = _now()
-        done = self.source.read_nowait(buffers, offset)
-        if done and done == sum(map(len, buffers)):
-            _note(self._sink, READ, start, offset, done)
-        return done
+        return self.source.read_nowait(buffers, offset)
 
     def write_nowait(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Write if that takes no waiting; noted if it is all, for else it is done again."""
-        sink, data = self._sink, None
-        if sink.has_data:
-            data = b"".join(buffers)
-            buffers = (memoryview(data),)
-        start = _now()
-        done = self.source.write_nowait(buffers, offset)
-        if done and done == sum(map(len, buffers)):
-            if data is None:
-                _note(sink, WRITE, start, offset, done)
-            else:
-                sink.wrote(start, _now() - start, offset, data, 0, here.number)
-        return done
+        return self.source.write_nowait(buffers, offset)
 
     def flush(self) -> None:
         """Flush, and note that."""
@@ -271,7 +230,7 @@ class Recorder(Filter):
         done = super().resize(size)
         if size is not None:
             at = _now() - self._sink.clock
-            self._sink.note_aside(fields_of(event(RESIZED, at, size=done)))
+            self._sink.note(fields_of(event(RESIZED, at, size=done)))
         return done
 
     def close(self) -> None:
@@ -287,93 +246,44 @@ def _note(sink: Sink, operation: int, start: int, offset: int, length: int) -> N
     sink.note((start - sink.clock, took, offset, length, 0, 0, here.number, operation))
 
 
-def _quickly(sink: Sink, operation: int, call: Move) -> Move:
-    """Return ``call``, noted without its data; for a disk with one thread in it.
+# What follows does what Sink.note() and Sink.wrote() do, without a call of them: this is what each
+# request costs more.
 
-    What :meth:`Sink.note` does is done here: this is what each request costs more.
+
+def _noted(sink: Sink, operation: int, call: Move, *, only_whole: bool = False) -> Any:
+    """Return ``call``, noted without its data.
+
+    Args:
+        sink: takes the records.
+        operation: reads or writes.
+        call: does that.
+        only_whole: what was done in part will be done again, and is not noted.
     """
-    origin, capacity = sink.clock, sink.capacity
+    origin, capacity, lock = sink.clock, sink.capacity, sink.lock
 
     def move(buffers: Sequence[memoryview], offset: int) -> int | None:
+        length = len(buffers[0]) if len(buffers) == 1 else sum(map(len, buffers))
         start = _now()
-        status = 0
         try:
             done = call(buffers, offset)
         except BaseException as error:
-            took = _now() - start
-            length = sum(map(len, buffers))
-            status = status_of(error)
+            took, status = _now() - start, status_of(error)
             sink.note((start - origin, took, offset, length, 0, status, here.number, operation))
             raise
         took = _now() - start
-        length = sum(map(len, buffers)) if done is None else done
-        page = sink.page
-        count, used = page.done
-        if count >= capacity:
-            found = sink.turn(0)
-            if found is None:
+        if done != length and done is not None:
+            if only_whole:
                 return done
-            page = found
+            length = done
+        with lock:
+            page: Page | None = sink.page
+            assert page is not None
             count, used = page.done
-        pack_record_into(
-            page.records,
-            count * RECORD_SIZE,
-            start - origin,
-            took,
-            offset,
-            length,
-            0,
-            status,
-            here.number,
-            operation,
-        )
-        page.done = (count + 1, used)
-        if not sink.is_awake:
-            sink.rouse()
-        return done
-
-    return move
-
-
-def _quickly_copied(sink: Sink, operation: int, call: Move) -> Move:
-    """The same of a write with its data, which is copied to where it is written from."""
-    origin, capacity = sink.clock, sink.capacity
-
-    def move(buffers: Sequence[memoryview], offset: int) -> int | None:
-        page = sink.page
-        count, at = page.done
-        length = len(buffers[0]) if len(buffers) == 1 else sum(map(len, buffers))
-        end = at + length
-        if count >= capacity or end > MAX_DATA:
-            found = sink.turn(length) if length <= MAX_DATA else None
-            if found is None:
-                return _slowly_copied(sink, call, buffers, offset)
-            page = found
-            count, at = page.done
-            end = at + length
-        data = page.data
-        if len(buffers) == 1:
-            data[at:end] = buffers[0]
-        else:
-            to = at
-            for buffer in buffers:
-                data[to : to + len(buffer)] = buffer
-                to += len(buffer)
-        start = _now()
-        status = 0
-        try:
-            done = call((data[at:end],), offset)
-        except BaseException as error:
-            took = _now() - start
-            status = status_of(error)
-            raise
-        else:
-            took = _now() - start
-            if done is not None and done != length:
-                length = done
-                end = at + done
-            return done
-        finally:
+            if count >= capacity:
+                page = sink.turn(0)
+                if page is None:
+                    return done
+                count, used = page.done
             pack_record_into(
                 page.records,
                 count * RECORD_SIZE,
@@ -381,34 +291,117 @@ def _quickly_copied(sink: Sink, operation: int, call: Move) -> Move:
                 took,
                 offset,
                 length,
-                length,
-                status,
+                0,
+                0,
                 here.number,
                 operation,
             )
-            page.done = (count + 1, end)
-            if not sink.is_awake:
-                sink.rouse()
+            page.done = (count + 1, used)
+        if not sink.is_awake:
+            sink.rouse()
+        return done
 
     return move
 
 
-def _slowly_copied(
-    sink: Sink, call: Move, buffers: Sequence[memoryview], offset: int
-) -> int | None:
-    """What is longer than a page, or comes when nothing more is recorded."""
-    if sink.is_over:
-        return call(buffers, offset)
-    data = b"".join(buffers)
-    start = _now()
-    try:
-        done = call((memoryview(data),), offset)
-    except BaseException as error:
-        sink.wrote(start, _now() - start, offset, data, status_of(error), here.number)
-        raise
-    took = _now() - start
-    sink.wrote(start, took, offset, data if done is None else data[:done], 0, here.number)
-    return done
+def _copied(sink: Sink, call: Move, *, only_whole: bool = False) -> Any:
+    """Return ``call``, which writes, noted with a copy of the data, which is what is written.
+
+    The copy is made where the trace is written from, by one thread at a time; what comes from
+    another meanwhile is copied twice.
+
+    Args:
+        sink: takes the records.
+        call: writes.
+        only_whole: what was done in part will be done again, and is not noted.
+    """
+    origin, capacity, lock = sink.clock, sink.capacity, sink.lock
+    begin, end = sink.data_lock.acquire, sink.data_lock.release
+    otherwise: Move = _copied_twice(sink, call, only_whole=only_whole)
+
+    def move(buffers: Sequence[memoryview], offset: int) -> int | None:
+        if not begin(False):
+            return otherwise(buffers, offset)
+        page: Page | None = sink.page
+        assert page is not None
+        at = page.done[1]
+        length = len(buffers[0]) if len(buffers) == 1 else sum(map(len, buffers))
+        if at + length > MAX_DATA:
+            page = sink.turn(length) if length <= MAX_DATA else None
+            if page is None:
+                end()
+                return otherwise(buffers, offset)
+            at = page.done[1]
+        try:
+            data = page.data[at : at + length]
+            if len(buffers) == 1:
+                data[:] = buffers[0]
+            else:
+                to = 0
+                for buffer in buffers:
+                    data[to : to + len(buffer)] = buffer
+                    to += len(buffer)
+            start = _now()
+            try:
+                done = call((data,), offset)
+            except BaseException as error:
+                took, status = _now() - start, status_of(error)
+                fields = (start - origin, took, offset, length, length, status)
+                with lock:
+                    sink.put((*fields, here.number, WRITE), data)
+                raise
+            took = _now() - start
+            if done != length and done is not None:
+                if only_whole:
+                    return done
+                length = done
+            with lock:
+                count, _ = page.done
+                if page is sink.page and count < capacity:
+                    pack_record_into(
+                        page.records,
+                        count * RECORD_SIZE,
+                        start - origin,
+                        took,
+                        offset,
+                        length,
+                        length,
+                        0,
+                        here.number,
+                        WRITE,
+                    )
+                    page.done = (count + 1, at + length)
+                else:  # others have filled it meanwhile
+                    fields = (start - origin, took, offset, length, length, 0)
+                    sink.put((*fields, here.number, WRITE), data[:length])
+        finally:
+            end()
+        if not sink.is_awake:
+            sink.rouse()
+        return done
+
+    return move
+
+
+def _copied_twice(sink: Sink, call: Move, *, only_whole: bool) -> Any:
+    """The same with a copy of its own, which :meth:`Sink.wrote` copies."""
+
+    def move(buffers: Sequence[memoryview], offset: int) -> int | None:
+        if sink.is_over:
+            return call(buffers, offset)
+        data = b"".join(buffers)
+        start = _now()
+        try:
+            done = call((memoryview(data),), offset)
+        except BaseException as error:
+            sink.wrote(start, _now() - start, offset, data, status_of(error), here.number)
+            raise
+        took = _now() - start
+        if done is None or done == len(data) or not only_whole:
+            sink.wrote(start, took, offset, data if done is None else data[:done], 0, here.number)
+        return done
+
+    return move
 
 
 class _Recorded(Asynchronous):
