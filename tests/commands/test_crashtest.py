@@ -15,6 +15,7 @@ from recorded import SIZE, flush, header, make, resized, stopped, write
 
 from xen_disk_py.cli import main
 from xen_disk_py.commands.environment import Environment
+from xen_disk_py.crashtest import search
 from xen_disk_py.exit_status import ExitStatus
 
 OTHERS = [write(20 + n, 21 + n, 16384 + 512 * n, bytes([n + 65]) * 512) for n in range(4)]
@@ -208,9 +209,11 @@ def test_no_space(crashtest, monkeypatch):
     assert (ExitStatus.ERROR, True) == (status, "name another --directory" in err)
 
 
-def test_a_signal_ends_it_and_leaves_nothing(crashtest, directory, tmp_path):
-    started = tmp_path / "started"
+@pytest.mark.parametrize("options", [["--jobs", "1"], ["--state", "0:0"]])
+def test_a_signal_ends_it_and_leaves_nothing(crashtest, directory, tmp_path, options):
+    started, alive = tmp_path / "started", tmp_path / "open while it lives"
     os.mkfifo(started)
+    os.mkfifo(alive)
 
     def interrupt():
         with open(started, encoding="ascii"):
@@ -218,8 +221,34 @@ def test_a_signal_ends_it_and_leaves_nothing(crashtest, directory, tmp_path):
 
     thread = threading.Thread(target=interrupt)
     thread.start()
+    reader = os.open(alive, os.O_RDONLY | os.O_NONBLOCK)
+    ours = os.open(alive, os.O_WRONLY)
     try:
-        status = crashtest(GOOD, f": {{}}; echo > {started}; sleep 1000", "--jobs", "1")[0]
+        check = f": {{}}; exec 3> '{alive}'; echo > '{started}'; sleep 1000"
+        status = crashtest(GOOD, check, *options)[0]
     finally:
         thread.join()
     assert ExitStatus.INTERRUPTED == status
+    os.close(ours)
+    assert [(reader, select.POLLHUP)] == _gone(reader)
+    os.close(reader)
+
+
+def test_what_one_that_was_killed_has_left_goes_with_the_next(crashtest, directory):
+    child = os.fork()
+    if not child:
+        with search.temporary(str(directory)) as (path, _):
+            os.truncate(os.open(f"{path}/disk0.raw", os.O_CREAT | os.O_RDWR), 1 << 30)
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert 1 == len(os.listdir(directory))
+    with search.temporary(str(directory)) as (path, kept):
+        assert [os.path.basename(path)] == os.listdir(directory)
+        kept.append(f"{path}/file")
+        Path(kept[0]).touch()
+        with search.temporary(str(directory)):
+            assert 2 == len(os.listdir(directory))  # who lives keeps his
+    with search.temporary(str(directory)):
+        assert ["file"] == os.listdir(path)  # what was to be kept is kept
+    Path(kept[0]).unlink()
+    os.rmdir(path)

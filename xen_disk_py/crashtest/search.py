@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
+import stat
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from queue import Empty, Full, Queue
 from typing import Callable, NamedTuple
@@ -22,6 +24,8 @@ from .states import Plan, State, name_of
 from .trial import Outcome, run
 from .views import View, can_clone
 
+_PREFIX = "xen-disk-crashtest-"
+_LOCK = "lock"
 _CHECKS = 200  # of parts of what failed
 _STEP = 0.1  # seconds
 
@@ -115,10 +119,18 @@ def _seconds(nanoseconds: int) -> str:
 
 @contextmanager
 def temporary(directory: str | None) -> Iterator[tuple[str, list[str]]]:
-    """Make a directory for us alone, removed at the end but for the files in the list."""
-    path = tempfile.mkdtemp(prefix="xen-disk-crashtest-", dir=directory)
+    """Make a directory for us alone, removed at the end but for the files in the list.
+
+    It has a file that is locked as long as we live: whoever was killed has left that, too, and what
+    it has left is removed by the next one.
+    """
+    directory = tempfile.gettempdir() if directory is None else directory
+    _sweep(directory)
+    path = tempfile.mkdtemp(prefix=_PREFIX, dir=directory)
     kept: list[str] = []
+    lock = os.open(os.path.join(path, _LOCK), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         yield path, kept
     finally:
         for name in os.listdir(path) if kept else ():
@@ -126,6 +138,25 @@ def temporary(directory: str | None) -> Iterator[tuple[str, list[str]]]:
                 os.unlink(os.path.join(path, name))
         if not kept:
             shutil.rmtree(path, ignore_errors=True)
+        os.close(lock)
+
+
+def _sweep(directory: str) -> None:
+    """Remove what those have left who were killed."""
+    for name in os.listdir(directory):
+        path = os.path.join(directory, name)
+        if not name.startswith(_PREFIX):
+            continue
+        with suppress(OSError):  # it is another user's, or in use, or was kept: that has no lock
+            status = os.lstat(path)
+            if status.st_uid != os.geteuid() or not stat.S_ISDIR(status.st_mode):
+                continue
+            lock = os.open(os.path.join(path, _LOCK), os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path)
+            finally:
+                os.close(lock)
 
 
 def check_space(setting: Setting, written: int, jobs: int) -> None:

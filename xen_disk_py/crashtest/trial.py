@@ -78,19 +78,21 @@ def run(
         poller: select.poll | None = select.poll()
         assert poller is not None
         poller.register(pipe, select.POLLIN)
-        while not _has_ended(process.pid):
-            is_late, broken_off = time.monotonic() >= end, is_over()
-            if is_late or broken_off:
-                break
-            if poller is None:
-                time.sleep(_STEP / 50)
-            elif poller.poll(_STEP * 1000):
-                part = os.read(pipe.fileno(), 1 << 16)
-                output = (output + part)[-_TAIL:]
-                poller = poller if part else None
-        with suppress(ProcessLookupError):  # it is not reaped yet, so the number is its own
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        try:
+            while not _has_ended(process.pid):
+                is_late, broken_off = time.monotonic() >= end, is_over()
+                if is_late or broken_off:
+                    break
+                if poller is None:
+                    time.sleep(_STEP / 50)
+                elif poller.poll(_STEP * 1000):
+                    part = os.read(pipe.fileno(), 1 << 16)
+                    output = (output + part)[-_TAIL:]
+                    poller = poller if part else None
+        finally:  # Ctrl-C, too
+            with suppress(ProcessLookupError):  # it is not reaped yet, so the number is its own
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
         os.set_blocking(pipe.fileno(), False)
         with suppress(BlockingIOError):
             output += os.read(pipe.fileno(), 1 << 16)
