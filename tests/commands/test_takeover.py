@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import recorded
 from libxl_stub import Libxl
 
 from xen_disk_py.backends.overlay import OverlayBackend
@@ -328,6 +329,26 @@ def test_what_nobody_can_take_over(host, adopt, orphan, image, caplog, argv, cha
     )[0]
     assert before == trace(host)
     caplog.clear()  # what is logged refers to everything
+
+
+@pytest.mark.parametrize("kind", ["vhd", "at"])
+def test_what_a_disk_names_itself_is_the_same_too(host, adopt, orphan, tmp_path, kind):
+    """A VHD's parent, or the image of a trace."""
+    base = tmp_path / "base"
+    base.write_bytes(b"\1" * recorded.SIZE)
+    if kind == "vhd":
+        create_child(str(tmp_path / "disk"), str(base), is_raw=True)
+        orphan("--path", tmp_path / "disk", "--format", "vhd")
+    else:
+        head = recorded.header(base)
+        recorded.make(tmp_path / "disk", head, [recorded.stopped(50)])
+        orphan("--path", f"at:{tmp_path}/disk@end")
+    status = base.stat()
+    change_file(base)
+    os.utime(base, ns=(status.st_atime_ns, status.st_mtime_ns))
+    status, _, err = adopt()
+    assert ExitStatus.ERROR is status
+    assert f"{base} is not what xvdb was made of" in err
 
 
 def test_an_overlay_that_has_vanished_is_not_made_anew(host, adopt, orphan, image, tmp_path):

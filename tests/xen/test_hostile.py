@@ -482,7 +482,7 @@ def test_a_guest_that_floods_its_own_state_does_not_keep_the_disk(
     path.write_bytes(image_of(SIZE))
     disk = connect(pv_guest, "--path", path, "--backend", "raw", "--supervise")
     pv_guest.wait_for_device(disk.device)
-    front = frontend_path(disk)
+    front = f"/local/domain/{pv_guest.domid}/device/vbd/{disk.info['number']}"
     state = State.CONNECTED if connected_before else State.INITIALISING
     payload = f"{front}/state\0{int(state)}".encode()
     message = struct.pack("<4I", 11, 0, 0, len(payload)) + payload  # XS_WRITE (xs_wire.h)

@@ -15,7 +15,7 @@ from ..trace.reader import TraceReader
 from . import Backend
 from .image import Image
 from .overlay.trust import require_trusted
-from .sharing import Storage
+from .sharing import Storage, storage_of
 
 _SHARE = 2  # one part in so many of the memory that is left may be taken for the index
 
@@ -94,8 +94,12 @@ class AtBackend(Backend):
 
     @property
     def host_storage(self) -> Sequence[Storage]:
-        """The image."""
-        return [self.base.storage]
+        """The image and the trace."""
+        trace = self.trace
+        return [
+            self.base.storage,
+            storage_of(os.fstat(trace.fileno()), os.path.abspath(trace.path), writable=False),
+        ]
 
     def close(self) -> None:
         """Close both files."""

@@ -95,7 +95,7 @@ class Facts:
             mode="ro" if disk.read_only else "rw",
             pid=os.getpid(),
             process_started=start_time(os.getpid()),
-            files={name: identity_of(name) for name in spec.files},
+            files=_identities(spec, disk),
             storage=tuple(map(_described, disk.backend.host_storage)),
             survives=disk.backend.survives,
             disk=spec.plain(),
@@ -148,6 +148,15 @@ class Facts:
     def told(self) -> Mapping[str, Any]:
         """Return what is for scripts."""
         return {name: getattr(self, name) for name in TOLD}
+
+
+def _identities(spec: DiskSpec, disk: Disk) -> dict[str, Any]:
+    """Identify what a disk is made of, what its files name themselves included: a VHD's parents."""
+    found: dict[str, Any] = {name: identity_of(name) for name in spec.files}
+    for each in disk.backend.host_storage:
+        if each.path not in found and (identity := identity_of(each.path)) is not None:
+            found[each.path] = identity
+    return found
 
 
 def _described(storage: Storage) -> dict[str, Any]:
