@@ -5,14 +5,17 @@ from __future__ import annotations
 import mmap
 import os
 import random
+import subprocess
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Callable
 
 from xen_disk_py.blkif import WRITE
 from xen_disk_py.hypervisor import PAGE_SIZE
 
-from .workload import SLOTS, Sample
+from .workload import SLOTS, Sample, cpu_seconds
 
 Loop = Callable[[float], Sample]
 
@@ -48,6 +51,45 @@ def slice_copy(path: str, operation: int, size: int, offsets: Sequence[int]) -> 
         return len(offsets)
 
     return _timed(once)
+
+
+_ECHO = """
+import os, sys
+here, there = map(int, sys.argv[1:])
+while os.read(here, 8) != (2).to_bytes(8, sys.byteorder):
+    os.write(there, (1).to_bytes(8, sys.byteorder))
+"""
+
+
+@contextmanager
+def ping_pong() -> Iterator[Loop]:
+    """Send an event to a process that does nothing but wait for it and answer it, and wait."""
+    pair = [os.eventfd(0) for _ in range(2)]  # from Python 3.10 on
+    there, here = pair
+    one, two = ((number).to_bytes(8, sys.byteorder) for number in (1, 2))
+    command = [sys.executable, "-c", _ECHO, *map(str, pair)]
+    process = subprocess.Popen(command, pass_fds=pair)
+
+    def once() -> int:
+        for _ in range(100):
+            os.write(there, one)
+            os.read(here, 8)
+        return 100
+
+    def loop(seconds: float) -> Sample:
+        requests, clock = 0, time.perf_counter
+        cpu, start = cpu_seconds(process.pid), clock()
+        while clock() < start + seconds:
+            requests += once()
+        return Sample(requests, clock() - start, cpu_seconds(process.pid) - cpu)
+
+    try:
+        yield loop
+    finally:
+        os.write(there, two)
+        process.wait()
+        for descriptor in pair:
+            os.close(descriptor)
 
 
 def _calls(

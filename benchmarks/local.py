@@ -38,8 +38,9 @@ DISK = 64 * MIB
 SIZES = {"4 KiB": 4 * KIB, "64 KiB": 64 * KIB, "1 MiB": MIB}
 DEPTHS = (1, 32)
 OPERATIONS = {"read": READ, "write": WRITE}
-LIMIT, COPY = "bare call", "bare copy"
+LIMIT, COPY, EVENTS = "bare call", "bare copy", "bare events"
 HERE = Path(__file__).parent
+LATE = "from done to answered"
 IDLE_SECONDS = 5
 FLEET = 8  # as many event channels as a simulated guest has
 
@@ -142,6 +143,37 @@ def requests(
                     workload = f"{label} {way}, depth {depth}"
                     bench.interleave(table, workload, size, loops)
                     bench.show(table, workload, LIMIT)
+
+
+def one_at_a_time(bench: Bench) -> None:
+    """Compare 4 KiB requests, one at a time, with events that another process answers."""
+    table, size = "one at a time", 4 * KIB
+    with ExitStack() as stack:
+        disks = _disks(bench, stack, ("raw", "cow"))
+        echo = stack.enter_context(bare.ping_pong())
+        for way, operation in OPERATIONS.items():
+            loops = {EVENTS: echo}
+            for name, disk in disks.items():
+                loops[name] = prepared(disk, operation, size, 1)
+            workload = f"4 KiB {way}, depth 1"
+            bench.interleave(table, workload, size, loops)
+            bench.show(table, workload, EVENTS)
+
+
+def changes(bench: Bench) -> None:
+    """Compare disks that keep changes apart, before they hold a block and after, with raw."""
+    table, size = "changes", 4 * KIB
+    with ExitStack() as stack:
+        disks = _disks(bench, stack, ("raw", "cow"))
+        path = bench.image("overlay")
+        disks["overlay"] = stack.enter_context(
+            served("--path", path, "--overlay", str(bench.directory / "changes"))
+        )
+        for what, operation in (("read", READ), ("write", WRITE), ("read of what it holds", READ)):
+            loops = {name: prepared(disk, operation, size, 32) for name, disk in disks.items()}
+            workload = f"4 KiB {what}, depth 32"
+            bench.interleave(table, workload, size, loops)
+            bench.show(table, workload, "raw")
 
 
 def core(bench: Bench) -> None:
@@ -395,17 +427,37 @@ def sleeping(bench: Bench) -> None:
 
 
 def slow(bench: Bench) -> None:
-    """How soon answers come of a disk that takes 10 ms for each of 16 requests sent at once."""
-    table, workload = "slow", "4 KiB read, 16 at once, 10 ms each"
-    with served("--path", str(HERE / "slow_disk.py"), pages=1) as disk:
-        disk.load.prepare(READ, 4 * KIB, 32, offsets(4 * KIB))
-        for _ in range(bench.rounds):
-            times = disk.load.answer_times()
-            series = {"first": times[0], "mean": statistics.mean(times), "last": times[-1]}
-            for name, seconds in series.items():
-                bench.results.add(table, workload, name, seconds=seconds)
-    for name, found in bench.results.tables[table][workload].items():
-        tell(f"slow: {name:6} {statistics.median(found['seconds']):.3f} s")
+    """How soon answers come of a disk that takes 10 ms, or one, for each request, one at a time.
+
+    What an answer waits, having been done, is what it comes later than its share of the whole time.
+    """
+    table = "slow"
+    for milliseconds in (10, 1):
+        option = f"seconds={milliseconds / 1000}"
+        with served("--path", str(HERE / "slow_disk.py"), "--option", option, pages=1) as disk:
+            for count in (16, 4, 1):
+                workload = f"4 KiB read, {count} at once, {milliseconds} ms each"
+                disk.load.prepare(READ, 4 * KIB, 2 * count, offsets(4 * KIB))
+                for _ in range(bench.rounds):
+                    times = disk.load.answer_times()
+                    own = times[-1] / count
+                    late = [at - own * number for number, at in enumerate(times, start=1)]
+                    series = {
+                        "first": times[0],
+                        "mean": statistics.mean(times),
+                        "last": times[-1],
+                        LATE: statistics.mean(late),
+                    }
+                    for name, seconds in series.items():
+                        bench.results.add(table, workload, name, seconds=seconds)
+                shown = bench.results.tables[table][workload]
+                tell(
+                    f"slow: {workload}: "
+                    + ", ".join(
+                        f"{name} {statistics.median(found['seconds']) * 1000:.1f} ms"
+                        for name, found in shown.items()
+                    )
+                )
 
 
 def nbd(bench: Bench) -> None:
@@ -451,6 +503,8 @@ TABLES: dict[str, Callable[[Bench], None]] = {
     "record": record,
     "replay": replay,
     "requests": requests,
+    "one at a time": one_at_a_time,
+    "changes": changes,
     "scattered": scattered,
     "memory": memory,
     "vhd": vhd,

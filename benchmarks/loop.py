@@ -12,10 +12,11 @@ import argparse
 import mmap
 import os
 import random
+import shlex
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from itertools import cycle
@@ -37,10 +38,15 @@ from xen_disk_py.hypervisor import PAGE_SIZE
 from xen_disk_py.ring import FrontRing
 from xen_disk_py.simulated.hypervisor import SimulatedGuest, SimulatedHypervisor, SimulatedMachine
 
+from .results import CPU, Results, about
+
 DEPTH = 32
 GUEST = 1
 SIZE = 16 << 20
+TABLE = "loop"
+LIMIT = "bare call"
 UNTIMED = "raw, not timed"
+ROUNDS = 10
 _PLACES = 1024  # batches are laid out for so many requests
 
 
@@ -201,47 +207,69 @@ def disks(directory: str) -> dict[str, Backend]:
     return found
 
 
+def measure(results: Results, lanes: Mapping[str, Lane], path: str, batches: int) -> None:
+    """Measure reads and writes of all disks in turn, batch by batch.
+
+    Args:
+        results: the table ``loop``: rounds, each of which is the median of its batches.
+        lanes: by name.
+        path: an image for the bare call.
+        batches: of each, all rounds together.
+    """
+    for way, operation in (("read", READ), ("write", WRITE)):
+        limit = bare(path, operation)
+        for requests in (DEPTH, DEPTH // 2, 1):
+            loops = {LIMIT: limit}
+            for name, lane in lanes.items():
+                if operation == READ or not name.endswith((", not written", ", not held")):
+                    loops[name] = partial(lane.batch, operation, requests)
+            for number in range(1 + ROUNDS):
+                found: dict[str, list[float]] = {name: [] for name in loops}
+                for _ in range(batches // ROUNDS):
+                    for name, loop in loops.items():
+                        found[name].append(loop())
+                for name, series in found.items():
+                    each = median(series) / (DEPTH if name == LIMIT else requests)
+                    if number:  # after one to warm up
+                        workload = f"4 KiB {way}, {requests} at once"
+                        results.add(TABLE, workload, name, **{CPU: each})
+
+
 def main(arguments: Sequence[str]) -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.loop", description=__doc__)
-    parser.add_argument("--batches", type=int, default=500, help="of each (default: 500)")
-    parser.add_argument("--only", metavar="NAME", help="disks whose name begins so")
+    parser.add_argument("--json", metavar="FILE", help="write what was measured there")
+    parser.add_argument("--batches", type=int, default=1000, help="of each (default: 1000)")
+    parser.add_argument("--only", metavar="NAME", default="", help="disks whose name begins so")
     args = parser.parse_args(arguments)
+    command = f"python -m benchmarks.loop {shlex.join(arguments)}".strip()
+    results = Results(about(command))
     with ExitStack() as stack:
         # a lane has had the loop's variables in its hands, and a page stays mapped until we end
         stack.enter_context(suppress(BackendError))
-        directory = stack.enter_context(tempfile.TemporaryDirectory(dir="/dev/shm"))
+        directory = stack.enter_context(
+            tempfile.TemporaryDirectory(prefix="xen_disk_py-bench-", dir="/dev/shm")
+        )
         lanes = {
             name: Lane(stack, disk, timed=name != UNTIMED)
             for name, disk in disks(directory).items()
-            if name.startswith(args.only or "")
+            if name.startswith(args.only)
         }
+        measure(results, lanes, f"{directory}/raw", args.batches)
+        for workload, contenders in results.tables[TABLE].items():
+            for name, series in contenders.items():
+                ratio = results.ratio(TABLE, workload, CPU, name, LIMIT)
+                print(f"{workload:24} {name:18} {median(series[CPU]) * 1e6:7.3f} µs  x {ratio}")
         for way, operation in (("read", READ), ("write", WRITE)):
-            limit = bare(f"{directory}/raw", operation)
-            loops = {"bare call": limit}
-            for name, lane in lanes.items():
-                if operation == WRITE and name.endswith((", not written", ", not held")):
-                    continue  # it would not stay so
-                for requests in (DEPTH, DEPTH // 2, 1):
-                    loops[f"{name}, {requests}"] = partial(lane.batch, operation, requests)
-            series: dict[str, list[float]] = {name: [] for name in loops}
-            for number in range(args.batches + 20):
-                for name, loop in loops.items():
-                    took = loop()
-                    if number >= 20:
-                        series[name].append(took)
-            base = median(series["bare call"]) / DEPTH
-            for name, found in series.items():
-                requests = DEPTH if name == "bare call" else int(name.rpartition(" ")[2])
-                each = median(found) / requests
-                print(f"4 KiB {way}  {name:24} {each * 1e6:7.3f} µs  x {each / base:.2f}")
             for name, lane in lanes.items():
                 python, c = lane.calls(operation)
-                names = [f"{what} {n / 16:g}" for what, n in (python + c).most_common() if n >= 16]
                 total = sum(python.values()), sum(c.values())
+                names = [f"{what} {n / 16:g}" for what, n in (python + c).most_common() if n >= 16]
                 print(
-                    f"4 KiB {way}  {name:20}", *(f"{n / 16:.2f}" for n in total), "calls:", *names
+                    f"4 KiB {way}  {name:18}", *(f"{n / 16:.2f}" for n in total), "calls:", *names
                 )
+    if args.json:
+        results.save(args.json)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""A slow disk: one request at a time, ten milliseconds each."""
+"""A slow disk: one request at a time, ten milliseconds each, or what it is told."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ class Disk(Backend):
     keeps_data = False
     size = 64 << 20
 
+    def __init__(self, seconds: float = 0.01) -> None:
+        self.seconds = seconds
+
     def read(self, buffers: Sequence[memoryview], offset: int) -> None:
         """Wait."""
-        time.sleep(0.01)
+        time.sleep(self.seconds)
 
     def write(self, buffers: Sequence[memoryview], offset: int) -> None:
         """Wait."""
-        time.sleep(0.01)
+        time.sleep(self.seconds)

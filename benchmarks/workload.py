@@ -138,7 +138,7 @@ class Load(Frontend):
             times += [now] * (answered - len(times))
             if now > self._timeout:
                 raise DeviceError("no response in time")
-            time.sleep(0.0005)
+            time.sleep(0.0001)
         self._reap()
         return times
 
