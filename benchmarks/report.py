@@ -414,6 +414,12 @@ def main(arguments: Sequence[str]) -> int:
     """Write the document's tables and plots."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("files", nargs="+", metavar="FILE", help="JSON files")
+    parser.add_argument(
+        "--only",
+        action="append",
+        metavar="MARK",
+        help="what to write: goals, lab goals, local, lab, calls (default: all that was measured)",
+    )
     parser.add_argument("--document", type=Path, default=DOCUMENT, help="default: %(default)s")
     args = parser.parse_args(arguments)
     runs = [Results.load(file) for file in args.files]
@@ -436,7 +442,8 @@ def main(arguments: Sequence[str]) -> int:
         ("lab", lab),
         ("calls", single),
     ):
-        if parts:  # what was not measured again stays
+        # what was not measured again stays
+        if parts and (args.only is None or mark in args.only):
             text = fill(text, mark, "\n\n".join(parts))
     args.document.write_text(text)
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import sys
 from pathlib import Path
@@ -10,12 +11,13 @@ from types import SimpleNamespace
 
 import pytest
 
+from xen_disk_py.backends.raw import RawBackend
 from xen_disk_py.blkif import READ, WRITE
-from xen_disk_py.errors import DeviceError
+from xen_disk_py.errors import BackendError, DeviceError
 
 sys.path.append(str(Path(__file__).parents[1]))  # last: the package is tested where it is installed
 
-from benchmarks import bare, report, workload
+from benchmarks import bare, loop, report, workload
 from benchmarks.bare import scattered_system_call, slice_copy, system_call
 from benchmarks.results import BYTES, CPU, RATE, Results
 from benchmarks.workload import SLOTS, Load, send
@@ -83,14 +85,14 @@ def test_a_load_notices_an_error(host, load, until_answered):
         send([sender], 5)
 
 
-@pytest.mark.parametrize("loop", [system_call, scattered_system_call, slice_copy])
+@pytest.mark.parametrize("kind", [system_call, scattered_system_call, slice_copy])
 @pytest.mark.parametrize("operation", [READ, WRITE])
-def test_a_bare_loop_counts_its_calls(tmp_path, monkeypatch, loop, operation):
+def test_a_bare_loop_counts_its_calls(tmp_path, monkeypatch, kind, operation):
     clock = SimpleNamespace(perf_counter=itertools.count().__next__, thread_time=thread_time)
     monkeypatch.setattr(bare, "time", clock)
     path = tmp_path / "image"
     path.write_bytes(b"x" * 65536)
-    sample = loop(str(path), operation, 8192, [0, 8192, 32768])(3)
+    sample = kind(str(path), operation, 8192, [0, 8192, 32768])(3)
     assert 0 == sample.requests % 3
     assert sample.requests > 0
     assert 4 == sample.seconds  # and looks at the clock, after the first
@@ -114,7 +116,8 @@ def test_a_ratio_is_made_within_each_round(tmp_path):
 def document(tmp_path):
     path = tmp_path / "page.md"
     marks = "".join(
-        f"<!-- {name} -->\nold\n<!-- /{name} -->\n" for name in ("goals", "local", "lab", "calls")
+        f"<!-- {name} -->\nold\n<!-- /{name} -->\n"
+        for name in ("goals", "lab goals", "local", "lab", "calls")
     )
     path.write_text(f"# Page\n{marks}The end\n")
     return path
@@ -141,7 +144,8 @@ def test_a_report_fills_the_document(tmp_path, document):
     assert "lab one" in text
     assert "| getppid | 1.25 |" in text
     rows = {line.split(" | ")[0][2:]: line.split(" | ")[-1] for line in text.splitlines()}
-    assert "yes |" == rows["no Xen: 4 KiB, depth 32, processor time in bare calls"]
+    text = "4 KiB read, 32 in flight: processor time in bare calls (one buffer, in the cache)"
+    assert "yes |" == rows[text]
     assert "yes |" == rows["4 KiB random, depth 32, of blkback's rate"]
     assert "no |" == rows["every workload, of qdisk's rate"]
     assert " |" == rows["--help, seconds"]
@@ -156,8 +160,34 @@ def test_a_report_leaves_what_was_not_measured_again(tmp_path, document):
     lab.add("xen-pv", "w", "blkback", **{RATE: 1})
     lab.save(tmp_path / "lab.json")
     report.main([str(tmp_path / "lab.json"), "--document", str(document)])
-    assert 2 == document.read_text().count("old")
-    assert "<!-- local -->\nold\n" in document.read_text()
+    assert 3 == document.read_text().count("old")
+    for mark in ("goals", "local", "calls"):
+        assert f"<!-- {mark} -->\nold\n" in document.read_text()
+
+
+def test_a_report_writes_only_what_it_is_told_to(tmp_path, document):
+    local = Results({"command": "local one"})
+    local.add("idle", "raw", "connect", wakeups_per_second=0, resident_bytes=27e6)
+    local.save(tmp_path / "local.json")
+    file = str(tmp_path / "local.json")
+    report.main([file, "--document", str(document), "--only", "goals"])
+    text = document.read_text()
+    assert 4 == text.count("old")
+    assert "| idle: resident memory, MB | ≤ 30 | raw: 27 (27 to 27) | yes |" in text
+
+
+def test_a_queue_is_measured_in_its_own_thread(tmp_path):
+    path = tmp_path / "image"
+    path.write_bytes(bytes(loop.SIZE))
+    results = Results({"command": "x"})
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.suppress(BackendError))
+        lane = loop.Lane(stack, RawBackend(str(path)))
+        loop.measure(results, {"raw": lane}, str(path), 2 * loop.ROUNDS)
+        python, c = lane.calls(READ)
+    assert {"raw", "bare call"} == set(results.tables["loop"]["4 KiB write, 1 at once"])
+    assert loop.ROUNDS == len(results.values("loop", "4 KiB read, 32 at once", "raw", CPU))
+    assert 16 == c["preadv"] == python["read_nowait"]
 
 
 def test_what_goes_wrong_is_not_hidden_by_the_disk_that_is_still_there():

@@ -478,8 +478,9 @@ class Queue:
         for operation, segments, wide, id_, sector, first in abi.heads(slots):
             at += size
             if at >= look_at:  # before each request, if the disk is slow
-                if bytes_read + bytes_written + bytes_joined >= publish_at:
-                    publish_at += _PUBLISH
+                moved = bytes_read + bytes_written + bytes_joined
+                if moved >= publish_at:
+                    publish_at = moved + _PUBLISH
                     self._publish()
                 elif ring.unpublished:
                     self._look = 1 if self._publish_if_late() else min(2 * self._look, _LOOK)
