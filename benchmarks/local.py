@@ -28,7 +28,7 @@ from xen_disk_py.backends.vhd.create import create, create_child
 from xen_disk_py.blkif import READ, WRITE
 from xen_disk_py.trace.reader import TraceReader
 
-from . import bare, nbdkit
+from . import bare, ceph, nbdkit
 from .fleet import fleet
 from .results import BYTES, CPU, RATE, Results, about, number, tell
 from .workload import Sample, ServedDisk, drive, served
@@ -499,6 +499,32 @@ def nbd(bench: Bench) -> None:
         bench.show(table, workload, "one")
 
 
+def rbd(bench: Bench) -> None:
+    """A disk in a Ceph cluster next to ``rbd bench`` on the same image."""
+    table = "rbd"
+    why = ceph.missing()
+    if why:
+        tell(f"rbd: not measured: {why}")
+        return
+    with ExitStack() as stack:
+        image = stack.enter_context(ceph.image(DISK))
+        for label in ("4 KiB", "1 MiB"):
+            for way, operation in OPERATIONS.items():
+                size = SIZES[label]
+                # One after the other: whoever writes has the image's lock.
+                theirs = image.bench(operation, size, 32)
+                workload = f"{label} {way}, depth 32"
+
+                def served_alone(
+                    seconds: float, operation: int = operation, size: int = size
+                ) -> Sample:
+                    with served(*image.arguments) as disk:
+                        return prepared(disk, operation, size, 32)(seconds)
+
+                bench.interleave(table, workload, size, {"rbd bench": theirs, "rbd": served_alone})
+                bench.show(table, workload, "rbd bench")
+
+
 TABLES: dict[str, Callable[[Bench], None]] = {
     "record": record,
     "replay": replay,
@@ -510,6 +536,7 @@ TABLES: dict[str, Callable[[Bench], None]] = {
     "vhd": vhd,
     "filters": filters,
     "nbd": nbd,
+    "rbd": rbd,
     "many": many,
     "fleet": fleet_of,
     "sleeping": sleeping,

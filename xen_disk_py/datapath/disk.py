@@ -367,6 +367,8 @@ class Disk:
         many = self.backend.asynchronous
         if many is None or not (request.sectors or request.operation == FLUSH):
             return False
+        if request.operation == WRITE_BARRIER:  # a write between two flushes
+            return False
         offset, length = request.sector * SECTOR, request.sectors * SECTOR
         if isinstance(request, Discard):
             if request.secure:

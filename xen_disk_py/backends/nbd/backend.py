@@ -103,9 +103,8 @@ class NbdBackend(Backend):
         self._client.call(WRITE, buffers, offset)
 
     def flush(self) -> None:
-        """Have the server put what it was sent on stable storage."""
-        if self._client.export.can_flush:
-            self._client.call(FLUSH)
+        """Have the server put what it was sent on stable storage, if it can."""
+        self._client.call(FLUSH)
 
     def discard(self, offset: int, length: int) -> None:
         """Trim: what is read there afterwards is up to the server."""

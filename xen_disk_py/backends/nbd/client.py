@@ -172,6 +172,9 @@ class Client(Asynchronous):
 
     def _begin(self, request: Request) -> None:
         if request.operation == FLUSH:
+            if not self.export.can_flush:  # to such a server all that was answered is stable
+                super()._end(request, None)
+                return
             request.covers = self._unflushed.end
         elif request.operation == WRITE and self._is_flushing and self._is_full(request):
             self._waiting.append(request)
