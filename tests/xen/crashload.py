@@ -1,9 +1,11 @@
-"""Run as a program in dom0: a load that notes what it was told, and the check of what is left.
+"""Run as a program in a guest: a load that notes what it was told; and in dom0, the check of what
+is left.
 
-``crashload.py load KIND DIRECTORY NOTES`` works in a mounted directory; ``crashload.py check KIND
-IMAGE NOTES`` mounts what a power cut has left, and looks for all that the load was told before
-(``XEN_DISK_UNTIL``): a file is there whole after its ``fsync`` and that of its directory, a
-transaction after its commit.
+``crashload.py load KIND DIRECTORY NOTES`` works in a mounted directory, and notes the seconds since
+boot. ``crashload.py check KIND IMAGE NOTES``, with these as seconds since 1970, mounts what a power
+cut has left, and looks for all that the load was told before (``XEN_DISK_UNTIL``): a file is there
+whole after its ``fsync`` and that of its directory, a transaction after its commit; and what our
+own program has made has one of the contents that it may have.
 """
 
 from __future__ import annotations
@@ -17,13 +19,17 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 ROUNDS = {"files": 24, "sqlite": 40}
 ROWS = 60
 TOTAL = 1000 * ROWS
 _MARGIN = 0.001  # seconds; the clocks of the trace and of the notes are read at different places
+_IMAGE = 1 << 20  # bytes of an image of ours
+_WRITE = 32 << 10
 
 
 def content(number: int) -> bytes:
@@ -39,7 +45,8 @@ class Notes:
         self._file = open(path, "a", encoding="ascii", buffering=1)  # noqa: SIM115
 
     def __call__(self, what: str, number: int) -> None:
-        self._file.write(json.dumps([time.time(), what, number]) + "\n")
+        now = time.clock_gettime(time.CLOCK_BOOTTIME)
+        self._file.write(json.dumps([now, what, number]) + "\n")
 
 
 def _sync(path: Path) -> None:
@@ -122,14 +129,92 @@ def check_sqlite(top: Path, noted: list[tuple[str, int]]) -> None:
     assert number >= noted[-1][1], f"{number} transactions, {noted[-1][1]} were committed"
 
 
+PROGRAM = (sys.executable, "-m", "xen_disk_py")
+_WRITTEN = ((512, 3072), (70_144, 200_704), (_IMAGE - 4096, 4096))  # offsets, lengths
+
+
+def _ours(*words: str | Path) -> None:
+    subprocess.run([*PROGRAM, *map(str, words)], check=True, stdout=subprocess.DEVNULL)
+
+
+def _contents() -> tuple[bytes, bytes]:
+    """What an image of ours has before a commit, and after it."""
+    before = b"".join(bytes([65 + at % 26]) * 512 for at in range(_IMAGE // 512))
+    after = bytearray(before)
+    for offset, length in _WRITTEN:
+        end = offset + length
+        after[offset:end] = bytes(each + 32 for each in before[offset:end])
+    return before, bytes(after)
+
+
+def load_commit(top: Path, note: Notes, kind: str) -> None:
+    """Make an image and the changes to it; commit these."""
+    before, after = _contents()
+    image, changes = top / f"image.{kind}", top / f"changes.{kind}"
+    if kind == "vhd":
+        from xen_disk_py.backends.vhd import VhdBackend as Backend
+
+        _ours("create", image, "--size", str(_IMAGE))
+        _write(Backend(str(image)), bytes(_IMAGE), before)
+        _ours("create", changes, "--parent", image)
+        disk = Backend(str(changes))
+    else:
+        from xen_disk_py.backends.overlay.backend import OverlayBackend
+
+        image.write_bytes(before)
+        _sync(image)
+        disk = OverlayBackend(str(image), overlay=str(changes))
+    _write(disk, before, after)
+    _sync(top)
+    note("made", 0)
+    _ours("commit", changes)
+    note("committed", 0)
+
+
+def _write(disk: Any, before: bytes, after: bytes) -> None:
+    """Write what differs, as a guest does, and flush."""
+    for at in range(0, _IMAGE, _WRITE):
+        if before[at : at + _WRITE] != after[at : at + _WRITE]:
+            disk.write([memoryview(after)[at : at + _WRITE]], at)
+    disk.flush()
+    disk.close()
+
+
+def check_commit(top: Path, noted: list[tuple[str, int]], kind: str) -> None:
+    """See that the image is as before or as after; and that a commit that was begun is finished."""
+    told = [what for what, _ in noted]
+    if "made" not in told:
+        return
+    before, after = _contents()
+    image, changes = top / f"image.{kind}", top / f"changes.{kind}"
+    if kind == "overlay":
+        assert image.read_bytes() in (before, after), "neither the old content nor the new"
+    if changes.exists():
+        _ours("commit", changes, *(["--path", image] if kind == "overlay" else []))
+    copy = image
+    if kind == "vhd":
+        copy = top / "copy"
+        _ours("check", image)
+        _ours("export", image, copy)
+    assert copy.read_bytes() == after, "not the new content"
+
+
+def start_anew() -> None:
+    """Have the host look as if it had been started once more; in a namespace of its own."""
+    other = tempfile.NamedTemporaryFile("w", delete=False)  # noqa: SIM115
+    with other:
+        other.write(f"{uuid.uuid4()}\n")
+    place = "/proc/sys/kernel/random/boot_id"
+    subprocess.run(["mount", "--bind", other.name, place], check=True)
+    os.unlink(other.name)
+
+
 def load(kind: str, directory: str, path: str) -> None:
-    """Do a load of a kind: ``files``, or ``sqlite JOURNAL SYNCHRONOUS``."""
+    """Do a load of a kind: ``files``, ``sqlite JOURNAL SYNCHRONOUS`` or ``commit FORMAT``."""
     note = Notes(path)
     name, *options = kind.split()
-    if name == "files":
-        load_files(Path(directory), note)
-    else:
-        load_sqlite(Path(directory), note, *options)
+    does = {"files": load_files, "sqlite": load_sqlite, "commit": load_commit}[name]
+    does(Path(directory), note, *options)
 
 
 def check(kind: str, image: str, path: str) -> None:
@@ -138,17 +223,21 @@ def check(kind: str, image: str, path: str) -> None:
     told = [json.loads(line) for line in Path(path).read_text(encoding="ascii").splitlines()]
     noted = [(what, number) for when, what, number in told if when < until]
     begun = {number for _, what, number in told if what == "removing"}
+    name, *options = kind.split()
     system = subprocess.run(
         ["blkid", "-o", "value", "-s", "TYPE", image], capture_output=True, text=True, check=True
     ).stdout.strip()
-    options = "loop,nouuid" if system == "xfs" else "loop"
+    how = "loop,nouuid" if system == "xfs" else "loop"
     with tempfile.TemporaryDirectory() as directory:
-        subprocess.run(["mount", "-t", system, "-o", options, image, directory], check=True)
+        subprocess.run(["mount", "-t", system, "-o", how, image, directory], check=True)
         try:
-            if kind.startswith("files"):
+            if name == "files":
                 check_files(Path(directory), noted, begun)
-            else:
+            elif name == "sqlite":
                 check_sqlite(Path(directory), noted)
+            else:
+                start_anew()
+                check_commit(Path(directory), noted, *options)
         finally:
             subprocess.run(["umount", directory], check=True)
     program = ["xfs_repair", "-n"] if system == "xfs" else ["e2fsck", "-fn"]

@@ -210,6 +210,7 @@ class Guest(Shell):
         cmdline: more words for the kernel's command line; ``lab.noblkfront`` leaves the block
             frontend out, ``lab.root=xvda`` waits for that disk and makes it the root.
         disks: ``disk`` lines of the configuration, as xl takes them.
+        ramdisk: the initial RAM disk, instead of the lab's own.
         kernel: what to start instead of Linux, such as GRUB, with neither initial RAM disk nor
             command line.
         paused: leave it paused; then :meth:`unpause` and :meth:`wait_ready` are the caller's.
@@ -225,6 +226,7 @@ class Guest(Shell):
         fio: bool = False,
         cmdline: str = "",
         disks: Sequence[str] = (),
+        ramdisk: Path | None = None,
         kernel: Path | None = None,
         paused: bool = False,
         name: str | None = None,
@@ -241,7 +243,7 @@ class Guest(Shell):
         self._reader: threading.Thread | None = None
         linux = {
             "kernel": str(LAB / "vmlinuz"),
-            "ramdisk": str(LAB / ("guest-fio.cpio" if fio else "guest.cpio")),
+            "ramdisk": str(ramdisk or LAB / ("guest-fio.cpio" if fio else "guest.cpio")),
             "cmdline": f"{KERNEL_OPTIONS} {cmdline}".strip(),
         }
         settings = {

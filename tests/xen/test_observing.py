@@ -94,7 +94,7 @@ def test_a_recording_begins_and_ends_while_the_guest_works(
     """What was asked between ``start`` and ``stop`` is in the trace, and nothing else."""
     image, trace = tmp_path / "disk.raw", tmp_path / "now.xdt"
     image.write_bytes(bytes(MIB))
-    disk = connect(dom0, "--path", image, "--backend", "raw", "--filter", "record:on=no")
+    disk = connect(dom0, "--path", image, "--backend", "raw")
     dom0.wait_for_device(disk.device)
 
     def write(letter: str, seek: int) -> None:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Callable
 
+from xen_disk_py.trace.reader import TraceReader
+
 from .disk import GOLD, Disk, wait_offered, xen_disk
 from .guest import START_SECONDS, Guest, sh
+from .test_integrity import digest, leave
 
 RESULTS = os.environ.get("XEN_LAB_RESULTS")
 
@@ -51,3 +55,46 @@ def test_what_a_guest_wrote_is_made_again_from_its_trace(
     assert json.loads(xen_disk("trace", bare, "--summary", "--json").stdout)["gaps"] == 0
     if RESULTS is not None:  # the pictures in docs/ are made of these
         shutil.copy(bare, RESULTS)
+
+
+def test_a_disk_at_several_moments(
+    pv_guest: Guest, connect: Callable[..., Disk], tmp_path: Path
+) -> None:
+    """As dom0 reads the image while the guest does nothing, so it is made of the trace later.
+
+    The disk was empty, so the trace is all that it takes to try that elsewhere.
+    """
+    image, base, trace = tmp_path / "disk.raw", tmp_path / "base.raw", tmp_path / "guest.xdt"
+    sh("truncate", "-s", "4M", str(image), str(base))
+    record = f"record:file={trace},data=yes"
+    disk = connect(pv_guest, "--path", image, "--backend", "raw", "--filter", record)
+    pv_guest.wait_for_device(disk.device)
+    device = f"/dev/{disk.device}"
+    with TraceReader(str(trace)) as reader:
+        clock = reader.header.clock
+    lazy = "lazy_itable_init=0,lazy_journal_init=0"
+    moments = []
+    for step in (
+        f"/opt/bin/mkfs.ext4 -q -b 1024 -E {lazy} {device} && sync",
+        f"mount -t ext4 -o noatime {device} /mnt && seq 20000 > /mnt/a && sync",
+        "cp /mnt/a /mnt/b && mkdir /mnt/d && seq 300 > /mnt/d/c && rm /mnt/a && sync",
+        "umount /mnt",
+    ):
+        pv_guest.check(step)
+        before, now = "", 0
+        while before != digest(image):  # a write may be under way, whatever the guest was told
+            before, now = digest(image), time.monotonic_ns()
+            time.sleep(0.5)
+        moments.append({"after": f"{(now - clock) // 1000}us", "sha256": before})
+    leave(pv_guest, disk)
+    assert digest(image) == moments[-1]["sha256"]
+    assert len({each["sha256"] for each in moments}) == len(moments)
+    for number, each in enumerate(moments):
+        new = tmp_path / f"{number}.raw"
+        where = ("--base", base, "--at", each["after"], "-o", new)
+        done = xen_disk("rewind", trace, *where)
+        assert done.returncode == 0, done.stderr
+        assert digest(new) == each["sha256"], each
+    if RESULTS is not None:  # what tests/trace/ has
+        shutil.copy(trace, RESULTS)
+        (Path(RESULTS) / "guest.json").write_text(json.dumps(moments, indent=1) + "\n")

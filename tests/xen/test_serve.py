@@ -163,6 +163,28 @@ def test_read_only(serve: Daemon, pv_guest: Guest, image: Path) -> None:
     pv_guest.wait_gone("xvdb")
 
 
+def test_a_line_with_filters(serve: Daemon, pv_guest: Guest, image: Path) -> None:
+    """As docs/xl.md has them: each is there, in order, and does what it is told to."""
+    domid = str(pv_guest.domid)
+    filters = "filter=protect:range=1M-2M;mode=error,filter=error:operations=read;armed=no"
+    line = LINE.format("xvdb", "rw", f"{image},backend=raw,{filters}")
+    assert xl("block-attach", domid, line)[:2] == (0, "")
+    pv_guest.wait_for_device("xvdb")
+    shown = json.loads(xen_disk("filter", pv_guest.name, "xvdb", "list", "--json").stdout)
+    assert [each["name"] for each in shown] == ["protect", "error"]
+    write = "dd if=/dev/zero of=/dev/xvdb bs=64k count=1 oflag=direct seek="
+    before = image.read_bytes()
+    pv_guest.check(f"{write}0")
+    assert pv_guest.run(f"{write}16")[0] != 0
+    assert image.read_bytes() == bytes(1 << 16) + before[1 << 16 :]
+    read = "dd if=/dev/xvdb of=/dev/null bs=64k count=1 iflag=direct"
+    pv_guest.check(read)
+    assert xen_disk("filter", pv_guest.name, "xvdb", "arm").returncode == 0
+    assert pv_guest.run(read)[0] != 0
+    assert xl("block-detach", domid, "xvdb")[:2] == (0, "")
+    pv_guest.wait_gone("xvdb")
+
+
 @pytest.mark.parametrize("allowed", [True, False])
 def test_discards_are_for_the_line_to_allow(
     serve: Daemon, pv_guest: Guest, image: Path, allowed: bool

@@ -20,6 +20,8 @@ from .recipe import CHECKOUT, cache_root
 PRODUCT = "xen_disk_py"
 PRODUCT_FILES = ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", PRODUCT)
 COPIED = ("tests", "examples", "benchmarks")
+EXTRAS = "metrics"
+"""Of the product's optional dependencies, those that are small."""
 CACHES = {"__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache"}
 KEEP_INSTALLS = 5
 
@@ -54,14 +56,14 @@ def _pip(*arguments: str) -> None:
 
 
 def installed_site(checkout: Path, install: bool) -> Path:
-    """Return a directory with the product and its dependency; the same while the files are.
+    """Return a directory with the product and what it needs; the same while the files are.
 
     Args:
         checkout: where the product's files are. install: let pip build and install a wheel, as
         users do; otherwise only copy the package beside its dependency.
     """
     sites = cache_root() / "sites"
-    place = sites / f"{_digest(checkout)}-{'wheel' if install else 'copy'}"
+    place = sites / f"{_digest(checkout)}-{EXTRAS}-{'wheel' if install else 'copy'}"
     if place.exists():
         os.utime(place)
         return place
@@ -77,7 +79,7 @@ def installed_site(checkout: Path, install: bool) -> Path:
                     target = source / path.relative_to(checkout)
                     target.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copy(path, target)
-            _pip("--target", str(site), str(source))
+            _pip("--target", str(site), f"{source}[{EXTRAS}]")
         else:
             _pip("--target", str(site), "pyxs")
             for path in _files(checkout / PRODUCT):
