@@ -21,7 +21,7 @@ DOCUMENTS = [
 TESTS = "\n".join(
     f"/{path.name}\n{path.read_text(encoding='utf-8')}" for path in ROOT.glob("tests/**/*.py")
 )
-INVENTED = re.compile("domains|zeros")  # the examples of docs/extending.md
+INVENTED = re.compile("domains|upper|zeros")  # the examples of docs/extending.md
 COMMANDS = [name for name, parser in commands_of(build_parser()).items() if parser.usage]
 
 
