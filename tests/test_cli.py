@@ -275,6 +275,8 @@ def test_as_a_program():
 
 def test_run_exits_with_the_status(monkeypatch):
     monkeypatch.setattr("sys.argv", ["xen-disk", "connect"])
+    for stream in ("stdout", "stderr"):  # are given up
+        monkeypatch.setattr(sys, stream, io.StringIO())
     with pytest.raises(SystemExit) as caught:
         cli.run()
     assert caught.value.code == 2

@@ -7,8 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack, redirect_stderr, redirect_stdout
-from typing import NoReturn
+from typing import NoReturn, TextIO, cast
 
 from .commands.arguments import PROGRAM, parse
 from .commands.environment import Environment
@@ -43,12 +42,11 @@ def _main(argv: Sequence[str], env: Environment, *, is_program: bool) -> ExitSta
         program = f"{PROGRAM} {args.command}"
         module = args.command.replace("-", "_")
         command = importlib.import_module(f"xen_disk_py.commands.{module}")
-        with ExitStack() as stack:
-            if is_program:
-                # What a disk's author prints is no data of ours, and must not fail in his disk.
-                stack.enter_context(redirect_stdout(env.err))
-                stack.enter_context(redirect_stderr(env.err))
-            return ExitStatus(command.run(args, env))
+        if is_program:
+            # What a disk's author prints is no data of ours, and must not fail in his disk. For
+            # good: a thread that waited for the reader of stderr would keep us from our end.
+            sys.stdout = sys.stderr = cast(TextIO, env.err)
+        return ExitStatus(command.run(args, env))
     except Forked as process:
         words = process.words
     except UsageError as error:
@@ -105,8 +103,8 @@ def run(argv: Sequence[str] | None = None, env: Environment | None = None) -> No
     finally:
         env.drain()
     try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        env.stdout.flush()
     except OSError:  # it has been told; Python would tell once more, with a status of its own
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.stdout = sys.stderr = None  # for Python's last flush no thread of an author is in there
     sys.exit(status)

@@ -223,6 +223,40 @@ def test_a_server_that_works_for_the_disk_is_not_stopped_by_the_reader_of_our_lo
     assert ExitStatus.OK == process.wait()
 
 
+SAYS_MORE = """
+import threading
+from xen_disk_py import cli
+
+main_part = cli._main
+
+def then_say_more(*arguments, **options):
+    status = main_part(*arguments, **options)
+    late = lambda: print("late", file=getattr(sys, {stream!r}), flush=True)
+    thread = threading.Thread(target=late, daemon=True)
+    thread.start()
+    thread.join(1.0)
+    return status
+
+cli._main = then_say_more
+"""
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_what_is_said_when_all_is_done_keeps_no_process_from_its_end(processes, stream):
+    """By a server that works for the disk, or a thread of the disk's author; and nobody reads."""
+    processes.install(SAYS_MORE.format(stream=stream))
+    environment = {name: text for name, text in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with contextlib.closing(Pipe(full=True)) as pipe:
+        streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, stream: pipe.writer}
+        if stream == "stdout":
+            argv = ["disconnect", "nobody", "xvdb"]  # which prints nothing there
+            status = ExitStatus.ERROR
+        else:
+            argv, status = ["list"], ExitStatus.OK
+        process = processes.start(*argv, env=environment, **streams)
+        assert status == process.wait()
+
+
 # A leader of a session that opens a terminal has it as its own, and hears when it is hung up.
 IN_TERMINAL = """
 import os, sys
