@@ -7,12 +7,14 @@ import io
 import json
 import re
 import shutil
+import struct
 import subprocess
 
 import pytest
 
 from xen_disk_py.cli import main
 from xen_disk_py.exit_status import ExitStatus
+from xen_disk_py.trace.export import blkparse
 from xen_disk_py.trace.format import DISCARD, FLUSH, READ, STOPPED, WRITE, Header, Record
 from xen_disk_py.trace.writer import TraceWriter, event
 
@@ -93,7 +95,7 @@ def test_what_blkparse_would_print(run, trace):
     lines = run("trace", trace, "--blkparse")[0].splitlines()
     form = re.compile(
         r" *(\d+),(\d+) +(\d+) +(\d+) +(\d+\.\d{9}) +(\d+) +([A-Z]) +([A-Z]+)"
-        r"(?: (\d+) \+ (\d+))? \["
+        r"(?: (\d+) \+ (\d+)| 0)? \["
     )
     found = [form.match(line) for line in lines]
     assert all(found)
@@ -101,6 +103,49 @@ def test_what_blkparse_would_print(run, trace):
     assert sorted(times) == times
     assert [*"DCDCDDCCDC"] == [each[7] for each in found]
     assert ["W", "W", "R", "R", "R", "FN", "FN", "R", "D", "D"] == [each[8] for each in found]
+
+
+# linux/blktrace_api.h: what blktrace has in its files
+_EVENT = struct.Struct("=IIQQIIIIIHH")
+_ISSUED, _COMPLETED, _PROCESS, _CLOCK = 0x0040_0007, 0x0080_0008, 0x0400_0000, 0x0400_0001
+_CATEGORY = {READ: 1 << 16, WRITE: 2 << 16, FLUSH: 4 << 16, DISCARD: (1 << 29) | (2 << 16)}
+
+
+def _event(time, action, *, record=None, note=b""):
+    sector, length, queue, status = 0, 0, 0, 0
+    if record is not None:
+        sector, length, queue = record.offset // 512, record.length, record.queue
+        status = record.status if action == _COMPLETED else 0
+        action |= _CATEGORY[record.operation]
+    device, magic = (202 << 20), 0x6561_7407
+    head = (magic, 0, time, sector, length, action, 0, device, queue, status, len(note))
+    return _EVENT.pack(*head) + note
+
+
+@pytest.mark.skipif(shutil.which("blkparse") is None, reason="no blkparse here")
+def test_blkparse_itself_prints_the_same(tmp_path):
+    """Of the same requests, as blktrace has them, but for its numbers of the lines."""
+    records = [
+        Record(0, READ, 0, 500, 0, 4096, 0, 0),
+        Record(1, WRITE, 2000, 700, 8192, 65536, 0, 1),
+        Record(2, FLUSH, 3000, 100, 0, 0, 0, 0),
+        Record(3, DISCARD, 1_234_567_890, 10**9, 1 << 20, 1 << 20, 5, 0),
+    ]
+    for queue in (0, 1):
+        with (tmp_path / f"x.blktrace.{queue}").open("wb") as file:
+            file.write(_event(0, _PROCESS, note=b"guest\0"))
+            file.write(_event(0, _CLOCK, note=bytes(8)))
+            for each in records:
+                if each.queue == queue:
+                    file.write(_event(each.start, _ISSUED, record=each))
+                    file.write(_event(each.end, _COMPLETED, record=each))
+    done = subprocess.run(
+        ["blkparse", "-q", "-i", "x"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    number = re.compile(r"^( *\S+ +\S+) +\d+ ")
+    lines = [line for line in done.stdout.splitlines() if not line.startswith("Input file ")]
+    theirs = [number.sub(r"\1 # ", line) for line in lines]
+    assert theirs == [number.sub(r"\1 # ", line) for line in blkparse(records)]
 
 
 @pytest.mark.skipif(shutil.which("fio") is None, reason="no fio here")

@@ -225,6 +225,7 @@ def _draw_rates(iops: Any, rate: Any, picture: Picture) -> None:
             shown = [value / picture.column_seconds / scale for value in values[each]]
             axes.stairs(shown, edges, fill=True, alpha=0.55, color=_COLOURS[each], label=name)
         axes.set_xlim(0, picture.seconds)
+        axes.margins(y=0.25)  # for the legend
         axes.set_ylim(bottom=0)
         axes.legend(loc="upper right", fontsize=8, ncols=3)
     if any(picture.flushes):

@@ -87,5 +87,7 @@ def _line(record: Record, time: int, sequence: int, action: str) -> str:
         f"202,0   {cpu:2d} {sequence:8d} {stamp} {0:5d} {action:>2s} {_RWBS[record.operation]:>3s}"
     )
     sector, sectors = record.offset // _SECTOR, record.length // _SECTOR
-    where = "" if record.operation == FLUSH else f" {sector} + {sectors}"
+    where = f" {sector} + {sectors}"
+    if record.operation == FLUSH:
+        where = "" if action == "D" else " 0"
     return f"{head}{where} [{'guest' if action == 'D' else record.status}]"
