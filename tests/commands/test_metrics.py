@@ -134,6 +134,9 @@ def test_the_dashboard_asks_for_what_there_is():
     assert [] == [each for each in asked if not each or not each <= names]
 
 
+OLD = "# HELP xen_disk_up as it was\n"
+
+
 @pytest.fixture
 def run(host):
     def run(*argv):
@@ -151,7 +154,7 @@ def test_on_stdout(run):
 
 def test_a_file_is_replaced_at_once(run, tmp_path, monkeypatch):
     path = tmp_path / "xen-disk.prom"
-    path.write_text("old")
+    path.write_text(OLD)
     seen_then, replace = [], os.replace
 
     def look(source, target):
@@ -161,14 +164,14 @@ def test_a_file_is_replaced_at_once(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(metrics.os, "replace", look)
     assert ExitStatus.OK == run("-o", path)[0]
-    assert [("old", ["xen-disk.prom"])] == seen_then
+    assert [(OLD, ["xen-disk.prom"])] == seen_then
     assert (metrics.render([]), 0o644) == (path.read_text(), path.stat().st_mode & 0o777)
     assert [path] == list(tmp_path.iterdir())
 
 
 def test_a_file_that_cannot_be_written_is_as_it_was(run, tmp_path, monkeypatch):
     path = tmp_path / "xen-disk.prom"
-    path.write_text("old")
+    path.write_text(OLD)
 
     def full(fd):
         raise OSError(28, "No space left on device")
@@ -177,7 +180,15 @@ def test_a_file_that_cannot_be_written_is_as_it_was(run, tmp_path, monkeypatch):
     status, _, err = run("-o", path)
     assert ExitStatus.ERROR == status
     assert "No space left on device" in err
-    assert ("old", [path]) == (path.read_text(), list(tmp_path.iterdir()))
+    assert (OLD, [path]) == (path.read_text(), list(tmp_path.iterdir()))
+
+
+def test_what_has_something_else_is_not_replaced(run, tmp_path):
+    path = tmp_path / "disk.raw"
+    path.write_bytes(bytes(4096))
+    status, _, err = run("-o", path)
+    assert (ExitStatus.USAGE, bytes(4096)) == (status, path.read_bytes())
+    assert "has something else: give another name" in err
 
 
 def test_what_is_no_file_is_not_replaced(run, tmp_path):

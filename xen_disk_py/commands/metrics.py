@@ -45,6 +45,7 @@ _GAUGES = {
 _OF_A_PROCESS = {"in_flight", "held", "memory"}  # which are gone with it
 EDGES = tuple(1 << power for power in range(4, 26))
 """Upper edges of the histogram, in units: 4 µs to 8.4 s."""
+_BEGINNING = b"# HELP xen_disk_"
 _LATENCY = "request_duration_seconds"
 _CONTENT = "text/plain; version=0.0.4; charset=utf-8"
 _PATIENCE = 10.0  # seconds that a client may take for each piece of its request
@@ -174,7 +175,7 @@ def write(path: str, text: str) -> None:
     """Replace a file at once, so that whoever reads it finds the old text or the new one.
 
     Raises:
-        UsageError: something else than a file is there.
+        UsageError: something else than a file of metrics is there.
         XenDiskError: it cannot be written; the old one is still there.
     """
     directory, name = os.path.split(path)
@@ -182,6 +183,9 @@ def write(path: str, text: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             if not stat.S_ISREG(os.lstat(path).st_mode):
                 raise UsageError(f"-o {path}: not a regular file: give a file, or leave out -o")
+            with open(path, "rb") as there:
+                if there.read(len(_BEGINNING)) not in (b"", _BEGINNING):
+                    raise UsageError(f"-o {path}: has something else: give another name")
         # Its name does not end in .prom: node_exporter does not read it.
         fd, temporary = tempfile.mkstemp(".tmp", f".{name}.", directory or ".")
         try:

@@ -13,6 +13,7 @@ from xen_disk_py.backends import Backend
 from xen_disk_py.backends.conformance import BackendConformance
 from xen_disk_py.backends.filters import waiting as waiting_module
 from xen_disk_py.backends.loader import open_backend, wrap
+from xen_disk_py.errors import UsageError
 
 
 class Memory(Backend):
@@ -225,6 +226,25 @@ def test_a_line_of_json_tells_what_failed(tmp_path):
     assert abs(time.time() - facts.pop("time")) < 1000
     assert facts.pop("seconds") >= 0
     assert {"operation": "read", "offset": 0, "length": 512, "outcome": "ENOSPC"} == facts
+
+
+@pytest.mark.parametrize("content", [bytes(4096), b"MBR", b"text\n"])
+def test_a_log_is_not_appended_to_a_disk(tmp_path, content):
+    path = tmp_path / "disk.raw"
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match="there is something else: give another name"):
+        wrap(Memory(), [f"log:file={path}"])
+    assert content == path.read_bytes()
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_a_log_is_continued(tmp_path, form):
+    path = tmp_path / "log"
+    for lines in (1, 2):
+        disk = wrap(Memory(), [f"log:file={path},format={form}"])
+        disk.read([memoryview(bytearray(512))], 0)
+        disk.close()
+        assert lines == len(path.read_text().splitlines())
 
 
 def test_a_log_that_cannot_be_written_changes_nothing():

@@ -9,6 +9,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
+import stat
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +21,8 @@ from .. import Backend
 from ..filter import Filter
 
 T = TypeVar("T")
+
+_LINE = re.compile(rb"\d+\.\d{6} [a-z]+ \d|\{\"time\": ")
 
 
 class Log(Filter):
@@ -148,10 +152,31 @@ class Log(Filter):
 def _open(file: str) -> int:
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
-        return os.open(file, flags | os.O_CLOEXEC, 0o600)
+        fd = os.open(file, flags | os.O_CLOEXEC, 0o600)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UsageError(f"--filter log: file={file}: {reason}") from error
+    if _is_of_another(fd):
+        os.close(fd)
+        raise UsageError(f"--filter log: file={file}: there is something else: give another name")
+    return fd
+
+
+def _is_of_another(fd: int) -> bool:
+    """Whether it may be somebody's disk: a block device, or a file with anything but such lines."""
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
+        return stat.S_ISBLK(status.st_mode)
+    if not status.st_size:
+        return False
+    try:
+        reader = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return True
+    try:
+        return _LINE.match(os.pread(reader, 200, 0)) is None
+    finally:
+        os.close(reader)
 
 
 def _name(error: BaseException) -> str:
