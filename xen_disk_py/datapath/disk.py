@@ -33,6 +33,7 @@ from ..blkif import (
     Transfer,
 )
 from ..errors import BackendError, DeviceError, XenDiskError
+from ..host.synchronizing import synchronize
 from ..ration import Ration
 from . import statistics as count
 from .durability import Durability, Move, passes
@@ -247,6 +248,7 @@ class Disk:
         self.sectors = min(before, sectors)  # whatever else is raised, this is safe
         try:
             if sectors < before:
+                synchronize()  # a queue counts a batch as in flight, then looks at sectors
                 self._settle()
             done = self._resize_backend(wanted)
         except XenDiskError:

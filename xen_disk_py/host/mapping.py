@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Callable
 
 from xen_disk_py.errors import BackendError, XenDiskError
+from xen_disk_py.host.synchronizing import synchronize
 from xen_disk_py.hypervisor import PAGE_SIZE, Closing
 
 
@@ -55,7 +56,7 @@ class MappedPages(Closing):
             return
         try:
             self._view.release()
-            kept = self._viewed() is not None
+            kept = self._is_viewed()
         except BufferError:  # something other than a memoryview was made of the view
             kept = True
         if kept:
@@ -71,6 +72,12 @@ class MappedPages(Closing):
         except BaseException:
             self._unmap.append(unmap)  # they are mapped still
             raise
+
+    def _is_viewed(self) -> bool:
+        if self._viewed() is None:
+            return False
+        synchronize()
+        return self._viewed() is not None
 
 
 class GrantedPages(MappedPages):

@@ -1,0 +1,20 @@
+"""What the GIL does by the way, where a Python has none (a free-threaded build)."""
+
+from __future__ import annotations
+
+import gc
+import sys
+
+_HAS_GIL = bool(getattr(sys, "_is_gil_enabled", lambda: True)())
+
+
+def synchronize() -> None:
+    """Have all threads agree on what was stored before, and on what nobody refers to any longer.
+
+    With a GIL they always do. Without it, the thread that made an object counts its references
+    apart from all others, and may be asleep: what nobody refers to can still be there. And a
+    processor may do a load before an earlier store of the same thread. A collection stops all
+    threads, which orders both, and sums the references up; it takes milliseconds.
+    """
+    if not _HAS_GIL:
+        gc.collect()
