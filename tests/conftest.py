@@ -7,7 +7,6 @@ import functools
 import gc
 import io
 import os
-import select
 import signal
 import sys
 import threading
@@ -16,9 +15,10 @@ import time
 import long_run
 import pytest
 from processes import Processes
+from rings import responses_of
 
 from xen_disk_py.backends import Backend
-from xen_disk_py.blkif import X86_64, Ring, decode_response
+from xen_disk_py.blkif import X86_64, Ring
 from xen_disk_py.commands import arguments
 from xen_disk_py.commands.environment import Environment
 from xen_disk_py.datapath.disk import Disk
@@ -127,21 +127,7 @@ class Line:
 
     def responses(self, count):
         """Wait for that many responses; the next has to come within ``PATIENCE``."""
-        found = []
-        deadline = time.monotonic() + PATIENCE
-        poll = select.poll()
-        poll.register(self.channel.fileno(), select.POLLIN)
-        while len(found) < count:
-            slots = self.ring.take()
-            found.extend(map(decode_response, slots))
-            if slots:
-                deadline = time.monotonic() + PATIENCE
-            elif not self.ring.arm():
-                assert time.monotonic() < deadline, f"{len(found)} of {count} responses"
-                poll.poll(100)
-                self.channel.acknowledge()
-        assert len(found) == count
-        return found
+        return responses_of(self, count)
 
     def ask(self, *requests):
         """Put requests and return their responses; a single one for a single request."""

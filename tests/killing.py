@@ -9,6 +9,14 @@ import sys
 from long_run import stride
 
 
+def _was_killed(child):
+    """Wait for a child, which is killed or ends well."""
+    status = os.waitpid(child, 0)[1]
+    killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    assert killed or status == 0
+    return killed
+
+
 def everywhere(act, modules, *, lines):
     """Run ``act`` in children, each killed at another line of ``modules``; yield each time.
 
@@ -43,9 +51,7 @@ def everywhere(act, modules, *, lines):
             except BaseException:  # pytest must not continue in the child
                 os._exit(1)
             os._exit(0)
-        status = os.waitpid(child, 0)[1]
-        killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-        assert killed or status == 0
+        killed = _was_killed(child)
         yield
         if not killed:
             break
@@ -90,9 +96,7 @@ def at_every_effect(act, *, effects):
             except BaseException:  # pytest must not continue in the child
                 os._exit(1)
             os._exit(0)
-        status = os.waitpid(child, 0)[1]
-        killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-        assert killed or status == 0
+        killed = _was_killed(child)
         yield
         if not killed:
             break

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import xen_disk_py
 
 ROOT = Path(xen_disk_py.__file__).parent
+PAGE = Path(__file__).parents[1] / "docs" / "architecture.md"
 
 LAYERS = (  # from the bottom to the top: each may import itself and what stands before it
     {"__init__", "errors", "exit_status"},
@@ -118,3 +120,11 @@ def test_no_module_imports_itself_by_way_of_others():
 @pytest.mark.parametrize("name", sorted(PURE))
 def test_pure_modules_reach_for_no_effect(name):
     assert set() == EFFECTS & {other[1:].split(".")[0] for other in imports(name)}
+
+
+def test_the_drawing_has_every_layer_and_no_module_that_is_gone():
+    drawing = PAGE.read_text(encoding="utf-8").split("```")[1]
+    stems = {path.stem for path in MODULES.values()}
+    assert set() == set(re.findall(r"\b(\w+)\.py\b", drawing)) - stems
+    for name in set(LEVEL) - {"__init__", "__main__", "exit_status"}:
+        assert re.search(rf"\b{name}(/|\.py)", drawing), name

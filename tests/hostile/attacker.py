@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-import select
 import struct
 import time
 
 import long_run
+from rings import responses_of
 
 from xen_disk_py.backends import Backend
-from xen_disk_py.blkif import X86_64, Ring, decode_response
+from xen_disk_py.blkif import X86_64, Ring
 from xen_disk_py.datapath.disk import Disk
 from xen_disk_py.datapath.queue import Options, Queue
 from xen_disk_py.ring import FrontRing
@@ -171,24 +171,9 @@ class Wire:
         if self.ring.push():
             self.channel.notify()
 
-    def responses(self, count, patience=PATIENCE):
-        """Wait for that many responses; so many seconds for the next at most."""
-        found = []
-        deadline = time.monotonic() + patience
-        poll = select.poll()
-        poll.register(self.channel.fileno(), select.POLLIN)
-        while len(found) < count:
-            slots = self.ring.take()
-            found.extend(map(decode_response, slots))
-            if slots:
-                deadline = time.monotonic() + patience
-            elif not self.ring.arm():
-                assert time.monotonic() < deadline, f"{len(found)} of {count} responses"
-                assert not self.failures, self.failures
-                poll.poll(100)
-                self.channel.acknowledge()
-        assert count == len(found)
-        return found
+    def responses(self, count):
+        """Wait for that many responses; the next has to come within ``PATIENCE``."""
+        return responses_of(self, count)
 
     def ask(self, *slots):
         """Put requests, and return their responses."""
