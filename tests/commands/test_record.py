@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from test_json_page import check
@@ -147,4 +148,28 @@ def test_what_cannot_be_is_said_and_changes_nothing(host, connect, record, tmp_p
     assert "at least 64 MiB" in ring
     assert () == find(host.records, ADDRESS).facts.spec.filters
     assert OKAY == read_status(frontend)
+    end(host, process, frontend)
+
+
+@pytest.mark.skipif(shutil.which("nbdkit") is None, reason="needs nbdkit")
+def test_a_disk_on_a_server_that_does_many_requests_at_once(host, processes, record, tmp_path):
+    argv = ["--path", "[ nbdkit --exit-with-parent memory 1M ]", "--vdev=xvdb"]
+    process = processes.start("connect", "guest", *argv)
+    host.until(lambda: ADDRESS.backend in host.tree())
+    frontend = host.frontend(ADDRESS)
+    frontend.connect()
+    process.until(" rw")
+    frontend.write(0, b"a" * 8192)
+    for name in ("1", "2"):
+        record("start", tmp_path / name, "--data")
+        frontend.write(4096, name.encode() * 4096)
+        assert name.encode() * 4096 == frontend.read(4096, 4096)
+        frontend.flush()
+        assert ": 3 requests, 0 lost" in record("stop")[0]
+        with TraceReader(str(tmp_path / name)) as reader:
+            found = list(reader.records(data=True))
+        assert [WRITE, READ, FLUSH, STOPPED] == [each.operation for each in found]
+        assert name.encode() * 4096 == found[0].data
+        assert 0 == found[0].queue
+    assert b"a" * 4096 + b"2" * 4096 == frontend.read(0, 8192)
     end(host, process, frontend)

@@ -91,6 +91,15 @@ def test_a_trace_without_an_end_says_so(run, trace, tmp_path):
     assert "still recorded" in run("trace", path)[1]
 
 
+def test_a_trace_that_ended_by_itself_says_why(run, tmp_path):
+    path = tmp_path / "full.xdt"
+    with TraceWriter.create(str(path), Header(1 << 20, 512, 0, 0, b"s" * 16)) as writer:
+        writer.append([*RECORDS[1:2], event(STOPPED, 70 * MS, text="No space left on device")])
+    for more in ((), ("--summary",), ("--json",)):
+        err = " ".join(run("trace", path, *more)[1].split())
+        assert "the recording ended by itself: No space left on device" in err
+
+
 def test_what_blkparse_would_print(run, trace):
     lines = run("trace", trace, "--blkparse")[0].splitlines()
     form = re.compile(

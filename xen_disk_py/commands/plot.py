@@ -54,8 +54,8 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
             picture.add(record)
         ending = reader.ending
         assert ending is not None
-        if not ending.is_complete:
-            env.tell(f"{printable(args.trace)}: {ending.text}")
+        if ending.note is not None:
+            env.tell(f"{printable(args.trace)}: {ending.note}")
         title = args.title or os.path.basename(args.trace)
     if form is None:
         env.say("\n".join(_in_text(picture, title)))

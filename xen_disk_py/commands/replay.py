@@ -67,8 +67,8 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
             replay.run(_allowed(reader, progress, size, disk.size, read_only=disk.read_only))
         ending = reader.ending
         assert ending is not None
-        if not ending.is_complete:
-            env.tell(f"{printable(args.trace)}: {ending.text}")
+        if ending.note is not None:
+            env.tell(f"{printable(args.trace)}: {ending.note}")
     facts = _facts(replay)
     if args.json:
         env.say(json.dumps(facts))

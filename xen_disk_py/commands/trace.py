@@ -38,8 +38,8 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
             _print(env, _lines(args, name, records))
         ending = reader.ending
         assert ending is not None
-        if not ending.is_complete:
-            env.tell(f"{printable(args.trace)}: {ending.text}")
+        if ending.note is not None:
+            env.tell(f"{printable(args.trace)}: {ending.note}")
     return ExitStatus.ERROR if ending.is_damaged else ExitStatus.OK
 
 

@@ -23,6 +23,8 @@ from .format import (
     unpack_records,
 )
 
+_COMPLETE = "complete"
+
 
 class Ending(NamedTuple):
     """How far a trace could be read.
@@ -38,6 +40,13 @@ class Ending(NamedTuple):
     is_damaged: bool
     at: int
     text: str
+
+    @property
+    def note(self) -> str | None:
+        """A line for a person; None if it ends as somebody wanted it."""
+        if not self.is_complete:
+            return self.text
+        return None if self.text == _COMPLETE else f"the recording ended by itself: {self.text}"
 
 
 class Block(NamedTuple):
@@ -156,7 +165,7 @@ class TraceReader(Closing):
             text = self._block(last.at, None, data=True).records[-1].data
         except Damaged as error:
             return str(error)
-        return printable((text or b"complete").decode(errors="replace"))
+        return printable(text.decode(errors="replace")) if text else _COMPLETE
 
     def _find_starts(self) -> list[tuple[int, int, int]]:
         """Where blocks begin: the number of the first, its place, and the end of the area."""
