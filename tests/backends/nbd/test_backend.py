@@ -171,6 +171,19 @@ def test_a_server_that_is_not_there_is_named(tmp_path):
     assert uri in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("nbd://localhost:1/x", "Connection refused: is the server running"),
+        ("nbd+unix:///?socket=/nonexistent", "No such file or directory: is the server running"),
+        ("[ true ]", "it has to be an NBD server that takes its socket from systemd"),
+    ],
+)
+def test_what_to_do_is_said(path, says):
+    with pytest.raises(BackendError, match=says):
+        NbdBackend(path)
+
+
 def test_a_command_that_is_none():
     with pytest.raises(UsageError, match="stands between"):
         NbdBackend("[ nbdkit")

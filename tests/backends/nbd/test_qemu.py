@@ -101,6 +101,21 @@ def test_the_format_is_not_guessed(tmp_path):
     assert before == (tmp_path / "disk").read_bytes()
 
 
+def test_a_backing_file_that_is_missing_or_the_image_itself(tmp_path):
+    path, base = make(tmp_path / "disk", "qcow2"), make(tmp_path / "base", "qcow2")
+    for backing, gone, says in (
+        (base, True, "base': No such file or directory: put the backing file there, or name"),
+        (path, False, "infinite loop: qemu-img rebase -u gives it another"),
+    ):
+        command = ["qemu-img", "rebase", "-u", "-f", "qcow2", "-F", "qcow2", "-b", backing, path]
+        subprocess.run(command, check=True)
+        if gone:
+            (tmp_path / "base").unlink()
+        with pytest.raises(BackendError, match=says) as caught:
+            QemuBackend(path, "qcow2")
+        assert "\n" not in str(caught.value)
+
+
 def test_an_image_that_qemu_uses_already(tmp_path):
     path = make(tmp_path / "disk", "qcow2")
     disk = QemuBackend(path, "qcow2")

@@ -64,8 +64,7 @@ class NbdBackend(Backend):
             connect = WireConnection if is_plain(where) else Connection
             self._client = Client(lambda: connect(where), max(1, connections), timeout)
         except XenDiskError as error:
-            reason = tls.explained(where, str(error)) if isinstance(where, str) else str(error)
-            raise type(error)(f"{self._name}: {reason}") from error
+            raise type(error)(f"{self._name}: {_explained(where, str(error))}") from error
         self.asynchronous = self._client
         export = self._client.export
         try:
@@ -121,6 +120,25 @@ class NbdBackend(Backend):
 
     def __str__(self) -> str:
         return f"nbd {self._name}"
+
+
+_HINTS = (
+    ("Connection refused", "is the server running, at that port (10809 if none is named)?"),
+    ("connect: No such file or directory", "is the server running, with that socket?"),
+    ("no export named", "'nbdinfo --list URI' shows what it has"),
+)
+"""What libnbd says, and what to look at."""
+
+
+def _explained(where: str | list[str], error: str) -> str:
+    """Add to libnbd's words what to do."""
+    if not isinstance(where, str):
+        hint = "it has to be an NBD server that takes its socket from systemd, as nbdkit does"
+        return f"{error}: {hint}" if "connect:" in error or "recv:" in error else error
+    for words, hint in _HINTS:
+        if words in error:
+            return f"{error}: {hint}"
+    return tls.explained(where, error)
 
 
 def _where(path: str) -> str | list[str]:

@@ -13,7 +13,7 @@ import time
 from contextlib import suppress
 
 from ...errors import BackendError, ImageError, UsageError
-from .. import qemu_locks
+from .. import qemu_img, qemu_locks
 from ..loader import QEMU_FORMATS
 from .backend import NbdBackend
 
@@ -72,12 +72,34 @@ class QemuBackend(NbdBackend):
             )
         except BackendError as error:
             raise BackendError(
-                f"{path}: qemu-nbd does not serve it as {format}: qemu-img info --force-share "
-                f"-f {format} says why; qemu-img check -r all replays a log ({error})"
+                f"{path}: qemu-nbd does not serve it as {format}: {_reason(path, format, error)}"
             ) from error
 
     def __str__(self) -> str:
         return f"{self._format} {self._image_path}"
+
+
+_HINTS = (
+    ("infinite loop", "qemu-img rebase -u gives it another backing file"),
+    ("No such file", "put the backing file there, or name another: qemu-img rebase -u -b FILE"),
+    ("is not in", "--format says what it is"),
+    ("lock", "another process uses it"),
+    ("log", "qemu-img check -r all replays it"),
+)
+"""What QEMU says, and what to do."""
+
+
+def _reason(path: str, image_format: str, error: BackendError) -> str:
+    """Why the image cannot be served, by what qemu-img says of it, in one line."""
+    try:
+        qemu_img.describe(path, image_format)
+    except ImageError as reason:
+        said = str(reason).removeprefix(f"{path}: ").rstrip(".")
+        hint = next((hint for words, hint in _HINTS if words in said), None)
+        return f"{said}: {hint}" if hint else said
+    except UsageError:
+        pass  # no qemu-img
+    return f"its own words are above; qemu-img check -f {image_format} may say more ({error})"
 
 
 def _wait_for_another(path: str) -> None:
