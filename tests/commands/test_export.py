@@ -204,6 +204,39 @@ def test_other_formats(export, files, new, tmp_path, output_format):
     assert 0o600 == stat.S_IMODE(os.stat(new).st_mode)
 
 
+def test_a_vhd(export, files, new, host, tmp_path):
+    status, out, _ = export("--output-format", "vhd", "--json")
+    assert ExitStatus.OK is status
+    assert {"path": str(new), "size": SIZE, "format": "vhd"} == json.loads(out)
+    assert ExitStatus.OK is main(["check", str(new)], host.environment())
+    back = tmp_path / "back"
+    words = ["export", str(new), str(back), "--format", "vhd"]
+    assert ExitStatus.OK is main(words, host.environment())
+    assert files[2] == back.read_bytes()
+
+
+def test_a_vhd_has_no_blocks_of_zeros(host, tmp_path):
+    """Neither holes nor zeros that are written; the last block may be a part of one."""
+    block = 2 << 20
+    image, new, back = (tmp_path / name for name in ("image", "new", "back"))
+    with image.open("wb") as file:
+        for place, content in ((1, b"a" * 512), (3, bytes(block)), (6, b"b" * 1024)):
+            file.seek(place * block)
+            file.write(content)
+    words = ["export", str(image), str(new), "--format", "raw", "--output-format", "vhd"]
+    assert ExitStatus.OK is main(words, host.environment())
+    assert 2 * block < new.stat().st_size < 3 * block
+    assert ExitStatus.OK is main(["check", str(new)], host.environment())
+    assert ExitStatus.OK is main(
+        ["export", str(new), str(back), "--format", "vhd"], host.environment()
+    )
+    assert image.read_bytes() == back.read_bytes()
+    if shutil.which("qemu-img") is not None:
+        command = ["qemu-img", "compare", "-f", "raw", "-F", "vpc", str(image), str(new)]
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        assert "Images are identical" in done.stdout
+
+
 @pytest.mark.parametrize("words", [[], ["--output-format", "qcow2"]])
 def test_a_raw_image(files, new, words):
     if words and shutil.which("qemu-img") is None:

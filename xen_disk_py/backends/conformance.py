@@ -44,7 +44,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-import pytest
+try:
+    import pytest
+except ModuleNotFoundError:
+    if __name__ != "__main__":
+        raise
+    sys.exit("xen-disk: error: this needs pytest: pip install pytest")
 
 from ..errors import UsageError, XenDiskError
 from ..units import parse_size
@@ -679,6 +684,8 @@ def _backend(name: str | None, image_format: str | None, path: str | None) -> st
         return image_format
     if image_format is None and (name or (path is not None and not is_file(path))):
         return choose(name, path)
+    if name and path is None and image_format is not None:
+        raise UsageError(f"{name} is no backend: give an image as --path {name}")
     raise UsageError("name a backend, or the --format of the image")
 
 

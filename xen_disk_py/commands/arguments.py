@@ -342,10 +342,10 @@ def _add_overlay_commands(commands: argparse._SubParsersAction[_Parser]) -> None
     )
     export.add_argument(
         "--output-format",
-        choices=("raw", "qcow2", "vhdx", "vdi"),
+        choices=("raw", "vhd", "qcow2", "vhdx", "vdi"),
         default="raw",
-        help="what NEW is to be; others than raw are made by qemu-img, which must be installed, "
-        "and need room for a raw image meanwhile (default: raw)",
+        help="what NEW is to be; others than raw need room for a raw image meanwhile; qcow2, vhdx "
+        "and vdi are made by qemu-img, which must be installed (default: raw)",
     )
     export.add_argument("--force", action="store_true", help="replace NEW if it exists")
     _add_result_arguments(export)

@@ -14,8 +14,9 @@ from ..backends.overlay import maintenance
 from ..backends.overlay.file import image_path
 from ..backends.signatures import recognise
 from ..backends.vhd.backend import directories_from
+from ..backends.vhd.create import convert as convert_to_vhd
 from ..backends.vhd.export import export as export_vhd
-from ..errors import UsageError
+from ..errors import ImageError, UsageError
 from ..exit_status import ExitStatus
 from ..recovery.export_in_use import keeper
 from ..units import format_size
@@ -101,7 +102,9 @@ def _refuse_other_formats(source: str) -> None:
         return
     finally:
         os.close(fd)
-    if looks is not None and not looks.is_overlay:
+    if looks is None:
+        raise ImageError(f"{source}: not an overlay: if it is a raw image, add --format raw")
+    if not looks.is_overlay:
         form = "vhd" if looks.option is not None else looks.name.split()[-1].lower()
         if form == "vhd" or form in QEMU_FORMATS:
             raise UsageError(f"{source}: looks like {looks.name}: if it is, add --format {form}")
@@ -130,6 +133,8 @@ def _converter(output_format: str, progress: Progress) -> Convert | None:
     """Return what makes the new image of a raw one; None: that is the new image."""
     if output_format == "raw":
         return None
+    if output_format == "vhd":
+        return lambda raw, made: convert_to_vhd(raw, made, progress)
     qemu_img.find()  # before anything is copied
 
     def convert(raw: int, made: int) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import struct
 import time
 from collections.abc import Sequence
 from contextlib import closing
 
 from ...errors import ImageError, UsageError
-from ..exporting import Check
+from ..exporting import Check, Progress
 from ..image import Image, transfer_all
 from ..newfile import NewFile
 from .chain import open_chain
@@ -19,8 +21,10 @@ from .layout import (
     EPOCH,
     FIXED,
     FOOTER,
+    FREE,
     HEADER,
     NO_UUID,
+    SECTOR,
     Footer,
     Header,
     Locator,
@@ -32,6 +36,7 @@ from .layout import (
 )
 from .opening import open_vhd
 
+_ALIGNED = 4096  # bytes, of a block's data
 _WRITTEN = (b"MacX", b"W2ku", b"W2ru")  # what blktap writes, in its order
 
 
@@ -55,6 +60,57 @@ def create(path: str, size: int, *, fixed: bool = False, most: int = 0) -> None:
     else:
         header = Header.new(_entries(size, most))
         _make(path, _pieces(footer, header, []))
+
+
+def convert(raw: int, made: int, progress: Progress) -> None:
+    """Make a dynamic VHD of a raw image; blocks of nothing but zeros are left out.
+
+    Args:
+        raw: the image's descriptor, of whole sectors.
+        made: the descriptor of an empty file.
+        progress: told how many bytes are done, and of how many.
+
+    Raises:
+        UsageError: no VHD can be as large.
+    """
+    size = os.fstat(raw).st_size
+    check_size(size)
+    footer = Footer.new(DYNAMIC, size, new_uuid(), _now())
+    header = Header.new(_entries(size, 0))
+    (_, first), *pieces = _pieces(footer, header, [])
+    entries = [FREE] * header.entries
+    end = pieces.pop()[0]  # where the footer would be
+    bitmap = b"\xff" * header.bitmap_size
+    content = memoryview(bytearray(BLOCK))
+    for number in range(header.entries):
+        at = number * BLOCK
+        progress(at, size)
+        length = min(BLOCK, size - at)
+        if not _has_data(raw, at, length):
+            continue
+        content[length:] = bytes(BLOCK - length)
+        transfer_all(os.preadv, raw, [content[:length]], at)
+        if not any(content):
+            continue
+        data = -(-(end + len(bitmap)) // _ALIGNED) * _ALIGNED  # as blktap has it
+        entries[number] = (data - len(bitmap)) // SECTOR
+        transfer_all(os.pwritev, made, [memoryview(bitmap), content], data - len(bitmap))
+        end = data + BLOCK
+    table = struct.pack(f">{len(entries)}I", *entries)
+    pieces = [piece for piece in pieces if piece[0] != header.table]
+    pieces += [(0, first), (end, footer.raw)]
+    pieces.append((header.table, table.ljust(whole_sectors(len(table)), b"\xff")))
+    for offset, piece in pieces:
+        transfer_all(os.pwritev, made, [memoryview(piece)], offset)
+    progress(size, size)
+
+
+def _has_data(fd: int, start: int, length: int) -> bool:
+    """Tell whether an extent is more than a hole, as far as the file system says."""
+    try:
+        return os.lseek(fd, start, os.SEEK_DATA) < start + length
+    except OSError as error:
+        return error.errno != errno.ENXIO  # nothing behind it; others: it cannot tell
 
 
 def create_child(
