@@ -87,13 +87,18 @@ class CowBackend(Backend):
 
     def read_nowait(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Read what is in memory: written by the guest, or in the page cache."""
+        page = offset // PAGE
+        if len(buffers) == 1 and offset + len(buffers[0]) <= (page + 1) * PAGE:  # most requests
+            if self._dirty[page]:
+                return self._load(buffers, offset)
+            return self._image.read_nowait(buffers, offset)
         return self._read(buffers, offset, self._image.read_nowait)
 
     def _read(self, buffers: Sequence[memoryview], offset: int, read_image: _Read) -> int:
-        end = offset + (len(buffers[0]) if len(buffers) == 1 else sum(map(len, buffers)))
+        end = offset + sum(map(len, buffers))
         first, last = offset // PAGE, -(-end // PAGE)
         is_written = self._dirty[first]
-        if last - first == 1 or self._dirty.find(_NOT[is_written], first + 1, last) < 0:
+        if self._dirty.find(_NOT[is_written], first + 1, last) < 0:
             return self._load(buffers, offset) if is_written else read_image(buffers, offset)
         at, rest = offset, [*reversed(buffers)]
         while at < end:  # one extent after the other, of what is written or is not

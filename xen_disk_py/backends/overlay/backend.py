@@ -99,17 +99,16 @@ class OverlayBackend(Backend):
 
     def read_nowait(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Read what is in the page cache."""
+        block = offset // BLOCK
+        if len(buffers) == 1 and offset + len(buffers[0]) <= (block + 1) * BLOCK:  # most requests
+            allocated = self._file.allocated[block]
+            return self._readers_nowait[allocated](buffers, self._starts[allocated] + offset)
         return self._read(buffers, offset, self._readers_nowait)
 
     def _read(
         self, buffers: Sequence[memoryview], offset: int, readers: tuple[_Read, _Read]
     ) -> int:
-        length = len(buffers[0]) if len(buffers) == 1 else sum(map(len, buffers))
-        first = offset // BLOCK
-        if offset + length <= (first + 1) * BLOCK:  # most requests
-            allocated = self._file.allocated[first]
-            return readers[allocated](buffers, self._starts[allocated] + offset)
-        done = 0
+        length, done = sum(map(len, buffers)), 0
         for start, stop, allocated in self._file.extents(offset, offset + length):
             whole = stop - start == length
             part = buffers if whole else cut(buffers, start - offset, stop - offset)
