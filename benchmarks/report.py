@@ -426,6 +426,8 @@ def main(arguments: Sequence[str]) -> int:
     directory: Path = args.document.parent
     local, lab, single = [], [], []
     for run in runs:
+        if args.only is not None and not {"local", "lab", "calls"} & {*args.only}:
+            continue  # their plots stay as well
         own = [section(run, name, LOCAL[name], directory) for name in LOCAL if name in run.tables]
         others = [section(run, name, LAB, directory) for name in _lab_tables(run)]
         local += [facts(run), *own] if own else []
@@ -433,8 +435,10 @@ def main(arguments: Sequence[str]) -> int:
         if calls.TABLE in run.tables:
             single += [facts(run), table(run, calls.TABLE, CALLS)]
     text = args.document.read_text()
-    reached = [goals(runs, GOALS)] if local else []
-    reached_in_lab = [goals(runs, LAB_GOALS)] if lab else []
+    measured = {name for run in runs for name in run.tables}
+    reached = [goals(runs, GOALS)] if measured & {*LOCAL} else []
+    in_lab = any(name.startswith("xen-") for name in measured)
+    reached_in_lab = [goals(runs, LAB_GOALS)] if in_lab else []
     for mark, parts in (
         ("goals", reached),
         ("lab goals", reached_in_lab),
