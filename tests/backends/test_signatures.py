@@ -41,6 +41,8 @@ def run(*command):
         (["-f", "vmdk", "-o", "subformat=monolithicFlat"], "the descriptor of a VMDK"),
         (["-f", "vdi"], "a VDI"),
         (["-f", "qed"], "QED"),
+        (["-f", "qcow"], "qcow"),
+        (["-f", "parallels"], "a Parallels disk"),
     ],
 )
 def test_an_image_of_qemu_is_recognised_and_the_remedy_converts_it(tmp_path, options, name):

@@ -46,6 +46,7 @@ def _unpacked(program: str) -> Callable[[str], str]:
 
 
 _HEADS: tuple[tuple[int, bytes, str, Callable[[str], str]], ...] = (
+    (0, b"QFI\xfb\0\0\0\1", "qcow", _converted("qcow")),
     (0, b"QFI\xfb", "qcow2", _converted("qcow2")),
     (0, _VHD, "a VHD", _converted("vpc")),
     (0, b"vhdxfile", "a VHDX", _converted("vhdx")),
@@ -54,6 +55,8 @@ _HEADS: tuple[tuple[int, bytes, str, Callable[[str], str]], ...] = (
     (0, b"# Disk DescriptorFile", "the descriptor of a VMDK", _converted("vmdk")),
     (64, b"\x7f\x10\xda\xbe", "a VDI", _converted("vdi")),
     (0, b"QED\0", "QED", _converted("qed")),
+    (0, b"WithoutFreeSpace", "a Parallels disk", _converted("parallels")),
+    (0, b"WithouFreSpacExt", "a Parallels disk", _converted("parallels")),
     (0, b"\x1f\x8b\x08", "gzip", _unpacked("gzip")),
     (0, b"\xfd7zXZ\0", "xz", _unpacked("xz")),
     (0, b"\x28\xb5\x2f\xfd", "zstd", _unpacked("zstd")),

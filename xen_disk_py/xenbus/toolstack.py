@@ -26,6 +26,7 @@ KINDS = ("vbd3", "qdisk")
 
 _VBD3 = (4, 19)  # the Xen whose libxl knows that kind
 _NO_SCRIPT = "/bin/true"
+_REMOVALS = 8  # tries of all nodes at once: other disks of the guest may be coming and going
 
 SCRIPT = "block-xen-disk"
 """The hotplug script, by which a disk line of xl says that the disk is ours."""
@@ -262,7 +263,7 @@ def detach(store: Store, address: Address) -> None:
                 parent = parent.rpartition("/")[0]
 
     try:
-        store.transact(remove)
+        store.transact(remove, tries=_REMOVALS)
     except StoreError as error:
         if error.errno != errno.EAGAIN:
             raise

@@ -174,10 +174,10 @@ class Store(Closing):
         what = f"cannot set the permissions of {path}"
         self._ask(what, self._client.set_perms, _path(path), entries)
 
-    def transact(self, change: Callable[[Store], T]) -> T:
+    def transact(self, change: Callable[[Store], T], *, tries: int = _TRANSACTION_TRIES) -> T:
         """Run ``change(self)`` in a transaction, and again if somebody else interfered.
 
-        ``change`` may run many times, so it should do nothing but read and write here.
+        ``change`` may run ``tries`` times, so it should do nothing but read and write here.
 
         Returns:
             What ``change`` returned in the run that was committed.
@@ -187,7 +187,7 @@ class Store(Closing):
             Exception: what ``change`` raises; nothing is changed then.
         """
         client = self._client
-        for attempt in range(_TRANSACTION_TRIES):
+        for attempt in range(tries):
             if attempt:
                 time.sleep(random.uniform(0, min(0.1, 0.001 * 2**attempt)))
             self._ask("cannot start a transaction", client.transaction)
@@ -203,7 +203,7 @@ class Store(Closing):
                 raise
             if self._ask("cannot commit a transaction", client.commit):
                 return result
-        raise StoreError(errno.EAGAIN, f"{_TRANSACTION_TRIES} tries of a transaction collided")
+        raise StoreError(errno.EAGAIN, f"{tries} tries of a transaction collided")
 
     # -- watches -----------------------------------------------------------------------
 
