@@ -118,6 +118,7 @@ def test_of_images(run, image, tmp_path):
     check("check", run("check", tmp_path / "new.vhd"))
 
 
+@pytest.mark.shared
 def test_of_a_disk_that_is_served(host, processes, image):
     argv = ["connect", "guest", "--vdev=xvdb", "--path", str(image), "--backend=raw", "--json"]
     argv += ["--filter=protect:range=0-512"]

@@ -20,6 +20,8 @@ from xen_disk_py.commands.environment import Environment
 from xen_disk_py.errors import UsageError, XenUnavailable
 from xen_disk_py.exit_status import ExitStatus
 
+pytestmark = pytest.mark.shared
+
 MIB = 1 << 20
 PLUGIN = os.path.join(os.path.dirname(xen_disk_py.__file__), "nbdkit_plugin.py")
 PATIENCE = 60.0

@@ -100,6 +100,7 @@ def test_install(one_file, start, tmp_path):
         assert f"\nExecStart={sys.executable} -I {one_file} {words}" in text
 
 
+@pytest.mark.shared
 def test_a_supervised_disk(host, processes, tmp_path):
     """On a simulated host: a worker is killed, and the next one becomes a newer version."""
     one_file = build(tmp_path / "old")

@@ -23,6 +23,8 @@ from xen_disk_py.xenbus import toolstack
 from xen_disk_py.xenbus.device import Device
 from xen_disk_py.xenbus.states import State
 
+pytestmark = pytest.mark.shared
+
 PATIENCE = 30.0  # seconds for what must happen to happen
 LONG = 2 * PATIENCE  # seconds for what is not to happen before something else
 

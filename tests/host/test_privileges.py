@@ -364,6 +364,7 @@ os._exit(0)
 """
 
 
+@pytest.mark.shared
 @REALLY
 @pytest.mark.parametrize(("end", "status"), [("unplugged", 0), ("forced", 130)])
 def test_a_disk_is_served_and_cleaned_up_by_nobody(roots_image, tmp_path, end, status):
