@@ -9,6 +9,8 @@ import shutil
 import subprocess
 import sys
 import types
+from contextlib import closing
+from dataclasses import replace
 
 import pytest
 
@@ -17,8 +19,14 @@ from xen_disk_py.backends.nbd import NbdBackend
 from xen_disk_py.backends.nbd.libnbd import NBD
 from xen_disk_py.cli import main
 from xen_disk_py.commands.environment import Environment
-from xen_disk_py.errors import UsageError, XenUnavailable
+from xen_disk_py.errors import ImageError, UsageError, XenUnavailable
 from xen_disk_py.exit_status import ExitStatus
+from xen_disk_py.recovery import record
+from xen_disk_py.recovery.facts import Facts
+from xen_disk_py.recovery.spec import DiskSpec
+from xen_disk_py.xenbus.states import Address
+from xen_disk_py.xenbus.toolstack import Domain
+from xen_disk_py.xenbus.vdev import parse
 
 pytestmark = pytest.mark.shared
 
@@ -251,3 +259,23 @@ def test_other_keys_are_the_disks_own(served, tmp_path):
         served.config(*word.split("="))
     assert ["demo", f"--path={tmp_path / 'ram.py'}", "--option=first=0"] == served._words
     assert 2 * MIB == served.get_size(served.open(False))
+
+
+def test_the_disk_of_a_process_that_died_is_left_to_its_successor(served, tmp_path, monkeypatch):
+    path, address = tmp_path / "disk.raw", Address(0, 5, 51728, "vbd3")
+    path.write_bytes(bytes(MIB))
+    records = str(tmp_path / "records")
+    monkeypatch.setattr(record, "DIRECTORY", records)
+    spec = DiskSpec(directory="/", backend="raw", path=str(path))
+    with closing(spec.open_disk()) as disk:
+        one = record.Record(records, address)
+        facts = Facts.about(spec, Domain(5, "guest", ""), parse("xvdb"), disk)
+        one.describe(replace(facts, pid=999_999_999))
+        one.leave()
+    served.config("path", str(path))
+    served.config("backend", "raw")
+    with pytest.raises(ImageError, match="whose process has died"):
+        served.open(False)
+    served.config("force", "yes")
+    assert MIB == served.get_size(served.open(False))
+    record.forget(records, address)

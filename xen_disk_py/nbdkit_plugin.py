@@ -67,7 +67,18 @@ def open(readonly: bool) -> Backend:  # noqa: A001 - nbdkit's name for it
         if not _disks:
             words = [*_words, "--read-only"] if readonly else _words
             args = _load("commands.arguments").parse(words)
-            _disks.append(_load("commands.backend_arguments").backend_from(args))
+            disk = _load("commands.backend_arguments").backend_from(args)
+            try:
+                _load("recovery.orphans").check(
+                    _load("recovery.record").DIRECTORY,
+                    disk.host_storage,
+                    force=args.force,
+                    open_store=_load("xenbus.xenstore").Store.open,
+                )
+            except BaseException:
+                disk.close()
+                raise
+            _disks.append(disk)
         return _disks[0]
 
 
