@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import select
 import shlex
 import shutil
 import statistics
@@ -21,6 +22,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Callable
 
+from xen_disk_py.backends import Backend
 from xen_disk_py.backends.loader import open_backend
 from xen_disk_py.backends.replay import Replay
 from xen_disk_py.backends.vhd import VhdBackend
@@ -460,8 +462,46 @@ def slow(bench: Bench) -> None:
                 )
 
 
+def without_a_guest(disk: Backend, operation: int, size: int, depth: int) -> Loop:
+    """Return a run of random requests by an asynchronous disk, from this very thread.
+
+    As fio does it: the pages are its own, there is no ring and nobody else to wake.
+    """
+    many = disk.asynchronous
+    assert many is not None
+    places = offsets(size)
+    pages = [memoryview(bytearray(size)) for _ in range(depth)]
+    poller = select.poll()
+    poller.register(many.fileno(), select.POLLIN)
+
+    def loop(seconds: float) -> Sample:
+        free, requests = list(range(depth)), 0
+        cpu, start = time.thread_time(), time.perf_counter()
+        while free or many.unfinished:
+            while free and time.perf_counter() < start + seconds:
+                number = free.pop()
+                place = places[requests % len(places)]
+                many.submit(operation, [pages[number]], place, size, number)
+                requests += 1
+            done = many.collect()
+            if not done:
+                if not many.unfinished:
+                    break
+                poller.poll(1000)
+            for number, error in done:
+                if error is not None:
+                    raise error
+                free.append(number)
+        return Sample(requests, time.perf_counter() - start, time.thread_time() - cpu)
+
+    return loop
+
+
 def nbd(bench: Bench) -> None:
     """A disk on an NBD server next to fio's nbd engine on that server; the client's own time.
+
+    fio is alone with the server. A disk has a guest besides, in a process of its own, which takes
+    its share of the processors: so there is also what our client does without one.
 
     Then a server that takes 10 ms for each request, of which it does 64 at once.
     """
@@ -472,11 +512,15 @@ def nbd(bench: Bench) -> None:
     with ExitStack() as stack:
         server = stack.enter_context(nbdkit.served("memory", f"size={DISK}"))
         disk = stack.enter_context(served("--path", server.uri, "--option", "connections=1"))
+        alone = stack.enter_context(
+            closing(open_backend("nbd", {"path": server.uri}, pairs=["connections=1"]))
+        )
         for label in ("4 KiB", "1 MiB"):
             for way, operation in OPERATIONS.items():
                 size = SIZES[label]
                 loops = {
                     "fio": server.fio(operation, size, 32, counts_client=True),
+                    "no guest": without_a_guest(alone, operation, size, 32),
                     "nbd": prepared(disk, operation, size, 32),
                 }
                 workload = f"{label} {way}, depth 32"
