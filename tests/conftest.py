@@ -458,5 +458,10 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_collection_finish():
     """What was imported and collected stays: no collection of garbage looks through it again."""
+    with contextlib.suppress(ImportError):
+        from hypothesis import given, strategies
+
+        # It looks once who refers to its random numbers, and would not find what is frozen.
+        given(strategies.none())(lambda nothing: None)()
     gc.collect()
     gc.freeze()

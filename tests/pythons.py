@@ -77,7 +77,7 @@ cd /src
 python{version} -m venv --system-site-packages /venv
 /venv/bin/pip install -q --no-index --no-deps --no-build-isolation /src
 /venv/bin/pip check
-exec /venv/bin/python -P -m pytest {arguments}
+/venv/bin/python -P -m pytest {arguments} || exit $?  # no exec: orphans are not to become its own
 """
 
 

@@ -82,7 +82,7 @@ class FullDevice:
 
     def fill(self) -> None:
         """Leave no room: write-back fails from now on, except into what is there already."""
-        with open(self._filler, "wb") as file:
+        with open(self._filler, "wb", buffering=0) as file:  # what is buffered fails once more
             try:
                 while True:
                     file.write(bytes(65536))

@@ -231,8 +231,9 @@ def test_it_listens_until_a_signal(host, signum):
         assert url.startswith("http://127.0.0.1:")
         kind, text = get(url)
         assert (metrics.render([]), True) == (text, kind.startswith("text/plain; version=0.0.4"))
-        with pytest.raises(urllib.error.HTTPError):
+        with pytest.raises(urllib.error.HTTPError) as caught:
             get(url + "/x")
+        caught.value.close()
 
     assert ExitStatus.OK == listening(host, ask, signum)
 
