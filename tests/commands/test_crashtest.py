@@ -7,6 +7,7 @@ import json
 import os
 import select
 import signal
+import subprocess
 import threading
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from recorded import SIZE, flush, header, make, resized, stopped, write
 
 from xen_disk_py.cli import main
 from xen_disk_py.commands.environment import Environment
-from xen_disk_py.crashtest import search
+from xen_disk_py.crashtest import search, trial
 from xen_disk_py.exit_status import ExitStatus
 
 OTHERS = [write(20 + n, 21 + n, 16384 + 512 * n, bytes([n + 65]) * 512) for n in range(4)]
@@ -228,6 +229,27 @@ def test_a_signal_ends_it_and_leaves_nothing(crashtest, directory, tmp_path, opt
         status = crashtest(GOOD, check, *options)[0]
     finally:
         thread.join()
+    assert ExitStatus.INTERRUPTED == status
+    os.close(ours)
+    assert [(reader, select.POLLHUP)] == _gone(reader)
+    os.close(reader)
+
+
+def test_a_signal_while_a_check_is_being_started_ends_it_too(crashtest, tmp_path, monkeypatch):
+    """Whoever looks after it does so from its first moment."""
+    alive = tmp_path / "open while it lives"
+    os.mkfifo(alive)
+    reader = os.open(alive, os.O_RDONLY | os.O_NONBLOCK)
+    ours = os.open(alive, os.O_WRONLY)
+    real = subprocess.Popen
+
+    def popen(*arguments, **options):
+        process = real(*arguments, **options, pass_fds=[ours])
+        os.kill(os.getpid(), signal.SIGTERM)
+        return process
+
+    monkeypatch.setattr(trial.subprocess, "Popen", popen)
+    status = crashtest(GOOD, ": {}; sleep 1000", "--state", "0:0")[0]
     assert ExitStatus.INTERRUPTED == status
     os.close(ours)
     assert [(reader, select.POLLHUP)] == _gone(reader)

@@ -9,6 +9,7 @@ import stat
 import tempfile
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from queue import Empty, Full, Queue
@@ -111,6 +112,17 @@ class Setting:
             "XEN_DISK_UNTIL": "" if until is None else _seconds(header.started + until),
         }
         return run(self.command, view.path, facts, self.timeout, is_over)
+
+    def check_apart(self, view: View, state: State) -> Outcome:
+        """Run the check in a thread, so that a signal, wherever it meets this one, ends it too."""
+        over = threading.Event()
+        with ThreadPoolExecutor(1) as pool:
+            try:
+                outcome = pool.submit(self.check, view, state, over.is_set).result()
+            finally:
+                over.set()
+        assert outcome is not None
+        return outcome
 
 
 def _seconds(nanoseconds: int) -> str:
@@ -259,9 +271,11 @@ def search(setting: Setting, plan: Plan, jobs: int, progress: Progress) -> Resul
     """
     shared = _Search(setting, plan, jobs, progress)
     threads = [threading.Thread(target=shared.work, args=(n,), daemon=True) for n in range(jobs)]
-    for thread in threads:
-        thread.start()
+    started = 0
     try:
+        for thread in threads:
+            started += 1
+            thread.start()
         _feed(shared)
         shared.done.set()
         for thread in threads:
@@ -270,8 +284,9 @@ def search(setting: Setting, plan: Plan, jobs: int, progress: Progress) -> Resul
     finally:
         shared.stop.set()
         shared.abort.set()
-        for thread in threads:
-            thread.join()
+        for thread in threads[:started]:
+            with suppress(RuntimeError):  # a signal came before it was started
+                thread.join()
     if shared.error is not None:
         if isinstance(shared.error, OSError):
             raise ImageError(f"{setting.directory}: {shared.error.strerror}") from shared.error
@@ -315,8 +330,7 @@ def try_one(setting: Setting, plan: Plan, name: str, *, keep: bool) -> tuple[Sta
                 break
         state = plan.named(name, epoch)
         view.show(extents_of(epoch, state.chosen, setting.unit))
-        outcome = setting.check(view, state, lambda: False)
-        assert outcome is not None
+        outcome = setting.check_apart(view, state)
         if keep:
             view.restore()
             view.show(extents_of(epoch, state.chosen, setting.unit))
@@ -337,8 +351,7 @@ def reduce(
             view.restore()
             view.show(extents_of(epoch, chosen, unit))
             part = State(name_of(epoch, chosen, unit), epoch, chosen)
-            found = setting.check(view, part, lambda: False)
-            return found is not None and found.has_failed
+            return setting.check_apart(view, part).has_failed
 
         def only(part: object) -> Choice:
             assert isinstance(part, list)
