@@ -200,7 +200,7 @@ class Dom0(Shell):
 
 
 class Guest(Shell):
-    """A PV or PVH guest made with ``xl create``; a context manager that destroys it.
+    """A guest made with ``xl create``; a context manager that destroys it.
 
     Args:
         kind: "pv" or "pvh".
@@ -232,15 +232,7 @@ class Guest(Shell):
         name: str | None = None,
     ) -> None:
         kind = "pvh" if IS_ARM else kind  # Xen knows but one kind there
-        self.kind = kind
-        self.name = name or f"{kind}-{next(_numbers)}"
-        self.domid = -1
-        self.console = ""
-        self._marks = itertools.count(1)
-        self._lock = threading.Lock()
-        self._changed = threading.Condition(self._lock)
-        self._tty = self._stop = self._stop_writer = -1
-        self._reader: threading.Thread | None = None
+        self._begin(kind, name or f"{kind}-{next(_numbers)}")
         linux = {
             "kernel": str(LAB / "vmlinuz"),
             "ramdisk": str(ramdisk or LAB / ("guest-fio.cpio" if fio else "guest.cpio")),
@@ -261,6 +253,26 @@ class Guest(Shell):
         config = directory / f"{self.name}.cfg"
         config.write_text("".join(f"{key} = {value!r}\n" for key, value in settings.items()))
         self._create(config, paused)
+
+    def _begin(self, kind: str, name: str) -> None:
+        self.kind = kind
+        self.name = name
+        self.domid = -1
+        self.console = ""
+        self._marks = itertools.count(1)
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._tty = self._stop = self._stop_writer = -1
+        self._reader: threading.Thread | None = None
+
+    @classmethod
+    def running(cls, kind: str, name: str) -> Guest:
+        """Return a guest, of any kind, that something else has started."""
+        guest = cls.__new__(cls)
+        guest._begin(kind, name)
+        guest.domid = int(sh("xl", "domid", name).strip())
+        guest._attach_console()
+        return guest
 
     def _create(self, config: Path, paused: bool) -> None:
         for boot in range(1, _BOOTS + 1):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import signal
+import subprocess
 from pathlib import Path
 from typing import Callable
 
 import pytest
 
 from .disk import Disk, block_nodes
-from .guest import Dom0, Guest
+from .guest import PATIENCE, Dom0, Guest
+from .test_reliability import taken_over, worker
 
 MIB = 1 << 20
 TIB = 1 << 40
@@ -83,6 +88,54 @@ def test_a_disk_of_5_tib(
                 f"dd if=/dev/{disk.device} of={tmp_path}/back bs=1M count=1 skip={block} "
                 f"iflag=direct && cmp {data} {tmp_path}/back"
             )
+        assert disk.disconnect() == 0, disk.describe()
+    finally:
+        path.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("backend", ["raw", "mmap"])
+def test_a_discard_of_5_tib(
+    backend: str, dom0: Dom0, connect: Connect, tmp_path: Path, xenstore_unchanged: None
+) -> None:
+    """All of it is answered, also by the successor of a process that is killed amid it.
+
+    Linux 6 makes a few requests of that, Linux 7 one for each 2 TiB.
+    """
+    path = Path("/var/tmp/large.raw")
+    places = (0, 2 * TIB - MIB, 2 * TIB, 5 * TIB - MIB)
+    try:
+        with path.open("wb") as file:
+            try:
+                file.truncate(5 * TIB)
+            except OSError as error:
+                pytest.skip(f"no file of 5 TiB here: {error.strerror}")
+            for place in places:
+                os.pwrite(file.fileno(), b"old " * (MIB // 4), place)
+        disk = connect(dom0, "--supervise", "--path", path, "--backend", backend)
+        device = f"/dev/{disk.device}"
+        dom0.wait_for_device(disk.device)
+        trace, pid = tmp_path / "trace", worker(disk)
+        slowly = ("-e", "inject=fallocate:delay_enter=1000000")
+        strace = subprocess.Popen(
+            ["strace", "-f", "-o", str(trace), "-e", "trace=fallocate", *slowly, "-p", str(pid)]
+        )
+        tracers = f"grep -h TracerPid /proc/{pid}/task/*/status"
+        dom0.wait_until(f"! {tracers} | grep -qw 0", PATIENCE, "strace does not begin")
+        discarding = dom0.spawn(f"blkdiscard {device}")
+        dom0.wait_until(f"[ $(grep -c fallocate {trace}) -ge 3 ]", PATIENCE, "no discards")
+        os.kill(pid, signal.SIGKILL)
+        strace.wait(PATIENCE)
+        taken_over(disk, 1)
+        status, said = discarding.wait(2 * PATIENCE)
+        assert status == 0, said + disk.describe()
+        assert "I/O error" not in dom0.dmesg()
+        assert path.stat().st_blocks < 4 * MIB // 512, "nothing was given back"
+        for place in places:
+            read = f"dd if={device} bs=1M count=1 skip={place // MIB} iflag=direct 2>/dev/null"
+            dom0.check(f"{read} > {tmp_path}/back")
+            assert (tmp_path / "back").read_bytes() == bytes(MIB), place
+        limit = attribute(dom0, disk, "queue/discard_max_bytes")
+        print(f"Linux {platform.release()} discards {limit} bytes at most with one request")
         assert disk.disconnect() == 0, disk.describe()
     finally:
         path.unlink(missing_ok=True)

@@ -260,6 +260,37 @@ def test_boot_from_a_gold_image(serve: Daemon) -> None:
     assert digest == sh("sha256sum", str(GOLD)), "the gold image has changed"
 
 
+def test_a_guest_that_is_saved_and_restored(serve: Daemon, image: Path, tmp_path: Path) -> None:
+    """Its disk comes back by itself, with what it has mounted and had not written yet."""
+    line = LINE.format("xvdb", "rw", image)
+    with Guest("pv", disks=[line]) as guest:
+        guest.wait_for_device("xvdb")
+        guest.check("/opt/bin/mkfs.ext4 -q /dev/xvdb && mount /dev/xvdb /mnt")
+        guest.check("dd if=/dev/urandom of=/mnt/stored bs=1M count=2 && sync")
+        guest.check("dd if=/dev/urandom of=/mnt/late bs=64k count=16")
+        sums = guest.check("cd /mnt && sha256sum stored late")
+        (first,) = served()
+        saved, domid = tmp_path / "saved", guest.domid
+        guest.save(saved)
+        serve.wait_for("STATUS=0 disks")
+        assert block_nodes(domid) == {}
+
+        guest.restore(saved)
+        assert guest.domid != domid
+        guest.unpause()
+        guest.check("sync && echo 3 > /proc/sys/vm/drop_caches")
+        assert guest.check("cd /mnt && sha256sum stored late") == sums
+        (second,) = served()
+        assert first["pid"] != second["pid"]
+        guest.check("echo after > /mnt/after && umount /mnt")
+        assert "I/O error" not in guest.dmesg()
+        guest.shutdown()
+        guest.wait_dead()
+    serve.wait_for("STATUS=0 disks")
+    sh("e2fsck", "-fn", str(image))
+    assert sh("debugfs", "-R", "cat /after", str(image)).endswith("after\n")
+
+
 def test_a_process_that_is_killed_is_followed(serve: Daemon, pv_guest: Guest, image: Path) -> None:
     """Where the disk outlives it: the guest waits a moment, and knows of nothing."""
     domid = str(pv_guest.domid)

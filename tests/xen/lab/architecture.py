@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 CPUS = 2
@@ -14,7 +14,7 @@ CPUS = 2
 
 @dataclass(frozen=True)
 class Architecture:
-    """One of :data:`AMD64` and :data:`ARM64`.
+    """One of :data:`AMD64`, what is derived from it, and :data:`ARM64`.
 
     Attributes:
         name: Debian's.
@@ -25,6 +25,7 @@ class Architecture:
         memory: of the machine.
         packages: of dom0, beside those of all.
         dom0_modules: drivers of its root disk.
+        cpu: the processor's model.
         host_programs: a program and the Debian package that has it.
         host_files: likewise a file.
     """
@@ -37,6 +38,7 @@ class Architecture:
     memory: str
     packages: tuple[str, ...]
     dom0_modules: tuple[str, ...]
+    cpu: str
     host_programs: tuple[tuple[str, str], ...]
     host_files: tuple[tuple[str, str], ...] = ()
 
@@ -55,17 +57,15 @@ class Architecture:
         if self is ARM64:
             return [
                 *("-machine", f"{_VIRT},memory-backend={ram}", "-m", self.memory),
-                *("-accel", "tcg,thread=multi", "-cpu", "cortex-a57", "-smp", str(CPUS)),
+                *("-accel", "tcg,thread=multi", "-cpu", self.cpu, "-smp", str(CPUS)),
                 *("-dtb", str(build / "machine.dtb"), "-kernel", str(build / "xen")),
                 *("-append", f"{_XEN} console=dtuart dtuart=/pl011@9000000"),
                 *_loader(build / "vmlinuz", _KERNEL_AT),
                 *_loader(build / "initrd", _INITRD_AT),
             ]
-        # "-cpu max" crashes a PV dom0 at its first instruction; SVM with nested paging is what PVH
-        # guests need.
         return [
             *("-machine", f"q35,memory-backend={ram}", "-m", self.memory),
-            *("-accel", "tcg,thread=multi", "-cpu", "qemu64,+svm,+npt", "-smp", str(CPUS)),
+            *("-accel", "tcg,thread=multi", "-cpu", self.cpu, "-smp", str(CPUS)),
             *("-kernel", str(build / "xen"), "-append", f"{_XEN} com1=115200,8n1 console=com1"),
             *("-initrd", f"{build / 'vmlinuz'} {_DOM0},{build / 'initrd'}"),
         ]
@@ -84,7 +84,7 @@ class Architecture:
             return
         tree = str(build / "machine.dtb")
         command = [self.qemu, "-machine", f"{_VIRT},dumpdtb={tree}", "-m", self.memory]
-        command += ["-cpu", "cortex-a57", "-smp", str(CPUS), "-display", "none"]
+        command += ["-cpu", self.cpu, "-smp", str(CPUS), "-display", "none"]
         subprocess.run(command, check=True, capture_output=True)
         _put(tree, "x", "/chosen", "#address-cells", "2")
         _put(tree, "x", "/chosen", "#size-cells", "2")
@@ -130,8 +130,20 @@ AMD64 = Architecture(
     memory="5G",
     packages=("qemu-system-xen", "grub-xen-host"),
     dom0_modules=("virtio_pci", "virtio_blk", "ext4"),
+    # "max" crashes a PV dom0 at its first instruction; SVM with nested paging is what PVH and HVM
+    # guests need.
+    cpu="qemu64,+svm,+npt",
     host_programs=(("qemu-system-x86_64", "qemu-system-x86"),),
     host_files=(("/usr/share/seabios/bios-256k.bin", "seabios"),),
+)
+# libvirt knows no model that has SVM and is this one: PV guests only.
+LIBVIRT = replace(
+    AMD64,
+    cpu="Nehalem",
+    packages=(
+        *AMD64.packages,
+        *("libvirt-daemon", "libvirt-daemon-driver-xen", "libvirt-clients"),
+    ),
 )
 # Debian has no qemu-system-xen there: no qdisk to compare with. What is only unpacked lacks what
 # every installation has.
@@ -144,9 +156,10 @@ ARM64 = Architecture(
     memory="5G",
     packages=(
         *("base-files", "base-passwd", "bash", "coreutils", "dash", "findutils", "grep", "gzip"),
-        *("hostname", "sed", "tar"),
+        *("hostname", "sed", "tar", "debianutils", "diffutils", "libc-bin", "sysvinit-utils"),
     ),
     dom0_modules=("virtio_mmio", "virtio_blk", "ext4"),
+    cpu="cortex-a57",
     host_programs=(
         ("qemu-system-aarch64", "qemu-system-arm"),
         ("fdtput", "device-tree-compiler"),

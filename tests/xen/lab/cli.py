@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
         "--suite",
         choices=[*sorted(SUITES), ALL],
         default=DEFAULT_SUITE,
-        help="which Debian, so which Xen; all: those for x86, one after another (test and build)",
+        help="which machine; all: bookworm and trixie, one after another (test and build)",
     )
     common.add_argument(
         "--cold",
@@ -214,7 +214,7 @@ def _run_tests(arguments: argparse.Namespace, what: Sequence[str]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command of the lab and return its exit status."""
     arguments, extra = _parser().parse_known_args(argv)
-    whole = [name for name, suite in sorted(SUITES.items()) if not suite.architecture.is_foreign]
+    whole = [name for name, suite in sorted(SUITES.items()) if suite.is_common]
     suites = whole if arguments.suite == ALL else [arguments.suite]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the machine ends with us
     try:

@@ -9,7 +9,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from .architecture import AMD64, ARM64, Architecture
+from .architecture import AMD64, ARM64, LIBVIRT, Architecture
 
 HERE = Path(__file__).resolve().parent
 CHECKOUT = HERE.parents[2]
@@ -71,13 +71,24 @@ EXCLUDED_PATHS = (
 
 @dataclass(frozen=True)
 class Suite:
-    """A Debian release on an architecture, and the Xen in it."""
+    """A Debian release on an architecture, and the Xen in it.
+
+    Attributes:
+        name: what ``--suite`` takes; also the beginning of its builds' names.
+        release: Debian's.
+        xen: version, as in the packages' names.
+        linux: version, for people.
+        architecture: the machine, and what it adds to the packages.
+        is_common: whether ``--suite all`` has it: the others change under us, take much longer,
+            or are there for one module of tests.
+    """
 
     name: str
     release: str
     xen: str
     linux: str
     architecture: Architecture = AMD64
+    is_common: bool = False
 
     @property
     def packages(self) -> tuple[str, ...]:
@@ -93,9 +104,14 @@ class Suite:
 
 
 SUITES = {
-    "bookworm": Suite("bookworm", "bookworm", xen="4.17", linux="6.1"),
-    "trixie": Suite("trixie", "trixie", xen="4.20", linux="6.12"),
-    "arm64": Suite("arm64", "trixie", xen="4.20", linux="6.12", architecture=ARM64),
+    suite.name: suite
+    for suite in (
+        Suite("bookworm", "bookworm", xen="4.17", linux="6.1", is_common=True),
+        Suite("trixie", "trixie", xen="4.20", linux="6.12", is_common=True),
+        Suite("forky", "forky", xen="4.20", linux="7"),
+        Suite("arm64", "trixie", xen="4.20", linux="6.12", architecture=ARM64),
+        Suite("libvirt", "bookworm", xen="4.17", linux="6.1", architecture=LIBVIRT),
+    )
 }
 DEFAULT_SUITE = "bookworm"
 
