@@ -76,10 +76,17 @@ def test_a_reader_that_has_stopped_is_not_waited_for(tmp_path):
 
 SCRIPT = f"""
 set -e
-mount -t tmpfs tmpfs /run
+mount -t tmpfs tmpfs /run || exit 77
 mkdir -p /run/systemd/journal /run/log/journal
 {JOURNALD} 2>/dev/null &
 trap "kill $!; wait $! || true" EXIT
+i=0
+until [ -S /run/systemd/journal/socket ]
+do
+    i=$((i + 1))
+    [ $i -lt 300 ] || exit 77
+    sleep 0.1
+done
 "$@"
 journalctl -D /run/log/journal --sync 2>/dev/null || true
 i=0
@@ -117,8 +124,11 @@ def test_the_real_one_has_it_all(tmp_path):
         capture_output=True,
         text=True,
         timeout=100,
-        check=True,
+        check=False,
     )
+    if done.returncode == 77:
+        pytest.skip("systemd-journald does not run here")
+    assert 0 == done.returncode, done.stderr
     (entry,) = map(json.loads, done.stdout.splitlines())
     assert ("m", "3", "g", "a\nb=c", "e" * 300_000) == tuple(
         entry[name]
