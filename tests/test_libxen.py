@@ -32,6 +32,14 @@ class TestLibrary:
             ABSENT.load()
         assert "libabsent-xyz.so.9 not found: install libabsent9 (Debian)" == str(caught.value)
 
+    def test_the_same_in_the_words_of_musl(self):
+        def musl(name, **options):
+            raise OSError(f"Error loading shared library {name}: No such file or directory")
+
+        with pytest.raises(XenUnavailable) as caught:
+            replace(ABSENT, loader=musl).load()
+        assert "libabsent-xyz.so.9 not found: install libabsent9 (Debian)" == str(caught.value)
+
     def test_a_library_that_cannot_be_loaded_says_why(self, tmp_path):
         path = tmp_path / "libbroken.so.1"
         path.write_text("this is no library, whatever its name is")

@@ -20,6 +20,10 @@ from xen_disk_py.errors import HypervisorError, XenUnavailable
 Check = Callable[[Any, Any, tuple[Any, ...]], Any]
 """What ctypes calls ``errcheck``: (result, function, arguments) → the result to return."""
 
+# What dlopen says of a library that is not there: of glibc, and of musl.
+_ABSENT = "{}: cannot open shared object file: No such file"
+_ABSENT_MUSL = "Error loading shared library {}: No such file or directory"
+
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 
@@ -139,7 +143,9 @@ class Library:
             return self.loader(self.soname, use_errno=True)
         except OSError as error:
             reason = str(error)
-            if reason.startswith(f"{self.soname}: cannot open shared object file: No such file"):
+            if reason.startswith(_ABSENT.format(self.soname)) or reason == _ABSENT_MUSL.format(
+                self.soname
+            ):
                 message = f"{self.name} not found: install {self.packages}"
             else:  # found, but not usable: something that it needs is missing, or the wrong CPU
                 message = f"{self.name} cannot be loaded ({reason}): reinstall {self.packages}"
