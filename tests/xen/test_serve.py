@@ -166,7 +166,7 @@ def test_read_only(serve: Daemon, pv_guest: Guest, image: Path) -> None:
 def test_a_line_with_filters(serve: Daemon, pv_guest: Guest, image: Path) -> None:
     """As docs/xl.md has them: each is there, in order, and does what it is told to."""
     domid = str(pv_guest.domid)
-    filters = "filter=protect:range=1M-2M;mode=error,filter=error:operations=read;armed=no"
+    filters = "filter=protect:range=1M-2M;mode=refuse,filter=error:operations=read;armed=no"
     line = LINE.format("xvdb", "rw", f"{image},backend=raw,{filters}")
     assert xl("block-attach", domid, line)[:2] == (0, "")
     pv_guest.wait_for_device("xvdb")
