@@ -44,7 +44,7 @@ class Exporter:
         self.socket.close()
 
     def close(self):
-        if self.thread.is_alive():
+        with suppress(OSError):  # it has ended
             self.socket.shutdown(socket.SHUT_RDWR)
         self.thread.join()
         self.disk.close()
