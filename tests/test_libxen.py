@@ -290,7 +290,7 @@ class TestOpening:
         [
             (errno.ENODEV, "modprobe xen-gntdev"),
             (errno.EACCES, "run as root"),
-            (errno.EMFILE, "Too many open files"),
+            (errno.EMFILE, os.strerror(errno.EMFILE)),
         ],
     )
     def test_a_device_that_does_not_open_has_a_remedy(self, tmp_path, code, remedy):

@@ -102,9 +102,9 @@ def test_a_read_only_disk_neither_writes_nor_syncs_nor_discards(image, monkeypat
     assert disk.read_only
     assert not disk.can_discard
     disk.flush()
-    with pytest.raises(OSError, match="Bad file descriptor"):
+    with pytest.raises(OSError, match=os.strerror(errno.EBADF)):
         write(disk, 0, bytes(512))
-    with pytest.raises(OSError, match="not supported"):
+    with pytest.raises(OSError, match=r"[Nn]ot supported"):
         disk.discard(0, 4096)
     disk.close()
     assert before == content(image)
@@ -134,14 +134,14 @@ def test_a_file_system_that_punches_no_holes_offers_no_discard(image, monkeypatc
     monkeypatch.setattr(trim_module, "punch_hole", refuse)
     disk = RawBackend(image)
     assert not disk.can_discard
-    with pytest.raises(OSError, match="not supported") as caught:
+    with pytest.raises(OSError, match=r"[Nn]ot supported") as caught:
         disk.discard(0, 4096)
     disk.close()
     assert errno.EOPNOTSUPP == caught.value.errno
 
 
 def test_a_hole_that_cannot_be_punched_raises_with_its_errno():
-    with pytest.raises(OSError, match="Bad file descriptor") as caught:
+    with pytest.raises(OSError, match=os.strerror(errno.EBADF)) as caught:
         trim_module.punch_hole(-1, 0, 4096)
     assert errno.EBADF == caught.value.errno
 
@@ -154,7 +154,7 @@ def test_a_second_writer_is_refused(disk, image):
 def test_a_closed_disk_does_nothing_to_the_descriptor_that_came_after(image):
     disk = RawBackend(image)
     disk.close()
-    with pytest.raises(OSError, match="Bad file descriptor"):
+    with pytest.raises(OSError, match=os.strerror(errno.EBADF)):
         disk.read(buffers(bytes(512)), 0)
 
 
