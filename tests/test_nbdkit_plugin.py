@@ -279,3 +279,26 @@ def test_the_disk_of_a_process_that_died_is_left_to_its_successor(served, tmp_pa
     served.config("force", "yes")
     assert MIB == served.get_size(served.open(False))
     record.forget(records, address)
+
+
+def test_pyxs_is_not_needed(tmp_path):
+    (tmp_path / "disk.raw").write_bytes(bytes(MIB))
+    code = f"""
+import sys
+sys.modules["pyxs"] = None  # as where it is not installed
+import importlib.util
+spec = importlib.util.spec_from_file_location("plugin", {PLUGIN!r})
+plugin = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(plugin)
+plugin.config("path", "disk.raw")
+plugin.config("backend", "raw")
+disk = plugin.open(False)
+print(plugin.get_size(disk))
+try:
+    plugin._open_store()
+except plugin._load("errors").XenUnavailable as error:
+    print(error)
+"""
+    command = [sys.executable, "-c", code]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert [str(MIB), "import of pyxs halted; None in sys.modules"] == ran.stdout.splitlines()

@@ -73,13 +73,22 @@ def open(readonly: bool) -> Backend:  # noqa: A001 - nbdkit's name for it
                     _load("recovery.record").DIRECTORY,
                     disk.host_storage,
                     force=args.force,
-                    open_store=_load("xenbus.xenstore").Store.open,
+                    open_store=_open_store,
                 )
             except BaseException:
                 disk.close()
                 raise
             _disks.append(disk)
         return _disks[0]
+
+
+def _open_store() -> Any:
+    """Connect to xenstore; nbdkit's Python need not have pyxs."""
+    try:
+        store = _load("xenbus.xenstore").Store
+    except ModuleNotFoundError as error:
+        raise _load("errors").XenUnavailable(str(error)) from error
+    return store.open()
 
 
 def cleanup() -> None:

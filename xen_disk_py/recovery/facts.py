@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..backends.sharing import Storage
@@ -15,10 +15,12 @@ from ..datapath.disk import Disk
 from ..errors import DeviceError
 from ..host.identity import identity_of
 from ..host.process import start_time
-from ..xenbus.toolstack import Domain
 from ..xenbus.vdev import VirtualDevice
 from .plain import from_plain, kept, to_plain
 from .spec import DiskSpec
+
+if TYPE_CHECKING:  # a toolstack needs pyxs, which nbdkit's Python may not have
+    from ..xenbus.toolstack import Domain
 
 FORMAT = 3
 """What the layout of a record is, and of all in it. 2 had no histograms of latency."""

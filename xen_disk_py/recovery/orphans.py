@@ -13,16 +13,18 @@ import stat
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Callable
+from typing import TYPE_CHECKING, Any, Callable
 
 from ..backends.sharing import Storage, number_of, storage_of
 from ..errors import ImageError, XenDiskError
 from ..host.identity import difference, identity_of
 from ..xenbus.states import Address
 from ..xenbus.vdev import from_number
-from ..xenbus.xenstore import Store
 from . import record
 from .record import Found
+
+if TYPE_CHECKING:  # nbdkit's Python, which our plugin runs in, may have no pyxs
+    from ..xenbus.xenstore import Store
 
 _PATIENCE = 10.0  # seconds: unmapping a large image, and closing what writes back, takes a moment
 _PAUSE = 0.01
