@@ -651,6 +651,7 @@ def test_the_command_shows_what_fails(tmp_path):
         (["raw"], 2, "xen-disk: error: the raw backend needs --path\n"),
         (["discard", "--option", "x"], 2, "xen-disk: error: --option x: write it as"),
         (["raw", "--format", "qcow2"], 2, "xen-disk: error: name a backend, or the --format of"),
+        (["disk.qcow2", "--format", "qcow2"], 2, "xen-disk: error: disk.qcow2 is no backend: give"),
         (["--path", "disk.raw"], 2, "xen-disk: error: name a backend, or the --format of the"),
         (["--path", "nbd+unix:///"], 1, "xen-disk: error: nbd+unix:///: "),
     ],

@@ -54,7 +54,7 @@ except ModuleNotFoundError:
 from ..errors import UsageError, XenDiskError
 from ..units import parse_size
 from . import Backend
-from .loader import QEMU_FORMATS, check, choose, is_file, open_backend
+from .loader import QEMU_FORMATS, builtin_names, check, choose, is_file, open_backend
 
 PAGE = 4096
 MOST_BUFFERS = 256
@@ -684,7 +684,7 @@ def _backend(name: str | None, image_format: str | None, path: str | None) -> st
         return image_format
     if image_format is None and (name or (path is not None and not is_file(path))):
         return choose(name, path)
-    if name and path is None and image_format is not None:
+    if name and path is None and name not in builtin_names():
         raise UsageError(f"{name} is no backend: give an image as --path {name}")
     raise UsageError("name a backend, or the --format of the image")
 
