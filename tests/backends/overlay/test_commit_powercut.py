@@ -11,9 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from xen_disk_py.backends.overlay import epoch as epoch_module
 from xen_disk_py.backends.overlay import file as file_module
-from xen_disk_py.backends.overlay import header as header_module
 from xen_disk_py.backends.overlay import maintenance
 from xen_disk_py.backends.overlay.backend import OverlayBackend
 
@@ -21,19 +19,6 @@ SECTOR = 512
 BEFORE = b"i" * (32 << 10)
 AFTER = b"i" * 512 + b"x" * 9000 + BEFORE[9512:]
 NAMES = ("link", "rename", "unlink")
-
-
-@pytest.fixture
-def boot(monkeypatch):
-    """Names the boot that the host is in."""
-    now = ["a" * 36]
-    for module in (epoch_module, header_module):
-        monkeypatch.setattr(module, "boot_id", lambda: now[0])
-
-    def boot(letter):
-        now[0] = letter * 36
-
-    return boot
 
 
 @pytest.fixture

@@ -7,11 +7,7 @@ import random
 from contextlib import closing
 from pathlib import Path
 
-import pytest
-
-from xen_disk_py.backends.overlay import epoch as epoch_module
 from xen_disk_py.backends.overlay import file as file_module
-from xen_disk_py.backends.overlay import header as header_module
 from xen_disk_py.backends.overlay.backend import OverlayBackend
 from xen_disk_py.trace.powercut import (
     ZEROS,
@@ -25,19 +21,6 @@ from xen_disk_py.trace.powercut import (
 
 SIZE = 256 << 10
 SECTOR = 512
-
-
-@pytest.fixture
-def boot(monkeypatch):
-    """Names the boot that the host is in."""
-    now = ["a" * 36]
-    for module in (epoch_module, header_module):
-        monkeypatch.setattr(module, "boot_id", lambda: now[0])
-
-    def boot(letter):
-        now[0] = letter * 36
-
-    return boot
 
 
 class Recorder:
