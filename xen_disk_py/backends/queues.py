@@ -1,4 +1,4 @@
-"""By which of the guest's queues a request came: each thread that does requests is of one queue."""
+"""Which of the guest's queues a thread does requests of."""
 
 from __future__ import annotations
 

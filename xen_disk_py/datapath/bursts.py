@@ -1,4 +1,4 @@
-"""What happens many times in a moment, told once, with how often."""
+"""Counts what happens in bursts, and reports each burst once."""
 
 from __future__ import annotations
 

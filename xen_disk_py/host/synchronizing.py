@@ -1,4 +1,4 @@
-"""What the GIL does by the way, where a Python has none (a free-threaded build)."""
+"""Ordering that the GIL gives as a side effect, for a Python without it (a free-threaded build)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A timer that polls readable: Linux' timerfd, which Python has from 3.13 on only."""
+"""A timer that polls readable: Linux's timerfd, which Python has from 3.13 on only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The turns of a disk's life as entries of systemd's journal: ``journalctl XEN_DISK_GUEST=myvm``.
+"""Events of a disk's life as entries of systemd's journal: ``journalctl XEN_DISK_GUEST=myvm``.
 
 Each kind has a ``MESSAGE_ID`` of its own, which never changes. An entry is sent once, when it has
 happened; errors come in bursts, and a burst is one entry with a count.
