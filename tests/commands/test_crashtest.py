@@ -9,6 +9,7 @@ import select
 import signal
 import subprocess
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -254,6 +255,37 @@ def test_a_signal_while_a_check_is_being_started_ends_it_too(crashtest, tmp_path
     os.close(ours)
     assert [(reader, select.POLLHUP)] == _gone(reader)
     os.close(reader)
+
+
+def test_a_check_ends_with_one_that_was_killed(crashtest, tmp_path, directory):
+    """With what it has started, and whatever that ignores."""
+    started, alive = tmp_path / "started", tmp_path / "open while it lives"
+    os.mkfifo(started)
+    os.mkfifo(alive)
+    reader = os.open(alive, os.O_RDONLY | os.O_NONBLOCK)
+    ours = os.open(alive, os.O_WRONLY)
+    child = os.fork()
+    if not child:
+        check = (
+            f": {{}}; trap '' HUP TERM; exec 3> '{alive}'; (echo > '{started}'; sleep 1000) & wait"
+        )
+        with suppress(BaseException):
+            crashtest(GOOD, check, "--jobs", "2", "--limit", "4")
+        os._exit(1)
+    with open(started, encoding="ascii"):
+        os.kill(child, signal.SIGKILL)
+    assert -signal.SIGKILL == os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    os.close(ours)
+    assert [(reader, select.POLLHUP)] == _gone(reader)
+    os.close(reader)
+    with search.temporary(str(directory)):  # removes what it has left
+        assert 1 == len(os.listdir(directory))
+
+
+def test_a_check_reads_nothing_and_has_no_more_files_than_it_is_given(crashtest):
+    check = ': {}; test -z "$(cat)" && test ! -e /proc/self/fd/3'
+    status, out, _ = crashtest(GOOD, check, "--limit", "1")
+    assert (ExitStatus.OK, True) == (status, out.startswith("1 states tried"))
 
 
 def test_what_one_that_was_killed_has_left_goes_with_the_next(crashtest, directory):

@@ -1,4 +1,7 @@
-"""Runs a check of one state, for a bounded time, and everything that it starts ends with it."""
+"""Runs a check of one state, for a bounded time.
+
+Everything that it starts ends with it, and with this process, however that ends.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,13 @@ from ..errors import UsageError
 
 _TAIL = 4096  # bytes of output that are kept
 _STEP = 0.05  # seconds between two looks at whether it has ended
+# Our end of the pipe closes with us, even by SIGKILL: whoever reads it ends the group that it is
+# in. It is there before the command starts, so no moment is left at which nobody would.
+_WITH_GUARD = """\
+exec 3<&0 < /dev/null
+{ read -r _ <&3; kill -9 0; } > /dev/null 2>&1 &
+exec /bin/sh -c "$1" 3<&-
+"""
 
 
 class Outcome(NamedTuple):
@@ -62,16 +72,16 @@ def run(
         UsageError: there is no such command.
     """
     process = subprocess.Popen(
-        command.replace("{}", shlex.quote(path)),
-        shell=True,
-        stdin=subprocess.DEVNULL,
+        ["/bin/sh", "-c", _WITH_GUARD, "sh", command.replace("{}", shlex.quote(path))],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         env={**os.environ, **facts},
         start_new_session=True,
     )
+    assert process.stdin is not None
     assert process.stdout is not None
-    with process.stdout as pipe:
+    with process.stdin, process.stdout as pipe:
         output = b""
         end = time.monotonic() + timeout
         is_late = broken_off = False
