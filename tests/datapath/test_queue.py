@@ -2165,11 +2165,42 @@ def test_what_is_held_at_the_end_is_an_error(host, threads, operation):
     line.kick()
     held = 2 if operation == READ else 1
     host.until(lambda: counted(line, "held") == (held,))
+    backend.repair()
+    tries = list(backend.tries)
     assert line.queue.stop(PATIENCE)
+    assert tries == backend.tries  # neither it nor what waits for it: the guest may run elsewhere
     failed = ERROR if operation == READ else FLUSH_FAILED
     assert [(0, failed), (1, ERROR)] == sorted((a.id, a.status) for a in line.responses(2))
     assert (0, 2) == counted(line, "held", "errors")
     assert host.hypervisor.mapped_pages == 0
+
+
+@pytest.mark.usefixtures("hurry")
+@in_order_or_not
+@pytest.mark.parametrize("ended", [True, False])
+def test_retries_that_are_paused(host, threads, ended):
+    """Nothing of them reaches the storage until they are resumed; at the end nothing at all."""
+    backend = Ailing(threads, 0)
+    line = host.line(Disk(backend, holds=True))
+    refs = host.share(2).refs
+    line.put(one(0, WRITE, 0, refs[0]))
+    line.kick()
+    backend.wait_for(0, 3)
+    line.queue.pause_retries(True)
+    for number in (1, 2):  # a retry that had begun has ended before the second
+        assert OKAY == line.ask(one(number, WRITE, 8, refs[1])).status
+    tries = backend.tries.count(0)
+    backend.repair()
+    for number in range(3, 20):
+        assert (number, OKAY) == line.ask(one(number, WRITE, 8, refs[1]))[::2]
+    assert tries == backend.tries.count(0)
+    if ended:
+        assert line.queue.stop(PATIENCE)
+        assert (0, ERROR) == line.responses(1)[0][::2]
+        assert tries == backend.tries.count(0)
+    else:
+        line.queue.pause_retries(False)
+        assert (0, OKAY) == line.responses(1)[0][::2]
 
 
 @pytest.mark.usefixtures("hurry")

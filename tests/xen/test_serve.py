@@ -5,6 +5,7 @@ libxl hands such disks to others from Xen 4.19 on.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -289,6 +290,51 @@ def test_a_guest_that_is_saved_and_restored(serve: Daemon, image: Path, tmp_path
     serve.wait_for("STATUS=0 disks")
     sh("e2fsck", "-fn", str(image))
     assert sh("debugfs", "-R", "cat /after", str(image)).endswith("after\n")
+
+
+def test_a_guest_that_reboots(serve: Daemon, image: Path, tmp_path: Path) -> None:
+    """It finds its disks again: ``raw`` as it has left it, ``cow`` as it was in the beginning."""
+    gold = tmp_path / "gold.raw"
+    gold.write_bytes(image.read_bytes())
+    lines = [
+        LINE.format("xvdb", "rw", f"{image},backend=raw"),
+        LINE.format("xvdc", "rw", f"{gold},backend=cow"),
+    ]
+    with Guest("pv", disks=lines, on_reboot="restart") as guest:
+        for _ in range(2):
+            domid = guest.domid
+            for device in ("xvdb", "xvdc"):
+                guest.wait_for_device(device)
+                guest.check(f"dd if=/dev/urandom of=/dev/{device} bs=1M count=1 oflag=direct")
+            written = image.read_bytes()
+            guest.reboot()
+            assert guest.domid != domid
+            for device, content in (("xvdb", written), ("xvdc", gold.read_bytes())):
+                guest.wait_for_device(device)
+                read = guest.check(
+                    f"dd if=/dev/{device} bs=1M iflag=direct 2>/dev/null | sha256sum"
+                )
+                assert read.split()[0] == hashlib.sha256(content).hexdigest(), device
+            assert len(served()) == 2
+    serve.wait_for("STATUS=0 disks")
+
+
+def test_a_live_migration_whose_image_is_in_use(serve: Daemon, image: Path) -> None:
+    """The other host, which is this one, cannot have the image: the guest stays where it is."""
+    with Guest("pvh", disks=[LINE.format("xvdb", "rw", image)]) as guest:
+        guest.wait_for_device("xvdb")
+        guest.check("dd if=/dev/urandom of=/dev/xvdb bs=1M count=1 oflag=direct")
+        content, domid = image.read_bytes(), guest.domid
+        status, said = guest.migrate()
+        assert status != 0, said
+        assert "in use" in said, said
+        assert guest.domid == domid
+        read = guest.check("dd if=/dev/xvdb bs=1M iflag=direct 2>/dev/null | sha256sum")
+        assert read.split()[0] == hashlib.sha256(content).hexdigest()
+        guest.check("dd if=/dev/zero of=/dev/xvdb bs=1M count=1 oflag=direct")
+        assert image.read_bytes()[:MIB] == bytes(MIB)
+        assert len(served()) == 1
+    serve.wait_for("STATUS=0 disks")
 
 
 def test_a_process_that_is_killed_is_followed(serve: Daemon, pv_guest: Guest, image: Path) -> None:

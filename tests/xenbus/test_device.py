@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import errno
 import itertools
 import random
 import threading
@@ -22,6 +23,7 @@ from xen_disk_py.blkif import (
     Transfer,
     decode_response,
 )
+from xen_disk_py.datapath import retry
 from xen_disk_py.datapath import statistics as count
 from xen_disk_py.datapath.grants import Grants
 from xen_disk_py.datapath.journal import Journal
@@ -646,6 +648,50 @@ def test_something_vanishes(host, guest, gone):
     assert host.hypervisor.mapped_pages == 0
     if gone in ("backend", "all"):  # nothing is written where nothing is any longer
         assert host.store.read(f"{guest.address.backend}/state") is None
+
+
+@pytest.mark.parametrize("returns", [True, False])
+def test_a_guest_that_has_migrated_away(host, make, monkeypatch, returns):
+    """What failed here is not tried again where the guest may run on another host already."""
+    monkeypatch.setattr(retry, "_PAUSES", (0.001, 0.001))
+    tried = threading.Semaphore(0)
+    is_broken = True
+
+    def read(buffers, offset):
+        tried.release()
+        if is_broken:
+            raise OSError(errno.EIO, "broken")
+        for buffer in buffers:
+            buffer[:] = bytes(len(buffer))
+
+    guest = make(host.memory(read=read))
+    guest.device._disk._holds = True
+    connect(guest)
+    guest.ask_to_read()
+    for _ in range(3):
+        assert tried.acquire(timeout=host.PATIENCE)
+    name = f"/local/domain/{host.DOMID}/name"
+    before = host.store.read(name)
+    host.store.write(name, f"{before}--migratedaway")
+    guest.device.update()
+    # The disk is quiet there; a retry is nothing that it would wait for.
+    with guest.device._disk.quiet.reached(host.PATIENCE):
+        while tried.acquire(blocking=False):
+            pass
+        is_broken = False
+    with guest.device._disk.quiet.reached(host.PATIENCE):
+        assert not tried.acquire(blocking=False)
+    if returns:
+        host.store.write(name, before)
+        guest.device.update()
+        found = []
+        host.until(lambda: found.extend(guest.rings[0].take()) or found)
+        assert (1, READ, OKAY) == decode_response(found[0])
+    else:
+        host.xenstored.remove_domain(host.DOMID)
+        guest.device.update()
+        assert guest.device.finished
+        assert not tried.acquire(blocking=False)
 
 
 def test_unplug_when_the_nodes_are_gone(host, guest):

@@ -253,6 +253,8 @@ class Queue:
         self._is_slow = False  # the disk was, in the last batch that was timed
         self._stopping = False
         self._asked = False  # to stop, or to be quiet
+        # What was queued for retry: then all that is behind a barrier is given up, too.
+        self._has_given_up = False
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -294,6 +296,13 @@ class Queue:
         if self._wake_read >= 0 and not self._stopping:
             self._stopping = True
             self._ask()
+
+    def pause_retries(self, paused: bool) -> None:
+        """Try none of what is queued for retry, or try it again; for one other thread to call."""
+        if self._wake_read >= 0 and self._retries.is_paused is not paused:
+            self._retries.is_paused = paused
+            if not paused:
+                self._ask()
 
     def _ask(self) -> None:
         self._asked = True
@@ -552,6 +561,10 @@ class Queue:
                 bytes_joined += self._do_run()
             self._begin(slots[at : at + size], descriptors, waits=plan is not None)
             self._publish_if_late()  # it may have taken its time
+            if self._has_given_up:
+                for behind in range(at + size, len(slots), size):
+                    self._begin(slots[behind : behind + size], None, waits=True)
+                break
         if joined:
             self._do_run()
         if len(ring.unpublished) >= _FEW or not ring.has_requests:
@@ -649,7 +662,9 @@ class Queue:
         self._unanswered[id(begun)] = begun
         begun.since = perf_counter()
         status = None
-        if isinstance(request, Transfer) and request.operation <= WRITE and not waits:
+        if self._has_given_up:
+            status = RETRY
+        elif isinstance(request, Transfer) and request.operation <= WRITE and not waits:
             do = disk.serve_read if request.operation == READ else disk.serve_write
             status = do(buffers, request.sector * SECTOR, request.sectors * SECTOR)
         if status is None:
@@ -798,6 +813,7 @@ class Queue:
         """Try again what failed; if we are to stop, that is answered with errors."""
         retries = self._retries
         taken = retries.take()
+        self._has_given_up |= self._stopping
         before = len(self._unanswered)
         while taken:
             begun = taken.pop(0)
@@ -805,7 +821,7 @@ class Queue:
             if status is not None:
                 self._end(begun, status)
                 self._publish_if_late()
-            if retries:  # no better than before: spare the storage the others
+            if retries or retries.is_paused:  # no better than before: spare the storage the others
                 retries.put_back(taken)
                 break
         words = self._statistics.words

@@ -16,12 +16,14 @@ class RetryQueue(Generic[Request]):
 
     Attributes:
         requests: they; nobody else keeps them in order.
+        is_paused: none is tried; whoever changes that wakes the queue.
         pause: seconds until the next retry, longer each time until something succeeds.
     """
 
     def __init__(self) -> None:
         self.requests: list[Request] = []
         self.pause = _PAUSES[0]
+        self.is_paused = False
         self._due_at = inf
 
     def __len__(self) -> int:
@@ -30,12 +32,12 @@ class RetryQueue(Generic[Request]):
     @property
     def is_due(self) -> bool:
         """Whether there are some, and it is time."""
-        return bool(self.requests) and perf_counter() >= self._due_at
+        return bool(self.requests) and not self.is_paused and perf_counter() >= self._due_at
 
     @property
     def milliseconds(self) -> float | None:
         """How long to sleep at most, for ``poll``; None for any time."""
-        if not self.requests:
+        if not self.requests or self.is_paused:
             return None
         return max(0.0, self._due_at - perf_counter()) * 1000 + 1
 

@@ -19,7 +19,7 @@ from ..datapath import statistics as count
 from ..datapath.disk import Disk
 from ..datapath.journal import Journal
 from ..datapath.queue import Options, Queue
-from ..errors import GuestMisbehaved, HypervisorError, StoreLost, XenDiskError
+from ..errors import GuestMisbehaved, HypervisorError, StoreError, StoreLost, XenDiskError
 from ..hypervisor import Hypervisor
 from . import resize
 from .states import Action, Address, State, react
@@ -30,6 +30,7 @@ log = logging.getLogger("xen_disk_py")
 _FINISHING = 0.05
 """Seconds that one update waits for requests to return, before the session looks around."""
 _STEPS = 8  # of the handshake, in one update; no handshake in order takes as many
+_MIGRATED_AWAY = "--migratedaway"
 MAX_RING_PAGE_ORDER = 4
 """Rings of up to 16 pages are offered."""
 
@@ -133,6 +134,7 @@ class Device:
         self._store.watch(f"{self.address.backend}/state")
         self._store.watch(f"{self.address.backend}/{resize.DIRECTORY}")
         self._store.watch("@releaseDomain")
+        self._store.watch(self._name_path)
 
     def update(self) -> None:
         """Look at xenstore and do what follows."""
@@ -142,6 +144,7 @@ class Device:
             self._answer_resize_requests()
         self._follow_states()
         self._start_queues()
+        self._heed_migration()
 
     def _follow_states(self) -> None:
         """Do what the two ends' states ask for, until nothing follows or that takes too long."""
@@ -288,6 +291,29 @@ class Device:
     def _guest_is_gone(self) -> bool:
         domid = self.address.frontend_domid
         return domid != 0 and not self._store.is_introduced(domid)
+
+    @property
+    def _name_path(self) -> str:
+        return f"/local/domain/{self.address.frontend_domid}/name"
+
+    def _heed_migration(self) -> None:
+        """Retry nothing while the guest may run on another host already.
+
+        ``xl migrate`` renames the domain here before it lets the other one run, which does all that
+        is unanswered once more; if that fails, it gives the name back (``migrate_domain`` in
+        ``xl_migrate.c``).
+        """
+        if not self._queues:
+            return
+        try:
+            name = self._store.read(self._name_path) or ""
+        except StoreLost:
+            raise
+        except StoreError as error:
+            log.debug("%s", error)  # a driver domain may not read it
+            return
+        for queue in self._queues:
+            queue.pause_retries(name.endswith(_MIGRATED_AWAY))
 
     def _publish(self, state: State) -> None:
         """Write our state, unless the directory has been removed meanwhile."""

@@ -208,7 +208,10 @@ class Connection(Closing):
         while begun >= 0 and nbd.nbd_aio_is_connecting(handle) > 0:
             left = deadline - time.monotonic()
             if left <= 0:
-                raise BackendError(f"the server has not answered for {_PATIENCE:g} s: is it stuck?")
+                raise BackendError(
+                    f"the server has not answered for {_PATIENCE:g} s: is it stuck, or has it as "
+                    "many clients as it takes (qemu-nbd: --shared)?"
+                )
             begun = nbd.nbd_poll(handle, int(min(left, _STEP) * 1000) + 1)
         if begun < 0:
             raise BackendError(self._why()[1])
