@@ -26,8 +26,7 @@ def conformance_command(*arguments, cwd):
                 output.flush()
                 os._exit(status)
             except BaseException:
-                traceback.print_exc()
-                output.flush()
+                os.write(2, traceback.format_exc().encode())  # whatever has become of sys.stderr
             finally:
                 os._exit(70)  # pytest must not continue in the child
         status = os.waitpid(child, 0)[1]

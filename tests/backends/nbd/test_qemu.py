@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -139,6 +140,9 @@ def test_one_that_still_has_the_image_is_waited_for(tmp_path, monkeypatch):
     path, number = make(tmp_path / "disk", "qcow2"), tmp_path / "pid"
     command = ["qemu-nbd", "--fork", "--persistent", "--pid-file", str(number), "-f", "qcow2"]
     subprocess.run([*command, "--socket", str(tmp_path / "socket"), path], check=True)
+    with socket.socket(socket.AF_UNIX) as client:  # until it serves, SIGTERM may be lost to it
+        client.connect(str(tmp_path / "socket"))
+        assert b"NBDMAGIC" == client.recv(8)
     slept = []
 
     def sleep(seconds):
