@@ -106,30 +106,28 @@ RESPONSE_SIZE = _RESPONSE.size
 """12 bytes. The slot's rest is the guest's own and stays as it was: nothing leaks (XSA-216)."""
 
 # Whole pages are what guests mostly ask for: a request of n such segments is recognised by
-# two tuple comparisons instead of a loop.
-_FIRSTS_OF_WHOLE_PAGES = [(0,) * n for n in range(SEGMENTS_PER_PAGE + 1)]
-_LASTS_OF_WHOLE_PAGES = [(7,) * n for n in range(SEGMENTS_PER_PAGE + 1)]
-_segment_structs: dict[int, Struct] = {n: Struct("<" + _SEGMENT * n) for n in range(12)}
+# two tuple comparisons instead of a loop. For all n they would take 2 MB of each process.
+_segments: dict[int, tuple[Struct, tuple[int, ...], tuple[int, ...]]] = {}
 
 
-def _segment_struct(count: int) -> Struct:
-    struct = _segment_structs.get(count)
-    if struct is None:
-        struct = _segment_structs[count] = Struct("<" + _SEGMENT * count)
-    return struct
+def _segments_of(count: int) -> tuple[Struct, tuple[int, ...], tuple[int, ...]]:
+    """Return how so many descriptors are laid out, and their firsts and lasts if all is whole."""
+    found = _segments.get(count)
+    if found is None:
+        pages = count if count <= SEGMENTS_PER_PAGE else 0
+        found = Struct("<" + _SEGMENT * count), (0,) * pages, (7,) * pages
+        _segments[count] = found
+    return found
 
 
 def _transfer(
     id_: int, operation: int, sector: int, count: int, data: bytes, offset: int
 ) -> Transfer | Malformed:
     """Make a transfer of the ``count`` segment descriptors at ``offset`` of ``data``."""
-    flat = _segment_struct(count).unpack_from(data, offset)
+    struct, whole_firsts, whole_lasts = _segments_of(count)
+    flat = struct.unpack_from(data, offset)
     firsts, lasts = flat[1::3], flat[2::3]
-    if (
-        count <= SEGMENTS_PER_PAGE
-        and firsts == _FIRSTS_OF_WHOLE_PAGES[count]
-        and lasts == _LASTS_OF_WHOLE_PAGES[count]
-    ):
+    if firsts == whole_firsts and lasts == whole_lasts:
         sectors = count * SECTORS_PER_PAGE
     else:
         sectors = count
@@ -250,7 +248,7 @@ def resolve(request: Indirect, pages: bytes) -> Transfer | Malformed:
 def encode_segments(segments: Sequence[tuple[int, int, int]]) -> bytes:
     """Lay out (grant reference, first sector, last sector) triples, 8 bytes each."""
     flat = [number for segment in segments for number in segment]
-    return _segment_struct(len(segments)).pack(*flat)
+    return _segments_of(len(segments))[0].pack(*flat)
 
 
 class Response(NamedTuple):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from decimal import Decimal
 
 from .errors import UsageError
 
@@ -28,12 +27,18 @@ def parse_size(text: str) -> int:
         raise UsageError(f"{text!r} is not a size: give bytes, or a number with K, M, G or T")
     number, letter = match.groups()
     exponent = _LETTERS.index(letter.upper()) + 1 if letter else 0
-    size = Decimal(number) * 1024**exponent
-    if size != int(size):
+    whole, _, fraction = number.partition(".")
+    whole, fraction = whole.lstrip("0"), fraction.rstrip("0")
+    if len(fraction) > 10 * exponent:  # halved so often, it would still be no whole number
         raise UsageError(f"{text!r} is not a whole number of bytes")
-    if size > LARGEST:
-        raise UsageError(f"{text!r} is more than any disk can have: at most {format_size(LARGEST)}")
-    return int(size)
+    if len(whole) <= len(str(LARGEST)):
+        parts: int = 10 ** len(fraction)
+        size, rest = divmod(int(f"0{whole}{fraction}") << 10 * exponent, parts)
+        if rest:
+            raise UsageError(f"{text!r} is not a whole number of bytes")
+        if size <= LARGEST:
+            return size
+    raise UsageError(f"{text!r} is more than any disk can have: at most {format_size(LARGEST)}")
 
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?|\.\d+) ?(us|ms|s)?", re.ASCII)

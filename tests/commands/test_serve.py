@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from libxl_stub import Libxl, LibxlError
@@ -81,8 +80,10 @@ def serve(host, tmp_path, monkeypatch, caplog):
     program = tmp_path / "python"
     processes = []
 
+    popen_itself = subprocess.Popen
+
     def popen(*arguments, **options):
-        return subprocess.Popen(*arguments, **{**options, "pass_fds": host.machine.descriptors})
+        return popen_itself(*arguments, **{**options, "pass_fds": host.machine.descriptors})
 
     fork = ForkServer.start
 
@@ -116,7 +117,7 @@ def serve(host, tmp_path, monkeypatch, caplog):
 
         with monkeypatch.context() as patch:
             patch.setattr("sys.executable", str(program))
-            patch.setattr("xen_disk_py.host.forkserver.subprocess", SimpleNamespace(Popen=popen))
+            patch.setattr("subprocess.Popen", popen)
             patch.setattr(ForkServer, "start", start)
             before = signal.getsignal(signal.SIGCHLD)
             handlers = [

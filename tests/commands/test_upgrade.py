@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import time
-from types import SimpleNamespace
+from functools import partial
 
 import pytest
 
@@ -303,18 +304,8 @@ def test_who_has_no_privileges_leaves_it_to_who_started_it(
     processes.install(f"open({str(heard)!r}, 'w').write(sys.stdin.read()); sys.exit()")
     monkeypatch.setattr("sys.executable", str(processes.program))
     monkeypatch.setattr("logging.shutdown", lambda: None)  # the handlers are pytest's
-    popen = upgrading_module.subprocess.Popen
     descriptors = processes._host.machine.descriptors
-    monkeypatch.setattr(
-        upgrading_module,
-        "subprocess",
-        SimpleNamespace(
-            **{
-                **vars(upgrading_module.subprocess),
-                "Popen": lambda *what, **more: popen(*what, **more, pass_fds=descriptors),
-            }
-        ),
-    )
+    monkeypatch.setattr("subprocess.Popen", partial(subprocess.Popen, pass_fds=descriptors))
     status, facts = taking_over()
     assert ExitStatus.CRASHED == status
     assert facts.released_at > 0

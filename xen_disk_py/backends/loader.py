@@ -11,6 +11,7 @@ A backend is named by
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import os
@@ -508,10 +509,7 @@ def _arguments(
     cls: type[Backend], label: str, given: Mapping[str, object], read_only: bool
 ) -> dict[str, object]:
     """Match what was given with what the constructor takes."""
-    signature = inspect.signature(cls)
-    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    takes = {key: p for key, p in signature.parameters.items() if p.kind in by_name}
-    takes_all = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    takes, takes_all = _parameters(cls)  # type: ignore[arg-type]  # a class has its own __hash__
     arguments: dict[str, object] = {}
     for key, text in given.items():
         value: object = text
@@ -535,10 +533,19 @@ def _arguments(
     return arguments
 
 
-def _is_plugin_class(cls: type[Backend]) -> bool:
-    from .nbdkit import PluginBackend
+@functools.cache
+def _parameters(cls: type[Backend]) -> tuple[Mapping[str, inspect.Parameter], bool]:
+    """Return what a constructor takes by name, and whether it takes any name."""
+    found = inspect.signature(cls).parameters.values()
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    takes = {each.name: each for each in found if each.kind in by_name}
+    return takes, any(each.kind is each.VAR_KEYWORD for each in found)
 
-    return issubclass(cls, PluginBackend)
+
+def _is_plugin_class(cls: type[Backend]) -> bool:
+    # A class of a plugin exists only where a file was run, which has imported this.
+    plugins = sys.modules.get(f"{__package__}.nbdkit.backend")
+    return plugins is not None and issubclass(cls, plugins.PluginBackend)
 
 
 def _plugin_arguments(

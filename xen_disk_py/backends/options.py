@@ -5,7 +5,6 @@ Nothing is guessed from the text, nor from a default: a parameter that is not an
 
 from __future__ import annotations
 
-import ast
 import inspect
 import math
 import re
@@ -89,6 +88,8 @@ def _number(text: str) -> float:
 
 
 def _one_of(text: str, source: str) -> object:
+    import ast
+
     try:
         values = ast.literal_eval(f"({source},)")
     except (ValueError, SyntaxError):

@@ -7,7 +7,6 @@ rest. Help, man page (``manual``) and completion (``completion``) all come from 
 from __future__ import annotations
 
 import argparse
-import difflib
 import functools
 import re
 import textwrap
@@ -977,6 +976,8 @@ def find_command(parser: _Parser, commands: Mapping[str, _Parser], name: str) ->
         UsageError: there is no such command; the message names one that is spelled like it.
     """
     if name not in commands:
+        import difflib
+
         near = difflib.get_close_matches(name, commands, 1)
         parser.error(f"no command {name!r}" + (f": do you mean {near[0]}?" if near else ""))
     return commands[name]

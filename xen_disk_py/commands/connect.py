@@ -23,7 +23,7 @@ from ..host.privileges import User
 from ..host.program import own_command
 from ..host.systemd import notify
 from ..hypervisor import Hypervisor
-from ..recovery import orphans, record, supervisor, takeover, temporary, verbs
+from ..recovery import orphans, record, takeover, temporary, verbs
 from ..recovery.control import Control
 from ..recovery.events import Events
 from ..recovery.facts import Facts, pause_since
@@ -94,6 +94,8 @@ def _try(env: Environment) -> ExitStatus:
 
 def _supervise(args: argparse.Namespace, env: Environment) -> ExitStatus:
     """Have a process serve the disk, and another if that one dies."""
+    from ..recovery import supervisor
+
     words = [word for word in args.words if word != "--supervise"]
     at = words.index("connect") + 1
     talk = [word for word in _TALK if word in words]

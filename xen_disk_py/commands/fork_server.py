@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import os
 from collections.abc import Sequence
 
 from ..exit_status import ExitStatus
 from ..host import forkserver
 from .arguments import PROGRAM, parse
+from .backend_arguments import spec_from
 from .environment import Environment
 
 log = logging.getLogger("xen_disk_py")
@@ -28,9 +30,20 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
     """Import what a disk needs, and fork for each."""
     for name in _USED:
         importlib.import_module(f"xen_disk_py.{name}")
-    parse(["adopt", "0", "0"])  # the parser is made once
+    _warm_up()
     forkserver.serve(_title)
     return ExitStatus.OK
+
+
+def _warm_up() -> None:
+    """Open a disk: the parser, compiled patterns and the like are then in memory for all."""
+    fd = os.memfd_create("xen-disk", os.MFD_CLOEXEC)
+    try:
+        os.truncate(fd, 1 << 20)
+        args = parse(["connect", "VM", "--path", f"/proc/self/fd/{fd}"])
+        spec_from(args).open_disk().close()
+    finally:
+        os.close(fd)
 
 
 def _title(words: Sequence[str]) -> str:

@@ -18,12 +18,11 @@ import os
 import select
 import signal
 import socket
-import subprocess
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any, Callable
 
-from .process import show_as
+from .process import CommandLine
 
 _MESSAGE = 1 << 16  # bytes
 _PATIENCE = 30.0  # seconds to import everything, or for a fork: a tenth, and milliseconds
@@ -60,6 +59,7 @@ def serve(name: Callable[[Sequence[str]], str]) -> None:
         stack.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(woken))
         before = signal.signal(signal.SIGCHLD, lambda signum, frame: None)
         stack.callback(signal.signal, signal.SIGCHLD, before)
+        line = CommandLine()
         gc.collect()
         gc.freeze()  # a collection would write to each object's header, and so copy its page
         poller = select.poll()
@@ -90,7 +90,7 @@ def serve(name: Callable[[Sequence[str]], str]) -> None:
             else:
                 if pid == 0:
                     os.setsid()
-                    show_as(name(words))
+                    line.show(name(words))
                     raise Forked(words)
                 answer = {"pid": pid}
             with suppress(OSError):  # who asked has gone, as we shall see
@@ -145,6 +145,8 @@ class ForkServer:
         environment: Mapping[str, str],
         pass_fds: Collection[int] = (),
     ) -> None:
+        import subprocess  # not in what is forked
+
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._running: dict[int, Process] = {}
         try:

@@ -18,7 +18,6 @@ import struct
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import cache
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Union
 
@@ -125,8 +124,8 @@ def is_known(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
 
 @cache
 def _boot() -> str:
-    with suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+    with suppress(OSError), open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return file.read().strip()
     return ""
 
 
@@ -151,33 +150,33 @@ def _of_file(fd: int) -> Iterator[tuple[str, str | int]]:
 
 def _of_device(number: int) -> Iterator[tuple[str, str | int]]:
     major, minor = os.major(number), os.minor(number)
-    directory = Path(f"/sys/dev/block/{major}:{minor}")
-    disk = directory
-    part = _text(directory / "partition")
+    directory = disk = f"/sys/dev/block/{major}:{minor}"
+    part = _text(f"{directory}/partition")
     if part is not None:
         yield "partition-number", part
-        disk = directory.resolve().parent
+        disk = os.path.dirname(os.path.realpath(directory))
     for name, path in (
-        ("diskseq", disk / "diskseq"),
-        ("dm-uuid", disk / "dm/uuid"),
-        ("wwid", disk / "wwid"),
-        ("wwid", disk / "device/wwid"),
-        ("serial", disk / "serial"),
-        ("serial", disk / "device/serial"),
-        ("backing-file", disk / "loop/backing_file"),
+        ("diskseq", "diskseq"),
+        ("dm-uuid", "dm/uuid"),
+        ("wwid", "wwid"),
+        ("wwid", "device/wwid"),
+        ("serial", "serial"),
+        ("serial", "device/serial"),
+        ("backing-file", "loop/backing_file"),
     ):
-        value = _text(path)
+        value = _text(f"{disk}/{path}")
         if value:
             yield name, value
     if part is not None:
         # udev's database: the kernel itself does not show it before Linux 6.16
-        for line in (_text(Path(f"/run/udev/data/b{major}:{minor}")) or "").splitlines():
+        for line in (_text(f"/run/udev/data/b{major}:{minor}") or "").splitlines():
             if line.startswith("E:ID_PART_ENTRY_UUID="):
                 yield "partition", line.partition("=")[2]
 
 
-def _text(path: Path) -> str | None:
+def _text(path: str) -> str | None:
     try:
-        return path.read_text("utf-8", "replace").strip()
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read().strip()
     except OSError:
         return None

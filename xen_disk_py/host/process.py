@@ -51,14 +51,21 @@ def send_signal(pid: object, started: object, signum: signal.Signals) -> bool:
     return False
 
 
-def show_as(text: str) -> None:
-    """Have ``ps`` show ``text`` as this process's command line, as far as there is room for it.
+class CommandLine:
+    """What ``ps`` shows of this process, and of those that are forked from it.
 
     That is the memory in which the kernel has put the arguments (proc_pid_stat(5), fields 48, 49).
     """
-    with open("/proc/self/stat", "rb") as file:
-        fields = file.read().rpartition(b")")[2].split()
-    start, end = int(fields[45]), int(fields[46])
-    room = end - start
-    if start and room > 0:
-        ctypes.memmove(start, os.fsencode(text)[: room - 1].ljust(room, b"\0"), room)
+
+    def __init__(self) -> None:
+        with open("/proc/self/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+        self._start, end = int(fields[45]), int(fields[46])
+        self._room = end - self._start if self._start else 0
+
+    def show(self, text: str) -> None:
+        """Have it be ``text``, as far as there is room."""
+        room = self._room
+        if room > 0:
+            line = os.fsencode(text)[: room - 1].ljust(room, b"\0")
+            ctypes.memmove(self._start, line, room)

@@ -8,7 +8,6 @@ else may enter.
 from __future__ import annotations
 
 import os
-import tempfile
 from contextlib import suppress
 
 _MEMORY = "/dev/shm"
@@ -22,6 +21,8 @@ def new_path() -> str:
     Raises:
         OSError: it cannot be made.
     """
+    import tempfile  # and with it much that hardly a disk needs
+
     return os.path.join(tempfile.mkdtemp(prefix=_PREFIX, dir=_MEMORY), _NAME)
 
 

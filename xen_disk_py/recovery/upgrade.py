@@ -10,12 +10,11 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Callable
+from typing import TYPE_CHECKING, Callable
 
 from ..backends.loader import find_class
 from ..errors import DeviceError
@@ -28,6 +27,9 @@ from .facts import FORMATS, Facts
 from .record import Record
 from .role import Role
 from .spec import DiskSpec
+
+if TYPE_CHECKING:
+    from subprocess import Popen
 
 log = logging.getLogger("xen_disk_py")
 
@@ -103,6 +105,8 @@ class Upgrade:
                 "this process has given its privileges up, so that it cannot open the disk again: "
                 "with --user, upgrading needs --supervise or --recover"
             )
+        import subprocess  # hardly a disk is ever upgraded, and this is large
+
         try:
             process = subprocess.Popen(
                 own_command("connect", *Role(tries=True).words(), *self._words),
@@ -123,15 +127,17 @@ class Upgrade:
             lines = said.strip().splitlines() or [f"it ended with {process.returncode}"]
             raise DeviceError(f"the new program would not take over: {lines[-1]}")
 
-    def _await(self, process: subprocess.Popen[str]) -> str:
+    def _await(self, process: Popen[str]) -> str:
         """Tell the new program what it has to know, and wait for its end; what it said."""
+        from subprocess import TimeoutExpired
+
         facts: str | None = self._record.facts.encode().decode()
         deadline = time.monotonic() + _DRY_RUN
         while True:
             notify("WATCHDOG=1")  # requests are served by other threads
             try:
                 return process.communicate(facts, timeout=_SIGN)[1]
-            except subprocess.TimeoutExpired as error:
+            except TimeoutExpired as error:
                 facts = None  # has been told
                 if time.monotonic() >= deadline:
                     raise DeviceError(

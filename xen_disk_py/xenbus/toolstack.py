@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import errno
 import os
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import NamedTuple
@@ -75,8 +74,10 @@ def find_domain(store: Store, text: str) -> Domain:
     running = domains(store)
     matches = [domain for domain in running if str(domain.domid) == text]
     if not matches:
+        from uuid import UUID
+
         try:
-            wanted = str(uuid.UUID(text))
+            wanted = str(UUID(text))
         except ValueError:
             pass
         else:

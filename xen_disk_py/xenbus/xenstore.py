@@ -17,13 +17,11 @@ import contextlib
 import errno
 import itertools
 import os
-import random
 import re
 import select
 import socket
 import stat
 import time
-import urllib.parse
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, Callable, TypeVar
@@ -52,17 +50,21 @@ _EVENTS_PER_CALL = 1000  # a guest that never stops writing must not keep us in 
 _PATH = re.compile(r"[A-Za-z0-9/_@-]+")
 _VALUE = re.compile(r"[\x00\x20-\x7f]*")
 _PERMISSION = re.compile(r"[nrwb][0-9]+")
-_PRINTABLE = "".join(chr(code) for code in range(0x20, 0x7F) if chr(code) != "%")
+_ESCAPED = re.compile(rb"%([0-9A-Fa-f]{2})")
 
 
 def quote(text: str) -> str:
     """Percent-encode what a xenstore value cannot carry; see :func:`unquote`."""
-    return urllib.parse.quote(text.encode("utf-8", "surrogateescape"), safe=_PRINTABLE)
+    return "".join(
+        chr(byte) if 0x20 <= byte < 0x7F and byte != ord("%") else f"%{byte:02X}"
+        for byte in text.encode("utf-8", "surrogateescape")
+    )
 
 
 def unquote(value: str) -> str:
     """Undo :func:`quote`, byte for byte (file names that are not UTF-8 included)."""
-    return urllib.parse.unquote_to_bytes(value).decode("utf-8", "surrogateescape")
+    data = _ESCAPED.sub(lambda match: bytes([int(match[1], 16)]), value.encode())
+    return data.decode("utf-8", "surrogateescape")
 
 
 class Store(Closing):
@@ -189,7 +191,8 @@ class Store(Closing):
         client = self._client
         for attempt in range(tries):
             if attempt:
-                time.sleep(random.uniform(0, min(0.1, 0.001 * 2**attempt)))
+                share = int.from_bytes(os.urandom(2), "little") / (1 << 16)
+                time.sleep(share * min(0.1, 0.001 * 2**attempt))
             self._ask("cannot start a transaction", client.transaction)
             try:
                 result = change(self)
