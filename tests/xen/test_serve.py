@@ -337,6 +337,48 @@ def test_a_live_migration_whose_image_is_in_use(serve: Daemon, image: Path) -> N
     serve.wait_for("STATUS=0 disks")
 
 
+def test_a_live_migration_with_a_disk_of_a_server(
+    serve: Daemon, image: Path, tmp_path: Path
+) -> None:
+    """Both hosts reach it: the guest moves while it writes, and no byte is lost."""
+    at = tmp_path / "server"
+    command = ["qemu-nbd", "-f", "raw", "--shared=0", "--persistent", "-k", str(at), str(image)]
+    server = subprocess.Popen(command)
+    try:
+        deadline = time.monotonic() + PATIENCE
+        while not at.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        line = LINE.format("xvdb", "rw", f"nbd+unix:///?socket={at}")
+        with Guest("pvh", fio=True, disks=[line]) as guest:
+            guest.wait_for_device("xvdb")
+            guest.check("rm -f /tmp/enough")
+            once = (
+                "fio --name=load --filename=/dev/xvdb --rw=randrw --bsrange=4k-64k --iodepth=8 "
+                "--allow_file_create=0 --direct=1 --ioengine=libaio --size=4M --randseed=$n "
+                "--verify=crc32c --verify_fatal=1 --verify_backlog=64 --minimal"
+            )
+            loop = f"n=1; until [ -e /tmp/enough ]; do {once} || exit 1; n=$((n+1)); done"
+            load, domid = guest.spawn(loop), guest.domid
+            field = "$(awk '{print $1 + $5}' /sys/block/xvdb/stat)"
+            guest.wait_until(f'[ "{field}" -gt 50 ]', PATIENCE, "the load does not flow")
+            status, said = guest.migrate()
+            assert status == 0, said
+            assert guest.domid != domid
+            before = int(guest.check(f"echo {field}"))
+            guest.wait_until(f'[ "{field}" -gt {before + 50} ]', PATIENCE, "nothing flows now")
+            guest.check("touch /tmp/enough")
+            status, said = load.wait(2 * PATIENCE)
+            assert status == 0, said + guest.dmesg()[-2000:]
+            assert "I/O error" not in guest.dmesg()
+            assert block_nodes(domid) == {}
+            assert [row["domid"] for row in served()] == [guest.domid]
+        serve.wait_for("STATUS=0 disks")
+    finally:
+        server.terminate()
+        server.wait(PATIENCE)
+
+
 def test_a_process_that_is_killed_is_followed(serve: Daemon, pv_guest: Guest, image: Path) -> None:
     """Where the disk outlives it: the guest waits a moment, and knows of nothing."""
     domid = str(pv_guest.domid)
