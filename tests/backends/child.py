@@ -25,8 +25,9 @@ def conformance_command(*arguments, cwd):
                 status = conformance.main([*map(str, arguments)])
                 output.flush()
                 os._exit(status)
-            except BaseException:
-                os.write(2, traceback.format_exc().encode())  # whatever has become of sys.stderr
+            except BaseException as error:
+                os.write(2, f"{error!r}\n".encode())  # a warning may end the traceback, too
+                os.write(2, traceback.format_exc().encode())
             finally:
                 os._exit(70)  # pytest must not continue in the child
         status = os.waitpid(child, 0)[1]

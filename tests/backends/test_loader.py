@@ -2,6 +2,7 @@ import importlib.metadata
 import os
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -204,6 +205,14 @@ def test_a_file_may_import_its_neighbours_and_use_dataclasses(write_file):
     )
     assert 8192 == open_backend(path, {}).size
     assert 4096 == open_backend(path, {"size": 4096}).size
+
+
+def test_a_file_has_what_a_traceback_asks_of_a_module(write_file):
+    """The loader, without which Python 3.15 warns, and the source that it gives."""
+    path = write_file(DISK)
+    spec = sys.modules[type(open_backend(path, {})).__module__].__spec__
+    assert (path, True) == (spec.origin, spec.has_location)
+    assert Path(path).read_text(encoding="utf-8") == spec.loader.get_source(spec.name)
 
 
 # Options

@@ -12,7 +12,8 @@ A backend is named by
 from __future__ import annotations
 
 import functools
-import importlib
+import importlib.machinery
+import importlib.util
 import inspect
 import os
 import re
@@ -463,8 +464,11 @@ def _run_file(path: str) -> ModuleType:
     except OSError as error:
         raise BackendError(f"{path} cannot be read: {error.strerror}") from error
     path = os.path.abspath(path)
-    module = ModuleType(path)  # a name that no other module has
-    module.__file__ = path
+    # A name that no other module has. A traceback asks for the loader, which Python 3.15 demands.
+    loader = importlib.machinery.SourceFileLoader(path, path)
+    spec = importlib.util.spec_from_file_location(path, path, loader=loader)
+    assert spec is not None  # there is a loader
+    module = importlib.util.module_from_spec(spec)
     directory = os.path.dirname(path)
     if directory not in sys.path:
         sys.path.append(directory)  # its neighbours can be imported; at the end, to hide nothing
