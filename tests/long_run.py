@@ -22,7 +22,7 @@ SHARED = {
     *("backends", "commands", "crashtest", "hostile", "libxl"),
     *("recovery", "reliability", "simulated", "trace", "xenbus"),
 }
-_RUNS_ALL = 11  # Python 3.11, where coverage is measured
+_RUNS_ALL = 11  # Python 3.11; coverage, which doubles the cost, is measured on another's share
 _SHARE = 4
 
 
