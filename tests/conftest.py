@@ -111,6 +111,7 @@ class Line:
             disk,
             options=options,
             persistent=persistent,
+            number=number,
             statistics=disk.statistics.of_queue(number),
             on_failure=self.failures.append,
         )

@@ -729,7 +729,7 @@ def test_other_settings_of_a_filter_let_no_write_pass_after_a_flush_that_failed(
     with pytest.raises(OSError, match="an earlier flush failed"):
         disk._write([memoryview(bytes(512))], 0)
     with pytest.raises(OSError, match="an earlier flush failed"):
-        disk.write_first([memoryview(bytes(512))], 0)
+        disk.moves.write([memoryview(bytes(512))], 0)
 
 
 def test_a_filter_whose_pause_is_broken_keeps_nobody_waiting(caplog):

@@ -2687,7 +2687,8 @@ def test_a_slow_disk_answers_as_it_goes_when_it_works_again(host, clock):
     host.until(lambda: counted(line, "held") == (6,))
     with line.pages.view[:16].cast("I") as indices:
         backend.answered = lambda: indices[2]
-        line.disk._write = line.disk.write_first = do
+        line.disk._write = line.disk._write_first = do
+        line.disk.moves = line.disk.moves._replace(write=do)
         while len(backend.known) < 6:
             clock.tick(0.001)
             time.sleep(0.001)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import lzma
 import os
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -132,6 +134,22 @@ def test_what_another_process_appends_continues_the_numbers(tmp_path):
         assert (4, 1) == (writer.requests, writer.flushes)
     found, ending = read(path)
     assert [0, 1, 2, 3, 3, 3] == [each.number for each in found]
+    assert not ending.is_damaged
+
+
+def test_what_an_older_program_has_begun_is_continued(tmp_path):
+    path = tmp_path / "t.xdt"
+    content = lzma.decompress((Path(__file__).parent / "recorded" / "guest.xdt.xz").read_bytes())
+    assert 1 == content[16]
+    path.write_bytes(content)
+    before, ending = read(path)
+    assert ending.is_complete
+    with resume(path) as writer:
+        writer.append([event(RESUMED, 5), write(7)])
+    assert 2 == path.read_bytes()[16]
+    after, ending = read(path)
+    assert before == after[: len(before)]
+    assert [RESUMED, WRITE] == [each.operation for each in after[len(before) :]]
     assert not ending.is_damaged
 
 

@@ -26,12 +26,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Callable, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, Callable, ClassVar, TypeVar
 
+from ..blkif import Abi
 from ..errors import UsageError
 from . import Backend
 from .asynchronous import Asynchronous
 from .sharing import Storage
+
+if TYPE_CHECKING:
+    from ..trace.batch import BatchNotes
 
 _ATTRIBUTES = (
     "size",
@@ -47,6 +51,8 @@ _ATTRIBUTES = (
 )
 _THREADS = 16
 T = TypeVar("T")
+Noting = Callable[[int, Abi], "BatchNotes"]
+"""Makes what notes the requests of one queue: its number, and the layout of its slots."""
 _SUCCEEDING: ContextVar[bool] = ContextVar("succeeding", default=False)
 _REQUESTS = {"read", "write", "flush", "discard", "discard_securely"}
 
@@ -167,6 +173,14 @@ class Filter(Backend):
         when the disk is opened, and again after :meth:`configure`.
         """
         return method not in vars(self) and getattr(type(self), method) is getattr(Filter, method)
+
+    def noting(self) -> Noting | None:
+        """Tell how what comes to this filter is noted, if that is all that it does.
+
+        Whoever serves the disk may then call the source's methods, and note what they did. Asked of
+        the outermost filter (those that pass everything on left out), as :meth:`passes_on` is.
+        """
+        return None
 
     def pause(self, operation: str, length: int) -> float:
         """Tell how many seconds a request is to wait before it is done.

@@ -12,10 +12,10 @@ import threading
 import time
 from collections.abc import Sequence
 from functools import partial
-from typing import Callable
+from typing import Callable, NamedTuple
 
 from ..backends import Backend, asynchronous
-from ..backends.filter import direct, outermost
+from ..backends.filter import Noting, direct, outermost
 from ..backends.loader import user_line
 from ..blkif import (
     DISCARD,
@@ -53,6 +53,14 @@ SETTLING = 5.0
 """Seconds that the requests under way may take before a disk becomes smaller, or is recomposed."""
 
 
+class Moves(NamedTuple):
+    """What does reads and writes at first, and what notes them."""
+
+    read: Move
+    write: Move
+    noting: Noting | None
+
+
 class Disk:
     """A backend as the guest may use it.
 
@@ -79,10 +87,9 @@ class Disk:
         durability = Durability(backend, self._statistics, keeps=holds and not self.read_only)
         self._durability = durability
         self._binding = threading.Lock()
-        self.read_first: Move
-        self.write_first: Move
-        """What reads and writes are done by, at first (see :meth:`serve_read`); a queue calls these
-        itself, to be asked for anew each time: they change."""
+        self.moves: Moves
+        """What a queue does reads and writes by itself, at first (see :meth:`serve_read`); to be
+        asked for anew each time: it changes."""
         self.quiet = QuietPoint()
         self._changing = threading.Lock()
         self.bind()
@@ -115,17 +122,32 @@ class Disk:
         backend, durability = self.backend, self._durability
         read = durability.reading(direct(backend, "read"))
         write = durability.writing(direct(backend, "write"), may_wait=True)
-        read_first, write_first = read, write
-        if self._is_concurrent:
-            read_first = durability.reading(direct(backend, "read_nowait"))
-            write_nowait = direct(backend, "write_nowait")
-            write_first = durability.writing(write_nowait, may_wait=False)
-        self._read, self.read_first = read, read_first
-        self._waiting = outermost(backend)
+        self._waiting = waiting = outermost(backend)
+        noting = None if waiting is None else waiting.noting()
+        first = self._first(backend)
+        moves = Moves(*first, None)
+        if waiting is not None and noting is not None:
+            moves = Moves(*self._first(waiting.source), noting)
         with self._binding:
+            self._read, self._write = read, write
+            self._read_first, self._write_first = first
+            self.moves = moves
             if durability.is_lost:
-                write = write_first = durability.refuse
-            self._write, self.write_first = write, write_first
+                self._refuse_writes()
+
+    def _first(self, backend: Backend) -> tuple[Move, Move]:
+        """What does reads and writes of a backend at first."""
+        durability, way = self._durability, "_nowait" if self._is_concurrent else ""
+        write = direct(backend, f"write{way}")
+        return (
+            durability.reading(direct(backend, f"read{way}")),
+            durability.writing(write, may_wait=not self._is_concurrent),
+        )
+
+    def _refuse_writes(self) -> None:
+        refuse = self._durability.refuse
+        self._write = self._write_first = refuse
+        self.moves = self.moves._replace(write=refuse)
 
     def recompose(self, change: Callable[[Backend], Backend]) -> None:
         """Serve from another composition over the same backend, from a moment between two requests.
@@ -155,7 +177,7 @@ class Disk:
         """
         with self._binding:
             if self._durability.is_lost:
-                self._write = self.write_first = self._durability.refuse
+                self._refuse_writes()
 
     def features(
         self,
@@ -301,7 +323,7 @@ class Disk:
             several threads in, or the request is one to hold. Then :meth:`transfer` does it.
         """
         try:
-            done = self.read_first(buffers, offset)
+            done = self._read_first(buffers, offset)
         except BaseException as error:  # noqa: BLE001 - whatever an author's code raises, exit() too
             return self.failed_at_first(READ, error)
         return self.finish(READ, buffers, offset, length, done)
@@ -309,13 +331,13 @@ class Disk:
     def serve_write(self, buffers: Sequence[memoryview], offset: int, length: int) -> int | None:
         """Write ``length`` bytes from ``buffers`` at ``offset``; returns as :meth:`serve_read`."""
         try:
-            done = self.write_first(buffers, offset)
+            done = self._write_first(buffers, offset)
         except BaseException as error:  # noqa: BLE001 - whatever an author's code raises, exit() too
             return self.failed_at_first(WRITE, error)
         return self.finish(WRITE, buffers, offset, length, done)
 
     def failed_at_first(self, operation: int, error: BaseException) -> int | None:
-        """The status of what :attr:`read_first` or :attr:`write_first` raised ``error`` for.
+        """The status of what one of :attr:`moves` raised ``error`` for.
 
         Returns:
             As :meth:`serve_read`.
@@ -331,7 +353,7 @@ class Disk:
         length: int,
         done: int | None,
     ) -> int | None:
-        """Do what :attr:`read_first` or :attr:`write_first` has left, having returned ``done``.
+        """Do what one of :attr:`moves` has left, having returned ``done``.
 
         Returns:
             As :meth:`serve_read`.

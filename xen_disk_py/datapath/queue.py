@@ -34,7 +34,8 @@ from collections.abc import Sequence
 from functools import partial
 from math import inf
 from time import clock_gettime, perf_counter
-from typing import Callable, NamedTuple
+from time import perf_counter_ns as now_ns
+from typing import TYPE_CHECKING, Callable, NamedTuple
 
 from ..backends.asynchronous import Asynchronous
 from ..backends.loader import user_line
@@ -63,7 +64,7 @@ from ..errors import GuestMisbehaved, HypervisorError, XenDiskError
 from ..hypervisor import PAGE_SIZE, EventChannel, Hypervisor, Mapping
 from ..ring import BackRing
 from . import statistics as count
-from .disk import RETRY, Disk
+from .disk import RETRY, Disk, Moves
 from .grants import PERSISTENT_LIMIT, Grants, GuestBuffers, GuestPages, key_of
 from .idle import Idle
 from .joining import LARGE, Run
@@ -74,6 +75,9 @@ from .stall import StallDetector
 from .statistics import Counters
 from .stopwatch import WRITES, Stopwatch, batches_per_sample
 from .workers import MORE, Workers
+
+if TYPE_CHECKING:
+    from ..trace.batch import BatchNotes
 
 log = logging.getLogger("xen_disk_py")
 
@@ -160,6 +164,10 @@ def _timed(begun: _Begun, call: Callable[[], int]) -> int:
     return call()
 
 
+def _ignore(_: int) -> None:
+    """Note nothing."""
+
+
 class Queue:
     """Serves one ring of a frontend, from :meth:`start` to :meth:`stop`.
 
@@ -242,6 +250,8 @@ class Queue:
             undo.pop_all()
         self._with_backend = 0  # requests that an asynchronous backend has begun
         self._joined = Run()
+        self._moves: Moves | None = None
+        self._notes: BatchNotes | None = None  # as these have it
         self._unanswered: dict[
             int, _Begun | _Known
         ] = {}  # in the order in which they were begun, by id()
@@ -370,6 +380,8 @@ class Queue:
     def _finish(self) -> None:
         """Wait for what is under way; answer with errors what the backend will never finish."""
         before = None
+        if self._notes is not None:
+            self._notes.put()
         try:
             # After an error one response could not be told: the others' turn.
             while not self._attempt(self._drain) and before != len(self._unanswered):
@@ -481,6 +493,11 @@ class Queue:
         # Looked at after that: whoever makes the disk smaller waits for what is in flight.
         capacity, misaligned, read_only = disk.sectors, disk.alignment - 1, disk.read_only
         reads = writes = bytes_read = bytes_written = bytes_joined = 0
+        moves: Moves | None = None
+        notes: BatchNotes | None = None
+        copies = False
+        note_length: Callable[[int], None] = _ignore
+        note_end = note_length
         publish_at = _PUBLISH  # bytes
         look_at = self._look * size
         at = -size
@@ -493,6 +510,8 @@ class Queue:
                     self._publish()
                 elif ring.unpublished:
                     self._look = 1 if self._publish_if_late() else min(2 * self._look, _LOOK)
+                if notes is not None:
+                    notes.skip(at)
                 look_at = at + self._look * size
             descriptors = plan = None
             if operation <= WRITE:
@@ -531,21 +550,46 @@ class Queue:
                             if joined and not run.continues(operation, offset, length):
                                 bytes_joined += self._do_run()
                                 look_at = 0
+                            if notes is not None:
+                                notes.skip(at + size)
                             request = (id_, kind, slots[at : at + size], descriptors)
                             run.add(operation, offset, plan, request)
                             continue
                     if joined:
                         bytes_joined += self._do_run()
                         look_at = 0
+                        if notes is not None:
+                            notes.skip(at)
+                    if disk.moves is not moves:
+                        moves = disk.moves
+                        read, write, _ = moves
+                        notes = self._follow(moves, slots, at)
+                        if notes is not None:
+                            copies = notes.has_data
+                            note_length, note_end = notes.lengths.append, notes.ends.append
+                    if copies and operation and notes is not None:
+                        buffers = notes.copy(buffers, length)
                     try:
-                        move = disk.write_first if operation else disk.read_first
-                        done = move(buffers, sector * SECTOR)
+                        done = (write if operation else read)(buffers, sector * SECTOR)
                     except BaseException as error:  # noqa: BLE001 - as in Disk.serve_read
                         status = disk.failed_at_first(operation, error)
+                        if notes is not None:
+                            offset = sector * SECTOR
+                            notes.note(operation, buffers, offset, length, error)
                     else:
                         status = OKAY
                         if done != length and done is not None:
+                            if notes is not None:
+                                # What is done once more as a whole is noted then.
+                                is_whole = self._is_concurrent or not isinstance(done, int)
+                                part = 0 if is_whole or not 0 < done < length else done
+                                notes.note(operation, buffers, sector * SECTOR, part)
                             status = disk.finish(operation, buffers, sector * SECTOR, length, done)
+                            if notes is not None:
+                                notes.skip(at + size)
+                        elif notes is not None:
+                            note_length(length)
+                            note_end(now_ns())
                     if status is not None:
                         if operation == READ:
                             reads += 1
@@ -559,14 +603,20 @@ class Queue:
                         continue
             if joined:
                 bytes_joined += self._do_run()
+            if notes is not None:
+                notes.put()
             self._begin(slots[at : at + size], descriptors, waits=plan is not None)
             self._publish_if_late()  # it may have taken its time
+            if notes is not None:
+                notes.skip(at + size)
             if self._has_given_up:
                 for behind in range(at + size, len(slots), size):
                     self._begin(slots[behind : behind + size], None, waits=True)
                 break
         if joined:
             self._do_run()
+        if notes is not None:
+            notes.put()
         if len(ring.unpublished) >= _FEW or not ring.has_requests:
             self._publish()
         else:
@@ -586,6 +636,19 @@ class Queue:
         stall.is_amid = False
         self._idle.spurious = 0
         self._idle.worked()
+
+    def _follow(self, moves: Moves, slots: bytes, at: int) -> BatchNotes | None:
+        """Return what notes the requests from byte ``at`` of these slots on, if anything does."""
+        notes = self._notes
+        if moves is not self._moves:
+            if notes is not None:
+                notes.put()
+            self._moves = moves
+            notes = None if moves.noting is None else moves.noting(self._number, self._abi)
+            self._notes = notes
+        if notes is not None:
+            notes.begin(slots, at)
+        return notes
 
     def _do_run(self) -> int:
         """Do the requests that were joined; how many bytes were moved at once."""
@@ -617,6 +680,8 @@ class Queue:
         ring = self._ring
         responses = ring.unpublished
         if responses:
+            if self._notes is not None:
+                self._notes.put()
             self._statistics.words[count.REQUESTS] += len(responses)
             begun = self._unanswered
             waiting: Sequence[bytes] = ()

@@ -2,7 +2,8 @@
 
 A header of 4096 bytes, then blocks of records, each with its number and two checksums. Both are
 seeded with 16 random bytes of the header: what a guest writes is in the file, too, and nothing
-that it can write is taken for a block.
+that it can write is taken for a block. Requests that a queue did one after another are one record
+with columns behind it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
 from itertools import chain
 from typing import Any, NamedTuple
 from zlib import crc32
@@ -18,13 +20,15 @@ from zlib import crc32
 from ..errors import ImageError
 
 MAGIC = b"xen-disk trace\0\0"
-VERSION = 1
+VERSION = 2
+"""1 had no batches; it is read, too."""
 HEADER_SIZE = 4096
 SLOTS = 8
 """Equal parts of a ring, each written from its beginning when its turn comes."""
 MIN_RING = 64 << 20
 """Bytes; a slot must be longer than the longest block."""
-MAX_RECORDS = 1 << 16
+MAX_BODY = 44 << 16
+"""Bytes of the records of one block."""
 MAX_DATA = 4 << 20
 """Bytes that were written, in one block. A longer write is several records."""
 
@@ -33,6 +37,8 @@ OPERATIONS = ("read", "write", "flush", "discard", "secure discard")
 EVENTS = 128
 """Operations from here on are no requests."""
 RESIZED, GAP, STOPPED, RESUMED = range(EVENTS, EVENTS + 4)
+BATCH = 255
+"""A record's operation, in the file: so many requests as it has bytes, in columns behind it."""
 _EVENT_NAMES = {RESIZED: "resized", GAP: "gap", STOPPED: "stopped", RESUMED: "resumed"}
 
 UNKNOWN_ERROR = 0xFFFF
@@ -41,18 +47,19 @@ NO_QUEUE = -1
 
 # magic, version, length of the JSON that follows, 16 random bytes, CRC-32 of these and the JSON
 _PREFIX = struct.Struct("<16sII16sI")
-# magic, records, number of the block, requests before it, flushes before it, bytes of data;
-# CRC-32 of the data; CRC-32 of all this and the records
+# magic, bytes of the records, number of the block, requests before it, flushes before it, bytes of
+# data; CRC-32 of the data; CRC-32 of all this and the records
 _BLOCK = struct.Struct("<4sIQQQQII")
-_BLOCK_MAGIC = b"XDTB"
+_BLOCK_MAGIC = b"XDTC"
+_EARLIER_MAGIC = b"XDTB"  # has the number of records for their bytes
 # start, latency (nanoseconds), offset, length (bytes), bytes of data, status, queue, operation
 _RECORD = struct.Struct("<QQQQIHhB3x")
 BLOCK_HEADER_SIZE = _BLOCK.size
 RECORD_SIZE = _RECORD.size
-OPERATION_AT = 40
-"""The byte of a record that has its operation."""
-STATUS_AT = 36
-"""The first of the two that have its status."""
+BATCHED_SIZE = 8 + 8 + 4 + 1
+"""Bytes of a request of a batch: its end, sector, length (if they differ) and operation."""
+_SECTOR = 512
+_SECTORS = 1 << 54
 pack_record_into = _RECORD.pack_into
 """Put a record into a buffer: the buffer, where, and its :data:`Fields` one by one."""
 Fields = tuple[int, int, int, int, int, int, int, int]
@@ -129,7 +136,7 @@ class Header:
         if len(page) < HEADER_SIZE:
             raise ImageError(f"{name}: a trace that was cut in its header: nothing of it is left")
         _, version, length, seed, crc = _PREFIX.unpack_from(page)
-        if version != VERSION:
+        if version not in (1, VERSION):
             raise ImageError(
                 f"{name}: a trace of version {version}, this program knows {VERSION}: use the "
                 "xen-disk that made it"
@@ -220,27 +227,29 @@ class BlockHeader(NamedTuple):
     """The first bytes of a block.
 
     Attributes:
-        records: how many there are.
+        body_length: bytes of the records.
         sequence: its number, counted from 0 over the whole trace.
         requests, flushes: how many were before it, over the whole trace. Only flushes that
             succeeded count.
         data_length: bytes of data behind the records.
         data_crc: the checksum of the data.
         crc: that of this header and the records.
+        has_batches: the records may be some.
     """
 
-    records: int
+    body_length: int
     sequence: int
     requests: int
     flushes: int
     data_length: int
     data_crc: int
     crc: int
+    has_batches: bool = True
 
     @property
     def length(self) -> int:
         """Bytes of the whole block."""
-        return BLOCK_HEADER_SIZE + self.records * RECORD_SIZE + self.data_length
+        return BLOCK_HEADER_SIZE + self.body_length + self.data_length
 
     @classmethod
     def parse(cls, head: bytes) -> BlockHeader:
@@ -251,11 +260,13 @@ class BlockHeader(NamedTuple):
         """
         if len(head) < BLOCK_HEADER_SIZE:
             raise Damaged("cut")
-        magic, *known = _BLOCK.unpack_from(head)
-        header = cls(*known)
+        magic, length, *known = _BLOCK.unpack_from(head)
+        is_earlier = magic == _EARLIER_MAGIC
+        body_length = length * RECORD_SIZE if is_earlier else length
+        header = cls(body_length, *known)._replace(has_batches=not is_earlier)
         if (
-            magic != _BLOCK_MAGIC
-            or not 0 < header.records <= MAX_RECORDS
+            magic not in (_BLOCK_MAGIC, _EARLIER_MAGIC)
+            or not 0 < header.body_length <= MAX_BODY
             or header.data_length > MAX_DATA
         ):
             raise Damaged("no block begins here")
@@ -277,7 +288,7 @@ def pack_block(
         sequence: the number of the block.
         requests: how many were before it, over the whole trace.
         flushes: the same, of those that succeeded.
-        records: at most :data:`MAX_RECORDS`.
+        records: at most :data:`MAX_BODY` bytes when packed.
         data: of those records that have some, in their order; at most :data:`MAX_DATA` bytes.
     """
     written = b"".join(data)
@@ -300,11 +311,11 @@ def pack_head(
         sequence: the same.
         requests: the same.
         flushes: the same.
-        body: the records, each as :data:`pack_record_into` has it.
+        body: the records, as :data:`pack_record_into` and :func:`pack_batch_into` have them.
         data: what was written, in one piece.
     """
     start = crc32(seed)
-    fields_ = (_BLOCK_MAGIC, len(body) // RECORD_SIZE, sequence, requests, flushes, len(data))
+    fields_ = (_BLOCK_MAGIC, len(body), sequence, requests, flushes, len(data))
     head = _BLOCK.pack(*fields_, crc32(data, start), 0)[:-4]
     return head + struct.pack("<I", crc32(body, crc32(head, start)))
 
@@ -316,12 +327,12 @@ def unpack_records(seed: bytes, header: BlockHeader, head: bytes, body: bytes) -
         seed: ``Header.id``.
         header: from :meth:`BlockHeader.parse`.
         head: the bytes that it was made of.
-        body: ``records`` times :data:`RECORD_SIZE` bytes.
+        body: ``body_length`` bytes.
 
     Raises:
         Damaged: the checksum is wrong, or the records make no sense.
     """
-    if len(body) < header.records * RECORD_SIZE:
+    if len(body) < header.body_length:
         raise Damaged("cut")
     if crc32(body, crc32(head[: BLOCK_HEADER_SIZE - 4], crc32(seed))) != header.crc:
         raise Damaged("the checksum of the records is wrong")
@@ -330,10 +341,115 @@ def unpack_records(seed: bytes, header: BlockHeader, head: bytes, body: bytes) -
 
 def _records(header: BlockHeader, body: bytes) -> Iterator[Record]:
     number = header.requests
-    for start, latency, offset, length, _, status, queue, operation in _RECORD.iter_unpack(body):
+    for start, latency, offset, length, _, status, queue, operation in _unpacked(header, body):
         yield Record(number, operation, start, latency, offset, length, status, queue)
         if operation < EVENTS:
             number += 1
+
+
+def _unpacked(header: BlockHeader, body: bytes) -> Iterator[Fields]:
+    """The records, and each request of a batch by itself.
+
+    Raises:
+        Damaged: they make no sense.
+    """
+    at, end = 0, len(body)
+    while at < end:
+        if end - at < RECORD_SIZE:
+            raise Damaged("the records make no sense")
+        record: Fields = _RECORD.unpack_from(body, at)
+        at += RECORD_SIZE
+        if record[-1] != BATCH or not header.has_batches:
+            yield record
+        else:
+            count, has_lengths = record[3], not record[1]
+            if not 0 < count <= (end - at) // (BATCHED_SIZE if has_lengths else BATCHED_SIZE - 4):
+                raise Damaged("the records make no sense")
+            columns = _columns(count, has_lengths=has_lengths)
+            yield from _batched(record, columns.unpack_from(body, at))
+            at += columns.size
+
+
+def entries(body: bytes | memoryview) -> Iterator[tuple[int, int, int, int]]:
+    """Of each record or batch that was packed here: bytes, of its data, requests, good flushes."""
+    at = 0
+    while at < len(body):
+        _, length, _, count, data, status, _, operation = _RECORD.unpack_from(body, at)
+        size, requests = RECORD_SIZE, int(operation < EVENTS)
+        if operation == BATCH:
+            size += count * (BATCHED_SIZE - 4 if length else BATCHED_SIZE)
+            requests = count
+        yield size, data, requests, int(operation == FLUSH and not status)
+        at += size
+
+
+def _batched(record: Fields, columns: Sequence[int]) -> Iterator[Fields]:
+    start, length_of_all, origin, count, data, _, queue, _ = record
+    ends, sectors, operations = columns[:count], columns[count : 2 * count], columns[-count:]
+    lengths = [length_of_all] * count if length_of_all else columns[2 * count : 3 * count]
+    for at, sector, length, operation in zip(ends, sectors, lengths, operations):
+        latency = at - origin
+        if latency < 0 or operation not in (READ, WRITE) or sector >= _SECTORS:
+            raise Damaged("the records make no sense")
+        written = length if data and operation == WRITE else 0
+        yield (start, latency, sector * _SECTOR, length, written, 0, queue, operation)
+        start += latency
+        origin = at
+
+
+@lru_cache(maxsize=64)
+def _columns(count: int, *, has_lengths: bool) -> struct.Struct:
+    return struct.Struct(f"<{count}Q{count}Q{count if has_lengths else 0}I{count}B")
+
+
+@lru_cache(maxsize=512)
+def _batch(count: int) -> struct.Struct:
+    return struct.Struct(f"{_RECORD.format}{count}Q{8 * count}s{count}I{count}s")
+
+
+@lru_cache(maxsize=512)
+def _alike(count: int) -> struct.Struct:
+    return struct.Struct(f"{_RECORD.format}{count}Q{8 * count}s{count}s")
+
+
+def pack_batch_into(
+    buffer: bytearray | memoryview,
+    at: int,
+    began: int,
+    clock: int,
+    ends: Sequence[int],
+    lengths: Sequence[int],
+    sectors: bytes,
+    operations: bytes,
+    data_length: int,
+    queue: int,
+) -> int:
+    """Put reads and writes that succeeded, each begun when the one before was over, into a buffer.
+
+    Args:
+        buffer: there must be room for a record and :data:`BATCHED_SIZE` for each of them.
+        at: where.
+        began: when the first was, by ``CLOCK_MONOTONIC``, in nanoseconds.
+        clock: what that showed when the trace began.
+        ends: when each was over, by the same clock.
+        lengths: of each, in bytes.
+        sectors: of 512 bytes, where each began: 8 bytes for each, little-endian.
+        operations: a byte for each.
+        data_length: of all writes together; 0: their data is not recorded.
+        queue: its number.
+
+    Returns:
+        How many bytes it takes.
+    """
+    count, length = len(ends), lengths[0]
+    start = began - clock
+    if lengths.count(length) == count:  # nearly always
+        layout, head = _alike(count), (start, length, began, count, data_length, 0, queue, BATCH)
+        layout.pack_into(buffer, at, *head, *ends, sectors, operations)
+    else:
+        layout, head = _batch(count), (start, 0, began, count, data_length, 0, queue, BATCH)
+        layout.pack_into(buffer, at, *head, *ends, sectors, *lengths, operations)
+    return layout.size
 
 
 def unpack_data(seed: bytes, header: BlockHeader, body: bytes, data: bytes) -> list[bytes | None]:
@@ -346,7 +462,7 @@ def unpack_data(seed: bytes, header: BlockHeader, body: bytes, data: bytes) -> l
         raise Damaged("cut")
     if crc32(data, crc32(seed)) != header.data_crc:
         raise Damaged("the checksum of the data is wrong")
-    lengths = [fields_[4] for fields_ in _RECORD.iter_unpack(body)]
+    lengths = [fields_[4] for fields_ in _unpacked(header, body)]
     if sum(lengths) != len(data):
         raise Damaged("the lengths of the data make no sense")
     found: list[bytes | None] = []
@@ -355,6 +471,12 @@ def unpack_data(seed: bytes, header: BlockHeader, body: bytes, data: bytes) -> l
         found.append(data[at : at + length] if length else None)
         at += length
     return found
+
+
+def status_of(error: BaseException) -> int:
+    """Return what a record says of an error."""
+    number = getattr(error, "errno", None)
+    return number if isinstance(number, int) and 0 < number < UNKNOWN_ERROR else UNKNOWN_ERROR
 
 
 def as_json(record: Record) -> Mapping[str, Any]:

@@ -19,7 +19,6 @@ from .format import (
     DISCARD_SECURELY,
     FLUSH,
     GAP,
-    RECORD_SIZE,
     RESIZED,
     WRITE,
     Header,
@@ -123,7 +122,7 @@ def sources(reader: TraceReader) -> Iterator[tuple[Record, int]]:
     The checksums are looked at.
     """
     for block in reader.blocks(data=True):
-        at = block.at + BLOCK_HEADER_SIZE + block.header.records * RECORD_SIZE
+        at = block.at + BLOCK_HEADER_SIZE + block.header.body_length
         for record in block.records:
             here, data = at, record.data
             at += len(data) if data is not None else 0

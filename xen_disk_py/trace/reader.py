@@ -12,7 +12,6 @@ from ..text import printable
 from .format import (
     BLOCK_HEADER_SIZE,
     HEADER_SIZE,
-    RECORD_SIZE,
     SLOTS,
     STOPPED,
     BlockHeader,
@@ -200,7 +199,7 @@ class TraceReader(Closing):
         if sequence is not None and header.sequence != sequence:
             raise Damaged(f"block {sequence} is not here")
         behind = at + BLOCK_HEADER_SIZE
-        body = self._read(behind, header.records * RECORD_SIZE)
+        body = self._read(behind, header.body_length)
         records = list(unpack_records(seed, header, head, body))
         behind += len(body)
         if data and header.data_length:

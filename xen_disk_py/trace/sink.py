@@ -1,33 +1,37 @@
 """Takes records from the threads that do requests, and writes them from one of its own.
 
-What is noted goes into a :class:`Page`, ready to be written: a record is packed where it stays, and
-data is copied once, into the page. The thread writes what pages hold, without looking at single
-records; all that takes long there (checksums, ``pwritev``) is done without Python's lock.
+What is noted goes into a :class:`Page`, ready to be written: a record, or a batch of them
+(:mod:`.batch`), is packed where it stays, and data is copied once, into the page. The thread writes
+what pages hold, without looking at single records; all that takes long there (checksums,
+``pwritev``) is done without Python's lock.
 
 Nothing depends on the file: if it cannot be written, the recording ends, with a line in the log.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
 import mmap
 import threading
 from collections import deque
+from collections.abc import Sequence
 from contextlib import suppress
 from time import perf_counter_ns
 
 from .format import (
+    BATCHED_SIZE,
     EVENTS,
     FLUSH,
     GAP,
     MAX_DATA,
     NO_QUEUE,
-    OPERATION_AT,
     RECORD_SIZE,
-    STATUS_AT,
     STOPPED,
     WRITE,
     Fields,
+    entries,
+    pack_batch_into,
     pack_record_into,
 )
 from .writer import TraceWriter, event, fields_of
@@ -42,6 +46,7 @@ MAX_RECORDS = 100_000
 """Records that do, of a trace without data."""
 _GATHERING = 0.2  # seconds that the writer sleeps to have more to write at once
 _BLOCK = 16_384  # records in a page, at most
+_EMPTY = (0, 0, 0, 0)
 
 
 class Page:
@@ -50,29 +55,36 @@ class Page:
     Attributes:
         records: packed.
         data: of these, contiguous.
-        done: how many records, and how many bytes of data. Whoever has put something into the page
-            replaces this, at once, when all of that is there.
+        done: how many bytes of records and of data, how many requests, and how many of these are
+            flushes that succeeded. Whoever has put something into the page replaces this, at once,
+            when all of that is there.
         written: how much of it is in the file.
     """
 
     __slots__ = ("data", "done", "records", "written")
 
     def __init__(self, records: int, data: int) -> None:
-        self.records = memoryview(bytearray(records * RECORD_SIZE))
+        self.records = memoryview(bytearray(records))
         anonymous = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         self.data = memoryview(mmap.mmap(-1, data, anonymous) if data else bytearray())
-        self.done: tuple[int, int] = (0, 0)
-        self.written: tuple[int, int] = (0, 0)
+        self.done = self.written = _EMPTY
+
+    @property
+    def filled(self) -> int:
+        """Bytes of data that are there."""
+        return self.done[1]
+
+
+Place = tuple[Page, int]
+"""Where data is: in a page, from a byte on."""
 
 
 class Sink:
     """Takes records, from any thread.
 
-    :meth:`note` and :meth:`wrote` do. Who does nothing but that puts them into :attr:`page` itself,
-    as these do: with :attr:`lock` held, where ``page.done`` leaves room (:attr:`capacity` records,
-    ``MAX_DATA`` bytes), else into what :meth:`turn` returns. What has data needs :attr:`data_lock`,
-    taken before the other and kept from when its data is put behind what is there until its record
-    is there.
+    :meth:`note`, :meth:`wrote` and :meth:`put_batch` do. Who copies data anyway may put it into
+    :attr:`page` itself, behind what is there, with :attr:`data_lock` held until :meth:`put` or
+    :meth:`put_batch` has put its record there; if there is no room, into what :meth:`turn` returns.
 
     Args:
         writer: of the file; None: nothing is recorded.
@@ -80,7 +92,6 @@ class Sink:
 
     Attributes:
         page: where the next record goes.
-        capacity: records of a page.
         clock: what ``CLOCK_MONOTONIC`` showed when the trace began, in nanoseconds.
         has_data: what is written is recorded, too.
         is_awake: nobody needs to :meth:`rouse` the thread.
@@ -92,19 +103,21 @@ class Sink:
         self.writer = writer
         self.clock = writer.header.clock if writer is not None else 0
         self.has_data = writer is not None and writer.header.data
-        self.capacity = min(_BLOCK, MAX_RECORDS)
+        self._capacity = min(_BLOCK, MAX_RECORDS) * RECORD_SIZE  # bytes of the records of a page
         self.is_awake = writer is None
         self.recorded = self.lost = 0
         self._name = name
         # No room in it: the next request calls turn().
         self._nothing = Page(0, 0)
-        self._nothing.done = self._nothing.written = (self.capacity, MAX_DATA + 1)
+        self._nothing.done = self._nothing.written = (self._capacity, MAX_DATA + 1, 0, 0)
         self.page = self._filling = self._nothing
         self._full: deque[Page] = deque()
         self._free: list[Page] = []
         self._pages = 0  # how many there are
-        most = MAX_WAITING // MAX_DATA if self.has_data else MAX_RECORDS // self.capacity
-        self._most = max(1, most)
+        waiting, size = MAX_RECORDS * RECORD_SIZE, self._capacity
+        if self.has_data:
+            waiting, size = MAX_WAITING, MAX_DATA
+        self._most = max(1, waiting // size)
         self.lock = threading.RLock()
         self.data_lock = threading.Lock()
         self._moved = threading.Condition(self.lock)
@@ -134,7 +147,7 @@ class Sink:
         if self._over:
             return
         with self.lock:
-            self.put(fields, b"")
+            self.put(fields)
         if not self.is_awake:
             self.rouse()
 
@@ -168,42 +181,114 @@ class Sink:
         if not self.is_awake:
             self.rouse()
 
-    def put(self, fields: Fields, data: bytes | memoryview) -> None:
-        """Put a record, and its data, behind the others; the locks are held."""
-        page: Page | None = self.page
-        assert page is not None
-        count, used = page.done
-        if count >= self.capacity or used + len(data) > MAX_DATA:
-            page = self.turn(len(data))
-            if page is None:
-                return
-            count, used = page.done
-        end = used + len(data)
-        if data:
-            page.data[used:end] = data
-        pack_record_into(page.records, count * RECORD_SIZE, *fields)
-        page.done = (count + 1, end)
-
-    def turn(self, length: int) -> Page | None:
-        """Return a page with room for one more record; None: there is none, do without.
+    def put(
+        self, fields: Fields, data: bytes | memoryview = b"", place: Place | None = None
+    ) -> None:
+        """Put a record, and its data, behind the others; the locks are held.
 
         Args:
-            length: bytes of its data, at most ``MAX_DATA``.
+            fields: the record's.
+            data: its own.
+            place: where the data is already.
+        """
+        operation, status = fields[7], fields[5]
+        requests, flushes = operation < EVENTS, operation == FLUSH and not status
+        page = self._place(RECORD_SIZE, data, place, requests)
+        if page is not None:
+            used, filled, others, earlier = page.done
+            pack_record_into(page.records, used, *fields)
+            filled += len(data)
+            page.done = (used + RECORD_SIZE, filled, others + requests, earlier + flushes)
+
+    def put_batch(
+        self,
+        began: int,
+        ends: Sequence[int],
+        lengths: Sequence[int],
+        sectors: bytes,
+        operations: bytes,
+        data: memoryview | bytes,
+        queue: int,
+        place: Place | None,
+    ) -> None:
+        """Take reads and writes that were done one after another, from any thread.
+
+        With data, :attr:`data_lock` is held.
+
+        Args:
+            began: when the first was, by ``CLOCK_MONOTONIC``, in nanoseconds.
+            ends: as for :func:`~.format.pack_batch_into`.
+            lengths: the same.
+            sectors: the same.
+            operations: the same.
+            data: of the writes, contiguous; at most ``MAX_DATA`` bytes.
+            queue: its number.
+            place: where the data is already.
+        """
+        count = len(ends)
+        with self.lock:
+            page = self._place(RECORD_SIZE + count * BATCHED_SIZE, data, place, count)
+            if page is not None:
+                used, filled, requests, flushes = page.done
+                length = len(data)
+                size = pack_batch_into(
+                    page.records,
+                    used,
+                    began,
+                    self.clock,
+                    ends,
+                    lengths,
+                    sectors,
+                    operations,
+                    length,
+                    queue,
+                )
+                page.done = (used + size, filled + length, requests + count, flushes)
+        if not self.is_awake:
+            self.rouse()
+
+    def _place(
+        self, size: int, data: bytes | memoryview, place: Place | None, requests: int
+    ) -> Page | None:
+        """The page where records of that size go, with their data; None: do without."""
+        page: Page | None = self.page
+        assert page is not None
+        used, filled, _, _ = page.done
+        if place == (page, filled) and used + size <= self._capacity:
+            return page  # else others have filled the page in which the data is
+        if used + size > self._capacity or filled + len(data) > MAX_DATA:
+            page = self.turn(size, len(data), requests)
+        if page is not None and data:
+            filled = page.filled
+            page.data[filled : filled + len(data)] = data
+        return page
+
+    def turn(self, size: int, length: int, requests: int = 1) -> Page | None:
+        """Return a page with room for more; None: there is none, do without.
+
+        Args:
+            size: bytes of records.
+            length: bytes of their data, at most ``MAX_DATA``.
+            requests: how many are lost if there is none.
         """
         with self.lock:
-            found = self._with_room(length)
+            try:
+                found = self._with_room(size, length) if size <= self._capacity else None
+            except (MemoryError, OSError):
+                self._end("there is no memory to be had")
+                found = None
             if found is None and not self._over:
-                self._gap += 1
-                self.lost += 1
+                self._gap += requests
+                self.lost += requests
             self.page = self._nothing if self._over else self._filling
             return found
 
-    def _with_room(self, length: int) -> Page | None:
+    def _with_room(self, size: int, length: int) -> Page | None:
         """The page that is being filled, or another; of a trace with data, wait for one."""
         while not self._over:
             page = self._filling
-            count, used = page.done
-            if count < self.capacity and used + length <= MAX_DATA:
+            used, filled, _, _ = page.done
+            if used + size <= self._capacity and filled + length <= MAX_DATA:
                 return page
             can_have_another = bool(self._free) or self._pages < self._most
             if page is not self._nothing and (can_have_another or self.has_data):
@@ -223,7 +308,7 @@ class Sink:
             page = self._free.pop()
         else:
             self._pages += 1
-            page = Page(self.capacity, MAX_DATA if self.has_data else 0)
+            page = Page(self._capacity, MAX_DATA if self.has_data else 0)
         if self._gap:
             lost, self._gap = self._gap, 0
             now = perf_counter_ns() - self.clock
@@ -296,28 +381,35 @@ class Sink:
                 self._moves += 1
                 if is_full and self._full:
                     self._full.popleft()
-                    page.done = page.written = (0, 0)
+                    page.done = page.written = _EMPTY
                     self._free.append(page)
                 self._moved.notify_all()
         return wrote
 
-    def _write_part(self, page: Page, done: tuple[int, int]) -> None:
+    def _write_part(self, page: Page, done: tuple[int, int, int, int]) -> None:
         writer = self.writer
         assert writer is not None
-        (first, start), (last, end) = page.written, done
-        body = page.records[first * RECORD_SIZE : last * RECORD_SIZE]
-        operations = bytes(body[OPERATION_AT::RECORD_SIZE])
-        requests, flushes = last - first, operations.count(FLUSH)
-        if flushes:
-            statuses = zip(body[STATUS_AT::RECORD_SIZE], body[STATUS_AT + 1 :: RECORD_SIZE])
-            flushes = sum(
-                operation == FLUSH and not any(status)
-                for operation, status in zip(operations, statuses)
-            )
-        if max(operations) >= EVENTS:
-            requests = sum(each < EVENTS for each in operations)
-        writer.write_packed(body, page.data[start:end], requests=requests, flushes=flushes)
+        first, start, before, earlier = page.written
+        last, end, requests, flushes = done
+        body, data = page.records[first:last], page.data[start:end]
+        requests -= before
+        try:
+            writer.write_packed(body, data, requests=requests, flushes=flushes - earlier)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                self._write_what_fits(writer, body, data)
+            raise
         self.recorded += requests
+
+    def _write_what_fits(self, writer: TraceWriter, body: memoryview, data: memoryview) -> None:
+        """Write a block's records each by itself, up to where there is no room."""
+        first = start = 0
+        with suppress(OSError):
+            for size, length, requests, flushes in entries(body):
+                part, written = body[first : first + size], data[start : start + length]
+                writer.write_packed(part, written, requests=requests, flushes=flushes)
+                self.recorded += requests
+                first, start = first + size, start + length
 
     # -- its end ---------------------------------------------------------------------------
 
@@ -340,6 +432,7 @@ class Sink:
         writer = self.writer
         if writer is not None and writer.fd >= 0:
             with suppress(OSError):
+                writer.cut()
                 now = perf_counter_ns() - self.clock
                 writer.append([event(STOPPED, now, text=why)])
                 writer.sync()
@@ -379,7 +472,7 @@ class Sink:
 
 
 def _append(page: Page, fields: Fields) -> None:
-    """Put the record of what has no data into a page that has room."""
-    count, used = page.done
-    pack_record_into(page.records, count * RECORD_SIZE, *fields)
-    page.done = (count + 1, used)
+    """Put the record of an event into a page that has room."""
+    used, filled, requests, flushes = page.done
+    pack_record_into(page.records, used, *fields)
+    page.done = (used + RECORD_SIZE, filled, requests, flushes)

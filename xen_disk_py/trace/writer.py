@@ -11,9 +11,10 @@ from .format import (
     EVENTS,
     FLUSH,
     HEADER_SIZE,
+    MAX_BODY,
     MAX_DATA,
-    MAX_RECORDS,
     NO_QUEUE,
+    RECORD_SIZE,
     SLOTS,
     Fields,
     Header,
@@ -95,6 +96,7 @@ class TraceWriter(Closing):
             at = block.at + block.header.length
         if not reader.header.ring:
             os.ftruncate(fd, at)
+        _write(fd, reader.header.pack(), 0)  # of this version, if an older program has begun it
         return cls(fd, reader.header, sequence=sequence, requests=requests, flushes=flushes, at=at)
 
     def append(self, records: Sequence[Record]) -> None:
@@ -108,7 +110,8 @@ class TraceWriter(Closing):
         size = requests = flushes = 0
         for record in records:
             written = record.data or b""
-            if packed and (len(packed) == MAX_RECORDS or size + len(written) > MAX_DATA):
+            is_full = len(packed) == MAX_BODY // RECORD_SIZE
+            if packed and (is_full or size + len(written) > MAX_DATA):
                 self.write(packed, data, requests=requests, flushes=flushes)
                 packed, data = [], []
                 size = requests = flushes = 0
@@ -193,6 +196,15 @@ class TraceWriter(Closing):
         if used + length <= slot:
             return self.at
         return HEADER_SIZE + (number + 1) % SLOTS * slot
+
+    def cut(self) -> None:
+        """Remove what a block that could not be written has left, for its room.
+
+        Raises:
+            OSError: it cannot be removed.
+        """
+        if not self.header.ring:
+            os.ftruncate(self.fd, self.at)
 
     def sync(self) -> None:
         """Return when all of it is on stable storage.

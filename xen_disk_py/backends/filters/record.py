@@ -18,11 +18,13 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Optional
 from zlib import crc32
 
 from ...errors import ImageError, UsageError
+from ...trace.batch import BatchNotes
 from ...trace.format import (
     DISCARD,
     DISCARD_SECURELY,
@@ -31,13 +33,11 @@ from ...trace.format import (
     MAX_DATA,
     MIN_RING,
     READ,
-    RECORD_SIZE,
     RESIZED,
     RESUMED,
-    UNKNOWN_ERROR,
     WRITE,
     Header,
-    pack_record_into,
+    status_of,
 )
 from ...trace.reader import TraceReader
 from ...trace.sink import Page, Sink
@@ -45,7 +45,7 @@ from ...trace.writer import TraceWriter, event, fields_of
 from ...units import format_size, parse_size
 from .. import Backend, asynchronous
 from ..asynchronous import Asynchronous, Done
-from ..filter import Filter, is_succeeding
+from ..filter import Filter, Noting, is_succeeding
 from ..queues import here
 
 log = logging.getLogger("xen_disk_py")
@@ -174,6 +174,10 @@ class Recorder(Filter):
         """Everything while nothing is recorded."""
         return not self._settings[3]
 
+    def noting(self) -> Noting | None:
+        """Have whole batches of what comes to the source be noted."""
+        return partial(BatchNotes, self._sink)
+
     def counters(self) -> dict[str, int]:
         """How many requests are in the file, how many could not be noted, and whether it ended."""
         sink = self._sink
@@ -246,10 +250,6 @@ def _note(sink: Sink, operation: int, start: int, offset: int, length: int) -> N
     sink.note((start - sink.clock, took, offset, length, 0, 0, here.number, operation))
 
 
-# What follows does what Sink.note() and Sink.wrote() do, without a call of them: this is what each
-# request costs more.
-
-
 def _noted(sink: Sink, operation: int, call: Move, *, only_whole: bool = False) -> Any:
     """Return ``call``, noted without its data.
 
@@ -259,46 +259,17 @@ def _noted(sink: Sink, operation: int, call: Move, *, only_whole: bool = False) 
         call: does that.
         only_whole: what was done in part will be done again, and is not noted.
     """
-    origin, capacity, lock = sink.clock, sink.capacity, sink.lock
 
     def move(buffers: Sequence[memoryview], offset: int) -> int | None:
-        length = len(buffers[0]) if len(buffers) == 1 else sum(map(len, buffers))
+        length = sum(map(len, buffers))
         start = _now()
         try:
             done = call(buffers, offset)
         except BaseException as error:
-            took, status = _now() - start, status_of(error)
-            sink.note((start - origin, took, offset, length, 0, status, here.number, operation))
+            Recorder._failed(sink, operation, start, offset, length, error)
             raise
-        took = _now() - start
-        if done != length and done is not None:
-            if only_whole:
-                return done
-            length = done
-        with lock:
-            page: Page | None = sink.page
-            assert page is not None
-            count, used = page.done
-            if count >= capacity:
-                page = sink.turn(0)
-                if page is None:
-                    return done
-                count, used = page.done
-            pack_record_into(
-                page.records,
-                count * RECORD_SIZE,
-                start - origin,
-                took,
-                offset,
-                length,
-                0,
-                0,
-                here.number,
-                operation,
-            )
-            page.done = (count + 1, used)
-        if not sink.is_awake:
-            sink.rouse()
+        if done is None or done == length or not only_whole:
+            _note(sink, operation, start, offset, length if done is None else done)
         return done
 
     return move
@@ -315,7 +286,7 @@ def _copied(sink: Sink, call: Move, *, only_whole: bool = False) -> Any:
         call: writes.
         only_whole: what was done in part will be done again, and is not noted.
     """
-    origin, capacity, lock = sink.clock, sink.capacity, sink.lock
+    origin, lock = sink.clock, sink.lock
     begin, end = sink.data_lock.acquire, sink.data_lock.release
     otherwise: Move = _copied_twice(sink, call, only_whole=only_whole)
 
@@ -324,23 +295,18 @@ def _copied(sink: Sink, call: Move, *, only_whole: bool = False) -> Any:
             return otherwise(buffers, offset)
         page: Page | None = sink.page
         assert page is not None
-        at = page.done[1]
-        length = len(buffers[0]) if len(buffers) == 1 else sum(map(len, buffers))
-        if at + length > MAX_DATA:
-            page = sink.turn(length) if length <= MAX_DATA else None
+        length = sum(map(len, buffers))
+        if page.filled + length > MAX_DATA:
+            page = sink.turn(0, length) if length <= MAX_DATA else None
             if page is None:
                 end()
                 return otherwise(buffers, offset)
-            at = page.done[1]
         try:
-            data = page.data[at : at + length]
-            if len(buffers) == 1:
-                data[:] = buffers[0]
-            else:
-                to = 0
-                for buffer in buffers:
-                    data[to : to + len(buffer)] = buffer
-                    to += len(buffer)
+            at = to = page.filled
+            for buffer in buffers:
+                page.data[to : to + len(buffer)] = buffer
+                to += len(buffer)
+            data = page.data[at:to]
             start = _now()
             try:
                 done = call((data,), offset)
@@ -348,32 +314,14 @@ def _copied(sink: Sink, call: Move, *, only_whole: bool = False) -> Any:
                 took, status = _now() - start, status_of(error)
                 fields = (start - origin, took, offset, length, length, status)
                 with lock:
-                    sink.put((*fields, here.number, WRITE), data)
+                    sink.put((*fields, here.number, WRITE), data, (page, at))
                 raise
             took = _now() - start
-            if done != length and done is not None:
-                if only_whole:
-                    return done
-                length = done
-            with lock:
-                count, _ = page.done
-                if page is sink.page and count < capacity:
-                    pack_record_into(
-                        page.records,
-                        count * RECORD_SIZE,
-                        start - origin,
-                        took,
-                        offset,
-                        length,
-                        length,
-                        0,
-                        here.number,
-                        WRITE,
-                    )
-                    page.done = (count + 1, at + length)
-                else:  # others have filled it meanwhile
-                    fields = (start - origin, took, offset, length, length, 0)
-                    sink.put((*fields, here.number, WRITE), data[:length])
+            if done is None or done == length or not only_whole:
+                data = data[:done]
+                fields = (start - origin, took, offset, len(data), len(data), 0)
+                with lock:
+                    sink.put((*fields, here.number, WRITE), data, (page, at))
         finally:
             end()
         if not sink.is_awake:
@@ -489,12 +437,6 @@ class _Noted:
         self.data = data
         self.queue = queue
         self.start = start
-
-
-def status_of(error: BaseException) -> int:
-    """Return what a record says of an error."""
-    number = getattr(error, "errno", None)
-    return number if isinstance(number, int) and 0 < number < UNKNOWN_ERROR else UNKNOWN_ERROR
 
 
 def _open(source: Backend, file: str, *, data: bool, ring: int, in_use: bool) -> TraceWriter | None:

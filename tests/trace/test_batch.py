@@ -1,0 +1,284 @@
+"""What queues note in batches is what the storage did, in an order in which it can have been."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import threading
+
+import pytest
+
+from xen_disk_py.backends import Backend
+from xen_disk_py.backends.filters import record as filters
+from xen_disk_py.backends.loader import wrap
+from xen_disk_py.blkif import (
+    FLUSH,
+    READ,
+    WRITE,
+    X86_32,
+    X86_64,
+    Indirect,
+    Transfer,
+    encode_segments,
+)
+from xen_disk_py.datapath import queue as queues
+from xen_disk_py.datapath.disk import Disk
+from xen_disk_py.ring import BackRing
+from xen_disk_py.trace import batch as batches
+from xen_disk_py.trace import format as layout
+from xen_disk_py.trace import sink as sinks
+from xen_disk_py.trace.reader import TraceReader
+
+SECTORS = 2048
+NOTED = {FLUSH: layout.FLUSH, READ: layout.READ, WRITE: layout.WRITE}
+
+
+class Witness(Backend):
+    """A disk in memory that does some requests in part, or not, and notes what it did."""
+
+    def __init__(self, threads, seed):
+        self.size = SECTORS * 512
+        self.threads = threads
+        self.data = bytearray(self.size)
+        self.log = []
+        self.is_faulty = False
+        self._dice = random.Random(seed)
+        self._lock = threading.Lock()
+
+    def _do(self, operation, buffers, offset, *, at_once):
+        with self._lock:
+            length = sum(map(len, buffers))
+            chance = self._dice.random() if self.is_faulty else 1
+            done, status = length, 0
+            if at_once and chance < 0.1:
+                return 0
+            if chance < 0.2:
+                done = self._dice.randrange(length // 512 + 1) * 512 if at_once else length
+                if self.threads == 1 and length > 512:
+                    done = self._dice.randrange(1, length // 512) * 512
+            elif chance < 0.3:
+                status = errno.EIO
+            content = b"".join(buffers)
+            if not status and operation == WRITE:
+                self.data[offset : offset + done] = content[:done]
+            if done == length or not at_once:
+                data = content[:done] if operation == WRITE else None
+                self.log.append((NOTED[operation], offset, done, status, data))
+            if status:
+                raise OSError(status, os.strerror(status))
+            if not status and operation == READ:
+                for buffer in buffers:
+                    buffer[:] = self.data[offset : offset + len(buffer)]
+                    offset += len(buffer)
+            return done
+
+    def read(self, buffers, offset):
+        return self._do(READ, buffers, offset, at_once=False)
+
+    def write(self, buffers, offset):
+        return self._do(WRITE, buffers, offset, at_once=False)
+
+    def read_nowait(self, buffers, offset):
+        return self._do(READ, buffers, offset, at_once=True)
+
+    def write_nowait(self, buffers, offset):
+        return self._do(WRITE, buffers, offset, at_once=True)
+
+    def flush(self):
+        with self._lock:
+            self.log.append((layout.FLUSH, 0, 0, 0, None))
+
+
+class Asker:
+    """Asks for all kinds of requests by one queue, a batch at a time, on its own sectors."""
+
+    def __init__(self, host, line, number, count):
+        self.line, self._pages, self._lists = line, host.share(64), host.share(32)
+        self._first, self._sectors = number * SECTORS // count, SECTORS // count
+        self._dice = random.Random(number)
+
+    def batch(self):
+        """Send some, none of which touches what another does, and have the answers."""
+        dice, requests = self._dice, []
+        at, end = self._first, self._first + self._sectors
+        number = 0
+        while len(requests) < 32 and at < end and number < 64:
+            at += dice.choice((0, 0, 1, 8))
+            kind = dice.random()
+            if kind < 0.05:
+                requests.append(Transfer(len(requests), FLUSH, 0, 0, (), (), ()))
+                continue
+            count = 1 if kind < 0.7 else dice.randrange(1, 20)
+            first, last = (0, 7) if count > 1 or kind < 0.4 else (3, 3 + dice.randrange(5))
+            sectors = count * (last - first + 1)
+            if at + sectors > end or number + count > 64:
+                break
+            requests.append(self._request(len(requests), at, sectors, number, count, first, last))
+            number += count
+            at += sectors
+        self.line.put(*requests)
+        self.line.kick()
+        return self.line.responses(len(requests))
+
+    def _request(self, id_, sector, sectors, page, count, first, last):
+        operation = self._dice.choice((READ, WRITE, WRITE))
+        refs = self._pages.refs[page : page + count]
+        if operation == WRITE:
+            for number in range(page, page + count):
+                self._pages.view[number * 4096 : number * 4096 + 4096] = self._dice.randbytes(4096)
+        if count > 11:
+            listed = encode_segments([(ref, first, last) for ref in refs])
+            self._lists.view[id_ * 4096 : id_ * 4096 + len(listed)] = listed
+            return Indirect(id_, operation, sector, count, (self._lists.refs[id_],))
+        return Transfer(
+            id_, operation, sector, sectors, tuple(refs), (first,) * count, (last,) * count
+        )
+
+
+def noted(path):
+    """What a trace has, without its end; what was cut into pieces is one again."""
+    found = []
+    with TraceReader(path) as reader:
+        for record in reader.records(data=True):
+            last = found[-1] if found else None
+            if (
+                last is not None
+                and record.operation == last.operation == layout.WRITE
+                and (record.start, record.queue) == (last.start, last.queue)
+                and record.offset == last.offset + last.length
+                and record.data
+            ):
+                found[-1] = last._replace(
+                    length=last.length + record.length, data=last.data + record.data
+                )
+            else:
+                found.append(record)
+        assert reader.ending.is_complete
+    return [each for each in found if each.operation != layout.STOPPED]
+
+
+@pytest.mark.parametrize(
+    ("abi", "data", "lines", "room"),
+    [
+        (X86_64, True, 1, "much"),
+        (X86_32, True, 1, "little"),
+        (X86_64, False, 1, "little"),
+        (X86_64, True, 2, "little"),
+        (X86_32, True, 2, "much"),
+        (X86_64, False, 2, "much"),
+    ],
+    ids=str,
+)
+def test_each_request_is_noted_once_as_it_was_done(
+    host, tmp_path, monkeypatch, abi, data, lines, room
+):
+    pending, push = [], BackRing.push
+
+    def look(ring):
+        for asker in askers:
+            queue = asker.line.queue
+            if queue._ring is ring and queue._notes is not None:
+                pending.append(queue._notes.ends[:])
+        return push(ring)
+
+    monkeypatch.setattr(BackRing, "push", look)
+    monkeypatch.setattr(queues, "_LATE", -1.0)  # answers are published amid a batch, too
+    if room == "little":
+        for each in (sinks, batches, filters):
+            monkeypatch.setattr(each, "MAX_DATA", 96 << 10)
+        if data:
+            monkeypatch.setattr(sinks, "MAX_RECORDS", 40)
+    path = str(tmp_path / "t.xdt")
+    backend = Witness(threads=1 if lines == 1 else 4, seed=lines)
+    disk = wrap(backend, [f"record:file={path}" + (",data=yes" if data else "")])
+    backend.log.clear()  # a trace has samples of what was there
+    backend.is_faulty = True
+    served = Disk(disk)
+    askers = [
+        Asker(host, host.line(served, abi, persistent=True, number=number), number, lines)
+        for number in range(lines)
+    ]
+    threads = [
+        threading.Thread(target=lambda asker=each: [asker.batch() for _ in range(15)])
+        for each in askers
+    ]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    disk.finish()
+    assert [[]] * len(
+        pending
+    ) == pending  # what a guest knows of comes before what it asks for then
+    assert len(pending) > 30 * lines
+    records = noted(path)
+    found = [(r.operation, r.offset, r.length, r.status, r.data) for r in records]
+    expected = [each if data else (*each[:4], None) for each in backend.log]
+    assert len(expected) > 200 * lines
+    assert {READ, WRITE} <= {each.operation for each in records}
+    if lines == 1:
+        assert expected == found
+        for earlier, later in zip(records, records[1:]):
+            assert earlier.end <= later.start
+    else:
+        assert sorted(expected, key=repr) == sorted(found, key=repr)
+        assert {0, 1} == {each.queue for each in records}
+    assert list(range(len(records))) == [each.number for each in records]
+    if data:
+        content = bytearray(backend.size)
+        for each in records:
+            if each.operation == layout.WRITE:  # of one that failed, any part may be there
+                place = slice(each.offset, each.offset + each.length)
+                content[place] = backend.data[place] if each.status else each.data
+        assert backend.data == content
+
+
+def test_data_whose_page_was_written_and_begun_anew_meanwhile_is_noted(tmp_path, monkeypatch):
+    monkeypatch.setattr(sinks, "MAX_RECORDS", 3)
+    monkeypatch.setattr(sinks.Sink, "rouse", lambda _: None)  # its thread does not come to it
+    path = str(tmp_path / "t.xdt")
+    disk = wrap(Witness(1, 1), [f"record:file={path},data=yes"])
+    sink = disk._sink
+    sink.wrote(sink.clock, 1, 512, b"first" + bytes(507))
+    page = sink.page
+    notes = disk.noting()(0, X86_64)
+    slot = X86_64.encode(Transfer(1, WRITE, 8, 1, (1,), (0,), (0,)))
+    notes.begin(slot, 0)
+    notes.copy((memoryview(b"second" + bytes(506)),), 512)
+    notes.lengths.append(512)
+    notes.ends.append(batches.now())
+    while sink.page is page:
+        sink.note((1, 1, 0, 512, 0, 0, 1, layout.READ))
+    sink._write()
+    while sink.page is not page:
+        sink.note((1, 1, 0, 512, 0, 0, 1, layout.READ))
+    notes.put()
+    disk.finish()
+    written = [each for each in noted(path) if each.operation == layout.WRITE]
+    assert [b"first", b"second"] == [each.data.rstrip(b"\0") for each in written]
+
+
+def test_a_storage_without_room_has_what_fits(tmp_path, monkeypatch):
+    path, pwritev = str(tmp_path / "t.xdt"), os.pwritev
+    disk = wrap(Witness(1, 1), [f"record:file={path},data=yes"])
+    sink = disk._sink
+    monkeypatch.setattr(sinks.Sink, "rouse", lambda _: None)  # its thread does not come to it
+    for number in range(4):
+        sink.wrote(sink.clock + number, 1, number * 512, bytes([number]) * 512)
+
+    def full(fd, parts, at):
+        if at + sum(map(len, parts)) > 4096 + 1400:
+            pwritev(fd, [b"part"], at)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return pwritev(fd, parts, at)
+
+    monkeypatch.setattr(os, "pwritev", full)
+    disk.finish()
+    found, reason = [], "No space left on device"
+    with TraceReader(path) as reader:
+        found = list(reader.records(data=True))
+        assert (True, reason) == (reader.ending.is_complete, reader.ending.text)
+    assert [b"\0" * 512, b"\1" * 512] == [each.data for each in found[:-1]]
+    assert {"recorded": 2, "lost": 0, "recording": 0} == disk.counters()
+    assert os.path.getsize(path) < 4096 + 1400
