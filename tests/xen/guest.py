@@ -21,6 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
+import pytest
+
 LAB = Path(os.environ.get("XEN_LAB", "/opt/lab"))
 RESULTS = Path(os.environ.get("XEN_LAB_RESULTS", "/run/lab"))
 READY = "lab: guest ready"
@@ -33,6 +35,7 @@ KERNEL_OPTIONS = (
     "console=hvc0 quiet mitigations=off nokaslr cryptomgr.notests random.trust_cpu=on nosoftlockup"
 )
 IS_ARM = platform.machine() == "aarch64"
+CAN_MOVE = pytest.mark.skipif(IS_ARM, reason="xl on ARM has no save, restore and migrate")
 _BOOTS = 3
 _numbers = itertools.count(1)
 

@@ -19,7 +19,18 @@ from xen_disk_py.xenbus.states import State
 
 from .disk import Disk, block_nodes, mapped_grants, wait_offered, xenstore_snapshot
 from .driver import Driver, drivers
-from .guest import KERNEL_OPTIONS, LAB, PATIENCE, START_SECONDS, Dom0, Guest, Job, Shell, sh
+from .guest import (
+    CAN_MOVE,
+    KERNEL_OPTIONS,
+    LAB,
+    PATIENCE,
+    START_SECONDS,
+    Dom0,
+    Guest,
+    Job,
+    Shell,
+    sh,
+)
 
 GRUB = Path("/usr/lib/grub-xen")
 MIB = 1 << 20
@@ -263,6 +274,7 @@ def test_guest_paused_under_io(
     pv_guest.wait_gone(disk.device)
 
 
+@CAN_MOVE
 def test_checkpoint(
     new_guest: Callable[..., Guest], connect: Connect, image: Path, tmp_path: Path
 ) -> None:
@@ -279,6 +291,7 @@ def test_checkpoint(
     guest.wait_gone(disk.device)
 
 
+@CAN_MOVE
 @pytest.mark.parametrize("kind", [pytest.param("pv", marks=pytest.mark.smoke), "pvh"])
 def test_save_and_restore(
     kind: str,

@@ -22,7 +22,7 @@ import pytest
 from xen_disk_py.xenbus import toolstack
 
 from .disk import GOLD, PROGRAM, block_nodes, left_over, xen_disk, xenstore_snapshot
-from .guest import PATIENCE, RESULTS, Guest, GuestError, sh
+from .guest import CAN_MOVE, PATIENCE, RESULTS, Guest, GuestError, sh
 
 VERSION = toolstack.xen_version()
 pytestmark = pytest.mark.skipif(
@@ -261,6 +261,7 @@ def test_boot_from_a_gold_image(serve: Daemon) -> None:
     assert digest == sh("sha256sum", str(GOLD)), "the gold image has changed"
 
 
+@CAN_MOVE
 def test_a_guest_that_is_saved_and_restored(serve: Daemon, image: Path, tmp_path: Path) -> None:
     """Its disk comes back by itself, with what it has mounted and had not written yet."""
     line = LINE.format("xvdb", "rw", image)
@@ -319,6 +320,7 @@ def test_a_guest_that_reboots(serve: Daemon, image: Path, tmp_path: Path) -> Non
     serve.wait_for("STATUS=0 disks")
 
 
+@CAN_MOVE
 def test_a_live_migration_whose_image_is_in_use(serve: Daemon, image: Path) -> None:
     """The other host, which is this one, cannot have the image: the guest stays where it is."""
     with Guest("pvh", disks=[LINE.format("xvdb", "rw", image)]) as guest:
@@ -337,6 +339,7 @@ def test_a_live_migration_whose_image_is_in_use(serve: Daemon, image: Path) -> N
     serve.wait_for("STATUS=0 disks")
 
 
+@CAN_MOVE
 def test_a_live_migration_with_a_disk_of_a_server(
     serve: Daemon, image: Path, tmp_path: Path
 ) -> None:
