@@ -12,6 +12,7 @@ import contextlib
 import os
 import select
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -20,12 +21,25 @@ from ..hypervisor import Closing
 
 READ, WRITE, FLUSH, DISCARD = range(4)
 
+_PAUSE = 0.001  # seconds for others to collect what is theirs
+_GLANCE = 100  # milliseconds until a caller looks whether another thread has ended its request
+
 
 class Done(NamedTuple):
     """A request that is over."""
 
     token: Any
     error: OSError | None
+
+
+class _Call:
+    """The token of :meth:`Asynchronous.call`: whoever ends its request, the result stays here."""
+
+    __slots__ = ("error", "is_over")
+
+    def __init__(self) -> None:
+        self.is_over = False
+        self.error: OSError | None = None
 
 
 class Request:
@@ -132,25 +146,26 @@ class Asynchronous(Closing):
         Raises:
             OSError: it failed.
         """
-        token = object()
+        call = _Call()
         if length is None:
             length = sum(map(len, buffers))
         poller = select.poll()
         poller.register(self.fileno(), select.POLLIN)
-        self.submit(operation, buffers, offset, length, token)
+        self.submit(operation, buffers, offset, length, call)
         while True:
             with self._lock:
                 self._progress()
-                for number, done in enumerate(self._finished):
-                    if done.token is token:
-                        del self._finished[number]
-                        self.unfinished -= 1
-                        if self._finished:
-                            self._tell()
-                        if done.error is not None:
-                            raise done.error
-                        return
-            poller.poll(100)  # another thread may have taken the event that was ours
+                is_any = bool(self._finished)  # of others, whose event may have been taken here
+                if is_any:
+                    self._tell()
+                if call.is_over:
+                    if call.error is not None:
+                        raise call.error
+                    return
+            if is_any:
+                time.sleep(_PAUSE)
+            else:
+                poller.poll(_GLANCE)  # another thread may have taken the event that was ours
 
     def close(self) -> None:
         """Give up what is under way, and everything that was opened."""
@@ -180,7 +195,12 @@ class Asynchronous(Closing):
             for buffer in request.buffers:
                 buffer[:] = memory[at : at + len(buffer)]
                 at += len(buffer)
-        self._finished.append(Done(request.token, error))
+        token = request.token
+        if type(token) is _Call:
+            token.error, token.is_over = error, True
+            self.unfinished -= 1
+        else:
+            self._finished.append(Done(token, error))
 
     def _tell(self) -> None:
         """Make :meth:`fileno` readable, where nothing else does."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import shutil
@@ -449,3 +450,23 @@ def test_memory_that_is_not_needed_is_used_again_up_to_a_bound():
     assert [spare.take(4096) is each for each in small[1::-1]] == [True, True]
     assert spare.take(4096) is not small[2]
     assert spare.take(8192) is not large
+
+
+def test_a_request_whose_first_part_cannot_be_sent_ends_once(serve):
+    disk = NbdBackend(serve("nbdkit", "memory", "1M").uri)
+    many = disk.asynchronous
+    connection, many.export = many._first, many.export._replace(maximum=4096)
+    issue, errors = connection.issue, [StorageError(errno.EIO, "the first fails")]
+
+    def fails_first(*arguments):
+        return errors.pop() if errors else issue(*arguments)
+
+    connection.issue = fails_first
+    done = []
+    many.submit(READ, [memoryview(bytearray(16384))], 0, 16384, "read")
+    while many.unfinished:
+        select.select([many], [], [], PATIENCE)
+        done += many.collect()
+    assert ["read"] == [each.token for each in done]
+    assert "the first fails" in str(done[0].error)
+    disk.close()
