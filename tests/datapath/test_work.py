@@ -83,7 +83,7 @@ class Work:
 def work(host, tmp_path, monkeypatch):
     monkeypatch.setattr(polling, "_MOST", 0.0)  # busy-polling is bounded by time, not counts
     # Nor is publishing because a request took long: a busy machine may stop us anywhere.
-    monkeypatch.setattr(queue, "_clock", lambda: 0.0)
+    monkeypatch.setattr(queue, "coarse", lambda: 0.0)
     monkeypatch.setattr(queue, "_SLOW", inf)
     path = tmp_path / "disk.raw"
     path.write_bytes(random.Random(1).randbytes(4 << 20))

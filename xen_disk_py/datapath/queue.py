@@ -33,7 +33,7 @@ from collections import deque
 from collections.abc import Sequence
 from functools import partial
 from math import inf
-from time import clock_gettime, perf_counter
+from time import perf_counter
 from time import perf_counter_ns as now_ns
 from typing import TYPE_CHECKING, Callable, NamedTuple
 
@@ -73,7 +73,7 @@ from .latency import histogram_of
 from .retry import RetryQueue
 from .stall import StallDetector
 from .statistics import Counters
-from .stopwatch import WRITES, Stopwatch, batches_per_sample
+from .stopwatch import WRITES, Start, Stopwatch, coarse
 from .workers import MORE, Workers
 
 if TYPE_CHECKING:
@@ -89,10 +89,6 @@ _LATE = 0.005  # seconds that a response waits for others, and then for the requ
 _SLOW = 0.0005  # seconds, the mean of a batch: each response of the next is published at once
 _LOOK = 16  # requests until the clock is looked at, of a disk that is quick
 _FEW = 4  # responses: fewer wait while there is more to do, since each notification costs much
-
-# CLOCK_MONOTONIC_COARSE: some milliseconds coarse, and never a system call, which any other clock
-# is on a paravirtualised dom0
-_clock = partial(clock_gettime, 6)
 
 
 class Options(NamedTuple):
@@ -111,19 +107,19 @@ class Options(NamedTuple):
 class _Begun:
     """A request under way."""
 
-    __slots__ = ("acquired", "request", "since", "slot", "taken", "was_retried")
+    __slots__ = ("acquired", "request", "since", "slot", "start", "was_retried")
 
     def __init__(
         self,
         slot: bytes,
         request: Transfer | Discard,
         acquired: GuestBuffers,
-        taken: float | None,
+        start: Start | None,
     ) -> None:
         self.slot = slot
         self.request = request
         self.acquired = acquired
-        self.taken = taken  # off the ring
+        self.start = start  # when it was taken off the ring
         self.since = inf  # when somebody began to do it
         self.was_retried = False
 
@@ -134,7 +130,7 @@ class _Known:
     If that fails it becomes a :class:`_Begun`.
     """
 
-    __slots__ = ("descriptors", "id", "kind", "length", "operation", "since", "slot", "taken")
+    __slots__ = ("descriptors", "id", "kind", "length", "operation", "since", "slot", "start")
     was_retried = False
 
     def __init__(
@@ -146,7 +142,7 @@ class _Known:
         kind: int,
         length: int,
         since: float,
-        taken: float | None,
+        start: Start | None,
     ) -> None:
         self.slot = slot
         self.descriptors = descriptors
@@ -155,7 +151,7 @@ class _Known:
         self.kind = kind
         self.length = length
         self.since = since
-        self.taken = taken
+        self.start = start
 
 
 def _timed(begun: _Begun, call: Callable[[], int]) -> int:
@@ -210,9 +206,7 @@ class Queue:
         self._disk = disk
         self._max_indirect_segments = options.max_indirect_segments
         self._statistics = statistics
-        self._stopwatch = Stopwatch(
-            statistics, every=batches_per_sample() if options.latency else 0, clock=perf_counter
-        )
+        self._stopwatch = Stopwatch(statistics, is_on=options.latency, clock=perf_counter)
         self._on_failure = on_failure
         self._number = number
         self._pages = GuestPages(
@@ -258,7 +252,7 @@ class Queue:
         self._retries: RetryQueue[_Begun] = RetryQueue()  # of these, what the storage failed at
         self._stall = StallDetector(is_asynchronous=self._many is not None)
         self._idle = Idle(self._channel, [*self._ends(), self._wake_read], statistics)
-        self._looked_at = _clock()  # when last published for being late, by the coarse clock
+        self._looked_at = coarse()  # when last published for being late, by the coarse clock
         self._look = 1  # requests until the clock is looked at
         self._is_slow = False  # the disk was, in the last batch that was timed
         self._stopping = False
@@ -415,6 +409,7 @@ class Queue:
     def _loop(self) -> None:
         ring = self._ring
         idle, retries = self._idle, self._retries
+        self._stopwatch.look()
         if self._resumes:
             self._resume()
         while not (self._asked and self._is_over()):
@@ -431,9 +426,11 @@ class Queue:
                 pass
             elif room <= 0:
                 self._await_workers()
-            # What is done elsewhere wakes poll when it ends, and must not wait for a busy-poll.
-            elif (self._is_any_elsewhere or not idle.busy_poll(ring)) and not ring.arm():
-                idle.sleep(retries.milliseconds)
+            else:
+                # What is done elsewhere wakes poll when it ends, and must not wait for a busy-poll.
+                if (self._is_any_elsewhere or not idle.busy_poll(ring)) and not ring.arm():
+                    idle.sleep(retries.milliseconds)
+                self._stopwatch.look()
         self._publish()
 
     def _is_over(self) -> bool:
@@ -451,6 +448,7 @@ class Queue:
         self._publish()
         if not self._is_any_elsewhere:
             quiet.wait(self)
+            self._stopwatch.look()
             self._many = self._disk.backend.asynchronous
         return False
 
@@ -458,7 +456,7 @@ class Queue:
         """Do what another has not answered; reads, writes and flushes can be repeated."""
         inherited, words = self._inherited, self._statistics.words
         words[count.IN_FLIGHT] = len(inherited)
-        self._stopwatch.start()
+        self._stopwatch.take()
         while inherited:
             if inherited[0][0] == WRITE_BARRIER:
                 self._drain()  # as long as the journal has it among those that are not begun
@@ -477,13 +475,18 @@ class Queue:
         stall, stopwatch = self._stall, self._stopwatch
         stall.is_amid = True
         stall.moves += 1
-        stopwatch.start()
-        counts, taken = stopwatch.counts, stopwatch.taken
+        many = self._many
+        if many is not None or self._is_concurrent:  # it may be long since one was answered
+            stopwatch.look()
+        stopwatch.take()
+        counts = stopwatch.counts
         abi, disk, ring, statistics = self._abi, self._disk, self._ring, self._statistics
         plans, kept = self._pages.plans, self._pages.kept
         size, segments_at, respond = abi.slot_size, abi.segments_at, ring.respond
         in_one_page = min(self._max_indirect_segments, SEGMENTS_PER_PAGE)
-        many, unanswered, now = self._many, self._unanswered, taken or perf_counter()
+        unanswered = self._unanswered
+        if many is not None:
+            now, start = perf_counter(), stopwatch.start
         large = 0 if many is not None else LARGE
         run = self._joined
         joined = run.requests
@@ -518,8 +521,8 @@ class Queue:
                 if segments == 1:
                     plan = plans.get(first)
                 elif segments <= MAX_SEGMENTS:
-                    start = at + segments_at
-                    plan = plans.get(slots[start : start + 8 * segments])
+                    segments_from = at + segments_at
+                    plan = plans.get(slots[segments_from : segments_from + 8 * segments])
             elif operation == INDIRECT and 0 < wide <= in_one_page and first >> 32 in kept:
                 descriptors = bytes(kept[first >> 32][: 8 * wide])
                 plan = plans.get(key_of(descriptors))
@@ -535,7 +538,7 @@ class Queue:
                         if many is not None:
                             slot = slots[at : at + size]
                             known = _Known(
-                                slot, descriptors, id_, operation, kind, length, now, taken
+                                slot, descriptors, id_, operation, kind, length, now, start
                             )
                             try:
                                 many.submit(operation, buffers, sector * SECTOR, length, known)
@@ -629,10 +632,9 @@ class Queue:
             words[count.BYTES_WRITTEN] += bytes_written
             disk.count_memory()
         words[count.IN_FLIGHT] = len(unanswered)
-        if taken is not None:
-            self._is_slow = perf_counter() - taken > requests * _SLOW
-            if self._is_slow:
-                self._look = 1
+        self._is_slow = stopwatch.now - stopwatch.taken > requests * _SLOW + stopwatch.error
+        if self._is_slow:
+            self._look = 1
         stall.is_amid = False
         self._idle.spurious = 0
         self._idle.worked()
@@ -700,7 +702,7 @@ class Queue:
         too often in so many milliseconds, and looks at the clock no oftener than that.
         """
         if not self._is_slow:
-            now = _clock()
+            now = coarse()
             if now - self._looked_at < _LATE:
                 return False
             self._looked_at = now
@@ -786,7 +788,7 @@ class Queue:
                             start = self._abi.segments_at
                             descriptors = slot[start : start + 8 * len(request.grefs)]
                         acquired = pages.acquire(request, descriptors)
-                    return _Begun(slot, request, acquired, self._stopwatch.taken)
+                    return _Begun(slot, request, acquired, self._stopwatch.start)
                 reason, status = refusal
         except (HypervisorError, MemoryError) as error:
             reason, status = str(error) or "no memory", ERROR
@@ -814,7 +816,7 @@ class Queue:
             self._disk.refuse(str(error))
             status = ERROR
         self._statistics.count_request(request)
-        self._stopwatch.end(histogram_of(request), begun.taken)
+        self._stopwatch.end(histogram_of(request), begun.start)
         if request.operation != READ:
             self._disk.count_memory()
         self._ring.respond(encode_response(request.id, request.operation, status))
@@ -851,14 +853,14 @@ class Queue:
                     words[count.READS if is_read else count.WRITES] += 1
                     words[count.BYTES_READ if is_read else count.BYTES_WRITTEN] += begun.length
                     kind = begun.kind if is_read else begun.kind + WRITES
-                    self._stopwatch.end_known(kind, begun.taken)
+                    self._stopwatch.end_known(kind, begun.start)
                     ring.respond(encode_response(begun.id, operation, OKAY))
                     continue
-                taken = begun.taken
+                start = begun.start
                 begun = self._judge(begun.slot, begun.descriptors)  # noqa: PLW2901 - the same
                 if begun is None:
                     continue  # the disk became shorter meanwhile
-                begun.taken = taken
+                begun.start = start
                 unanswered[id(begun)] = begun
             rest.append((begun, self._disk.outcome(begun.request, error)))
         return rest
@@ -911,6 +913,7 @@ class Queue:
         if not self._stopping:
             poller.register(self._wake_read, select.POLLIN)
         poller.poll(self._retries.milliseconds)
+        self._stopwatch.look()
 
     def _drain(self) -> None:
         """Wait until the workers have done what they were given, and nothing is held."""

@@ -1,26 +1,48 @@
-"""How long the requests of a queue take, at the price of two looks at the clock a batch.
+"""How long the requests of a queue take, at the price of a look at the clock a batch.
 
 A request's time is from when it was taken off the ring until its answer was published, which is
 when the guest can see it: all requests of a batch are taken at once, and all answers that are
-published together come at once. So two looks give the exact time of each of them; and what
-requests wait for each other counts, as it does for the guest. How long a request was on the ring
-before anybody looked is known to the guest alone.
+published together come at once. What requests wait for each other counts, as it does for the
+guest. How long a request was on the ring before anybody looked is known to the guest alone.
+
+One look, when answers are published, tells when the next batch is taken, too: unless the queue has
+idled, and then there is a second one. It shows which batches were slow (:data:`SLOW`): their
+requests are counted, all of them. To put a time into a histogram costs more than to look. So of the
+others one batch of :data:`SAMPLE` is timed, by looks of its own, and stands for as many; each,
+where they do not follow each other quickly. How many the next one stands for is settled before it
+is seen, so that it does not matter what it is like.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from functools import lru_cache
-from time import perf_counter
+from collections.abc import Mapping
+from functools import lru_cache, partial
+from math import inf
+from time import clock_getres, clock_gettime, perf_counter
 from typing import Callable
 
 from .latency import HISTOGRAM, HISTOGRAMS, NANOSECONDS, SUM, bucket_of, size_class
 from .latency import WRITES as WRITE_HISTOGRAMS
 from .statistics import BUCKETS, SEGMENTS, Counters, bucket
 
-_U64 = 0xFFFF_FFFF_FFFF_FFFF
+SLOW = 0.004
+"""Seconds; of requests that take so long none is left out."""
+SAMPLE = 31
+"""Batches of which one is timed, where they are quick; a prime, for whatever comes in turns."""
+
+_QUICK = 5e-4  # seconds from one batch to the next: less is quick,
+_LOOKS = 200  # and so is less than so many looks at the clock take
 _DEAR = 1e-6  # seconds: a clock that takes longer to read is a system call
-_SAMPLE = 8  # batches of which one is timed then
+_COARSE = 6  # CLOCK_MONOTONIC_COARSE
+_U64 = 0xFFFF_FFFF_FFFF_FFFF
+
+Start = tuple[float, int]
+"""When a batch was taken; how many batches it stands for, 0 if it counts only if it is slow."""
+
+coarse = partial(clock_gettime, _COARSE)
+"""The clock of ``perf_counter``, some milliseconds coarse, and never a system call, which any other
+clock is on a paravirtualised dom0."""
 
 WRITES = WRITE_HISTOGRAMS * BUCKETS
 """What to add to the kind of a read for that of the write of the same segments."""
@@ -35,18 +57,15 @@ def kind(segments: int, length: int) -> int:
 
 
 @lru_cache(maxsize=1)
-def batches_per_sample() -> int:
-    """Of how many batches one is timed: all, but where the clock itself takes long.
-
-    In a paravirtualised domain 0 a look at the clock may be a system call, and those are dear.
-    """
+def cost_of_a_look() -> float:
+    """Return how many seconds it takes to look at the clock."""
     shortest = 1.0
     for _ in range(5):
         began = perf_counter()
         for _ in range(9):
             perf_counter()
         shortest = min(shortest, (perf_counter() - began) / 10)
-    return 1 if shortest < _DEAR else _SAMPLE
+    return shortest
 
 
 class Stopwatch:
@@ -54,81 +73,127 @@ class Stopwatch:
 
     Args:
         statistics: where; one thread at a time.
-        every: of how many batches one is timed; 0: of none.
+        is_on: requests are timed.
         clock: seconds.
+        coarse: the same, behind by up to ``tick``; looked at where ``clock`` takes long.
+        cost: seconds that a look at ``clock`` takes.
+        tick: seconds.
 
     Attributes:
         counts: add the requests that are answered here, by their :func:`kind`; empty when all
             are published.
-        taken: when the batch under way was taken; None: it is not timed.
+        stands_for: batches that the one under way stands for; 0: it counts only if it is slow.
+        taken: when that was taken.
+        now: when answers were published last, or :meth:`look` was called since.
+        error: seconds that ``now - taken`` may be too much, or too little.
     """
 
     def __init__(
-        self, statistics: Counters, *, every: int, clock: Callable[[], float] = perf_counter
+        self,
+        statistics: Counters,
+        *,
+        is_on: bool = True,
+        clock: Callable[[], float] = perf_counter,
+        coarse: Callable[[], float] = coarse,
+        cost: float | None = None,
+        tick: float | None = None,
     ) -> None:
         self.counts: defaultdict[int, int] = defaultdict(int)
-        self.taken: float | None = None
         self._words, self._latencies = statistics.words, statistics.latencies
-        self._every = every
-        self._left = 1  # batches until one is timed
-        self._clock = clock
-        self._earlier: list[tuple[float | None, defaultdict[int, int]]] = []
-        self._ended: list[tuple[float, int]] = []
+        cost = cost_of_a_look() if cost is None else cost
+        tick = clock_getres(_COARSE) if tick is None else tick
+        self._clock, self._cheap, self.error = clock, clock, 0.0
+        if cost >= _DEAR:
+            self._cheap, self.error = coarse, tick
+        self._quick = max(_QUICK, _LOOKS * cost)
+        self._slow = SLOW + self.error if is_on else inf
+        self.now = self.taken = self._cheap()
+        self.stands_for = 0
+        self._next = 1  # what the next one that is timed stands for
+        self._left = 1 if is_on else 0  # batches until then; below 0: there is none
+        self._timed_at = -inf  # when the last one was taken
+        self._earlier: list[tuple[Start | None, defaultdict[int, int]]] = []
+        self._ended: list[tuple[Start, int]] = []
 
-    def start(self) -> None:
+    @property
+    def start(self) -> Start | None:
+        """What to tell :meth:`end` of a request of the batch under way."""
+        return None if self._slow == inf else (self.taken, self.stands_for)
+
+    def look(self) -> None:
+        """Note that the queue has idled, or that it is long since anything was published."""
+        self.now = self._cheap()
+
+    def take(self) -> None:
         """Note that a batch was taken."""
         if self.counts:  # of the batch before, and not published
-            self._earlier.append((self.taken, self.counts))
+            self._earlier.append((self.start, self.counts))
             self.counts = defaultdict(int)
+        self.taken = self.now
         self._left -= 1
-        if self._left:
-            self.taken = None
-        else:
-            self._left = self._every
-            self.taken = self._clock() if self._every else None
+        if not self._left:
+            self.taken, self.stands_for = self._clock(), self._next
+            is_quick = self.taken - self._timed_at < self._next * self._quick
+            self._timed_at = self.taken
+            self._left = self._next = SAMPLE if is_quick else 1
+        elif self.stands_for:
+            self.stands_for = 0
 
-    def end(self, histogram: int, taken: float | None) -> None:
+    def end(self, histogram: int, start: Start | None) -> None:
         """Note that a request was answered which is not in :attr:`counts`."""
-        if taken is not None:
-            self._ended.append((taken, histogram))
+        if start is not None:
+            self._ended.append((start, histogram))
 
-    def end_known(self, number: int, taken: float | None) -> None:
+    def end_known(self, number: int, start: Start | None) -> None:
         """Note the same of one whose :func:`kind` is known."""
         self._words[_SEGMENTS_AT[number]] += 1
-        if taken is not None:
-            self._ended.append((taken, number // BUCKETS))
+        if start is not None:
+            self._ended.append((start, number // BUCKETS))
 
     def published(self) -> None:
         """Count all requests that were answered: the guest sees that now."""
-        if self.counts:
-            self._count(self.counts, self.taken)
-            self.counts.clear()
-        if self._earlier:
-            for taken, counts in self._earlier:
-                self._count(counts, taken)
-            self._earlier.clear()
-        if self._ended:
-            now, words = self._clock(), self._latencies
-            for taken, histogram in self._ended:
-                nanoseconds, at = int((now - taken) * 1e9), histogram * HISTOGRAM
-                words[at + bucket_of(nanoseconds // NANOSECONDS)] += 1
-                words[at + SUM] = (words[at + SUM] + nanoseconds) & _U64
-            self._ended.clear()
-
-    def _count(self, counts: defaultdict[int, int], taken: float | None) -> None:
-        words = self._words
-        if taken is None:
+        words, counts = self._words, self.counts
+        self.now = now = self._cheap()
+        if counts:
             for number, count in counts.items():
                 words[_SEGMENTS_AT[number]] += count
-            return
+            if self.stands_for or now - self.taken >= self._slow:
+                self._time((self.taken, self.stands_for), counts)
+            counts.clear()
+        if self._earlier:
+            for start, counts in self._earlier:
+                for number, count in counts.items():
+                    words[_SEGMENTS_AT[number]] += count
+                if start is not None:
+                    self._time(start, counts)
+            self._earlier.clear()
+        if self._ended:
+            for start, histogram in self._ended:
+                self._time(start, {histogram * BUCKETS: 1})
+            self._ended.clear()
+
+    def _time(self, start: Start, counts: Mapping[int, int]) -> None:
+        """Put requests of one batch into their histograms, unless it counts for nothing.
+
+        Args:
+            start: of the batch.
+            counts: requests by their :func:`kind`.
+        """
+        taken, stands_for = start
+        if stands_for:
+            took = self._clock() - taken
+            if took >= SLOW + self.error:
+                stands_for = 1
+        else:
+            took = self.now - taken
+            if took < self._slow:
+                return
+            stands_for = 1
         latencies = self._latencies
-        nanoseconds = int((self._clock() - taken) * 1e9)
-        units = nanoseconds // NANOSECONDS
-        power = units.bit_length() - 5  # as bucket_of, whose call would cost more than all this
-        bucket = (power << 4) + (units >> power) if 0 < power < 28 else bucket_of(units)
+        nanoseconds = int(took * 1e9)
+        bucket = bucket_of(nanoseconds // NANOSECONDS)
         for number, count in counts.items():
-            words[_SEGMENTS_AT[number]] += count
-            at = _HISTOGRAM_AT[number]
-            latencies[at + bucket] += count
+            at, those = _HISTOGRAM_AT[number], count * stands_for
+            latencies[at + bucket] += those
             at += SUM
-            latencies[at] = (latencies[at] + nanoseconds * count) & _U64
+            latencies[at] = (latencies[at] + nanoseconds * those) & _U64
