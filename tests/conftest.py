@@ -9,6 +9,7 @@ import io
 import os
 import signal
 import sys
+import textwrap
 import threading
 import time
 
@@ -368,6 +369,21 @@ def _descriptors():
     return found
 
 
+@pytest.fixture(autouse=True)
+def nothing_outlives_its_test():
+    """Have threads, files and sockets end in the test that left them, which then has the blame.
+
+    What is left to the collector of garbage it finds during any later test, whose own the warning
+    is then: "unclosed socket".
+    """
+    threads, descriptors = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    yield
+    if threading.active_count() > threads:
+        Host.until(lambda: threading.active_count() <= threads, what="the end of all threads")
+    if len(os.listdir("/proc/self/fd")) > descriptors:
+        gc.collect()
+
+
 @pytest.fixture(autouse=True, scope="session")
 def patience():
     """A busy machine may stop any thread for seconds: what a test waits for is waited for."""
@@ -441,11 +457,15 @@ def host(tmp_path):
 
 
 def pytest_runtest_logreport(report):
-    """Name a test that is run once more in the file that the environment names, if it does."""
+    """Name a test that is run once more, and why, in the file that the environment names, if any.
+
+    The reason may be an earlier test's: what that left to the collector of garbage, or in a thread.
+    """
     if report.outcome == "rerun" and "XEN_DISK_RERUNS" in os.environ:
         version = ".".join(map(str, sys.version_info[:2]))
+        why = textwrap.indent("\n".join(report.longreprtext.splitlines()[-40:]), "    ")
         with open(os.environ["XEN_DISK_RERUNS"], "a", encoding="utf-8") as file:
-            file.write(f"{report.nodeid} (Python {version})\n")
+            file.write(f"{report.nodeid} (Python {version}), {report.when}:\n{why}\n")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -244,7 +244,7 @@ def test_filters_of_a_file_are_put_over_a_disk_in_their_order(mine):
         ("log:file=/dev/null,format=xml", UsageError, "'xml' is none of text, json"),
         ("./gone.py", BackendError, "no such file"),
         ("{}:Disk", BackendError, "has no filter Disk in it: .* are Flip"),
-        ("{}:Flip:mask=no", UsageError, "mask=no: 'no' is not a size"),
+        ("{}:Flip:mask=no", UsageError, "mask=no: 'no' is not a number"),
     ],
 )
 def test_what_cannot_be_had_is_said_and_the_disk_closed(make_image, mine, text, kind, said):

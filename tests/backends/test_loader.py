@@ -252,7 +252,9 @@ def test_text_becomes_a_number_where_the_parameter_is_an_int(write_file):
     )
     disk = open_backend(path, dict.fromkeys("abcdefghi", "1k"))
     assert [1024] * 6 + ["1k"] * 3 == disk.all
-    assert "--option a=…: 'x' is not a size" in error_of(UsageError, path, a="x", b="1")
+    assert "--option a=…: 'x' is not a number: give a whole number" in error_of(
+        UsageError, path, a="x", b="1"
+    )
 
 
 def test_an_option_that_is_not_taken_names_those_that_are(image):

@@ -36,7 +36,7 @@ def test_a_number_or_a_size(annotation):
     assert 7 == convert("7", annotation)
     assert 64 << 20 == convert("64M", annotation)
     for text in ("many", "", "-1", "1.5", "yes"):
-        with pytest.raises(UsageError, match="is not a"):
+        with pytest.raises(UsageError, match="is not a number: give a whole number, 0 or more"):
             convert(text, annotation)
 
 

@@ -23,6 +23,7 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import BackendError, UsageError, XenDiskError
+from ..units import parse_size
 from . import Backend, sharing
 from .filter import Filter
 from .options import convert
@@ -521,7 +522,7 @@ def _arguments(
             raise UsageError(f"{label} takes no {_flag(key)}; {_accepted(list(takes))}")
         if isinstance(text, str):
             annotation = takes[key].annotation if key in takes else inspect.Parameter.empty
-            value = _converted(key, text, "int" if key in _SIZES else annotation)
+            value = _converted(key, text, annotation)
         arguments[key] = value
     if read_only and ("read_only" in takes or takes_all):
         arguments["read_only"] = True
@@ -578,7 +579,7 @@ def _accepted(keys: Sequence[str]) -> str:
 
 def _converted(key: str, text: str, annotation: object) -> object:
     try:
-        return convert(text, annotation)
+        return parse_size(text) if key in _SIZES else convert(text, annotation)
     except UsageError as error:
         raise UsageError(f"{_flag(key)}: {error}") from None
 

@@ -37,7 +37,7 @@ def convert(text: str, annotation: object) -> Any:
     """
     wanted = _without_none(_text(annotation))
     if wanted == "int":
-        return parse_size(text)
+        return _whole_number(text)
     if wanted == "float":
         return _number(text)
     if wanted == "bool":
@@ -49,6 +49,15 @@ def convert(text: str, annotation: object) -> Any:
     if literal is not None:
         return _one_of(text, literal[1])
     return text
+
+
+def _whole_number(text: str) -> int:
+    try:
+        return parse_size(text)
+    except UsageError:  # it may count anything: bytes are not what it lacks
+        raise UsageError(
+            f"{text!r} is not a number: give a whole number, 0 or more; K, M, G and T multiply it"
+        ) from None
 
 
 def _text(annotation: object) -> str:
