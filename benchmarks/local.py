@@ -44,7 +44,7 @@ LIMIT, COPY, EVENTS = "bare call", "bare copy", "bare events"
 HERE = Path(__file__).parent
 LATE = "from done to answered"
 IDLE_SECONDS = 5
-FLEET = 8  # as many event channels as a simulated guest has
+FLEET, LARGE_FLEET = 8, 100
 
 Loop = Callable[[float], Sample]
 
@@ -359,6 +359,23 @@ def idle(bench: Bench) -> None:
                 "idle", "raw", "connect", wakeups_per_second=wakeups, resident_bytes=resident
             )
     tell(f"idle: {number(wakeups)} wake-ups/s, {resident / 1e6:.1f} MB resident")
+    name = f"{LARGE_FLEET} cow disks"
+    for _ in range(bench.rounds):
+        found = fleet(LARGE_FLEET, bench.image("idle"), forks=True, idle=IDLE_SECONDS)
+        bench.results.add(
+            "idle",
+            name,
+            "fork each",
+            wakeups_per_second=found.wakeups / IDLE_SECONDS,
+            cpu_seconds=found.idle_cpu,
+            seconds=found.seconds,
+            private_bytes=found.private,
+        )
+    tell(
+        f"idle: {name}: {number(found.wakeups / IDLE_SECONDS)} wake-ups/s, "
+        f"{found.idle_cpu * 1000:.3f} ms of processor time in {IDLE_SECONDS} s, "
+        f"{found.private / 1e6:.1f} MB private each; {found.seconds:.2f} s to connect"
+    )
 
 
 def start(bench: Bench) -> None:

@@ -262,8 +262,14 @@ def cpu_seconds(pid: int) -> float:
     return time.clock_gettime(~pid << 3 | 2)
 
 
-def _tasks(pid: int) -> Iterator[Path]:
-    return Path(f"/proc/{pid}/task").iterdir()
+def switches(pid: int) -> int:
+    """Return how often a process's threads have gone to sleep, or were made to, so far."""
+    return sum(
+        int(line.split()[1])
+        for task in Path(f"/proc/{pid}/task").iterdir()
+        for line in (task / "status").read_text().splitlines()
+        if "ctxt_switches" in line
+    )
 
 
 class ServedDisk:
@@ -281,12 +287,7 @@ class ServedDisk:
 
     def switches(self) -> int:
         """Return how often its threads have gone to sleep, or were made to, so far."""
-        return sum(
-            int(line.split()[1])
-            for task in _tasks(self.process.pid)
-            for line in (task / "status").read_text().splitlines()
-            if "ctxt_switches" in line
-        )
+        return switches(self.process.pid)
 
     def memory(self) -> dict[str, int]:
         """Return its resident memory in bytes, by the kernel's names (``VmRSS``, ``RssAnon``…)."""

@@ -638,6 +638,30 @@ class TestAttached:
         assert [State.UNKNOWN] == [disk.frontend_state for disk in attached(store)]
 
 
+@pytest.mark.parametrize("comes", [True, False])
+def test_a_disk_that_comes_or_goes_with_a_hundred_others(server, store, comes, monkeypatch):
+    """Each of their transactions undoes one of ours: all change the same directory."""
+    if not comes:
+        plug(store)
+    parent, others = XVDB.backend.rpartition("/")[0], list(range(100))
+    ask = Store._ask
+    with Store.open(server.socket_path()) as other:
+
+        def ask_and_be_overtaken(self, what, call, *arguments):
+            if self is store and what == "cannot commit a transaction" and others:
+                other.mkdir(f"{parent}/{others.pop()}")
+            return ask(self, what, call, *arguments)
+
+        monkeypatch.setattr(Store, "_ask", ask_and_be_overtaken)
+        monkeypatch.setattr("time.sleep", lambda seconds: None)
+        if comes:
+            plug(store)
+        else:
+            detach(store, XVDB)
+        assert comes is store.exists(XVDB.backend)
+    assert not others
+
+
 def test_a_guest_that_writes_without_end_keeps_nobody_from_removing_its_disk(
     server, store, guest, monkeypatch
 ):

@@ -168,6 +168,11 @@ class ForkServer:
         return self._socket.fileno()
 
     @property
+    def pid(self) -> int:
+        """The server's process id."""
+        return self._server.pid
+
+    @property
     def is_lost(self) -> bool:
         """Whether the server has ended; its processes run on, but we learn no more of them."""
         return self._socket.fileno() < 0

@@ -26,6 +26,7 @@ KINDS = ("vbd3", "qdisk")
 _VBD3 = (4, 19)  # the Xen whose libxl knows that kind
 _NO_SCRIPT = "/bin/true"
 _REMOVALS = 8  # tries of all nodes at once: other disks of the guest may be coming and going
+_CROWD = 500  # tries, some 25 s: of all disks that come or go with a host, one is first
 
 SCRIPT = "block-xen-disk"
 """The hotplug script, by which a disk line of xl says that the disk is ours."""
@@ -220,7 +221,7 @@ def attach(
             for name, value in keys.items():
                 transaction.write(f"{path}/{name}", value)
 
-    store.transact(create)
+    store.transact(create, tries=_CROWD)
 
 
 def is_attached(store: Store, address: Address) -> bool:
@@ -269,7 +270,7 @@ def detach(store: Store, address: Address) -> None:
         if error.errno != errno.EAGAIN:
             raise
         store.remove(address.frontend)
-        store.transact(remove)
+        store.transact(remove, tries=_CROWD)
 
 
 class Attached(NamedTuple):

@@ -1,0 +1,119 @@
+"""``python -m benchmarks.queues``: what queues in processes of their own would be worth.
+
+One image, opened once; each process, a fork, has a ring and a frontend of its own and calls the
+queue's loop by hand, as :mod:`.loop` does: batches of 32 requests of 4 KiB. No process is woken and
+nothing is busy-polled. It is counted how many requests all processes do in the same time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from statistics import median
+
+from xen_disk_py.backends import Backend
+from xen_disk_py.backends.mmap import MmapBackend
+from xen_disk_py.backends.raw import RawBackend
+from xen_disk_py.blkif import READ, WRITE
+from xen_disk_py.errors import BackendError
+
+from .loop import DEPTH, Lane, image_in
+from .results import CPU, RATE, Results, about
+
+TABLE = "queues"
+COUNTS = (1, 2, 4)
+_WARM_UP = 50  # batches
+
+
+def _serve(backend: Backend, operation: int, started: int, told: int, seconds: float) -> None:
+    """Do requests in a new process, from the time on that all are told."""
+    with ExitStack() as stack:
+        stack.enter_context(suppress(BackendError))  # the loop's variables have had its pages
+        lane = Lane(stack, backend)
+        for _ in range(_WARM_UP):
+            lane.batch(operation)
+        os.write(told, b"r")
+        start = float(os.read(started, 32))
+        while time.perf_counter() < start:
+            pass
+        begun, requests = time.process_time(), 0
+        while time.perf_counter() < start + seconds:
+            lane.batch(operation)
+            requests += DEPTH
+        os.write(told, f"{requests} {time.process_time() - begun}".encode())
+
+
+def at_once(count: int, backend: Backend, operation: int, seconds: float) -> dict[str, float]:
+    """Return the rate of so many queues together, and the processor time of a request.
+
+    The frontends' share is in both: they are in the same processes.
+    """
+    started, start = os.pipe()
+    tellers, pids = [], []
+    for _ in range(count):
+        teller, told = os.pipe()
+        pid = os.fork()
+        if not pid:
+            try:
+                _serve(backend, operation, started, told, seconds)
+            finally:
+                os._exit(0)
+        os.close(told)
+        tellers.append(teller)
+        pids.append(pid)
+    for teller in tellers:
+        os.read(teller, 1)
+    for _ in pids:
+        os.write(start, f"{time.perf_counter() + 0.05:32.6f}".encode())
+    requests = cpu = 0.0
+    for teller in tellers:
+        done, took = map(float, os.read(teller, 100).split())
+        requests, cpu = requests + done, cpu + took
+    for pid in pids:
+        os.waitpid(pid, 0)
+    for descriptor in (*tellers, started, start):
+        os.close(descriptor)
+    return {RATE: requests / seconds, CPU: cpu / requests}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.queues", description=__doc__)
+    parser.add_argument("--json", metavar="FILE", help="write what was measured there")
+    parser.add_argument("--rounds", type=int, default=5, help="of each (default: 5)")
+    parser.add_argument("--seconds", type=float, default=0.5, help="of each run (default: 0.5)")
+    args = parser.parse_args(arguments)
+    results = Results(about(f"python -m benchmarks.queues {shlex.join(arguments)}".strip()))
+    with ExitStack() as stack:
+        directory = stack.enter_context(
+            tempfile.TemporaryDirectory(prefix="xen_disk_py-bench-", dir="/dev/shm")
+        )
+        disks: dict[str, Backend] = {
+            "raw": RawBackend(image_in(directory, "raw")),
+            "mmap": MmapBackend(image_in(directory, "mmap")),
+        }
+        for name, disk in disks.items():
+            stack.callback(disk.close)
+            for way, operation in (("read", READ), ("write", WRITE)):
+                workload = f"{name}, 4 KiB {way}"
+                for _ in range(args.rounds):
+                    for count in COUNTS:
+                        found = at_once(count, disk, operation, args.seconds)
+                        results.add(TABLE, workload, str(count), **found)
+                for processes, series in results.tables[TABLE][workload].items():
+                    ratio = results.ratio(TABLE, workload, RATE, processes, "1")
+                    rate, cpu = median(series[RATE]), median(series[CPU])
+                    print(f"{workload}: {processes} {rate:10,.0f}/s {cpu * 1e6:6.2f} µs  x {ratio}")
+    if args.json:
+        results.save(args.json)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
