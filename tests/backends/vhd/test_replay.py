@@ -9,6 +9,7 @@ import pytest
 
 from xen_disk_py.backends.vhd import VhdBackend, layout
 from xen_disk_py.backends.vhd.chain import Committed
+from xen_disk_py.backends.vhd.check import check as vhd_check
 from xen_disk_py.backends.vhd.commit import commit
 from xen_disk_py.backends.vhd.create import create, create_child
 
@@ -267,6 +268,7 @@ def test_a_host_that_crashes_while_a_child_is_committed(tmp_path, monkeypatch):
             commit(path, keep=False, progress=lambda done, total: None)
             with contextlib.closing(VhdBackend(base, read_only=True)) as disk:
                 assert expected == read(disk), (event[:2], kept)
+            assert [] == errors(base), (event[:2], kept)
             states += 1
     assert states > 20
     for kept in ([], loose):  # the child is gone
@@ -274,6 +276,29 @@ def test_a_host_that_crashes_while_a_child_is_committed(tmp_path, monkeypatch):
             file.write(apply(flushed, kept))
         with contextlib.closing(VhdBackend(base, read_only=True)) as disk:
             assert expected == read(disk)
+
+
+def errors(path):
+    return [each.text for each in vhd_check(path) if each.is_error]
+
+
+def test_a_copy_of_the_footer_that_is_old_is_renewed_before_anything_is_written(tmp_path):
+    """Who changed the footer, such as a commit or a resize, was killed between the two."""
+    path = str(tmp_path / "a.vhd")
+    build(path, SIZE, block_size=BLOCK, blocks=[(2, {0}, b"b" * BLOCK)])
+    with open(path, "r+b") as file:
+        copy = layout.Footer.parse(file.read(layout.FOOTER))
+        file.seek(0)
+        file.write(copy.with_uuid(OTHER_UUID).raw)
+    assert ["the two footers do not match: uuid"] == errors(path)
+    before = content_of(path)
+    with contextlib.closing(VhdBackend(path, read_only=True)) as disk:
+        expected = read(disk)
+    assert before == content_of(path)
+    with contextlib.closing(VhdBackend(path)) as disk:
+        write(disk, 0, b"n" * 512)
+        assert b"n" * 512 + expected[512:] == read(disk)
+    assert [] == errors(path)
 
 
 # -- what other programs read meanwhile ----------------------------------------------------------

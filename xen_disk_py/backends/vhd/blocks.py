@@ -403,7 +403,7 @@ class BlockLayer:
         self._tail = tail
 
     def prepare(self) -> None:
-        """Make it ready for writing: with a footer at its end, and a batmap that is true.
+        """Make it ready for writing: with a footer at its end and its copy, and a true batmap.
 
         Raises:
             OSError: it cannot be written.
@@ -422,6 +422,10 @@ class BlockLayer:
             self.stable.sync()
             self._tail = at
             self._vhd = replace(vhd, tail=at, length=at + FOOTER)  # done once is enough
+        if vhd.has_old_copy:
+            self._pwrite(vhd.footer.raw, 0)
+            self.stable.sync()
+            self._vhd = replace(self._vhd, has_old_copy=False)
         self._clear_batmap()
 
     def _clear_batmap(self) -> None:

@@ -51,14 +51,21 @@ Top = Union[BlockLayer, Image]
 
 
 class Committed(ImageError):
-    """All that a child has is in its parent, and nothing else is left to do than to remove it."""
+    """All that a child has is in its parent, and nothing else is left to do than to remove it.
 
-    def __init__(self, child: str, parent: str) -> None:
+    Args:
+        child: path.
+        parent: path.
+        is_complete: whether the copy of the parent's footer says so, too.
+    """
+
+    def __init__(self, child: str, parent: str, *, is_complete: bool) -> None:
         super().__init__(
             f"{child}: its changes were committed to {printable(parent)}, and are there: remove it "
             f"with: xen-disk commit {child}"
         )
         self.parent = parent
+        self.is_complete = is_complete
 
 
 def open_chain(
@@ -236,7 +243,7 @@ def _check_raw(child: Vhd, header: Header, image: Image) -> None:
 
 def _check_uuid(child: Vhd, header: Header, parent: Vhd) -> None:
     if parent.footer.uuid == committed_uuid(child.footer.uuid, header.parent_uuid):
-        raise Committed(child.path, parent.path)
+        raise Committed(child.path, parent.path, is_complete=not parent.has_old_copy)
     if parent.footer.uuid != header.parent_uuid:
         raise ImageError(
             f"{child.path}: its parent has the UUID {header.parent_uuid.hex()}, but "

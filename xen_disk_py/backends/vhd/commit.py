@@ -87,6 +87,8 @@ def _commit(
     try:
         parent = open_parent([child], roots)
     except Committed as done:  # and the parent may have been written since
+        if not done.is_complete:
+            _complete(done.parent, [*roots, *directories], check)
         return done.parent, 0
     is_raw = isinstance(parent, Image)
     name, status = parent.path, os.fstat(parent.fd)
@@ -182,6 +184,19 @@ def _set_uuid(top: BlockLayer | Image, path: str, uuid: bytes) -> None:
     assert vhd.tail is not None
     os.pwrite(top.fd, vhd.footer.with_uuid(uuid).raw[: vhd.length - vhd.tail], vhd.tail)
     os.fdatasync(top.fd)
+
+
+def _complete(parent: str, directories: Sequence[str], check: Check) -> None:
+    """Have both footers of a parent say what one of them says."""
+    top = open_chain(parent, writable=True, directories=directories)
+    try:
+        check(parent, True)
+        if isinstance(top, BlockLayer):
+            top.prepare()
+    except OSError as error:
+        raise ImageError(f"{parent}: cannot be written: {error.strerror}") from error
+    finally:
+        top.close()
 
 
 def _close(parent: Vhd | Image) -> None:

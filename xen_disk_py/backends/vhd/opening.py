@@ -66,6 +66,8 @@ class Vhd:
         tail: where it stands at the end of the file, in bytes; None if only its copy is left.
         blocks: None in a fixed one.
         is_device: it is on a block device: the footer is at its end, as blktap has it (LVHD).
+        has_old_copy: the copy of the footer at its start says something else: whoever changed the
+            footer did not come to that.
     """
 
     fd: int
@@ -75,6 +77,7 @@ class Vhd:
     tail: int | None
     blocks: Blocks | None
     is_device: bool = False
+    has_old_copy: bool = False
 
     @property
     def size(self) -> int:
@@ -182,7 +185,8 @@ def examine(fd: int, path: str) -> Vhd:
             blocks = _read_blocks(fd, length, footer, path)
     except OSError as error:
         raise ImageError(f"{path}: cannot be read: {error.strerror}") from error
-    return Vhd(fd, path, length, footer, None if tail is None else at, blocks, is_device)
+    is_old = copy is not None and copy.raw != footer.raw
+    return Vhd(fd, path, length, footer, None if tail is None else at, blocks, is_device, is_old)
 
 
 def _find_tail(fd: int, length: int) -> tuple[Footer | None, int]:
