@@ -19,6 +19,11 @@ LONG = ("test_protocol.py", "test_life.py")
 """Modules whose cases in PVH guests are left to a long run."""
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let a person say how many states of each recorded load are tried."""
+    parser.addoption("--states", type=int, default=12, help="crashtest's, for each; 0: record only")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Name the marks, for a run whose configuration does not know them."""
     config.addinivalue_line("markers", "xen: needs a real Xen dom0, which the lab boots")

@@ -5,12 +5,8 @@ is good, and a fault that was put there is found. So for our own formats, with d
 from __future__ import annotations
 
 import json
-import os
-import re
 import shlex
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,10 +14,9 @@ from typing import Callable
 
 import pytest
 
-from xen_disk_py.trace.reader import TraceReader
-
 from .disk import PROGRAM, Disk, xen_disk
-from .guest import Dom0, Guest, Shell, sh
+from .guest import RESULTS, Dom0, Guest, Shell, sh
+from .powercuts import LOAD, Case, Recorded
 from .test_integrity import leave
 from .tools import command, write_ramdisk
 
@@ -29,13 +24,10 @@ Connect = Callable[..., Disk]
 
 HERE = Path(__file__).parent
 SCRIPT = HERE / "crashload.py"
-LOAD = (sys.executable, str(SCRIPT))
-RESULTS = os.environ.get("XEN_LAB_RESULTS")
 MAKE = {  # with blocks of one sector: ext4's superblock has two of 512 bytes, and a checksum
     "ext4": ("48M", "-b", "4096"),
     "xfs": ("300M", "-s", "size=4096"),  # xfsprogs 6 makes none that is smaller
 }
-STATES = 12
 PATIENCE = 900
 
 
@@ -60,32 +52,31 @@ def booted(shell: Shell) -> float:
     return min(times)
 
 
-class Recording:
-    """A file system in an image, the load that ran on it, and its trace."""
+class Recording(Recorded):
+    """A file system in an image, to be recorded."""
 
-    def __init__(self, directory: Path, system: str, kind: str) -> None:
+    def __init__(self, directory: Path, case: Case) -> None:
+        super().__init__(directory, case)
         sh("modprobe", "loop")
-        self.kind = kind
-        self.system = system
-        self.image, self.base = directory / "disk.raw", directory / "base.raw"
-        self.trace, self.notes = directory / "disk.xdt", directory / "notes"
-        size, *options = MAKE[system]
+        size, *options = MAKE[case.system]
         sh("truncate", "-s", size, str(self.image))
-        sh(f"mkfs.{system}", "-q", *options, str(self.image))
+        sh(f"mkfs.{case.system}", "-q", *options, str(self.image))
         sh("cp", "--sparse=always", str(self.image), str(self.base))
 
-    def run(self, shell: Shell, connect: Connect, *filters: str, options: str = "defaults") -> None:
-        """Have a guest mount it and do the load."""
+    def run(self, shell: Shell, connect: Connect) -> None:
+        """Have a guest mount it and do the load; the end of the trace is the image."""
+        case = self.case
+        bare = self.trace.with_name(f"{case.system} {case.kind}.xdt")
+        filters = [f"record:file={self.trace},data=yes", f"record:file={bare}"]
+        filters += [case.fault] if case.fault else []
         words = [word for each in filters for word in ("--filter", each)]
-        record = f"record:file={self.trace},data=yes"
-        bare = self.trace.with_name(f"{self.system} {self.kind}.xdt")
         where = ("--path", self.image, "--backend", "raw", "--sector-size", "4096")
-        disk = connect(shell, *where, "--filter", record, "--filter", f"record:file={bare}", *words)
+        disk = connect(shell, *where, *words)
         shell.wait_for_device(disk.device)
         place, notes = ("/mnt", "/tmp/notes") if shell.domid else ("/run/lab/mounted", "/run/notes")
-        does = ("load", self.kind, place, notes)
+        does = ("load", case.kind, place, notes)
         start = booted(shell)
-        mount = f"mount -t {self.system} -o {options} /dev/{disk.device} {place}"
+        mount = f"mount -t {case.system} -o {case.options} /dev/{disk.device} {place}"
         shell.check(f"rm -f {notes}; mkdir -p {place}; {mount}")
         try:
             load = command(SCRIPT, *does) if shell.domid else shlex.join([*LOAD, *does])
@@ -97,96 +88,45 @@ class Recording:
             "".join(json.dumps([start + when, *what]) + "\n" for when, *what in told)
         )
         leave(shell, disk)
-        if RESULTS is not None:  # such as benchmarks/traces has
-            shutil.copy(bare, RESULTS)
-
-    def crashtest(self, *options: str) -> subprocess.CompletedProcess[str]:
-        """Try what a power cut could have left."""
-        check = shlex.join([*LOAD, "check", self.kind])
-        check = f"unshare -m {check} {{}} {shlex.quote(str(self.notes))} 2>&1"
-        words = [*PROGRAM, "crashtest", str(self.trace), "--base", str(self.base)]
-        words += ["--check", check, "--timeout", "300", *options]
-        done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE, check=False)
-        print(done.stdout)
-        assert done.returncode in (0, 1), done.stderr
-        return done
-
-    def all_is_good(self, limit: int = STATES, *options: str) -> None:
-        """Try the states, none of which may fail; and the end of the trace is the image."""
-        found = json.loads(self.crashtest("--json", "--limit", str(limit), *options).stdout)
-        assert found["failure"] is None
-        assert found["flushes"] > 10
-        assert found["tried"] > limit // 2
+        shutil.copy(bare, RESULTS)  # such as benchmarks/traces has
+        self.pack(RESULTS / f"crashtest {case}.tar")
         new = self.image.with_name("new.raw")
-        where = ("--base", self.base, "--at", "end", "-o", new)
-        done = xen_disk("rewind", self.trace, *where)
+        done = xen_disk("rewind", self.trace, "--base", self.base, "--at", "end", "-o", new)
         assert done.returncode == 0, done.stderr
         assert sh("cmp", str(new), str(self.image)) == ""
 
 
-LOADS = [
-    ("ext4", "files"),
-    ("xfs", "files"),
-    ("ext4", "sqlite DELETE EXTRA"),
-    ("ext4", "sqlite WAL FULL"),
-]
-
-
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize(("system", "kind"), LOADS)
-def test_all_states_are_good(
-    system: str, kind: str, guest: Guest, connect: Connect, tmp_path: Path
-) -> None:
-    recording = Recording(tmp_path, system, kind)
-    recording.run(guest, connect)
-    recording.all_is_good()
-
-
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("kind", ["overlay", "vhd"])
-def test_a_commit_of_ours_is_finished_or_never_was(
-    kind: str, dom0: Dom0, connect: Connect, tmp_path: Path
-) -> None:
-    """The storage of our own files is recorded, and the next commit finishes the first."""
-    recording = Recording(tmp_path, "ext4", f"commit {kind}")
-    recording.run(dom0, connect)
-    made, *_ = json.loads(recording.notes.read_text().splitlines()[0])
-    with TraceReader(str(recording.trace)) as reader:
-        since = made - reader.header.started / 1e9
-    recording.all_is_good(STATES, "--from", f"{since:.6f}s")
-
-
-FAULTS = [
-    ("ext4", "files", f"{HERE / 'noflush.py'}:NoFlush", "defaults"),
-    ("ext4", "files", None, "barrier=0"),
+CASES = [
+    Case("ext4", "files"),
+    Case("xfs", "files"),
+    Case("ext4", "sqlite DELETE EXTRA"),
+    Case("ext4", "sqlite WAL FULL"),
+    # A disk that lies, a file system told not to flush, a database that does not.
+    Case("ext4", "files", fault=f"{HERE / 'noflush.py'}:NoFlush", is_good=False),
+    Case("ext4", "files", options="barrier=0", is_good=False),
     # it does not wait for the directory after it has removed its journal, which comes back then
-    ("ext4", "sqlite DELETE FULL", None, "defaults"),
-    ("ext4", "sqlite DELETE OFF", None, "defaults"),
-    ("ext4", "sqlite WAL OFF", None, "defaults"),
+    Case("ext4", "sqlite DELETE FULL", is_good=False),
+    Case("ext4", "sqlite DELETE OFF", is_good=False),
+    Case("ext4", "sqlite WAL OFF", is_good=False),
+    # The storage of our own files: the next commit finishes the first.
+    Case("ext4", "commit overlay"),
+    Case("ext4", "commit vhd"),
 ]
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(("system", "kind", "fault", "options"), FAULTS)
-def test_a_fault_is_found(
-    system: str,
-    kind: str,
-    fault: str | None,
-    options: str,
-    guest: Guest,
-    connect: Connect,
-    tmp_path: Path,
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_all_states_are_good_or_the_fault_is_found(
+    case: Case, request: pytest.FixtureRequest, connect: Connect, tmp_path: Path
 ) -> None:
-    """A disk that lies, a file system told not to flush, a database that does not."""
-    recording = Recording(tmp_path, system, kind)
-    recording.run(guest, connect, *([fault] if fault else []), options=options)
-    said = recording.crashtest("--limit", str(STATES)).stdout
-    assert "did not fail a second time" not in said
-    least = re.search(r"the least that fails: --state (\S+)$", said, re.MULTILINE)
-    assert least
-    assert recording.crashtest("--state", least[1]).returncode == 1
-    if RESULTS is not None:  # docs/crashtest.md shows one
-        (Path(RESULTS) / f"crashtest {kind} {options}.txt").write_text(said)
+    recording = Recording(tmp_path, case)
+    is_ours = case.kind.startswith("commit")
+    recording.run(request.getfixturevalue("dom0" if is_ours else "guest"), connect)
+    states = request.config.getoption("--states", 12)
+    if not states:
+        pytest.skip("--states 0: it is only recorded")
+    said = recording.prove(states)
+    (RESULTS / f"crashtest {case}.txt").write_text(said)  # docs/crashtest.md shows one
 
 
 def test_another_guest_reads_a_moment_while_the_disk_is_used(

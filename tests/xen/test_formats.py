@@ -59,6 +59,11 @@ class Server:
                 else:
                     return
 
+    def stop(self) -> None:
+        """Have it hang: it still takes connections, and answers nothing."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+
     def kill(self) -> None:
         """End it as a crash would; what it has not flushed is gone with it."""
         if self._process is not None:
@@ -250,6 +255,33 @@ def test_ext4_over_nbd_survives_a_kill_of_the_server(
             server.kill()
             disk.wait_stderr("the NBD server is away")
             server.start()
+        kill(disk, 1)
+
+    ext4_survives(pv_guest, disk, harm)
+    leave(pv_guest, disk)
+    server.kill()
+    sh("e2fsck", "-fn", str(image))
+
+
+def test_ext4_over_nbd_survives_a_server_that_hangs(
+    pv_guest: Guest,
+    connect: Connect,
+    tmp_path: Path,
+    serve: Callable[[Path, str], Server],
+    xenstore_unchanged: None,
+) -> None:
+    """With ``timeout=`` it is given up, and the next one is asked; and then we are killed, too."""
+    image = tmp_path / "disk.raw"
+    sh("truncate", "-s", "64M", str(image))
+    server = serve(image, "nbdkit")
+    where = ("--path", server.uri, "--option", "timeout=5", "--on-error", "hold")
+    disk = connect(pv_guest, "--supervise", *where)
+
+    def harm() -> None:
+        server.stop()
+        disk.wait_stderr("it has not answered a request for 5 s")
+        server.kill()
+        server.start()
         kill(disk, 1)
 
     ext4_survives(pv_guest, disk, harm)

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
+import pty
 import re
 import shutil
+import signal
+import struct
+import subprocess
+import termios
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Callable
 
-from .disk import Disk, xen_disk
-from .guest import Dom0, Guest
+import pytest
+from journal import Listener
+
+from xen_disk_py.host import journald
+from xen_disk_py.trace.format import GAP, WRITE
+from xen_disk_py.trace.reader import TraceReader
+
+from .disk import PROGRAM, Disk, xen_disk
+from .guest import PATIENCE, Dom0, Guest
 from .test_integrity import leave
+from .test_reliability import taken_over, worker
 
 Connect = Callable[..., Disk]
 
@@ -44,6 +60,31 @@ def counted(guest: Guest) -> int:
     return int(row["counters"]["requests"])
 
 
+def on_a_terminal(*words: str, until: str) -> str:
+    """Run a command on a terminal till it shows something, press ``q``; return all that it drew."""
+    ours, its = pty.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    environment = {**os.environ, "TERM": "xterm-256color"}
+    with subprocess.Popen([*PROGRAM, *words], stdin=its, stdout=its, env=environment) as process:
+        os.close(its)
+        over = threading.Timer(PATIENCE, process.kill)
+        over.start()
+        drawn = b""
+        try:
+            while until.encode() not in drawn:
+                drawn += os.read(ours, 65536)
+            os.write(ours, b"q")
+            while process.poll() is None or not drawn.endswith(b"\x1b[?1049l"):
+                drawn += os.read(ours, 65536)
+        except OSError:
+            assert drawn.endswith(b"\x1b[?1049l"), drawn  # the end of a terminal that nobody has
+        finally:
+            over.cancel()
+        assert process.wait() == 0, drawn
+    os.close(ours)
+    return drawn.decode()
+
+
 def test_top_and_metrics_show_what_a_guest_does(
     pv_guest: Guest, connect: Connect, tmp_path: Path
 ) -> None:
@@ -68,6 +109,11 @@ def test_top_and_metrics_show_what_a_guest_does(
     text = run("top", "--once", "--interval", "5")
     keep("top.txt", text)
     assert re.search(rf"^{pv_guest.name} +{disk.vdev} +raw ", text, re.MULTILINE), text
+
+    drawn = on_a_terminal("top", "--interval", "5", until=f"{pv_guest.name} ")
+    keep("terminal.txt", drawn)
+    assert "1 disk, " in drawn
+    assert re.search(r"\x1b\[[0-9;]*1[0-9;]*m", drawn), "Rich draws no colours"
 
     before = counted(pv_guest)
     new = tmp_path / "xen-disk.prom"
@@ -122,3 +168,106 @@ def test_a_recording_begins_and_ends_while_the_guest_works(
     new = tmp_path / "new.raw"
     run("rewind", trace, "--base", tmp_path / "base.raw", "--at", "end", "-o", new)
     assert after == hashlib.sha256(new.read_bytes()).digest()
+
+
+def test_a_recording_of_a_guest_under_load(
+    pv_guest: Guest, connect: Connect, tmp_path: Path, xenstore_unchanged: None
+) -> None:
+    """It begins amid it, on a disk without a filter; what is written last is what the disk has."""
+    image, first, second = tmp_path / "disk.raw", tmp_path / "1.xdt", tmp_path / "2.xdt"
+    image.write_bytes(bytes(8 * MIB))
+    disk = connect(pv_guest, "--path", image, "--backend", "raw")
+    pv_guest.wait_for_device(disk.device)
+    pv_guest.check("rm -f /tmp/enough")
+    once = (
+        f"fio --name=load --filename=/dev/{disk.device} --rw=randrw --bsrange=4k-64k --iodepth=16 "
+        "--ioengine=libaio --direct=1 --size=2M --verify=crc32c --verify_fatal=1 --randseed=$n "
+        "--minimal"
+    )
+    job = pv_guest.spawn(f"n=1; until [ -e /tmp/enough ]; do {once} || exit 1; n=$((n+1)); done")
+    while counted(pv_guest) < 100:
+        assert job.status() is None, job.output() + disk.describe()
+
+    def record(*words: str | Path) -> Any:
+        return shown("record", pv_guest.name, disk.vdev, *words)
+
+    for trace in (first, second):
+        assert record("start", trace, "--data")["recording"]
+        while record("status")["requests"] < 100:
+            assert job.status() is None, job.output() + disk.describe()
+        if trace == first:
+            assert record("stop")["lost"] == 0
+    pv_guest.check("touch /tmp/enough")
+    status, output = job.wait()
+    assert status == 0, output + disk.describe()
+    assert record("stop")["lost"] == 0
+    leave(pv_guest, disk)
+
+    shadow, is_written = bytearray(8 * MIB), bytearray(8 * MIB)
+    with TraceReader(str(second)) as reader:
+        records = list(reader.records(data=True))
+        assert reader.ending is not None
+        assert reader.ending.is_complete
+    for each in records:
+        assert each.operation != GAP
+        assert each.status == 0
+        if each.operation == WRITE:
+            assert each.data is not None
+            end = each.offset + each.length
+            shadow[each.offset : end] = each.data
+            is_written[each.offset : end] = b"\1" * each.length
+    content = image.read_bytes()
+    assert sum(is_written) > MIB // 4
+    for at in range(0, 8 * MIB, 512):
+        if is_written[at]:
+            assert content[at : at + 512] == shadow[at : at + 512], at
+    assert shown("trace", first, "--summary")["gaps"] == 0
+
+
+class Journal:
+    """Has the journal's socket; what journald understands of it is tested elsewhere."""
+
+    def __init__(self) -> None:
+        os.makedirs(os.path.dirname(journald.SOCKET), exist_ok=True)
+        self._listener = Listener(journald.SOCKET)
+
+    def next(self) -> dict[str, str]:
+        """Wait for an entry."""
+        return {name: value.decode() for name, value in self._listener.next().items()}
+
+    def close(self) -> None:
+        """Let nobody listen."""
+        self._listener.close()
+        os.unlink(journald.SOCKET)
+
+
+@pytest.fixture
+def journal() -> Iterator[Journal]:
+    journal = Journal()
+    yield journal
+    journal.close()
+
+
+def test_the_journal_has_the_life_of_a_disk(
+    journal: Journal, pv_guest: Guest, connect: Connect, tmp_path: Path
+) -> None:
+    """Attached, connected, taken over, detached: an entry for each, in order, of this guest."""
+    image = tmp_path / "disk.raw"
+    image.write_bytes(bytes(MIB))
+    disk = connect(pv_guest, "--supervise", "--path", image, "--backend", "raw")
+    pv_guest.wait_for_device(disk.device)
+    os.kill(worker(disk), signal.SIGKILL)
+    taken_over(disk, 1)
+    leave(pv_guest, disk)
+    entries = [journal.next() for _ in range(4)]
+    keep("journal.txt", json.dumps(entries, indent=1))
+    assert [each["XEN_DISK_EVENT"] for each in entries] == [
+        *("attached", "connected", "taken-over", "detached"),
+    ]
+    for each in entries:
+        assert each["XEN_DISK_GUEST"] == pv_guest.name
+        assert each["XEN_DISK_DOMID"] == str(pv_guest.domid)
+        assert each["XEN_DISK_VDEV"] == disk.vdev
+        assert each["XEN_DISK_BACKEND"] == "raw"
+        assert each["XEN_DISK_PATH"] == str(image)
+    assert "XEN_DISK_OUTCOME" in entries[-1]

@@ -20,7 +20,7 @@ from .recipe import CHECKOUT, cache_root
 PRODUCT = "xen_disk_py"
 PRODUCT_FILES = ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", PRODUCT)
 COPIED = ("tests", "examples", "benchmarks")
-EXTRAS = "metrics"
+EXTRAS = "metrics,tui"
 """Of the product's optional dependencies, those that are small."""
 CACHES = {"__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache"}
 KEEP_INSTALLS = 5
