@@ -7,7 +7,9 @@ import importlib
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 
+from ..errors import XenDiskError
 from ..exit_status import ExitStatus
 from ..host import forkserver
 from .arguments import PROGRAM, parse
@@ -37,13 +39,14 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
 
 def _warm_up() -> None:
     """Open a disk: the parser, compiled patterns and the like are then in memory for all."""
-    fd = os.memfd_create("xen-disk", os.MFD_CLOEXEC)
-    try:
+    with ExitStack() as stack:
+        # A host that has no memory for one now may have it when a disk comes.
+        stack.enter_context(suppress(XenDiskError, OSError))
+        fd = os.memfd_create("xen-disk", os.MFD_CLOEXEC)
+        stack.callback(os.close, fd)
         os.truncate(fd, 1 << 20)
         args = parse(["connect", "VM", "--path", f"/proc/self/fd/{fd}"])
         spec_from(args).open_disk().close()
-    finally:
-        os.close(fd)
 
 
 def _title(words: Sequence[str]) -> str:
