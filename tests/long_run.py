@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 
 LONG = bool(os.environ.get("XEN_DISK_LONG"))
 SHARED = {
-    *("backends", "commands", "crashtest", "hostile", "libxl"),
+    *("backends", "commands", "crashtest", "host", "hostile", "libxl"),
     *("recovery", "reliability", "simulated", "trace", "xenbus"),
+    *("test_blkif.py", "test_docs.py", "test_json_page.py", "test_layers.py", "test_words.py"),
 }
 _RUNS_ALL = 11  # Python 3.11; coverage, which doubles the cost, is measured on another's share
 _SHARE = 4
@@ -46,10 +47,10 @@ def of_this_python(tests: Sequence[pytest.Function]) -> list[bool]:
     """Tell which tests run on this Python, where several Pythons share them out.
 
     Python 3.11 runs all. Of each function that is shared every other Python runs one case in four,
-    so that each case runs on two Pythons. Shared are the tests in the directories SHARED and those
-    that are marked ``shared``: they depend on kernels, protocols, formats and other programs more
-    than on Python, and each Python still runs a part of every file. Without XEN_DISK_SHARE=1, which
-    says that several Pythons run the tests, this one runs everything.
+    so that each case runs on two Pythons. Shared are the tests in the directories and files SHARED
+    and those that are marked ``shared``: they depend on kernels, protocols, formats and other
+    programs more than on Python, and each Python still runs a part of every file. Without
+    XEN_DISK_SHARE=1, which says that several Pythons run the tests, this one runs everything.
 
     Args:
         tests: all of them, in order.

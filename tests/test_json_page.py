@@ -12,6 +12,7 @@ import pytest
 
 from xen_disk_py.backends.overlay.backend import OverlayBackend
 from xen_disk_py.cli import main
+from xen_disk_py.commands import demo
 from xen_disk_py.commands.arguments import build_parser, commands_of
 from xen_disk_py.commands.environment import Environment
 from xen_disk_py.exit_status import ExitStatus
@@ -92,7 +93,8 @@ def test_every_command_that_prints_json_is_there():
     assert prints == set(documented())
 
 
-def test_demo(run):
+def test_demo(run, monkeypatch):
+    monkeypatch.setattr(demo, "_BLOCKS", 300)
     check("demo", run("demo", "--bytes=64K"))
     check("demo", run("demo", "--backend=discard", "--bytes=64K"))
 

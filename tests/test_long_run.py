@@ -9,7 +9,7 @@ import long_run
 import pytest
 
 
-def case(name, *, marked=False, directory="host"):
+def case(name, *, marked=False, directory="datapath"):
     marker = object() if marked else None
     return SimpleNamespace(
         nodeid=f"tests/{directory}/test_x.py::{name}[a]",

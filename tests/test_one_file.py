@@ -83,12 +83,14 @@ def test_it_runs_by_itself(one_file, start):
     assert os.access(one_file, os.X_OK)
 
 
+@pytest.mark.shared
 def test_demo(start):
-    done = start("demo", "--bytes", "64K", "--json")
+    done = start("demo", "--bytes", "64K", "--seconds", "0.1", "--json")
     assert (0, "") == (done.returncode, done.stderr)
     assert json.loads(done.stdout)["verified"]
 
 
+@pytest.mark.shared
 def test_install(one_file, start, tmp_path):
     """The units start this file; each file has its content."""
     done = start("install", "--prefix", str(tmp_path / "root"))

@@ -145,6 +145,11 @@ def test_locks_that_are_refused_leave_none_behind(image, start_guest):
     os.close(fd)
 
 
+def test_who_has_none_is_told_without_a_look_into_each_process(image, monkeypatch):
+    monkeypatch.setattr(qemu_locks, "_descriptors", lambda pid: pytest.fail(f"looked into {pid}"))
+    assert [] == qemu_locks.holders(os.stat(image))
+
+
 def test_an_image_behind_a_loop_device_is_refused_to_writers(image, attach_loop):
     device = attach_loop(image)
     message = refused(image, writable=True)

@@ -38,6 +38,7 @@ from xen_disk_py.datapath.durability import FlushFailed, passes
 from xen_disk_py.datapath.statistics import WORDS, Statistics
 
 MIB = 1 << 20
+pytestmark = pytest.mark.shared
 SIZE = 32 * MIB
 ROOM = 8  # MiB
 CHUNK = 64 << 10

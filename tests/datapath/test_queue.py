@@ -299,6 +299,7 @@ def threaded(host, size):
 SQUEEZED = {"persistent": True, "limit": 100}
 
 
+@pytest.mark.shared
 @pytest.mark.parametrize("order", [0, 4])
 @pytest.mark.parametrize("threads", [1, 4])
 @pytest.mark.parametrize(
@@ -424,6 +425,7 @@ def bad_indirect(operation, count, answered=None):
     )
 
 
+@pytest.mark.shared
 @pytest.mark.parametrize("abi", ABIS, ids=lambda abi: abi.name)
 @pytest.mark.parametrize(
     ("request_of", "operation", "status"),

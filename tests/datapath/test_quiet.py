@@ -18,6 +18,7 @@ from xen_disk_py.trace.format import WRITE as WROTE
 from xen_disk_py.trace.reader import TraceReader
 
 SECTORS = 64
+pytestmark = pytest.mark.shared
 
 
 class Many(Library):

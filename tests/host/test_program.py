@@ -17,6 +17,7 @@ from xen_disk_py import __version__
 from xen_disk_py.host.program import _how, _quoted, own_command, unit_command
 
 PLACE = Path(xen_disk_py.__file__).parents[1]
+DEMO = ["demo", "--backend=mine:Disk", "--size=64K", "--bytes=64K", "--seconds=0.1", "--overwrite"]
 
 
 def test_how(tmp_path):
@@ -68,9 +69,7 @@ def test_what_pythonpath_names_is_found(strangers, tmp_path):
     (tmp_path / "own" / "mine.py").write_text(
         "from xen_disk_py.backends.discard import DiscardBackend as Disk\n"
     )
-    command = own_command(
-        "demo", "--backend", "mine:Disk", "--size", "64K", "--bytes", "64K", "--overwrite"
-    )
+    command = own_command(*DEMO)
     done = run(command, strangers, PYTHONPATH=f".:{tmp_path / 'own'}")
     assert (0, "") == (done.returncode, done.stderr)
     done = run(command, tmp_path / "own", PYTHONPATH=".")
@@ -93,8 +92,7 @@ def at_home(tmp_path):
     (tmp_path / "beside" / "mine.py").write_text(
         "from xen_disk_py.backends.discard import DiscardBackend as Disk\n"
     )
-    demo = ["demo", "--backend=mine:Disk", "--size=64K", "--bytes=64K", "--overwrite"]
-    how = [python, "-I", str(PLACE / "xen_disk_py" / "__main__.py"), *demo]
+    how = [python, "-I", str(PLACE / "xen_disk_py" / "__main__.py"), *DEMO]
     return lambda **environment: run(how, tmp_path, HOME=str(home), **environment)
 
 
