@@ -26,6 +26,7 @@ WORDS = {
     r"one behind the other\b": "contiguous",
     r"process(es)?( that was killed)? (has |have )?left\b": "orphan; unanswered requests",
     r"polite(ly|ness)?\b": "gracefully",
+    r"quiet ?points?\b": "drained section",
     r"rehears(e|es|ed|al|ing)\b": "dry run",
     r"requests? (is|are) held\b": "queued for retry",
     r"requests per look\b": "requests per batch",

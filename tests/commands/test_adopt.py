@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from journal import Listener
 from libxl_stub import Libxl, LibxlError
 
 from xen_disk_py.backends import Backend
@@ -489,6 +490,35 @@ def test_it_takes_over_from_a_process_that_died(adopt, steps, host, orphan, imag
     assert NEW == image.read_bytes()[4096 : 4096 + len(NEW)]
     assert "detached by the toolstack" in caplog.text
     assert [] == os.listdir(host.records)
+
+
+def test_the_journal_has_each_turn_of_its_life(adopt, steps, host, orphan, image):
+    """Also of a disk that libxl has made, and of one that another process served."""
+    journal = Listener(host.journal)
+    try:
+        assert adopt(lambda: steps.detach(steps.connect()), image) is ExitStatus.OK
+        entries = [journal.next() for _ in range(3)]
+        assert journal.is_empty
+        orphan(image, discard_enable="0")
+
+        def script():
+            frontend = host.frontend(ADDRESS)
+            frontend.connect()
+            steps.detach(frontend)
+
+        assert adopt(script) is ExitStatus.OK
+        entries += [journal.next() for _ in range(2)]
+        assert journal.is_empty
+    finally:
+        journal.close()
+    assert [b"attached", b"connected", b"detached", b"taken-over", b"detached"] == [
+        entry["XEN_DISK_EVENT"] for entry in entries
+    ]
+    assert {(b"guest", b"xvdb", str(image).encode())} == {
+        (entry["XEN_DISK_GUEST"], entry["XEN_DISK_VDEV"], entry["XEN_DISK_PATH"])
+        for entry in entries
+    }
+    assert {b"6"} == {entry["PRIORITY"] for entry in entries if b"taken" not in entry["MESSAGE"]}
 
 
 def test_filters_of_the_line_are_set_while_the_guest_uses_the_disk(adopt, steps, host, image):

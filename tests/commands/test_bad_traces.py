@@ -66,7 +66,7 @@ def refused(run, tmp_path):
         (lambda data: b"", "not a trace: give a file that --filter record"),
         (lambda data: b"QFI\xfb" + data[4:], "not a trace: give a file that --filter record"),
         (lambda data: data[:100], "a trace that was cut in its header: nothing of it is left"),
-        (lambda data: data[:16] + b"\2" + data[17:], "a trace of version 2, this program knows 1"),
+        (lambda data: data[:16] + b"\3" + data[17:], "a trace of version 3, this program knows 2"),
         (
             lambda data: data[:60] + b"\xff" + data[61:],
             "a damaged trace: the checksum of its header is wrong",

@@ -155,18 +155,31 @@ def test_on_stdout(run):
 def test_a_file_is_replaced_at_once(run, tmp_path, monkeypatch):
     path = tmp_path / "xen-disk.prom"
     path.write_text(OLD)
-    seen_then, replace = [], os.replace
+    seen_then, replace = [], os.rename
 
     def look(source, target):
         seen_then.append((path.read_text(), [p.name for p in tmp_path.glob("*.prom")]))
         assert metrics.render([]) == Path(source).read_text()
         replace(source, target)
 
-    monkeypatch.setattr(metrics.os, "replace", look)
+    monkeypatch.setattr(metrics.os, "rename", look)
     assert ExitStatus.OK == run("-o", path)[0]
     assert [(OLD, ["xen-disk.prom"])] == seen_then
     assert (metrics.render([]), 0o644) == (path.read_text(), path.stat().st_mode & 0o777)
     assert [path] == list(tmp_path.iterdir())
+
+
+def test_what_was_left_by_one_that_was_killed_is_removed(run, tmp_path, monkeypatch):
+    def killed(source, target):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics.os, "rename", killed)
+        patch.setattr(metrics.os, "unlink", lambda _: None)  # it had no time to clean up
+        run("-o", tmp_path / "xen-disk.prom")
+    assert 1 == len(list(tmp_path.iterdir()))
+    assert ExitStatus.OK == run("-o", tmp_path / "xen-disk.prom")[0]
+    assert ["xen-disk.prom"] == os.listdir(tmp_path)
 
 
 def test_a_file_that_cannot_be_written_is_as_it_was(run, tmp_path, monkeypatch):

@@ -84,6 +84,11 @@ def test_a_smaller_disk_is_refused(run, trace, tmp_path):
     assert "give one of that size" in run(trace, "--path", small, status=ExitStatus.USAGE)[1]
 
 
+def test_an_image_that_is_not_there_is_to_be_made_of_the_right_size(run, trace, tmp_path):
+    _, err = run(trace, "--path", tmp_path / "no.raw", status=ExitStatus.ERROR)
+    assert f"truncate -s {SIZE} {tmp_path}/no.raw" in err
+
+
 def test_comparing_needs_data(run, image, tmp_path):
     path = tmp_path / "bare.xdt"
     TraceWriter.create(str(path), Header(SIZE, 512, 0, 0, b"s" * 16)).close()

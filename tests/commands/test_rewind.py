@@ -185,6 +185,24 @@ def test_a_trace_without_data(tmp_path, base, new):
     assert "data=yes" in refused(tmp_path, trace, "--at", "end", "-o", new, "--base", base)
 
 
+def test_what_a_trace_cannot_do_is_told_before_its_base_is_looked_for(tmp_path, new):
+    trace = make(tmp_path / "n.xdt", header(data=False), [read(0, 1)])
+    argv = ("--at", "end", "-o", new, "--base", tmp_path / "nothing")
+    assert "data=yes" in refused(tmp_path, trace, *argv)
+    status, _, err = run("rewind", tmp_path / "no.xdt", *argv[:1], "then", *argv[2:])
+    assert ExitStatus.USAGE == status
+    assert "'then' is no moment" in err
+
+
+def test_a_base_that_nobody_can_check_is_told(tmp_path, new):
+    other = tmp_path / "other"
+    other.write_bytes(bytes(SIZE))
+    trace = make(tmp_path / "n.xdt", header(), [*RECORDS, stopped(3_000_000_000)])
+    status, _, err = run("rewind", trace, "--at", "flush:1", "-o", new, "--base", other)
+    assert ExitStatus.OK == status
+    assert "the base is the right image is not checked" in err
+
+
 def test_a_wrong_base(tmp_path, trace, base, new):
     other = tmp_path / "other"
     other.write_bytes(bytes(SIZE))

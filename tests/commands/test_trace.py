@@ -78,10 +78,10 @@ def test_a_trace_that_is_cut_is_shown_up_to_there(run, trace):
     out, err = run("trace", trace, "--json", status=ExitStatus.ERROR)
     assert 2 == len(out.splitlines())
     assert "cut at byte" in err
-    trace.write_bytes(content[:16] + b"\2" + content[17:])
+    trace.write_bytes(content[:16] + b"\3" + content[17:])
     out, err = run("trace", trace, status=ExitStatus.ERROR)
     assert "" == out
-    assert "version 2" in err.replace("\n", " ")
+    assert "version 3" in err.replace("\n", " ")
 
 
 def test_a_trace_without_an_end_says_so(run, trace, tmp_path):
@@ -179,3 +179,12 @@ def test_fio_replays_it(run, trace, tmp_path):
 
 def test_fio_takes_no_white_space(run, trace):
     assert "white space" in run("trace", trace, "--fio-path", "/a b", status=ExitStatus.USAGE)[1]
+
+
+@pytest.mark.parametrize(
+    "forms", [("--csv", "--json"), ("--json", "--fio"), ("--blkparse", "--json")]
+)
+def test_one_form_at_a_time(run, trace, forms):
+    out, err = run("trace", trace, *forms, status=ExitStatus.USAGE)
+    assert "" == out
+    assert "one of them" in " ".join(err.split())

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from ..errors import ImageError, UsageError
 from ..host import memory
 from ..text import printable
-from ..trace.moment import Moment, check_base, rewind
+from ..trace.moment import Moment, check_base, check_usable, rewind
 from ..trace.powercut import ZEROS
 from ..trace.reader import TraceReader
 from . import Backend
@@ -42,6 +42,7 @@ class AtBackend(Backend):
         if not path.startswith("at:") or not at or not trace:
             raise UsageError(f"{path}: not of the form at:TRACE@MOMENT, such as at:t.xdt@flush:17")
         self.path = path
+        when = Moment.parse(moment)
         self.trace = TraceReader(trace)
         try:
             self.base = open_base(self.trace, base)
@@ -49,7 +50,7 @@ class AtBackend(Backend):
             self.trace.close()
             raise
         try:
-            found = rewind(self.trace, Moment.parse(moment), room=memory.room() // _SHARE)
+            found = rewind(self.trace, when, room=memory.room() // _SHARE)
             check_stays(self.trace)
         except BaseException:
             self.close()
@@ -108,7 +109,7 @@ class AtBackend(Backend):
 
 
 def open_base(trace: TraceReader, path: str | None) -> Image:
-    """Open the image that a disk was when recording began.
+    """Open the image that a disk was when recording began, if its trace is good for anything.
 
     Args:
         trace: of the disk.
@@ -118,6 +119,7 @@ def open_base(trace: TraceReader, path: str | None) -> Image:
         UsageError: the trace names none.
         ImageError: it cannot be opened, or is not what the disk was.
     """
+    check_usable(trace)  # before anybody looks for an image in vain
     header = trace.header
     if path is None and header.path is not None:
         require_trusted(trace.fileno(), trace.path, "name the image (--base, or --option base=)")

@@ -6,13 +6,14 @@ import argparse
 import contextlib
 import os
 import stat
-import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socket import AF_INET6
 from typing import Any, cast
 
+from ..backends.image import transfer_all
+from ..backends.newfile import NewFile
 from ..datapath.latency import PER_SECOND, SERIES
 from ..errors import UsageError, XenDiskError, XenUnavailable
 from ..exit_status import ExitStatus
@@ -178,7 +179,6 @@ def write(path: str, text: str) -> None:
         UsageError: something else than a file of metrics is there.
         XenDiskError: it cannot be written; the old one is still there.
     """
-    directory, name = os.path.split(path)
     try:
         with contextlib.suppress(FileNotFoundError):
             if not stat.S_ISREG(os.lstat(path).st_mode):
@@ -186,19 +186,12 @@ def write(path: str, text: str) -> None:
             with open(path, "rb") as there:
                 if there.read(len(_BEGINNING)) not in (b"", _BEGINNING):
                     raise UsageError(f"-o {path}: has something else: give another name")
-        # Its name does not end in .prom: node_exporter does not read it.
-        fd, temporary = tempfile.mkstemp(".tmp", f".{name}.", directory or ".")
-        try:
-            with open(fd, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fchmod(fd, 0o644)  # node_exporter is not root
-                os.fsync(fd)
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
+        # The name that it has for a moment does not end in .prom: node_exporter does not read it.
+        with NewFile(path) as file:
+            transfer_all(os.pwritev, file.fd, [memoryview(text.encode())], 0)
+            os.fchmod(file.fd, 0o644)  # node_exporter is not root
+            os.fsync(file.fd)
+            file.put(path, replacing=True)
     except OSError as error:
         raise XenDiskError(f"cannot write {path}: {error.strerror}") from error
 

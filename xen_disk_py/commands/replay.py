@@ -10,7 +10,7 @@ from contextlib import closing
 from typing import Any
 
 from ..backends.replay import Replay
-from ..errors import UsageError
+from ..errors import ImageError, UsageError
 from ..exit_status import ExitStatus
 from ..recovery import orphans
 from ..text import printable
@@ -45,6 +45,11 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
                 f"{printable(spec.overlay or spec.path or spec.backend_name)}: to allow that: "
                 "--overwrite; to keep them out: --backend cow"
             )
+        if spec.path is not None and _is_missing(spec.path):
+            raise ImageError(
+                f"{printable(spec.path)}: no such file: check the name, or make one of the "
+                f"recorded disk's size with: truncate -s {header.size} {printable(spec.path)}"
+            )
         quiet = args.quiet or args.json
         with (
             ProgressLine(env, "replaying", quiet=quiet) as progress,
@@ -75,6 +80,11 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
     else:
         env.say("\n".join(_lines(facts)) + (", as far as it is" if ending.is_damaged else ""))
     return ExitStatus.OK if facts["passed"] and not ending.is_damaged else ExitStatus.ERROR
+
+
+def _is_missing(path: str) -> bool:
+    """Whether that is a file, rather than a URL, and is not there."""
+    return ":" not in path and not os.path.lexists(path)
 
 
 def _writes(reader: TraceReader) -> bool:

@@ -26,6 +26,8 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
     name = args.fio_path or "/dev/xvda"
     if any(letter.isspace() for letter in name) or not name.startswith("/"):
         raise UsageError(f"--fio-path {name!r}: fio takes an absolute path without white space")
+    if args.json and (args.csv or args.fio or args.blkparse):
+        raise UsageError("--json goes with --summary, or alone: say how to print it, one of them")
     with TraceReader(args.trace) as reader:
         records = reader.records()
         if args.summary:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from ..errors import ImageError, UsageError
 from ..trace.format import FLUSH, GAP, RESIZED
-from ..trace.moment import Moment, change_of, check_usable, sources
+from ..trace.moment import Moment, change_of, check_usable, sources, unchecked
 from ..trace.powercut import (
     Change,
     Choice,
@@ -77,7 +77,7 @@ class Plan:
         self._seed = seed
         self._unit = reader.header.sector_size
         self._stop: int | None = None  # the request before which the trace is left
-        self.notes: list[str] = []
+        self.notes = unchecked(reader)
         self._late: list[Change] = late_changes(self._events())
         since = first.nanoseconds(reader.header)
         capacities = []

@@ -36,8 +36,8 @@ from ..errors import BackendError, DeviceError, XenDiskError
 from ..host.synchronizing import synchronize
 from ..ration import Ration
 from . import statistics as count
+from .drained import DrainedSection
 from .durability import Durability, Move, passes
-from .quiet import QuietPoint
 from .statistics import Statistics
 
 log = logging.getLogger("xen_disk_py")
@@ -90,7 +90,7 @@ class Disk:
         self.moves: Moves
         """What a queue does reads and writes by itself, at first (see :meth:`serve_read`); to be
         asked for anew each time: it changes."""
-        self.quiet = QuietPoint()
+        self.drained = DrainedSection()
         self._changing = threading.Lock()
         self.bind()
         self._lock = threading.Lock()
@@ -163,7 +163,7 @@ class Disk:
         if not self._changing.acquire(timeout=SETTLING):
             raise DeviceError("the disk is being resized: try again when that is done")
         try:
-            with self.quiet.reached(SETTLING):
+            with self.drained.entered(SETTLING):
                 self.backend = self._durability.backend = change(self.backend)
                 self.bind()
         finally:

@@ -256,7 +256,7 @@ class Queue:
         self._look = 1  # requests until the clock is looked at
         self._is_slow = False  # the disk was, in the last batch that was timed
         self._stopping = False
-        self._asked = False  # to stop, or to be quiet
+        self._asked = False  # to stop, or to drain
         # What was queued for retry: then all that is behind a barrier is given up, too.
         self._has_given_up = False
         self._ended = threading.Event()
@@ -343,7 +343,7 @@ class Queue:
 
     def _run(self) -> None:
         self._begin_thread()
-        self._disk.quiet.enter(self, self._ask)
+        self._disk.drained.enter(self, self._ask)
         self._many = self._disk.backend.asynchronous
         try:
             self._loop()
@@ -360,7 +360,7 @@ class Queue:
             self._attempt(self._refuse_the_rest)
             self._journal.clear()  # a queue that never ran leaves it to the next
             self._attempt(self._release)
-            self._disk.quiet.leave(self)
+            self._disk.drained.leave(self)
             self._ended.set()
 
     def _attempt(self, step: Callable[[], None]) -> bool:
@@ -434,20 +434,20 @@ class Queue:
         self._publish()
 
     def _is_over(self) -> bool:
-        """Tell whether to stop; else be quiet, and have the disk be changed."""
+        """Tell whether to stop; else drain, and have the disk be changed."""
         with contextlib.suppress(BlockingIOError):
             os.read(self._wake_read, 4096)
         self._asked = self._stopping
         if self._stopping:
             self._asked = True  # it may have been set since
             return True
-        quiet = self._disk.quiet
-        while self._is_any_elsewhere and quiet.is_wanted and not self._stopping:
+        drained = self._disk.drained
+        while self._is_any_elsewhere and drained.is_wanted and not self._stopping:
             if not self._end_finished():
                 self._await_workers()
         self._publish()
         if not self._is_any_elsewhere:
-            quiet.wait(self)
+            drained.wait(self)
             self._stopwatch.look()
             self._many = self._disk.backend.asynchronous
         return False

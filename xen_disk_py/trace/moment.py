@@ -116,6 +116,16 @@ def check_usable(reader: TraceReader) -> None:
         )
 
 
+def unchecked(reader: TraceReader) -> list[str]:
+    """Say it, if nobody can tell whether an image is what the disk was when recording began."""
+    if reader.header.samples:
+        return []
+    return [
+        f"{printable(reader.path)}: has no samples of what the disk was when recording began, so "
+        "that the base is the right image is not checked"
+    ]
+
+
 def sources(reader: TraceReader) -> Iterator[tuple[Record, int]]:
     """All records without their data, each with the byte of the file where its data begins.
 
@@ -206,7 +216,7 @@ def rewind(reader: TraceReader, moment: Moment, *, room: int) -> Rewound:
             f"{name}: ends before that moment, after {requests} requests, {flushes} flushes and "
             f"{time / 1e9:.3f} s" + (f": {ending.text}" if ending and ending.is_damaged else "")
         )
-    notes = []
+    notes = unchecked(reader)
     if moment.kind == "end" and ending is not None and not ending.is_complete:
         notes.append(f"{name}: {ending.text}")
     if failed:

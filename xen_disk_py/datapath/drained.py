@@ -1,4 +1,4 @@
-"""A moment in which no request is under way, to change what is below the queues.
+"""A section in which no request is under way, to change what is below the queues.
 
 Each queue has a thread, which looks here between two batches if it is asked to. It finishes what it
 has begun, waits until the disk has been changed, and takes the next requests. What waits on the
@@ -16,18 +16,18 @@ from typing import Callable
 from ..errors import DeviceError
 
 
-class QuietPoint:
-    """That moment, of one disk.
+class DrainedSection:
+    """That section, of one disk; QEMU calls it so, too.
 
     Attributes:
-        is_wanted: somebody waits for it.
+        is_wanted: somebody waits for it, or is in it.
     """
 
     def __init__(self) -> None:
         self.is_wanted = False
         self._changed = threading.Condition()
         self._queues: dict[object, Callable[[], None]] = {}
-        self._quiet: set[object] = set()
+        self._drained: set[object] = set()
 
     def enter(self, queue: object, ask: Callable[[], None]) -> None:
         """Begin to serve; waits while the disk is being changed.
@@ -48,17 +48,17 @@ class QuietPoint:
             self._changed.notify_all()
 
     def wait(self, queue: object) -> None:
-        """Be quiet until the disk has been changed, or nobody wants to change it any longer."""
+        """Take nothing until the disk has been changed, or nobody wants to change it any longer."""
         with self._changed:
-            self._quiet.add(queue)
+            self._drained.add(queue)
             self._changed.notify_all()
             while self.is_wanted:
                 self._changed.wait()
-            self._quiet.discard(queue)
+            self._drained.discard(queue)
 
     @contextmanager
-    def reached(self, timeout: float) -> Iterator[None]:
-        """Be at that moment inside; one thread at a time.
+    def entered(self, timeout: float) -> Iterator[None]:
+        """Be in it inside; one thread at a time.
 
         Raises:
             DeviceError: a request has not returned within ``timeout`` seconds.
@@ -78,7 +78,7 @@ class QuietPoint:
     def _await(self, timeout: float) -> None:
         deadline = time.monotonic() + timeout
         with self._changed:
-            while not self._queues.keys() <= self._quiet:
+            while not self._queues.keys() <= self._drained:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise DeviceError(

@@ -12,7 +12,7 @@ from backends.filters.test_record import Library
 from xen_disk_py.backends.filters.record import Recorder
 from xen_disk_py.blkif import OKAY, READ, WRITE, Transfer
 from xen_disk_py.datapath.disk import Disk
-from xen_disk_py.datapath.quiet import QuietPoint
+from xen_disk_py.datapath.drained import DrainedSection
 from xen_disk_py.errors import DeviceError
 from xen_disk_py.trace.format import WRITE as WROTE
 from xen_disk_py.trace.reader import TraceReader
@@ -153,7 +153,7 @@ def test_a_queue_that_sleeps_is_woken_and_sleeps_again(host):
     assert OKAY == line.ask(ask).status
 
 
-def test_a_disk_without_a_queue_is_quiet(host):
+def test_a_disk_without_a_queue_is_drained(host):
     disk = Disk(host.memory())
     other = host.memory()
     disk.recompose(lambda source: other)
@@ -209,13 +209,13 @@ def test_a_queue_can_be_stopped_meanwhile(host):
 
 
 def test_who_comes_while_a_disk_is_changed_waits():
-    quiet, served = QuietPoint(), threading.Event()
+    quiet, served = DrainedSection(), threading.Event()
 
     def serve():
         quiet.enter("queue", lambda: None)
         served.set()
 
-    with quiet.reached(30):
+    with quiet.entered(30):
         thread = threading.Thread(target=serve)
         thread.start()
         assert not served.wait(0.01)
