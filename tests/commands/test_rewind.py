@@ -223,6 +223,10 @@ def test_a_file_that_is_there_is_not_replaced(tmp_path, trace, new):
     assert "there is such a file" in refused(tmp_path, trace, "--at", "end", "-o", new)
     assert "there is such a file" in refused(tmp_path, trace, "--at", "end", "--overlay", new)
     assert b"mine" == new.read_bytes()
+    status, _, err = run("rewind", trace, "--at", "end", "-o", trace)
+    assert ExitStatus.USAGE == status
+    assert "give another name" in err
+    assert "--force" not in err  # there is none
 
 
 def test_no_space(tmp_path, trace, new, monkeypatch):

@@ -283,40 +283,42 @@ class _Threads(_Engine):
         self.depth = min(disk.threads, _THREADS)
         self._todo: deque[Record | None] = deque()
         self._over: list[Over] = []
-        self._changed = threading.Condition()
+        lock = threading.Lock()
+        # One each: who begins a request wakes one thread for it, and none that waits for an end.
+        self._begun, self._ended = threading.Condition(lock), threading.Condition(lock)
         self._threads = [threading.Thread(target=self._work) for _ in range(self.depth)]
         for thread in self._threads:
             thread.start()
 
     def _work(self) -> None:
         while True:
-            with self._changed:
+            with self._begun:
                 while not self._todo:
-                    self._changed.wait()
+                    self._begun.wait()
                 record = self._todo.popleft()
             if record is None:
                 return
             over = _do(self._disk, record)
-            with self._changed:
+            with self._ended:
                 self._over.append(over)
-                self._changed.notify_all()
+                self._ended.notify()
 
     def begin(self, record: Record) -> None:
-        with self._changed:
+        with self._begun:
             self._todo.append(record)
-            self._changed.notify_all()
+            self._begun.notify()
 
     def collect(self, timeout: float | None) -> list[Over]:
-        with self._changed:
-            self._changed.wait_for(lambda: self._over, timeout)
+        with self._ended:
+            self._ended.wait_for(lambda: self._over, timeout)
             over, self._over = self._over, []
             return over
 
     def close(self) -> None:
         """End the threads."""
-        with self._changed:
+        with self._begun:
             self._todo.extend([None] * len(self._threads))
-            self._changed.notify_all()
+            self._begun.notify_all()
         for thread in self._threads:
             thread.join()
 

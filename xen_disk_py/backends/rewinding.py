@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import suppress
 
-from ..errors import ImageError
+from ..errors import ImageError, UsageError
 from ..text import printable
 from .at import AtBackend
 from .exporting import Progress, exported
@@ -33,6 +33,8 @@ def rewind_to_image(disk: AtBackend, new: str, progress: Progress) -> None:
         UsageError: there is a file.
         ImageError: it cannot be made, and nothing has changed.
     """
+    if os.path.lexists(new):
+        raise UsageError(f"{os.path.abspath(new)}: there is such a file: give another name")
     base = disk.base
     total = base.size + sum(each.length for each in disk.found.extents)
     with exported(new, disk.size, (base.fd, disk.trace.fileno()), force=False, convert=None) as raw:
