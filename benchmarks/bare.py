@@ -20,9 +20,12 @@ from .workload import SLOTS, Sample, cpu_seconds
 Loop = Callable[[float], Sample]
 
 
-def system_call(path: str, operation: int, size: int, offsets: Sequence[int]) -> Loop:
-    """Loop over ``os.preadv`` or ``os.pwritev`` with one buffer of ``size`` bytes."""
-    return _calls(path, operation, [[memoryview(mmap.mmap(-1, size))]], offsets)
+def system_call(
+    path: str, operation: int, size: int, offsets: Sequence[int], buffers: int = 1
+) -> Loop:
+    """Loop over ``os.preadv`` or ``os.pwritev`` with so many buffers of ``size`` bytes, in turn."""
+    memory = [[memoryview(mmap.mmap(-1, size))] for _ in range(buffers)]
+    return _calls(path, operation, memory, offsets)
 
 
 def scattered_system_call(path: str, operation: int, size: int, offsets: Sequence[int]) -> Loop:

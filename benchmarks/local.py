@@ -43,6 +43,8 @@ OPERATIONS = {"read": READ, "write": WRITE}
 LIMIT, COPY, EVENTS = "bare call", "bare copy", "bare events"
 HERE = Path(__file__).parent
 LATE = "from done to answered"
+BEFORE = ", before"
+MANY = 4096  # places of 4 KiB, all over the image
 IDLE_SECONDS = 5
 FLEET, LARGE_FLEET = 8, 100
 
@@ -57,13 +59,17 @@ class Bench:
         directory: for images.
         seconds: how long one run takes.
         rounds: how often everything is run.
+        before: the source of an earlier build, to be measured in the same rounds; or nothing.
     """
 
-    def __init__(self, results: Results, directory: Path, seconds: float, rounds: int) -> None:
+    def __init__(
+        self, results: Results, directory: Path, seconds: float, rounds: int, before: str = ""
+    ) -> None:
         self.results = results
         self.directory = directory
         self.seconds = seconds
         self.rounds = rounds
+        self.before = before
 
     def image(self, name: str) -> str:
         """Make an image full of data."""
@@ -72,11 +78,17 @@ class Bench:
         return str(path)
 
     def interleave(self, table: str, workload: str, size: int, loops: dict[str, Loop]) -> None:
-        """Run all contenders in turn, as often as there are rounds, after one to warm up."""
-        for loop in loops.values():
+        """Run all contenders in turn, as often as there are rounds, after one to warm up.
+
+        Each round in another order: whoever comes behind the one that leaves the processor's cache
+        full of other data takes up to 15 % longer.
+        """
+        for name, loop in loops.items():
             loop(self.seconds / 5)
+            self.results.add(table, workload, name)  # in this order they are shown
+        dice = random.Random(workload)
         for _ in range(self.rounds):
-            for name, loop in loops.items():
+            for name, loop in dice.sample(list(loops.items()), len(loops)):
                 sample = loop(self.seconds)
                 rate = sample.requests / sample.seconds
                 metrics = {RATE: rate, BYTES: rate * size, CPU: sample.cpu / sample.requests}
@@ -95,19 +107,25 @@ class Bench:
             tell(text)
 
 
-def offsets(size: int) -> list[int]:
+def offsets(size: int, count: int = 256) -> list[int]:
     """Return places for requests of that size, anywhere on the disk."""
     chosen = random.Random(size)
-    return [chosen.randrange(DISK // size) * size for _ in range(256)]
+    return [chosen.randrange(DISK // size) * size for _ in range(count)]
 
 
 def prepared(
-    disk: ServedDisk, operation: int, size: int, depth: int, *, scatter: bool = False
+    disk: ServedDisk,
+    operation: int,
+    size: int,
+    depth: int,
+    *,
+    scatter: bool = False,
+    places: int = 256,
 ) -> Loop:
     """Return a run against a served disk."""
 
     def loop(seconds: float) -> Sample:
-        disk.load.prepare(operation, size, depth, offsets(size), scatter=scatter)
+        disk.load.prepare(operation, size, depth, offsets(size, places), scatter=scatter)
         return drive([disk], seconds)
 
     return loop
@@ -118,6 +136,11 @@ def _disks(bench: Bench, stack: ExitStack, names: Sequence[str]) -> dict[str, Se
     for name in names:
         where = ["--size", "64M"] if name == "discard" else ["--path", bench.image(name)]
         disks[name] = stack.enter_context(served("--backend", name, *where))
+        if bench.before and name in ("raw", "cow", "mmap"):
+            image = bench.image(f"{name}-before")
+            disks[f"{name}{BEFORE}"] = stack.enter_context(
+                served("--backend", name, "--path", image, tree=bench.before)
+            )
     return disks
 
 
@@ -147,6 +170,22 @@ def requests(
                     bench.show(table, workload, LIMIT)
 
 
+def all_over(bench: Bench) -> None:
+    """4 KiB requests at so many places that no processor's own cache holds them."""
+    table, size = "all over", 4 * KIB
+    with ExitStack() as stack:
+        disks = _disks(bench, stack, ("raw",))
+        path = bench.image("bare")
+        for way, operation in OPERATIONS.items():
+            places = offsets(size, MANY)
+            loops = {LIMIT: bare.system_call(path, operation, size, places, buffers=32)}
+            for name, disk in disks.items():
+                loops[name] = prepared(disk, operation, size, 32, places=MANY)
+            workload = f"4 KiB {way}, depth 32"
+            bench.interleave(table, workload, size, loops)
+            bench.show(table, workload, LIMIT)
+
+
 def one_at_a_time(bench: Bench) -> None:
     """Compare 4 KiB requests, one at a time, with events that another process answers."""
     table, size = "one at a time", 4 * KIB
@@ -171,6 +210,9 @@ def changes(bench: Bench) -> None:
         disks["overlay"] = stack.enter_context(
             served("--path", path, "--overlay", str(bench.directory / "changes"))
         )
+        if bench.before:
+            arguments = ("--path", bench.image("old"), "--overlay", str(bench.directory / "older"))
+            disks[f"overlay{BEFORE}"] = stack.enter_context(served(*arguments, tree=bench.before))
         for what, operation in (("read", READ), ("write", WRITE), ("read of what it holds", READ)):
             loops = {name: prepared(disk, operation, size, 32) for name, disk in disks.items()}
             workload = f"4 KiB {what}, depth 32"
@@ -347,18 +389,22 @@ def _fill(path: str, content: memoryview, every: int) -> None:
 
 def idle(bench: Bench) -> None:
     """A disk that nobody asks anything of."""
-    with served("--path", bench.image("idle"), "--backend", "raw") as disk:
-        resident = disk.memory()["VmRSS"]
-        prepared(disk, READ, 4 * KIB, 32)(bench.seconds)
-        for _ in range(bench.rounds):
-            time.sleep(0.2)
-            before = disk.switches()
-            time.sleep(IDLE_SECONDS)
-            wakeups = (disk.switches() - before) / IDLE_SECONDS
-            bench.results.add(
-                "idle", "raw", "connect", wakeups_per_second=wakeups, resident_bytes=resident
-            )
-    tell(f"idle: {number(wakeups)} wake-ups/s, {resident / 1e6:.1f} MB resident")
+    for name, tree in {
+        "connect": "",
+        **({f"connect{BEFORE}": bench.before} if bench.before else {}),
+    }.items():
+        with served("--path", bench.image("idle"), "--backend", "raw", tree=tree) as disk:
+            resident = disk.memory()["VmRSS"]
+            prepared(disk, READ, 4 * KIB, 32)(bench.seconds)
+            for _ in range(bench.rounds):
+                time.sleep(0.2)
+                before = disk.switches()
+                time.sleep(IDLE_SECONDS)
+                wakeups = (disk.switches() - before) / IDLE_SECONDS
+                bench.results.add(
+                    "idle", "raw", name, wakeups_per_second=wakeups, resident_bytes=resident
+                )
+        tell(f"idle: {name}: {number(wakeups)} wake-ups/s, {resident / 1e6:.1f} MB resident")
     name = f"{LARGE_FLEET} cow disks"
     for _ in range(bench.rounds):
         found = fleet(LARGE_FLEET, bench.image("idle"), forks=True, idle=IDLE_SECONDS)
@@ -590,6 +636,7 @@ TABLES: dict[str, Callable[[Bench], None]] = {
     "record": record,
     "replay": replay,
     "requests": requests,
+    "all over": all_over,
     "one at a time": one_at_a_time,
     "changes": changes,
     "scattered": scattered,
@@ -621,6 +668,9 @@ def main(arguments: Sequence[str]) -> int:
         help=f"{', '.join(TABLES)}; core: what matters most of requests",
     )
     parser.add_argument(
+        "--before", metavar="TREE", default="", help="source of an earlier build, measured besides"
+    )
+    parser.add_argument(
         "--directory", default="/dev/shm", help="where to make images (default: /dev/shm)"
     )
     args = parser.parse_args(arguments)
@@ -628,7 +678,7 @@ def main(arguments: Sequence[str]) -> int:
     facts = about(command, nbdkit=nbdkit.version(), images=args.directory)
     results = Results({**facts, "rounds": str(args.rounds), "seconds": str(args.seconds)})
     with tempfile.TemporaryDirectory(prefix="xen_disk_py-bench-", dir=args.directory) as directory:
-        bench = Bench(results, Path(directory), args.seconds, args.rounds)
+        bench = Bench(results, Path(directory), args.seconds, args.rounds, args.before)
         for name in args.only or TABLES:
             (core if name == "core" else TABLES[name])(bench)
             if args.json:

@@ -19,7 +19,7 @@ from typing import Callable
 
 from . import calls
 from . import loop as in_one_thread
-from .local import EVENTS, LATE, LIMIT
+from .local import BEFORE, EVENTS, LATE, LIMIT
 from .results import BYTES, CPU, CPU_GIB, RATE, Results, Spread, number, spread
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs/benchmarks.md"
@@ -48,6 +48,11 @@ LOCAL = {
         View("Requests per second, next to the bare call", RATE, 1, LIMIT),
         View("The backend's processor time for a request, µs", CPU, 1e6, LIMIT),
     ),
+    "all over": (
+        View(
+            "The backend's processor time for a request, µs, next to the bare call", CPU, 1e6, LIMIT
+        ),
+    ),
     in_one_thread.TABLE: (
         View("Processor time for a request, µs, next to the bare call", CPU, 1e6, LIMIT),
     ),
@@ -75,7 +80,7 @@ LAB = (
 CALLS = View("µs", calls.SECONDS, 1e6, "")
 
 Measured = tuple[str, Spread]
-Look = Callable[[Results], Iterator[Measured]]
+Look = Callable[[Results, str], Iterator[Measured]]
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,8 @@ class Goal:
         text: in words.
         wanted: the number.
         at_least: or at most.
-        look: finds what was measured, with a label.
+        look: finds what was measured, with a label; of another build by what its contenders'
+            names end with.
     """
 
     text: str
@@ -106,10 +112,10 @@ def _lab_tables(results: Results) -> list[str]:
 def _lab(contender: str, base: str, pattern: str, metric: str = RATE) -> Look:
     """Look for workloads in every table of the lab."""
 
-    def look(results: Results) -> Iterator[Measured]:
+    def look(results: Results, build: str = "") -> Iterator[Measured]:
         for table in _lab_tables(results):
             for workload in results.tables[table]:
-                ratio = results.ratio(table, workload, metric, contender, base)
+                ratio = results.ratio(table, workload, metric, contender + build, base)
                 if ratio and re.match(pattern, workload):
                     yield f"{table}, {workload}", ratio
 
@@ -117,9 +123,9 @@ def _lab(contender: str, base: str, pattern: str, metric: str = RATE) -> Look:
 
 
 def _local(table: str, pattern: str, metric: str, contender: str, base: str) -> Look:
-    def look(results: Results) -> Iterator[Measured]:
+    def look(results: Results, build: str = "") -> Iterator[Measured]:
         for workload in results.tables.get(table, {}):
-            ratio = results.ratio(table, workload, metric, contender, base)
+            ratio = results.ratio(table, workload, metric, contender + build, base)
             if ratio and re.match(pattern, workload):
                 yield workload, ratio
 
@@ -129,10 +135,10 @@ def _local(table: str, pattern: str, metric: str, contender: str, base: str) -> 
 def _each(table: str, workload: str, metric: str, contenders: Sequence[str], base: str) -> Look:
     """Look for some contenders of one workload, whose name begins so."""
 
-    def look(results: Results) -> Iterator[Measured]:
+    def look(results: Results, build: str = "") -> Iterator[Measured]:
         for name in results.tables.get(table, {}):
             for contender in contenders:
-                ratio = results.ratio(table, name, metric, contender, base)
+                ratio = results.ratio(table, name, metric, contender + build, base)
                 if ratio and name.startswith(workload):
                     yield contender, ratio
 
@@ -142,9 +148,9 @@ def _each(table: str, workload: str, metric: str, contenders: Sequence[str], bas
 def _values(table: str, ending: str, contender: str, metric: str, scale: float) -> Look:
     """Look for one contender of the workloads whose name ends so."""
 
-    def look(results: Results) -> Iterator[Measured]:
+    def look(results: Results, build: str = "") -> Iterator[Measured]:
         for workload in results.tables.get(table, {}):
-            values = results.values(table, workload, contender, metric)
+            values = results.values(table, workload, contender + build, metric)
             if values and workload.endswith(ending):
                 yield workload, spread([value * scale for value in values])
 
@@ -152,8 +158,8 @@ def _values(table: str, ending: str, contender: str, metric: str, scale: float) 
 
 
 def _value(table: str, workload: str, contender: str, metric: str, scale: float = 1) -> Look:
-    def look(results: Results) -> Iterator[Measured]:
-        values = results.values(table, workload, contender, metric)
+    def look(results: Results, build: str = "") -> Iterator[Measured]:
+        values = results.values(table, workload, contender + build, metric)
         if values:
             yield workload, spread([value * scale for value in values])
 
@@ -186,10 +192,16 @@ LAB_GOALS = (
 # The others are found without Xen.
 GOALS = (
     Goal(
-        "4 KiB read, 32 in flight: processor time in bare calls (one buffer, in the cache)",
+        "4 KiB, 32 in flight, anywhere on the disk: processor time in bare calls of the same",
         3.0,
         False,
-        _local("requests", "4 KiB read, depth 32", CPU, "raw", LIMIT),
+        _local("all over", "4 KiB", CPU, "raw", LIMIT),
+    ),
+    Goal(
+        "the same within 1 MiB, which the bare call has in its processor's own cache",
+        3.0,
+        False,
+        _local("requests", "4 KiB.*depth 32", CPU, "raw", LIMIT),
     ),
     Goal(
         "the same in the queue's own thread, in bare calls of the same places and pages",
@@ -296,19 +308,24 @@ SHOWN = 4
 
 def goals(runs: Sequence[Results], wanted: Sequence[Goal]) -> str:
     """Write the table of goals, with the worst of what was measured for each."""
+    has_before = any(True for run in runs for goal in wanted for _ in goal.look(run, BEFORE))
     lines = ["| goal | wanted | measured | |", "|---|---|---|---|"]
+    if has_before:
+        lines = ["| goal | wanted | measured | | before |", "|---|---|---|---|---|"]
     for goal in wanted:
         sign = "≥" if goal.at_least else "≤"
-        found = [measured for run in runs for measured in goal.look(run)]
+        found = [measured for run in runs for measured in goal.look(run, "")]
         found.sort(key=lambda measured: measured[1].median, reverse=not goal.at_least)
         cells = "<br>".join(f"{label}: {ratio}" for label, ratio in found[:SHOWN])
         if len(found) > SHOWN:
             cells += f"<br>and {len(found) - SHOWN} better ones"
         cells = cells or "not measured"
         verdict = "" if not found else "yes" if goal.met(found[0][1].median) else "no"
-        lines.append(
-            f"| {goal.text} | {sign} {goal.wanted:g} | {cells or 'not measured'} | {verdict} |"
-        )
+        line = f"| {goal.text} | {sign} {goal.wanted:g} | {cells} | {verdict} |"
+        if has_before:
+            older = [ratio for run in runs for _, ratio in goal.look(run, BEFORE)]
+            line += f" {'<br>'.join(number(ratio.median) for ratio in older)} |"
+        lines.append(line)
     return "\n".join(lines)
 
 

@@ -55,10 +55,11 @@ class Results:
         self.tables: Tables = tables if tables is not None else {}
 
     def add(self, table: str, workload: str, contender: str, **metrics: float) -> None:
-        """Note one round."""
-        series = self.tables.setdefault(table, {}).setdefault(workload, {})
+        """Note one round; without metrics, that the contender is to stand in this place."""
+        workloads = self.tables.setdefault(table, {})
+        series = workloads.setdefault(workload, {}).setdefault(contender, {})
         for metric, value in metrics.items():
-            series.setdefault(contender, {}).setdefault(metric, []).append(value)
+            series.setdefault(metric, []).append(value)
 
     def values(self, table: str, workload: str, contender: str, metric: str) -> list[float]:
         """Return what each round measured; empty if it was not measured."""

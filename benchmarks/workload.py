@@ -43,7 +43,7 @@ SLOTS = 32
 """Requests that a ring of one page holds."""
 
 _PAGES = 256  # of the largest request, 1 MiB
-_LAPS = 8  # rings full of requests that are laid out beforehand
+_LAPS = 8  # rings full of requests that are laid out beforehand, at least
 _MASK = 0xFFFF_FFFF
 _REQ_PROD, _REQ_EVENT, _RSP_PROD, _RSP_EVENT = range(4)
 _UNANSWERED = 0xFFFF << 16  # in a request's id: where a response has its status
@@ -96,7 +96,7 @@ class Load(Frontend):
         if scatter:
             random.Random(1).shuffle(refs)
         slots = []
-        for number in range(_LAPS * SLOTS):
+        for number in range(max(_LAPS, -(-len(offsets) // SLOTS)) * SLOTS):
             at = number % depth  # which of the requests in flight, so which pages
             buffer = self._free[at]
             grefs = tuple(refs[at * pages : at * pages + count])
@@ -179,7 +179,7 @@ class Load(Frontend):
         position, size = produced % SLOTS, self._abi.slot_size
         count = min(count, SLOTS - position)
         start, stop = position * size, (position + count) * size
-        lap = self._laps[produced // SLOTS % _LAPS]
+        lap = self._laps[produced // SLOTS % len(self._laps)]
         self._ring_bytes[HEADER + start : HEADER + stop] = lap[start:stop]
         self._fence()
         self._produced = new = produced + count
@@ -328,12 +328,13 @@ def simulated_host(stack: ExitStack) -> Host:
 
 
 @contextmanager
-def served(*arguments: str, pages: int = _PAGES) -> Iterator[ServedDisk]:
+def served(*arguments: str, pages: int = _PAGES, tree: str = "") -> Iterator[ServedDisk]:
     """Serve a disk on a simulated host of its own.
 
     Args:
         arguments: what comes after ``connect VM``.
         pages: of the largest request to be sent.
+        tree: the source that serves it, if it is not this one.
     """
     with ExitStack() as stack:
         machine, guest, store, records, program = simulated_host(stack)
@@ -347,7 +348,7 @@ def served(*arguments: str, pages: int = _PAGES) -> Iterator[ServedDisk]:
             stderr=said,
             text=True,
             pass_fds=machine.descriptors,
-            cwd=Path(__file__).parents[1],
+            cwd=tree or Path(__file__).parents[1],
         )
         stack.callback(_end, process, said)
         await_device(store, directory, process.poll)

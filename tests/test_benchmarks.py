@@ -17,7 +17,7 @@ from xen_disk_py.errors import BackendError, DeviceError
 
 sys.path.append(str(Path(__file__).parents[1]))  # last: the package is tested where it is installed
 
-from benchmarks import bare, loop, report, workload
+from benchmarks import bare, local, loop, report, workload
 from benchmarks.bare import scattered_system_call, slice_copy, system_call
 from benchmarks.results import BYTES, CPU, RATE, Results
 from benchmarks.workload import SLOTS, Load, send
@@ -61,6 +61,16 @@ def test_a_load_sends_what_was_laid_out_in_that_order(host, load, until_answered
     laps = 256  # laid out, then from the start again
     expected = [("read", offsets[i % laps % 5], size) for i in range(requests)]
     assert expected == backend.calls
+
+
+def test_a_load_goes_to_as_many_places_as_it_is_told(host, load, until_answered):
+    backend = host.memory(1 << 20)
+    offsets = [(7 * place % 256) * 4096 for place in range(256)] + [0] * 70
+    sender = load(backend)
+    sender.prepare(READ, 4096, SLOTS, offsets)
+    until_answered(sender)
+    send([sender], 0.4)
+    assert offsets == [offset for _, offset, _ in backend.calls[: len(offsets)]]
 
 
 def test_a_load_can_be_prepared_again(host, load, until_answered):
@@ -112,6 +122,21 @@ def test_a_ratio_is_made_within_each_round(tmp_path):
     assert loaded.ratio("t", "w", "rate", "ours", "nobody") is None
 
 
+def test_contenders_take_turns_in_any_order_and_are_shown_in_one(tmp_path):
+    results, done = Results({"command": "x"}), []
+
+    def loop(name):
+        return lambda seconds: done.append(name) or workload.Sample(1, 1, 1)
+
+    bench = local.Bench(results, tmp_path, 1, 20)
+    bench.interleave("t", "w", 1, {name: loop(name) for name in "abc"})
+    assert ["a", "b", "c"] == list(results.tables["t"]["w"])
+    turns = [tuple(done[at : at + 3]) for at in range(0, len(done), 3)]
+    assert 21 == len(turns)
+    assert {"a", "b", "c"} == {turn[0] for turn in turns}
+    assert all({"a", "b", "c"} == set(turn) for turn in turns)
+
+
 @pytest.fixture
 def document(tmp_path):
     path = tmp_path / "page.md"
@@ -144,7 +169,7 @@ def test_a_report_fills_the_document(tmp_path, document):
     assert "lab one" in text
     assert "| getppid | 1.25 |" in text
     rows = {line.split(" | ")[0][2:]: line.split(" | ")[-1] for line in text.splitlines()}
-    text = "4 KiB read, 32 in flight: processor time in bare calls (one buffer, in the cache)"
+    text = "the same within 1 MiB, which the bare call has in its processor's own cache"
     assert "yes |" == rows[text]
     assert "yes |" == rows["4 KiB random, depth 32, of blkback's rate"]
     assert "no |" == rows["every workload, of qdisk's rate"]
@@ -152,6 +177,15 @@ def test_a_report_fills_the_document(tmp_path, document):
     plot = (tmp_path / "benchmarks-xen-pv.svg").read_text()
     assert 2 == plot.count("<circle")
     assert "4 KiB random read, depth 32" in plot
+
+
+def test_goals_are_shown_next_to_what_was_before():
+    results = Results({"command": "x"})
+    for name, cpu in (("bare call", 1), ("raw", 2), ("raw, before", 4)):
+        results.add("all over", "4 KiB read, depth 32", name, **{RATE: 1, BYTES: 1, CPU: cpu})
+    found = report.goals([results], report.GOALS[:1]).splitlines()
+    assert "| goal | wanted | measured | | before |" == found[0]
+    assert found[2].endswith("4 KiB read, depth 32: 2 (2 to 2) | yes | 4 |")
 
 
 def test_a_report_leaves_what_was_not_measured_again(tmp_path, document):

@@ -258,9 +258,10 @@ class MappedImage(Closing):
         Raises:
             OSError: ``EIO``, a page cannot be had. Some of the bytes may have been stored.
         """
-        length = sum(map(len, buffers))
+        length = len(buffers[0]) if len(buffers) == 1 else sum(map(len, buffers))
         with self._lock, self._view[offset : offset + length] as target:
-            transfer_all(os.pwritev, self._bounce, buffers, 0)
+            if len(buffers) > IOV_MAX or os.pwritev(self._bounce, buffers, 0) != length:
+                transfer_all(os.pwritev, self._bounce, buffers, 0)
             self._copy_out(target, f"{length} bytes at {offset}")
         return length
 

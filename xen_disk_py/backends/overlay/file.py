@@ -351,6 +351,13 @@ class OverlayFile(Closing):
         for start, end in copied:
             self._unflushed.copy(start, end)
 
+    def write_again(self, buffers: Sequence[memoryview], offset: int, length: int) -> None:
+        """Do the same where all is allocated; ``length`` is that of all ``buffers``."""
+        if os.pwritev(self.fd, buffers, self.data + offset) == length:
+            self._unflushed.write(offset, offset + length)
+        else:
+            self.write(buffers, offset)
+
     def allocate(self, first: int, last: int) -> None:
         """Have the blocks from ``first`` to before ``last`` count, whose data was written."""
         self._mark(first, last, b"\1")
