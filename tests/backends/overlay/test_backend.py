@@ -1194,6 +1194,27 @@ def test_a_large_map_is_read_where_it_is_not_a_hole(make_image, opened):
     assert 2 == disk._file.used
 
 
+def test_a_huge_discard_that_is_cut_short(make_image, opened):
+    """In the parts that a queue makes of what Linux 7 sends; the successor does all of it again."""
+    size, part = 1 << 40, 1 << 34
+    places = 0, size // 2, size - BLOCK
+    image = make_image(size, name="large.img", sparse=True)
+    disk = opened(image)
+    for place in places:
+        write(disk, place, b"new " * (BLOCK // 4))
+    for offset in range(0, size // 2, part):
+        disk.discard(offset, part)
+    kill(disk)
+    disk = opened(image)
+    assert [bytes(4), b"new ", b"new "] == [read(disk, place, BLOCK)[:4] for place in places]
+    for offset in range(0, size, part):
+        disk.discard(offset, part)
+    kill(disk)
+    disk = opened(image)
+    assert 0 == disk._file.used
+    assert [bytes(4)] * 3 == [read(disk, place, BLOCK)[:4] for place in places]
+
+
 def test_extents_are_where_a_file_has_data(tmp_path):
     path = tmp_path / "sparse"
     with open(path, "w+b") as file:
