@@ -28,6 +28,7 @@ class Architecture:
         cpu: the processor's model.
         host_programs: a program and the Debian package that has it.
         host_files: likewise a file.
+        boot_seconds: until its services are up, at most.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Architecture:
     cpu: str
     host_programs: tuple[tuple[str, str], ...]
     host_files: tuple[tuple[str, str], ...] = ()
+    boot_seconds: float = 600
 
     @property
     def is_foreign(self) -> bool:
@@ -145,6 +147,8 @@ LIBVIRT = replace(
         *("libvirt-daemon", "libvirt-daemon-driver-xen", "libvirt-clients"),
     ),
 )
+# Its boot includes the start of an HVM guest.
+HVM = replace(AMD64, packages=(*AMD64.packages, "seabios", "ipxe-qemu"), boot_seconds=1800)
 # Debian has no qemu-system-xen there: no qdisk to compare with. What is only unpacked lacks what
 # every installation has.
 ARM64 = Architecture(

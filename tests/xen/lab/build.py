@@ -101,9 +101,9 @@ def ensure_build(suite: Suite) -> Path:
             finished.mkdir()
             root = work / "root"
             _install_packages(suite, root, work)
-            _fill(suite.architecture, root, finished, work)
+            _fill(suite, root, finished, work)
             shutil.rmtree(root)
-            _save(finished, suite.architecture)
+            _save(finished, suite)
             finished.rename(place)
             _forget_old(suite)
         finally:
@@ -138,8 +138,7 @@ def _install_packages(suite: Suite, root: Path, work: Path) -> None:
         f"--architectures={suite.architecture.name}",
         f"--include={','.join(suite.packages)}",
         '--aptopt=Acquire::Languages "none"',
-        # A mirror that stands still is still signed, and testing's Release expires within days.
-        '--aptopt=Acquire::Check-Valid-Until "false"',
+        *suite.apt_options,
         *excludes,
         suite.release,
         "-",
@@ -178,8 +177,9 @@ def _unzipped(content: bytes) -> bytes:
     return gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content
 
 
-def _fill(architecture: Architecture, root: Path, build: Path, work: Path) -> None:
+def _fill(suite: Suite, root: Path, build: Path, work: Path) -> None:
     say("unpacking kernel and hypervisor, making the guests")
+    architecture = suite.architecture
     image = HERE / "image"
     kernel = unpack_kernel(_only(root / "boot", "vmlinuz-*").read_bytes())
     (build / "vmlinuz").write_bytes(kernel)
@@ -220,6 +220,8 @@ def _fill(architecture: Architecture, root: Path, build: Path, work: Path) -> No
     (lab / "guest.cpio").write_bytes(guest.cpio())
     add_programs(guest, root, ["usr/bin/fio"], architecture)
     (lab / "guest-fio.cpio").write_bytes(guest.cpio())
+    if suite.hvm:
+        _add_hvm(root, lab, modules)
 
     disk = _guest_tree(architecture, root)
     disk.file("bin/init", guest_init)
@@ -233,6 +235,22 @@ def _fill(architecture: Architecture, root: Path, build: Path, work: Path) -> No
     (root / "etc/mtab").symlink_to("/proc/self/mounts")
     say("making dom0's disk")
     _make_image(root, build / "disk", DISK_SIZE)
+
+
+def _add_hvm(root: Path, lab: Path, modules: Modules) -> None:
+    """Add what starts an HVM guest: its firmware reads kernel and RAM disk at a crawl, so that
+    these are the smallest there are.
+    """
+    shutil.copy(_only(root / "boot", "vmlinuz-*"), lab / "hvm-kernel")
+    guest = Tree()
+    add_busybox(guest, root)
+    modules.add(guest, ("xen_blkfront",))
+    guest.console()
+    for directory in ("proc", "sys", "tmp", "mnt", "etc"):
+        guest.directory(directory)
+    guest.file("init", (HERE / "image/guest-init").read_bytes())
+    (lab / "hvm.cpio.gz").write_bytes(gzip.compress(guest.cpio()))
+    shutil.copy(HERE / "image/hvm-start", lab / "before-ready")
 
 
 def _guest_tree(architecture: Architecture, root: Path) -> Tree:
@@ -267,10 +285,11 @@ def _make_image(directory: Path, image: Path, size: str) -> None:
         raise LabError(f"mkfs.ext4 could not make {image.name}: {result.stderr.strip()}")
 
 
-def _save(build: Path, architecture: Architecture) -> None:
-    say("booting once, to save the running machine for fast starts (about a minute)")
+def _save(build: Path, suite: Suite) -> None:
+    time_needed = "up to 20 minutes, for it starts an HVM guest" if suite.hvm else "about a minute"
+    say(f"booting once, to save the running machine for fast starts ({time_needed})")
     try:
-        save_machine(build, architecture)
+        save_machine(build, suite.architecture)
     except LabError as error:
         for name in ("memory", "state"):
             (build / name).unlink(missing_ok=True)

@@ -30,7 +30,6 @@ from .architecture import Architecture
 
 END_MARK = b"\x1elab-done "
 START_SECONDS = 120
-BOOT_SECONDS = 600
 RESUME_SECONDS = 300
 PORTS = ("control", "output", "console")
 
@@ -274,7 +273,7 @@ class Machine:
     def begin(self) -> None:
         """Bring dom0 to the point where the job on the share runs."""
         if not self.resumed:
-            self.expect("ready", BOOT_SECONDS)
+            self.expect("ready", self._architecture.boot_seconds)
         self._sockets["control"].sendall(f"go {time.time():.0f}\n".encode())
         self.expect("begun", RESUME_SECONDS)
 
@@ -355,7 +354,7 @@ def save_machine(build: Path, architecture: Architecture) -> None:
     for attempt in (1, 2, 3):
         try:
             with Machine(build, architecture, save=True, log=build / "boot.log") as machine:
-                machine.expect("ready", BOOT_SECONDS)
+                machine.expect("ready", architecture.boot_seconds)
                 time.sleep(1)
                 machine.save()
         except BootError:

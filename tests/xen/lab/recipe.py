@@ -9,7 +9,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from .architecture import AMD64, ARM64, LIBVIRT, Architecture
+from .architecture import AMD64, ARM64, HVM, LIBVIRT, Architecture
 
 HERE = Path(__file__).resolve().parent
 CHECKOUT = HERE.parents[2]
@@ -79,6 +79,9 @@ class Suite:
         xen: version, as in the packages' names.
         linux: version, for people.
         architecture: the machine, and what it adds to the packages.
+        hvm: have an HVM guest run, which takes minutes to start, when the machine is saved.
+        is_testing: the release is not out yet. Its list of packages expires within days, which a
+            mirror that stands still exceeds; it is signed all the same.
         is_common: whether ``--suite all`` has it: the others change under us, take much longer,
             or are there for one module of tests.
     """
@@ -88,6 +91,8 @@ class Suite:
     xen: str
     linux: str
     architecture: Architecture = AMD64
+    hvm: bool = False
+    is_testing: bool = False
     is_common: bool = False
 
     @property
@@ -102,15 +107,22 @@ class Suite:
             f"xen-utils-{self.xen}",
         )
 
+    @property
+    def apt_options(self) -> tuple[str, ...]:
+        """What mmdebstrap passes to apt for this suite alone."""
+        return ('--aptopt=Acquire::Check-Valid-Until "false"',) if self.is_testing else ()
+
 
 SUITES = {
     suite.name: suite
     for suite in (
         Suite("bookworm", "bookworm", xen="4.17", linux="6.1", is_common=True),
         Suite("trixie", "trixie", xen="4.20", linux="6.12", is_common=True),
-        Suite("forky", "forky", xen="4.20", linux="7"),
+        Suite("forky", "forky", xen="4.20", linux="7", is_testing=True),
         Suite("arm64", "trixie", xen="4.20", linux="6.12", architecture=ARM64),
         Suite("libvirt", "bookworm", xen="4.17", linux="6.1", architecture=LIBVIRT),
+        Suite("hvm417", "bookworm", xen="4.17", linux="6.1", architecture=HVM, hvm=True),
+        Suite("hvm420", "trixie", xen="4.20", linux="6.12", architecture=HVM, hvm=True),
     )
 }
 DEFAULT_SUITE = "bookworm"
@@ -124,6 +136,7 @@ RECIPE_FILES = (
     "image/dom0-init",
     "image/dom0-initrd",
     "image/guest-init",
+    "image/hvm-start",
 )
 
 
