@@ -21,7 +21,8 @@ LONG = bool(os.environ.get("XEN_DISK_LONG"))
 SHARED = {
     *("backends", "commands", "crashtest", "host", "hostile", "libxl"),
     *("recovery", "reliability", "simulated", "trace", "xenbus"),
-    *("test_blkif.py", "test_docs.py", "test_json_page.py", "test_layers.py", "test_words.py"),
+    *("test_benchmarks.py", "test_blkif.py", "test_docs.py", "test_json_page.py"),
+    *("test_layers.py", "test_words.py"),
 }
 _RUNS_ALL = 11  # Python 3.11; coverage, which doubles the cost, is measured on another's share
 _SHARE = 4
