@@ -92,7 +92,10 @@ def resident(pid: int) -> int:
 
 def patient(arguments: Sequence[str]) -> Sequence[str]:
     """Have the product wait as long as the tests do, unless it is told how long."""
-    return arguments if "--timeout" in arguments else (*arguments, "--timeout", str(PATIENCE))
+    for option, goes_with in (("--timeout", ""), ("--watchdog", "--supervise")):
+        if option not in arguments and (not goes_with or goes_with in arguments):
+            arguments = (*arguments, option, str(PATIENCE))
+    return arguments
 
 
 def xen_disk(
