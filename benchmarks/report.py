@@ -56,6 +56,9 @@ LOCAL = {
     in_one_thread.TABLE: (
         View("Processor time for a request, µs, next to the bare call", CPU, 1e6, LIMIT),
     ),
+    in_one_thread.TIMING: (
+        View("The same queue's processor time for a request, µs", CPU, 1e6, in_one_thread.UNTIMED),
+    ),
     "one at a time": (View("Requests per second, next to bare events", RATE, 1, EVENTS),),
     "changes": (View("The backend's processor time for a request, µs", CPU, 1e6, "raw"),),
     "scattered": (View("GB/s, next to the bare call", BYTES, 1e-9, LIMIT),),
@@ -71,6 +74,8 @@ LOCAL = {
     ),
     "start": (View("Seconds", "seconds", 1, ""),),
 }
+PICTURED = ("changes", "memory")
+"""Of these there are pictures, and of the lab's."""
 LAB = (
     View("Requests per second, next to blkback", RATE, 1, "blkback"),
     View("Requests per second, next to qdisk", RATE, 1, "qdisk"),
@@ -321,10 +326,11 @@ def goals(runs: Sequence[Results], wanted: Sequence[Goal]) -> str:
             cells += f"<br>and {len(found) - SHOWN} better ones"
         cells = cells or "not measured"
         verdict = "" if not found else "yes" if goal.met(found[0][1].median) else "no"
-        line = f"| {goal.text} | {sign} {goal.wanted:g} | {cells} | {verdict} |"
+        line = f"| {goal.text} | {sign} {goal.wanted:.2g} | {cells} | {verdict} |"
         if has_before:
-            older = [ratio for run in runs for _, ratio in goal.look(run, BEFORE)]
-            line += f" {'<br>'.join(number(ratio.median) for ratio in older)} |"
+            older = {label: ratio for run in runs for label, ratio in goal.look(run, BEFORE)}
+            shown = [older[label] for label, _ in found[:SHOWN] if label in older]
+            line += f" {'<br>'.join(number(ratio.median) for ratio in shown)} |"
         lines.append(line)
     return "\n".join(lines)
 
@@ -352,10 +358,11 @@ def section(results: Results, name: str, views: Sequence[View], directory: Path)
     parts = []
     for view in views:
         parts.append(table(results, name, view))
-        if view is views[0] and view.base:
+        if view is views[0] and view.base and (name in PICTURED or name not in LOCAL):
             path = directory / f"benchmarks-{'-'.join(name.split())}.svg"
             path.write_text(plot(results, name, view))
-            parts.append(f"![{view.title}]({path.name})")
+            if name not in LOCAL:  # those stand where the page begins
+                parts.append(f"![{view.title}]({path.name})")
     return "\n\n".join(parts)
 
 

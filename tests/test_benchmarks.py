@@ -179,6 +179,10 @@ def test_a_report_fills_the_document(tmp_path, document):
     assert "4 KiB random read, depth 32" in plot
 
 
+def test_every_table_of_the_loop_has_its_view():
+    assert {loop.TABLE, loop.TIMING} <= {*report.LOCAL}
+
+
 def test_goals_are_shown_next_to_what_was_before():
     results = Results({"command": "x"})
     for name, cpu in (("bare call", 1), ("raw", 2), ("raw, before", 4)):
