@@ -18,9 +18,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from ..hypervisor import Closing
+from .copies import Data, SpareMemory
 
 READ, WRITE, FLUSH, DISCARD = range(4)
 
+_SPARE = 16 << 20  # bytes of memory to keep, to be used again
 _PAUSE = 0.001  # seconds for others to collect what is theirs
 _GLANCE = 100  # milliseconds until a caller looks whether another thread has ended its request
 
@@ -48,8 +50,9 @@ class Request:
     Attributes:
         operation: :data:`READ`, :data:`WRITE`, :data:`FLUSH` or :data:`DISCARD`.
         buffers: where a read's data goes.
-        memory: the same as one piece: where to read to, or a copy of what to write. Nothing the
-            guest changes meanwhile reaches the storage, nor a checksum of its library.
+        memory: where the library reads to: ``buffers`` themselves, or one piece; or a copy of what
+            to write, in one piece. Nothing the guest changes meanwhile reaches the storage, nor a
+            checksum of its library.
         offset, length: bytes.
         parts: how many pieces of it are under way.
     """
@@ -83,8 +86,6 @@ class Request:
         self.error: OSError | None = None
         self.covers = 0  # of a flush: how many writes, in words of whoever counts them
         self.memory: Any = None
-        if operation == READ:
-            self.memory = buffers[0] if len(buffers) == 1 else bytearray(length)
 
 
 class Asynchronous(Closing):
@@ -97,6 +98,7 @@ class Asynchronous(Closing):
     def __init__(self) -> None:
         self.unfinished = 0
         self._finished: deque[Done] = deque()
+        self._spare = SpareMemory(_SPARE)
         self._lock = threading.RLock()
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
@@ -120,6 +122,8 @@ class Asynchronous(Closing):
             request = Request(operation, buffers, offset, length, token)
             if operation == WRITE:
                 request.memory = self._copied(buffers, length)
+            elif operation == READ:
+                request.memory = self._place(buffers, length)
             self._begin(request)
             self.unfinished += 1
             if self._finished:  # nothing else makes fileno() readable for that
@@ -176,9 +180,13 @@ class Asynchronous(Closing):
 
     # -- for subclasses; the lock is held --------------------------------------------------
 
-    def _copied(self, buffers: Sequence[memoryview], length: int) -> Any:
+    def _copied(self, buffers: Sequence[memoryview], length: int) -> Data:
         """Copy what is to be written, ``length`` bytes, to one piece of memory."""
         return bytes(buffers[0]) if len(buffers) == 1 else b"".join(buffers)
+
+    def _place(self, buffers: Sequence[memoryview], length: int) -> Any:
+        """Return where a read's data is to go, ``length`` bytes: to one piece of memory."""
+        return buffers[0] if len(buffers) == 1 else self._spare.take(length)
 
     def _begin(self, request: Request) -> None:
         """Start a request, or :meth:`_end` it at once."""
@@ -190,11 +198,18 @@ class Asynchronous(Closing):
 
     def _end(self, request: Request, error: OSError | None) -> None:
         """Note that a request is over."""
-        if error is None and request.operation == READ and len(request.buffers) > 1:
+        buffers = request.buffers
+        if (
+            error is None
+            and request.operation == READ
+            and len(buffers) > 1
+            and isinstance(request.memory, bytearray)
+        ):
             at, memory = 0, memoryview(request.memory)
-            for buffer in request.buffers:
+            for buffer in buffers:
                 buffer[:] = memory[at : at + len(buffer)]
                 at += len(buffer)
+            self._spare.give([request.memory])
         token = request.token
         if type(token) is _Call:
             token.error, token.is_over = error, True

@@ -8,7 +8,7 @@ that has gone away. Which sectors of an overlay no flush covers is another matte
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Union
 
@@ -60,6 +60,44 @@ class Copies:
     def newest(self) -> Iterator[Piece]:
         """Return what was written last of each byte, in no order; no two overlap."""
         return _newest(self._writes)
+
+
+class SpareMemory:
+    """Memory that was in use, by its size, for whoever needs as much.
+
+    What is new to the process costs a page fault for each 4 KiB, which takes longer than all else
+    that Python does for a write.
+
+    Args:
+        most: bytes to keep.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._size = 0
+        self._by_size: defaultdict[int, list[bytearray]] = defaultdict(list)
+
+    def take(self, length: int) -> bytearray:
+        """Return so many bytes, whatever is in them."""
+        spare = self._by_size[length]
+        if spare:
+            self._size -= length
+            return spare.pop()
+        return bytearray(length)
+
+    def give(self, memories: Iterable[Data]) -> None:
+        """Keep what nobody uses any longer; where that is too much, rather than of other sizes."""
+        for memory in memories:
+            length = len(memory)
+            while self._size + length > self._most:
+                other = next((size for size in self._by_size if size != length), None)
+                if other is None:
+                    break
+                self._size -= other * len(self._by_size.pop(other))
+            else:
+                if isinstance(memory, bytearray):
+                    self._by_size[length].append(memory)
+                    self._size += length
 
 
 def cut(piece: Piece, start: int, end: int) -> Iterator[Piece]:

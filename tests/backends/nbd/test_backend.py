@@ -16,6 +16,7 @@ from backends.blocks import read, write
 from xen_disk_py.backends import StorageError
 from xen_disk_py.backends.asynchronous import READ, WRITE
 from xen_disk_py.backends.conformance import BackendConformance
+from xen_disk_py.backends.copies import SpareMemory
 from xen_disk_py.backends.loader import open_backend
 from xen_disk_py.backends.nbd import NbdBackend, libnbd, wire
 from xen_disk_py.backends.nbd import backend as backend_module
@@ -396,6 +397,23 @@ def test_an_answer_that_is_there_counts_however_late_we_look(serve):
     disk.close()
 
 
+def test_a_server_of_our_own_that_is_stopped_ends_with_the_disk(tmp_path):
+    """SIGTERM alone would wait until somebody lets it continue, and closing would wait for it."""
+    if shutil.which("nbdkit") is None:
+        pytest.skip("needs nbdkit")
+    pid_file = tmp_path / "pid"
+    disk = NbdBackend(f"[ nbdkit -f -P {pid_file} memory 1M ]")
+    stopped = int(pid_file.read_text())
+    stop(stopped)
+    closing = threading.Thread(target=disk.close, daemon=True)
+    closing.start()
+    closing.join(PATIENCE)
+    has_ended = not closing.is_alive()
+    if not has_ended:
+        os.kill(stopped, signal.SIGKILL)
+    assert has_ended
+
+
 def test_a_server_that_was_started_again_stays(tmp_path):
     """libnbd has it end with the thread that started it."""
     if shutil.which("nbdkit") is None:
@@ -437,8 +455,38 @@ def wait_for(disk):
     raise AssertionError("the disk does not answer")
 
 
+def test_a_large_read_fills_scattered_pages_and_is_not_copied(serve):
+    """Between small ones, so that replies are cut in all ways."""
+    disk = NbdBackend(serve("nbdkit", "pattern", "8M").uri, connections=1)
+    many, taken = disk.asynchronous, []
+    many._spare.take = taken.append
+    memory = memoryview(bytearray(4 * MIB))
+    pages = [memory[at : at + 4096] for at in range(0, len(memory), 4096)]
+    pages = pages[::2] + pages[1::2]
+    lengths, at, number, expected = [4096, MIB, 8192, MIB, 512, 256 << 10, 4096], 0, 0, {}
+    for length in lengths:
+        count = -(-length // 4096)
+        buffers = [page[: min(4096, length)] for page in pages[number : number + count]]
+        many.submit(READ, buffers, at, length, at)
+        expected[at] = buffers
+        number, at = number + count, at + MIB
+    done = {}
+    while many.unfinished:
+        select.select([many], [], [], PATIENCE)
+        done.update(many.collect())
+    assert dict.fromkeys(expected) == done
+    for start, buffers in expected.items():
+        content = b"".join(buffers)
+        # nbdkit-pattern-plugin(1): each eight bytes are their own place, big-endian
+        assert content == b"".join(
+            place.to_bytes(8, "big") for place in range(start, start + len(content), 8)
+        )
+    assert [] == taken
+    disk.close()
+
+
 def test_memory_that_is_not_needed_is_used_again_up_to_a_bound():
-    spare = client_module.SpareMemory(8192)
+    spare = SpareMemory(8192)
     first = spare.take(4096)
     assert 4096 == len(first)
     spare.give([first, b"of somebody else's"])

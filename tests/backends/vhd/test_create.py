@@ -108,6 +108,11 @@ def test_a_child_of_a_link_names_the_file(tmp_path):
     VhdBackend(str(tmp_path / "a.vhd")).close()
 
 
+def test_a_block_device_is_no_file_to_make(loop_device):
+    with pytest.raises(UsageError, match="a block device: create makes a file"):
+        create(loop_device, MIB)
+
+
 def test_what_is_there_is_not_replaced(tmp_path, make_image):
     image = make_image()
     before = content_of(image)

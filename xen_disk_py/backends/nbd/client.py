@@ -14,10 +14,10 @@ import logging
 import select
 import threading
 import time
-from collections import defaultdict, deque
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Sequence
 from operator import attrgetter
-from typing import Callable
+from typing import Any, Callable
 
 from ...errors import BackendError
 from ...host.timer import Timer
@@ -36,46 +36,9 @@ _PAUSES = 0.1, 5.0  # seconds between two tries to connect: at first, and at mos
 _DISCARD = 1 << 30  # bytes in one request, whose length has 32 bits
 _REPLIES = 16  # to take from a connection before they are told of
 _PATIENCE = 1.0  # seconds that closing waits for a try to connect
+_LARGE = 256 << 10  # bytes that are copied faster by one call than piece by piece
 _LOOKS = 8  # at the time, while a request has all that it is given
 _in_flight = attrgetter("in_flight")
-
-
-class SpareMemory:
-    """Memory that was in use, by its size, for whoever needs as much.
-
-    What is new to the process costs a page fault for each 4 KiB, which takes longer than all else
-    that Python does for a write.
-
-    Args:
-        most: bytes to keep.
-    """
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._size = 0
-        self._by_size: defaultdict[int, list[bytearray]] = defaultdict(list)
-
-    def take(self, length: int) -> bytearray:
-        """Return so many bytes, whatever is in them."""
-        spare = self._by_size[length]
-        if spare:
-            self._size -= length
-            return spare.pop()
-        return bytearray(length)
-
-    def give(self, memories: Iterable[Data]) -> None:
-        """Keep what nobody uses any longer; where that is too much, rather than of other sizes."""
-        for memory in memories:
-            length = len(memory)
-            while self._size + length > self._most:
-                other = next((size for size in self._by_size if size != length), None)
-                if other is None:
-                    break
-                self._size -= other * len(self._by_size.pop(other))
-            else:
-                if isinstance(memory, bytearray):
-                    self._by_size[length].append(memory)
-                    self._size += length
 
 
 class Client(Asynchronous):
@@ -104,7 +67,6 @@ class Client(Asynchronous):
         self._count = connections if self.export.can_multi_conn else 1
         self._is_logged = self.export.can_flush and not self.export.read_only
         self._unflushed = Copies()
-        self._spare = SpareMemory(UNFLUSHED // 4)
         self._is_flushing = False  # by ourselves
         self._waiting: list[Request] = []  # writes, for the end of that
         self._epoll = select.epoll()
@@ -158,7 +120,9 @@ class Client(Asynchronous):
             self._epoll.register(fd, connection.watched)
         self._first = connections[0]
 
-    def _copied(self, buffers: Sequence[memoryview], length: int) -> bytearray:
+    def _copied(self, buffers: Sequence[memoryview], length: int) -> Data:
+        if length >= _LARGE:  # the C library gives such memory again, without page faults
+            return super()._copied(buffers, length)
         memory = self._spare.take(length)
         view = memoryview(memory)  # a slice of the bytearray itself would be assigned a copy
         if len(buffers) == 1:
@@ -169,6 +133,12 @@ class Client(Asynchronous):
                 view[at : at + len(buffer)] = buffer
                 at += len(buffer)
         return memory
+
+    def _place(self, buffers: Sequence[memoryview], length: int) -> Any:
+        """Where the transfers are our own, a read's data goes straight to where it is to be."""
+        if self._first.takes_buffers and length <= self.export.maximum:
+            return list(buffers)
+        return super()._place(buffers, length)
 
     def _begin(self, request: Request) -> None:
         if request.operation == FLUSH:

@@ -164,10 +164,13 @@ class Connection(Closing):
     Attributes:
         lost: why no more requests can be issued; empty if they can, as far as is known.
         watched: what the socket is polled for, if it is: for whoever polls it.
+        takes_buffers: :meth:`issue` takes a list of buffers for a read, too.
 
     Raises:
         BackendError: the server cannot be had; the message says why.
     """
+
+    takes_buffers = False
 
     def __init__(self, where: str | Sequence[str], *, is_simple: bool = False) -> None:
         self._nbd = _calls()
@@ -177,7 +180,7 @@ class Connection(Closing):
         self._handle = self._nbd.nbd_create()
         if not self._handle:
             raise BackendError(f"libnbd: {self._why()[1]}")
-        self._in_flight: dict[int, tuple[Any, Any]] = {}  # by cookie: token, memory
+        self._in_flight: dict[int, tuple[Any, ...]] = {}  # by cookie: token, memory
         try:
             if is_simple:
                 self._nbd.nbd_set_request_structured_replies(self._handle, False)
@@ -370,7 +373,7 @@ class Connection(Closing):
 
     def abandon(self) -> list[Any]:
         """Disconnect, and return the tokens of the requests that were in flight."""
-        tokens = [token for token, _ in self._in_flight.values()]
+        tokens = [token for token, *_ in self._in_flight.values()]
         self.close()
         return tokens
 
@@ -382,5 +385,7 @@ class Connection(Closing):
         """Disconnect; what is in flight is forgotten, and no memory is touched any longer."""
         handle, self._handle = self._handle, None
         if handle:
+            if self._is_ours:  # libnbd ends it by SIGTERM, which waits for one that is stopped
+                self._nbd.nbd_kill_subprocess(handle, signal.SIGCONT)
             self._nbd.nbd_close(handle)
             self._in_flight.clear()

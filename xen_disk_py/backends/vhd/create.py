@@ -8,6 +8,7 @@ import struct
 import time
 from collections.abc import Sequence
 from contextlib import closing
+from pathlib import Path
 
 from ...errors import ImageError, UsageError
 from ..exporting import Check, Progress
@@ -212,6 +213,11 @@ def _make(path: str, pieces: Sequence[tuple[int, bytes]], *, replacing: bool = F
     if os.path.lexists(path) and not replacing:
         if os.path.isdir(path):
             raise UsageError(f"{path}: a directory: name the file to make in it")
+        if Path(path).is_block_device():
+            raise UsageError(
+                f"{path}: a block device: create makes a file; make a file system there for "
+                "that, or let a guest have it as it is (connect --path)"
+            )
         raise UsageError(f"{path}: there is such a file: give another name, or remove it")
     try:
         with NewFile(path) as new:
