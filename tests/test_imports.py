@@ -8,12 +8,13 @@ import subprocess
 import sys
 
 PROGRAM = """
-import importlib, json, sys
+import importlib, json, pyxs, sys
+before = set(sys.modules)  # pyxs has "platform", which has "subprocess" in older Pythons
 for name in ("cli", "commands.connect", "commands.adopt", "backends.raw", "backends.cow"):
     importlib.import_module(f"xen_disk_py.{name}")
 from xen_disk_py.backends.loader import open_backend
 open_backend("discard", {})
-print(json.dumps(sorted(sys.modules)))
+print(json.dumps(sorted(set(sys.modules) - before)))
 """
 # Modules that take hundreds of KiB with what they import; those who need them import them late.
 LARGE = {

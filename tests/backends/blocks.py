@@ -58,6 +58,18 @@ def make_cold(path):
     pytest.skip("the system keeps the file in memory")
 
 
+def is_cut_short(path, read, length):
+    """Whether a read of a cold file that may not wait ends early.
+
+    It begins to read ahead, and whoever is slow finds all of it in memory after all: try again.
+    """
+    for _ in range(50):
+        make_cold(path)
+        if read() < length:
+            return True
+    return False
+
+
 def pages_in_memory(path):
     """Count them, without reading them in (mincore(2))."""
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as memory:

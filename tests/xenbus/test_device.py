@@ -674,12 +674,12 @@ def test_a_guest_that_has_migrated_away(host, make, monkeypatch, returns):
     before = host.store.read(name)
     host.store.write(name, f"{before}--migratedaway")
     guest.device.update()
-    # The disk is quiet there; a retry is nothing that it would wait for.
-    with guest.device._disk.quiet.reached(host.PATIENCE):
+    # The disk is drained there; a retry is nothing that it would wait for.
+    with guest.device._disk.drained.entered(host.PATIENCE):
         while tried.acquire(blocking=False):
             pass
         is_broken = False
-    with guest.device._disk.quiet.reached(host.PATIENCE):
+    with guest.device._disk.drained.entered(host.PATIENCE):
         assert not tried.acquire(blocking=False)
     if returns:
         host.store.write(name, before)
