@@ -222,6 +222,31 @@ def test_an_image_that_is_touched(demo, image, monkeypatch):
     assert "image CHANGED" in out
 
 
+def test_a_damaged_vhd_that_is_only_read_is_not_repaired(demo, tmp_path):
+    path = tmp_path / "disk.vhd"
+    assert ExitStatus.OK is main(["create", str(path), "--size", "1M"], demo.env)
+    path.write_bytes(path.read_bytes()[:-512])  # without its footer
+    before = path.read_bytes()
+    status, out, err = demo("--path", str(path), "--format", "vhd")
+    assert (ExitStatus.OK, FOUR[1:3]) == (status, names(out))
+    assert f"only reading: writing would change {path}" in err
+    assert before == path.read_bytes()
+    status, out, err = demo("--path", str(path), "--format", "vhd", "--read-only")
+    assert (ExitStatus.OK, "") == (status, err)
+    assert before == path.read_bytes()
+    status, out, err = demo("--path", str(path), "--format", "vhd", "--overwrite")
+    assert (ExitStatus.OK, FOUR, "") == (status, names(out), err)
+    assert path.read_bytes().endswith(before[:512])
+
+
+def test_changes_to_a_qcow2_are_none_of_a_vhd(demo, image, tmp_path):
+    overlay = tmp_path / "changes.vhd"
+    status, _, err = demo("--path", str(image), "--format", "qcow2", "--overlay", str(overlay))
+    assert ExitStatus.USAGE is status
+    assert "QEMU keeps changes itself: make them a file of their own" in err
+    assert not overlay.exists()
+
+
 def test_raw_only_reads_unless_it_may_overwrite(demo, image):
     before = image.read_bytes()
     status, out, err = demo("--path", str(image), "--backend", "raw")

@@ -452,6 +452,14 @@ def test_what_looks_like_another_format_is_named_and_not_believed(host, tmp_path
         assert f"{tmp_path / 'disk'}: looks like {said}" in env.stderr.getvalue()
 
 
+@pytest.mark.parametrize("words", [[], ["--filter", "offset:start=512"]])
+def test_a_raw_image_is_told_how_to_say_so(host, tmp_path, image, words):
+    env = host.environment()
+    assert ExitStatus.ERROR == main(["export", str(image), str(tmp_path / "new"), *words], env)
+    assert "if it is a raw image, add --format raw" in env.stderr.getvalue()
+    assert not (tmp_path / "new").exists()
+
+
 def test_nobody_waits_for_the_other_end_of_a_pipe(host, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     env = host.environment()

@@ -282,3 +282,20 @@ def test_a_file_has_no_options(info, image):
     status, _, err = info(image, "byte=7")
     assert ExitStatus.USAGE == status
     assert "byte=7: an image has no options" in err
+
+
+def test_what_is_not_there_is_said_with_what_to_do(info, tmp_path):
+    status, _, err = info(tmp_path / "gone.vhd")
+    assert status is ExitStatus.ERROR
+    assert "gone.vhd: no such file: check the name" in err
+    status, _, err = info("http://example.org/disk.raw")
+    assert status is ExitStatus.ERROR
+    assert "[ nbdkit --exit-with-parent curl http://example.org/disk.raw ]" in err
+
+
+def test_a_command_with_half_a_pair_of_quotation_marks(info):
+    status, _, err = info("[ nbdkit 'memory ]")
+    if "libnbd" in err:
+        pytest.skip("no libnbd here")
+    assert status is ExitStatus.USAGE
+    assert "No closing quotation: quote it as in a shell" in err

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import ImageError, UsageError
 from . import qemu_img, qemu_locks
-from .image import Image
+from .image import Image, reason_of
 from .loader import QEMU_FORMATS, choose, is_file, open_backend
 from .locks import holders
 from .overlay.file import OverlayFile
@@ -54,7 +55,13 @@ def describe(
     try:
         return _describe(path, format, 1)
     except OSError as error:
-        raise ImageError(f"{path}: {error.strerror or error}") from error
+        raise ImageError(f"{path}: {_reason(error, path)}") from error
+
+
+def _reason(error: OSError, path: str) -> str:
+    if error.errno == errno.ENOENT and "://" not in path:
+        return "no such file: check the name"
+    return reason_of(error, path, writable=False)
 
 
 def _describe(path: str, kind: str | None, depth: int) -> dict[str, Any]:

@@ -81,6 +81,8 @@ def _with_vhd_overlay(spec: DiskSpec, overlay: str, form: str | None) -> DiskSpe
     if spec.path is None:
         _check_exists(overlay)
         return replace(spec, backend="vhd", path=overlay, overlay=None)
+    if form in QEMU_FORMATS:
+        raise _changes_of_qemu(spec, overlay, form)
     options = spec.options if form is None else (f"parent_format={form}", *spec.options)
     return replace(spec, backend="vhd", options=options)
 
@@ -100,10 +102,7 @@ def _of_format(spec: DiskSpec, form: str | None) -> DiskSpec:
     if form == "raw":
         return spec
     if spec.overlay is not None and form in QEMU_FORMATS:
-        raise UsageError(
-            f"--overlay {spec.overlay}: QEMU keeps changes itself: make them a file of their own "
-            f"(qemu-img create -f qcow2 -b {spec.path} -F {form} FILE), and serve that"
-        )
+        raise _changes_of_qemu(spec, spec.overlay, form)
     if spec.overlay is not None:
         raise UsageError(
             f"--overlay {spec.overlay}: the changes to a VHD are kept in a VHD: give that a name "
@@ -112,6 +111,13 @@ def _of_format(spec: DiskSpec, form: str | None) -> DiskSpec:
     if form in QEMU_FORMATS:
         return replace(spec, backend="qemu", options=(f"format={form}", *spec.options))
     return replace(spec, backend=form)
+
+
+def _changes_of_qemu(spec: DiskSpec, overlay: str, form: str) -> UsageError:
+    return UsageError(
+        f"--overlay {overlay}: QEMU keeps changes itself: make them a file of their own "
+        f"(qemu-img create -f qcow2 -b {spec.path} -F {form} FILE), and serve that"
+    )
 
 
 def _with_overlay(spec: DiskSpec, overlay: str) -> DiskSpec:

@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 import threading
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from ..blkif import SECTOR
@@ -53,7 +53,12 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
         with_image = _with_image(args, stack)
         is_ours = with_image is not args
         spec = spec_from(with_image)
-        disk = Disk(spec.open_backend())
+        is_fresh = spec.overlay is not None and not is_kept
+        only_reads = spec.backend == "vhd" and not (is_ours or is_fresh or args.overwrite)
+        if only_reads and not spec.read_only:  # opened for writing, it would be repaired
+            disk = Disk(replace(spec, read_only=True).open_backend())
+        else:
+            disk = Disk(spec.open_backend())
         stack.callback(disk.close)
         orphans.check(
             env.record_directory,
@@ -65,9 +70,9 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
         length = min(args.bytes, disk.backend.size)
         length -= length % disk.backend.sector_size
         keeps_out = type(disk.backend).__module__.startswith(_OWN) and (
-            name in ("discard", "cow") or (spec.overlay is not None and not is_kept)
+            name in ("discard", "cow") or is_fresh
         )
-        write = not disk.read_only
+        write = not (spec.read_only or (disk.read_only and not only_reads))
         if write and not (keeps_out or is_ours or args.overwrite):
             write = False
             changed = spec.overlay or spec.path or name

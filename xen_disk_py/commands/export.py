@@ -32,6 +32,8 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
     with ProgressLine(env, "copying the image", quiet=args.quiet) as progress, interruptible():
         convert, check = _converter(args.output_format, progress), not_of_orphans(env)
         if args.filter or args.format in QEMU_FORMATS or not _is_image(args.overlay):
+            if _is_image(args.overlay) and args.format is None and not is_vhd(args.overlay):
+                _refuse_other_formats(args.overlay)
             with closing(_open(args)) as disk:
                 if is_file(args.overlay):
                     check(args.overlay, False)

@@ -26,6 +26,11 @@ class Offset(Filter):
 
     def __init__(self, source: Backend, *, start: int = 0, size: int = 0) -> None:
         super().__init__(source)
+        if start >= source.size:
+            raise UsageError(
+                f"--filter offset: start={start} is not inside of a disk of {source.size} bytes: "
+                "give a smaller one"
+            )
         self._start = start
         self.size = size or source.size - start
         for name, value in (("start", start), ("size", self.size)):
@@ -34,9 +39,10 @@ class Offset(Filter):
                     f"--filter offset: {name}={value} is not a multiple of the disk's sectors, "
                     f"{source.sector_size} bytes"
                 )
-        if self.size <= 0 or start + self.size > source.size:
+        if start + self.size > source.size:
             raise UsageError(
-                f"--filter offset: {self.size} bytes at {start} are not in a disk of {source.size}"
+                f"--filter offset: {self.size} bytes at {start} are not in a disk of "
+                f"{source.size}: give size={source.size - start} at most, or leave it out"
             )
 
     def read(self, buffers: Sequence[memoryview], offset: int) -> int | None:

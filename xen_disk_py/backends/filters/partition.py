@@ -21,6 +21,10 @@ _GPT_HEADER = struct.Struct("<8s64xQIII")  # signature, first sector of the entr
 _GPT_ENTRY = struct.Struct("<16s16sQQ")  # type, GUID, first sector, last sector
 _EXTENDED = (0x05, 0x0F, 0x85)
 _PROTECTIVE = 0xEE
+_NO_TABLE = (
+    "no partition table: leave out --filter partition if the file system fills the disk, or say "
+    "with --format what the image is"
+)
 _MOST = 128  # of partitions, and of links in an extended one
 
 
@@ -54,7 +58,7 @@ def partitions(disk: Backend) -> Iterator[tuple[int, tuple[int, int]]]:
     sector = disk.sector_size
     first = _read(disk, 0)
     if first[510:512] != b"\x55\xaa":
-        raise ImageError(f"{disk}: no partition table")
+        raise ImageError(f"{disk}: {_NO_TABLE}")
     entries = [_ENTRY.unpack_from(first, 446 + 16 * index) for index in range(4)]
     if any(kind == _PROTECTIVE for kind, _, _ in entries):
         yield from _gpt(disk)
@@ -106,7 +110,7 @@ def _gpt(disk: Backend) -> Iterator[tuple[int, tuple[int, int]]]:
 def _read(disk: Backend, offset: int, length: int = 0) -> bytes:
     content = bytearray(length or disk.sector_size)
     if offset + len(content) > disk.size:
-        raise ImageError(f"{disk}: no partition table")
+        raise ImageError(f"{disk}: {_NO_TABLE}")
     try:
         do_all(disk.read, [memoryview(content)], offset)
     except OSError as error:

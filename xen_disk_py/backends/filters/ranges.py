@@ -7,6 +7,8 @@ from ...units import parse_size
 
 Range = tuple[int, int]
 
+_FORM = "write it as START-END, such as 1M-2M"
+
 
 def parse_ranges(name: str, text: str) -> list[Range]:
     """Read the option ``range`` of the filter ``name``.
@@ -17,12 +19,14 @@ def parse_ranges(name: str, text: str) -> list[Range]:
     found = []
     for part in text.split("+"):
         start, dash, end = part.partition("-")
+        if not dash:
+            raise UsageError(f"--filter {name}: range={text}: {_FORM}")
         try:
             bounds = parse_size(start), parse_size(end)
         except UsageError as error:
             raise UsageError(f"--filter {name}: range={text}: {error}") from None
-        if not dash or bounds[0] >= bounds[1]:
-            raise UsageError(f"--filter {name}: range={text}: write it as START-END, such as 1M-2M")
+        if bounds[0] >= bounds[1]:
+            raise UsageError(f"--filter {name}: range={text}: {_FORM}")
         found.append(bounds)
     return found
 

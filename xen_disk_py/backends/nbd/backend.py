@@ -144,7 +144,10 @@ def _explained(where: str | list[str], error: str) -> str:
 def _where(path: str) -> str | list[str]:
     if not path.startswith("["):
         return path
-    words = shlex.split(path)
+    try:
+        words = shlex.split(path)
+    except ValueError as error:  # quotation marks
+        raise UsageError(f"{path}: {error}: quote it as in a shell") from error
     if len(words) < 3 or words[0] != "[" or words[-1] != "]":
         raise UsageError(f"{path}: a server's command stands between '[ ' and ' ]'")
     return words[1:-1]

@@ -151,7 +151,10 @@ def create_child(
             check(base, False)
             own = image.size
             if Footer.parse(os.pread(image.fd, FOOTER, own - FOOTER)) is not None:
-                raise ImageError(f"{parent}: is a VHD, no raw image: say so with --format vhd")
+                raise ImageError(
+                    f"{parent}: is a VHD, no raw image: say so with --format vhd (create: leave "
+                    "out --parent-format)"
+                )
     else:
         with closing(open_chain(base, writable=False, directories=directories)):
             check(base, False)  # and all of it is there

@@ -398,8 +398,8 @@ def whole_sectors(length: int) -> int:
 def damaged(name: str, what: str) -> ImageError:
     """Say that a file is no VHD that can be used."""
     return ImageError(
-        f"{name}: a damaged VHD, or none: {what}; restore a copy, or leave out --format vhd if it "
-        "is a raw image"
+        f"{name}: a damaged VHD, or none: {what}; restore a copy; if it is a raw image, say "
+        "--format raw (of a parent: --parent-format raw)"
     )
 
 

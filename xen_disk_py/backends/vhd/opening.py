@@ -171,8 +171,9 @@ def examine(fd: int, path: str) -> Vhd:
         footer = tail or copy
         if footer is None:
             raise ImageError(
-                f"{path}: not a VHD: it has no footer at its end, nor a copy at its start; leave "
-                "out --format vhd if it is a raw image, or restore a copy if it was cut short"
+                f"{path}: not a VHD: it has no footer at its end, nor a copy at its start; if "
+                "it is a raw image, say --format raw (of a parent: --parent-format raw); if it was "
+                "cut short, restore a copy"
             )
         # Where the real one is missing, the file may end in what the guest has written.
         if copy is not None and (copy.kind, copy.data_offset) != (footer.kind, footer.data_offset):
