@@ -3011,3 +3011,21 @@ def test_known_requests_that_a_broken_backend_has_are_answered_with_errors(known
     host.until(lambda: line.failures)
     assert line.queue.stop(PATIENCE)
     assert [Response(id_, READ, ERROR) for id_ in range(3)] == line.responses(3)
+
+
+def test_who_asks_while_another_is_answered_leaves_nothing_that_wakes_it_again_and_again(
+    host, monkeypatch
+):
+    queue = host.line(host.memory()).queue
+    read, asked = os.read, []
+
+    def read_and_be_asked(fd, count):
+        found = read(fd, count)
+        if fd == queue._wake_read and not asked:
+            asked.append(True)
+            queue._ask()
+        return found
+
+    monkeypatch.setattr(os, "read", read_and_be_asked)
+    queue._ask()
+    host.until(lambda: asked and not select.select([queue._wake_read], [], [], 0)[0])

@@ -14,6 +14,7 @@ from xen_disk_py.backends.filters import record as filters
 from xen_disk_py.backends.loader import wrap
 from xen_disk_py.blkif import (
     FLUSH,
+    OKAY,
     READ,
     WRITE,
     X86_32,
@@ -22,6 +23,7 @@ from xen_disk_py.blkif import (
     Transfer,
     encode_segments,
 )
+from xen_disk_py.datapath import durability, retry
 from xen_disk_py.datapath import queue as queues
 from xen_disk_py.datapath.disk import Disk
 from xen_disk_py.ring import BackRing
@@ -282,3 +284,44 @@ def test_a_storage_without_room_has_what_fits(tmp_path, monkeypatch):
     assert [b"\0" * 512, b"\1" * 512] == [each.data for each in found[:-1]]
     assert {"recorded": 2, "lost": 0, "recording": 0} == disk.counters()
     assert os.path.getsize(path) < 4096 + 1400
+
+
+def test_a_write_that_has_others_be_written_again_is_noted_behind_them(host, tmp_path, monkeypatch):
+    """The disk retries; copies are full when a flush has failed."""
+    monkeypatch.setattr(durability, "COPIES", 1)
+    monkeypatch.setattr(retry, "_PAUSES", (600.0, 600.0))
+    is_failing = [True]
+
+    class Failing(Witness):
+        def flush(self):
+            if is_failing:
+                is_failing.pop()
+                raise OSError(errno.EIO, "broken")
+
+    path = str(tmp_path / "t.xdt")
+    backend = Failing(threads=1, seed=1)
+    disk = wrap(backend, [f"record:file={path},data=yes"])
+    line, page = host.line(Disk(disk, holds=True), persistent=True), host.share()
+
+    def write(number):
+        page.view[:512] = number.to_bytes(512, "little")
+        return Transfer(number, WRITE, number, 1, (page.refs[0],), (0,), (0,))
+
+    assert OKAY == line.ask(write(1)).status
+    line.put(Transfer(2, FLUSH, 0, 0, (), (), ()))
+    line.kick()
+    host.until(lambda: not is_failing)
+    line.put(write(3))
+    line.kick()
+    assert [(3, WRITE, OKAY)] == line.responses(1)
+    assert line.queue.stop(host.PATIENCE)
+    disk.finish()
+    found = [(each.operation, each.offset // 512, each.status) for each in noted(path)]
+    wrote, flushed = layout.WRITE, layout.FLUSH
+    assert [
+        (wrote, 1, 0),
+        (flushed, 0, errno.EIO),
+        (wrote, 1, 0),
+        (flushed, 0, 0),
+        (wrote, 3, 0),
+    ] == found

@@ -694,6 +694,45 @@ def test_a_guest_that_has_migrated_away(host, make, monkeypatch, returns):
         assert not tried.acquire(blocking=False)
 
 
+@pytest.mark.parametrize("end", ["returns", "detached", "destroyed"])
+def test_unanswered_requests_of_a_guest_that_has_migrated_away_meanwhile(host, make, caplog, end):
+    done = []
+
+    def read(buffers, offset):
+        done.append(offset)
+        for buffer in buffers:
+            buffer[:] = bytes(len(buffer))
+
+    guest, name = make(host.memory(read=read), adopts=True), f"/local/domain/{host.DOMID}/name"
+    leave(guest, S.CONNECTED, S.CONNECTED)
+    guest.ask_to_read()
+    before = host.store.read(name)
+    host.store.write(name, f"{before}--migratedaway")
+    for _ in range(2):
+        guest.device.update()
+    assert "xl rename" in caplog.text
+    assert S.CONNECTED is guest.backend
+    assert guest.device._queues == guest.device._unstarted != []
+    if end == "returns":
+        host.store.write(name, before)
+        guest.device.update()
+        found = []
+        host.until(lambda: found.extend(guest.rings[0].take()) or found)
+        assert (1, READ, OKAY) == decode_response(found[0])
+        return
+    if end == "detached":
+        guest.device.unplug()
+        guest.switch(S.CLOSED)
+    else:
+        host.xenstored.remove_domain(host.DOMID)
+    guest.device.update()
+    assert guest.device.finished
+    assert [] == done
+    assert host.hypervisor.mapped_pages == 0
+    if end == "detached":
+        host.store.write(name, before)
+
+
 def test_unplug_when_the_nodes_are_gone(host, guest):
     connect(guest)
     toolstack.detach(host.store, guest.address)

@@ -126,7 +126,10 @@ class Disk:
         noting = None if waiting is None else waiting.noting()
         first = self._first(backend)
         moves = Moves(*first, None)
-        if waiting is not None and noting is not None:
+        # A write that flushes first may have others be written again, each noted by itself: that
+        # must not wait for the batch that it is in.
+        may_flush = durability.keeps and not self._is_concurrent
+        if waiting is not None and noting is not None and not may_flush:
             moves = Moves(*self._first(waiting.source), noting)
         with self._binding:
             self._read, self._write = read, write

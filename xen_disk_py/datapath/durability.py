@@ -64,6 +64,11 @@ class Durability:
         self._last_good = 0  # the number of the last that succeeded
         self._copies = _SharedCopies() if keeps and not backend.repeats_flush else None
 
+    @property
+    def keeps(self) -> bool:
+        """Whether it keeps copies, and so has writes wait for a flush."""
+        return self._copies is not None
+
     def reading(self, move: Move) -> Move:
         """Wrap a way to read, so that it fails where the storage may have lost something."""
         copies = self._copies

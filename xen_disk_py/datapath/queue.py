@@ -309,8 +309,8 @@ class Queue:
                 self._ask()
 
     def _ask(self) -> None:
-        self._asked = True
         os.write(self._wake_write, b"x")
+        self._asked = True  # behind it, as _is_over looks: no byte stays that nobody takes
 
     def stop(self, timeout: float | None = None) -> bool:
         """Finish the requests taken so far, refuse those that wait, unmap and unbind everything.
@@ -435,9 +435,9 @@ class Queue:
 
     def _is_over(self) -> bool:
         """Tell whether to stop; else drain, and have the disk be changed."""
+        self._asked = self._stopping
         with contextlib.suppress(BlockingIOError):
             os.read(self._wake_read, 4096)
-        self._asked = self._stopping
         if self._stopping:
             self._asked = True  # it may have been set since
             return True

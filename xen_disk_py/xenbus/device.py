@@ -21,6 +21,7 @@ from ..datapath.journal import Journal
 from ..datapath.queue import Options, Queue
 from ..errors import GuestMisbehaved, HypervisorError, StoreError, StoreLost, XenDiskError
 from ..hypervisor import Hypervisor
+from ..text import printable
 from . import resize
 from .states import Action, Address, State, react
 from .xenstore import Store
@@ -94,6 +95,8 @@ class Device:
         self._unstarted: list[Queue] = []  # of these, those that no thread is to be had for
         self._unfinished: Action | None = None  # begun; requests have to return first
         self._is_orphaned = False
+        self._migrated = ""  # the guest's name, if that says that it may run on another host
+        self._waits = False  # with unanswered requests, for another name
 
     def __repr__(self) -> str:
         return (
@@ -284,6 +287,8 @@ class Device:
             and frontend not in (None, State.INITIALISING, State.CLOSED)
             and not is_gone
         ):
+            self._note_name()
+            self._waits = bool(self._migrated)
             self._open_queues(shown)
         self._adopts = False
         self._publish_size()
@@ -305,6 +310,15 @@ class Device:
         """
         if not self._queues:
             return
+        self._note_name()
+        if self._waits and not self._migrated:
+            self._waits = False
+            self._start_queues()
+        for queue in self._queues:
+            queue.pause_retries(bool(self._migrated))
+
+    def _note_name(self) -> None:
+        """See whether the guest's name says that it may run on another host."""
         try:
             name = self._store.read(self._name_path) or ""
         except StoreLost:
@@ -312,8 +326,15 @@ class Device:
         except StoreError as error:
             log.debug("%s", error)  # a driver domain may not read it
             return
-        for queue in self._queues:
-            queue.pause_retries(name.endswith(_MIGRATED_AWAY))
+        before, self._migrated = self._migrated, name if name.endswith(_MIGRATED_AWAY) else ""
+        if self._migrated and not before:
+            log.log(
+                logging.WARNING if self._adopts else logging.INFO,
+                "the guest is called %s: it may run on another host, so nothing that was begun or "
+                "has failed is tried again here; if it does run here, give it its name back: "
+                "xl rename",
+                printable(name),
+            )
 
     def _publish(self, state: State) -> None:
         """Write our state, unless the directory has been removed meanwhile."""
@@ -399,6 +420,8 @@ class Device:
 
     def _start_queues(self) -> None:
         """Have the rings served; those that the system gives no thread for, at another update."""
+        if self._waits:
+            return
         self._unstarted = [queue for queue in self._unstarted if not queue.start()]
         if self._unstarted:
             self.is_unsettled = True
@@ -435,7 +458,7 @@ class Device:
             False if some have not returned yet; to be called again. A slow disk may take minutes,
             and the session has other duties.
         """
-        self._unstarted = []
+        self._unstarted, self._waits = [], False
         for queue in self._queues:
             queue.ask_to_stop()
         deadline = time.monotonic() + _FINISHING
