@@ -11,6 +11,7 @@ from xen_disk_py.backends import Backend
 from xen_disk_py.backends.conformance import BackendConformance
 from xen_disk_py.backends.filter import Filter, do_all
 from xen_disk_py.backends.loader import open_backend
+from xen_disk_py.backends.vhd.create import create
 from xen_disk_py.errors import BackendError, ImageError, UsageError
 
 ODD = (3 << 19) + 512
@@ -271,3 +272,14 @@ def test_writes_pass(make_image):
     write(disk, 512, b"x" * 1024)
     assert b"x" * 1024 == read(disk, 512, 1024)
     disk.close()
+
+
+@pytest.mark.parametrize("text", ["none", "delay:", "offset:from=1", "offset:start=x"])
+def test_nothing_is_opened_for_a_filter_that_cannot_be(tmp_path, text):
+    path = tmp_path / "disk.vhd"
+    create(str(path), 1 << 20)
+    path.write_bytes(path.read_bytes()[:-512])  # opened for writing, it gets its footer back
+    before = path.read_bytes()
+    with pytest.raises(UsageError, match="--filter"):
+        open_backend("vhd", {"path": str(path)}, [text])
+    assert before == path.read_bytes()

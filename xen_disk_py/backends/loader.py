@@ -20,7 +20,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import BackendError, UsageError, XenDiskError
 from ..units import parse_size
@@ -158,6 +158,7 @@ def open_backend(
         arguments = _plugin_arguments(label, given, pairs, read_only)
     else:
         arguments = _arguments(cls, label, {**given, **parse_options(pairs)}, read_only)
+    wanted = [_read_filter(text) for text in filters]  # first: what is wrong there opens nothing
     try:
         with sharing.forced(force):
             disk = cls(**arguments)
@@ -168,7 +169,7 @@ def open_backend(
     except Exception as error:
         raise BackendError(f"{label} cannot be opened: {user_line(error, cls)}") from error
     check(disk)
-    return wrap(disk, filters)
+    return _wrap(disk, wanted)
 
 
 def wrap(source: Backend, filters: Iterable[str]) -> Backend:
@@ -182,10 +183,13 @@ def wrap(source: Backend, filters: Iterable[str]) -> Backend:
         UsageError: there is no such filter, or it takes no such option.
         BackendError: it cannot be loaded or made.
     """
-    disk = source
+    return _wrap(source, map(_read_filter, filters))
+
+
+def _wrap(disk: Backend, wanted: Iterable[_Wanted]) -> Backend:
     try:
-        for text in filters:
-            disk = put_over(disk, text)
+        for each in wanted:
+            disk = _put_over(disk, each)
     except BaseException:
         disk.close()
         raise
@@ -194,6 +198,39 @@ def wrap(source: Backend, filters: Iterable[str]) -> Backend:
 
 def put_over(source: Backend, text: str) -> Filter:
     """Put a filter over a disk, which stays open if that cannot be; as :func:`wrap` otherwise."""
+    return _put_over(source, _read_filter(text))
+
+
+class _Wanted(NamedTuple):
+    """A ``--filter``: its options as they are given, and as the class takes them."""
+
+    text: str
+    name: str
+    cls: type[Filter]
+    given: dict[str, str]
+    arguments: dict[str, Any]
+
+
+def _put_over(source: Backend, wanted: _Wanted) -> Filter:
+    try:
+        disk = wanted.cls(source, **wanted.arguments)
+    except XenDiskError:
+        raise
+    except Exception as error:
+        line = user_line(error, wanted.cls)
+        raise BackendError(f"--filter {wanted.text}: {line}") from error
+    disk.name, disk.given = wanted.name, wanted.given
+    check(disk)
+    return disk
+
+
+def _read_filter(text: str) -> _Wanted:
+    """Find the class of a ``--filter``, and read its options.
+
+    Raises:
+        UsageError: there is no such filter, or it takes no such option.
+        BackendError: it cannot be loaded.
+    """
     match = _FILTER.fullmatch(text)
     if match is None:
         raise UsageError(f"--filter {text}: write it as NAME, or NAME:key=value,key=value")
@@ -208,16 +245,7 @@ def put_over(source: Backend, text: str) -> Filter:
             "file.py"
         )
     given = filter_options(cls, name, filter(None, (match["options"] or "").split(",")))
-    arguments = filter_arguments(cls, name, given)
-    try:
-        disk = cls(source, **arguments)
-    except XenDiskError:
-        raise
-    except Exception as error:
-        raise BackendError(f"--filter {text}: {user_line(error, cls)}") from error
-    disk.name, disk.given = match["name"], given
-    check(disk)
-    return disk
+    return _Wanted(text, match["name"], cls, given, filter_arguments(cls, name, given))
 
 
 def filter_parameters(cls: type[Filter]) -> dict[str, inspect.Parameter]:
