@@ -879,7 +879,10 @@ class TestOpening:
             with Store.open() as store:
                 os.write(master, packet(WATCH_EVENT, 0, b"/a\0none\0") + packet(READ, 1, b"1"))
                 assert "1" == store.read("/a")
-                assert packet(READ, 1, b"/a\0") == os.read(master, 100)
+                expected, asked = packet(READ, 1, b"/a\0"), b""
+                while len(asked) < len(expected):  # a terminal gives what it has by then
+                    asked += os.read(master, 100)
+                assert expected == asked
             with Store.open(timeout=0.1) as hasty, pytest.raises(StoreLost, match="not answer"):
                 hasty.read("/a")
         finally:
