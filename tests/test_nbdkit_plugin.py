@@ -8,6 +8,7 @@ import random
 import shutil
 import subprocess
 import sys
+import traceback
 import types
 from contextlib import closing
 from dataclasses import replace
@@ -251,6 +252,18 @@ def test_a_flag_has_one_value(served):
     with pytest.raises(ValueError, match="the only value is yes"):
         served.config("read-only", "no")
     assert not served.can_write(served.open(False))
+
+
+def test_what_is_wrong_with_the_disk_is_said_without_the_frames_below(served, tmp_path):
+    served.config("path", str(tmp_path / "gone.raw"))
+    with pytest.raises(ImageError, match="no such file") as raised:
+        served.open(readonly=False)
+    frames = traceback.extract_tb(raised.value.__traceback__)
+    assert {"test_nbdkit_plugin.py", "nbdkit_plugin.py"} == {
+        os.path.basename(frame.filename) for frame in frames
+    }
+    assert raised.value.__cause__ is None
+    assert raised.value.__suppress_context__
 
 
 def test_other_keys_are_the_disks_own(served, tmp_path):

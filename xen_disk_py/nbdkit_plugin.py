@@ -51,7 +51,7 @@ def config(key: str, value: str) -> None:
 
 def config_complete() -> None:
     """See that the words make sense; the disk is opened when a client comes."""
-    _load("commands.arguments").parse(_words)
+    _briefly(_load("commands.arguments").parse, _words)
 
 
 def thread_model() -> int:
@@ -67,7 +67,7 @@ def open(readonly: bool) -> Backend:  # noqa: A001 - nbdkit's name for it
         if not _disks:
             words = [*_words, "--read-only"] if readonly else _words
             args = _load("commands.arguments").parse(words)
-            disk = _load("commands.backend_arguments").backend_from(args)
+            disk = _briefly(_load("commands.backend_arguments").backend_from, args)
             try:
                 _load("recovery.orphans").check(
                     _load("recovery.record").DIRECTORY,
@@ -80,6 +80,14 @@ def open(readonly: bool) -> Backend:  # noqa: A001 - nbdkit's name for it
                 raise
             _disks.append(disk)
         return _disks[0]
+
+
+def _briefly(call: Any, argument: Any) -> Any:
+    """Call it; what it says of the disk is a message for people, and nbdkit prints all frames."""
+    try:
+        return call(argument)
+    except _load("errors").XenDiskError as error:
+        raise error.with_traceback(None) from None
 
 
 def _open_store() -> Any:
