@@ -325,3 +325,38 @@ def test_a_write_that_has_others_be_written_again_is_noted_behind_them(host, tmp
         (flushed, 0, 0),
         (wrote, 3, 0),
     ] == found
+
+
+def test_what_is_left_of_a_write_is_what_the_guest_wrote(host, tmp_path, monkeypatch):
+    """The page that has the copy is written and begun anew, when a part of it is noted."""
+    monkeypatch.setattr(sinks, "MAX_RECORDS", 2)
+
+    class Partial(Witness):
+        def write(self, buffers, offset):
+            data = b"".join(buffers)[:512]
+            self.data[offset : offset + 512] = data
+            return len(data)
+
+    path = str(tmp_path / "t.xdt")
+    backend = Partial(threads=1, seed=1)
+    disk = wrap(backend, [f"record:file={path},data=yes"])
+    disk._sink._most = 1
+    line, pages = host.line(Disk(disk), persistent=True), host.share(2)
+
+    def write():
+        pages.view[:] = backend._dice.randbytes(2 * 4096)
+        requests = [
+            Transfer(number, WRITE, 8 * number, 8, (ref,), (0,), (7,))
+            for number, ref in enumerate(pages.refs)
+        ]
+        return [each.status for each in line.ask(*requests)]
+
+    for _ in range(3):  # their pages are known from the second on
+        assert [OKAY, OKAY] == write()
+        assert pages.view == backend.data[: 2 * 4096]
+    assert line.queue.stop(host.PATIENCE)
+    disk.finish()
+    content = bytearray(2 * 4096)
+    for each in noted(path):
+        content[each.offset : each.offset + each.length] = each.data
+    assert pages.view == content

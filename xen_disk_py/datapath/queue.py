@@ -583,6 +583,8 @@ class Queue:
                         status = OKAY
                         if done != length and done is not None:
                             if notes is not None:
+                                if copies and operation:  # the copy's place is others' from now on
+                                    buffers = (memoryview(b"".join(buffers)),)
                                 # What is done once more as a whole is noted then.
                                 is_whole = self._is_concurrent or not isinstance(done, int)
                                 part = 0 if is_whole or not 0 < done < length else done
