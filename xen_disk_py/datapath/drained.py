@@ -1,4 +1,4 @@
-"""A section in which no request is under way, to change what is below the queues.
+"""A drained section: no request is under way while what is below the queues changes.
 
 Each queue has a thread, which looks here between two batches if it is asked to. It finishes what it
 has begun, waits until the disk has been changed, and takes the next requests. What waits on the
@@ -17,10 +17,10 @@ from ..errors import DeviceError
 
 
 class DrainedSection:
-    """That section, of one disk; QEMU calls it so, too.
+    """The drained section of one disk (QEMU has the term, too).
 
     Attributes:
-        is_wanted: somebody waits for it, or is in it.
+        is_wanted: a thread waits to enter it, or is in it.
     """
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class DrainedSection:
 
     @contextmanager
     def entered(self, timeout: float) -> Iterator[None]:
-        """Be in it inside; one thread at a time.
+        """Keep the disk drained in the ``with`` block; for one thread at a time.
 
         Raises:
             DeviceError: a request has not returned within ``timeout`` seconds.
