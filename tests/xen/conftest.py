@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from collections.abc import Iterator
@@ -22,10 +23,50 @@ LONG = ("test_protocol.py", "test_life.py")
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Let a person say how many states of each recorded load are tried."""
     parser.addoption("--states", type=int, default=12, help="crashtest's, for each; 0: record only")
+    parser.addoption("--note", metavar="FILE", help="note each test in it as it ends, as JSON")
+    parser.addoption("--done", metavar="FILE", help="leave out the tests that it names, one a line")
+
+
+class Notes:
+    """Notes what was collected, and how each test ended, for a run that may be interrupted."""
+
+    def __init__(self, path: str, done: set[str]) -> None:
+        self._path = path
+        self._done = done
+        self._outcome = "passed"
+        self._seconds = 0.0
+
+    def _write(self, **noted: Any) -> None:
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(noted) + "\n")
+
+    @pytest.hookimpl(trylast=True)  # after -m and -k
+    def pytest_collection_modifyitems(
+        self, config: pytest.Config, items: list[pytest.Item]
+    ) -> None:
+        """Note which tests there are, and leave out those that are done."""
+        self._write(collected=[item.nodeid for item in items])
+        done = [item for item in items if item.nodeid in self._done]
+        items[:] = [item for item in items if item.nodeid not in self._done]
+        config.hook.pytest_deselected(items=done)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Note a test when its fixtures are gone; the worst of its three parts counts."""
+        if report.when == "setup":
+            self._outcome, self._seconds = "passed", 0.0
+        self._seconds += report.duration
+        if not report.passed and self._outcome != "failed":
+            self._outcome = report.outcome
+        if report.when == "teardown":
+            self._write(test=report.nodeid, outcome=self._outcome, seconds=round(self._seconds, 1))
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Name the marks, for a run whose configuration does not know them."""
+    if config.getoption("--note"):
+        done = config.getoption("--done")
+        names = Path(done).read_text().splitlines() if done else []
+        config.pluginmanager.register(Notes(config.getoption("--note"), set(names)))
     config.addinivalue_line("markers", "xen: needs a real Xen dom0, which the lab boots")
     config.addinivalue_line("markers", "smoke: shows a feature once; what .ci/run runs")
     config.addinivalue_line("markers", "long: not in the ordinary run; with -m long")

@@ -12,6 +12,7 @@ The modules, bottom up:
   saved machine;
 * :mod:`stage`: the checkout, installed as a user would, in one archive for dom0;
 * :mod:`machine`: one QEMU process: boot or resume, talk to dom0, always end;
+* :mod:`progress`: what of a run has passed, kept so that it may be interrupted;
 * :mod:`cli`: the commands.
 
 What runs inside (``image/``: the init scripts of dom0 and of the guests; ``job.sh``: what dom0 does

@@ -20,6 +20,7 @@ from pathlib import Path
 from .architecture import CPUS
 from .build import ensure_build, say
 from .machine import BootError, LabError, Machine, Relay
+from .progress import NOTES, Follower, Progress, commit_of, report
 from .recipe import CHECKOUT, DEFAULT_SUITE, HERE, SUITES
 from .stage import write_stage
 
@@ -29,6 +30,7 @@ ALL = "all"
 RERUNS = "XEN_DISK_RERUNS"
 """Environment variable: the file that gets the names of tests that passed at a second try only."""
 TESTS_FAILED = 1  # pytest's status
+NO_TESTS = 5  # likewise: of a run that continues, all have passed
 UNBUFFERED = {"PYTHONUNBUFFERED": "1"}
 PYTEST = (
     "python3 -u -m pytest -c tests/xen/pytest.ini --rootdir=. -o cache_dir=/mnt/results/cache "
@@ -81,6 +83,17 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="run those that fail once more, after a fresh start",
     )
+    test.add_argument(
+        "--continue",
+        dest="progress",
+        type=Path,
+        metavar="DIR",
+        help="keep in DIR what has passed, as it does, and run only the others of this commit",
+    )
+    summary = commands.add_parser(
+        "summary", help="say what has passed, failed and not run, by the files of test --continue"
+    )
+    summary.add_argument("directory", type=Path, metavar="DIR", help="what test --continue had")
     run = commands.add_parser(
         "run", parents=[common], help="run a shell command in dom0, in the staged checkout"
     )
@@ -117,9 +130,14 @@ def _write_out(data: bytes) -> None:
     sys.stdout.buffer.flush()
 
 
-def _follow(machine: Machine, mode: str, deadline: float | None) -> int:
+def _follow(machine: Machine, mode: str, deadline: float | None, follower: Follower | None) -> int:
+    def write(data: bytes) -> None:
+        _write_out(data)
+        if follower is not None:
+            follower.look()
+
     if mode != "shell":
-        return machine.follow(_write_out, deadline)
+        return machine.follow(write, deadline)
     keyboard = sys.stdin.fileno()
     relay = Relay(keyboard, sys.stdout.fileno(), machine.terminal)
     if not os.isatty(keyboard):
@@ -143,12 +161,17 @@ def _run_job(
     command: str,
     environment: dict[str, str],
     results: Path,
+    progress: Progress | None = None,
 ) -> int:
     suite = SUITES[arguments.suite]
     build = ensure_build(suite)
     share = Path(tempfile.mkdtemp(prefix="xen-lab-share-"))
+    follower = None
     try:
         _job_directory(share, mode, command, {**environment, "LAB_CPUS": str(arguments.cpus)})
+        if progress is not None:
+            (share / "job/done").write_text("".join(f"{name}\n" for name in progress.done))
+            follower = Follower(progress, share / "results" / NOTES)
         write_stage(share, install=not arguments.copy)
         deadline = None if mode == "shell" else time.monotonic() + arguments.timeout * 60
         resume = not arguments.cold and (build / "state").exists()
@@ -165,7 +188,7 @@ def _run_job(
                     machine.begin()
                     seconds = time.monotonic() - started
                     say(f"dom0 {'resumed' if resume else 'booted'} in {seconds:.1f} s")
-                    return _follow(machine, mode, deadline)
+                    return _follow(machine, mode, deadline, follower)
             except BootError as error:
                 if attempt == BOOT_ATTEMPTS:
                     raise
@@ -173,6 +196,8 @@ def _run_job(
                 resume = False
         raise AssertionError
     finally:
+        if follower is not None:
+            follower.look()
         shutil.rmtree(results, ignore_errors=True)
         results.parent.mkdir(parents=True, exist_ok=True)
         if (share / "results").exists():
@@ -191,14 +216,23 @@ def _failed(results: Path) -> list[str]:
 def _run_tests(arguments: argparse.Namespace, what: Sequence[str]) -> int:
     """Run tests, and once more those that fail, if asked: emulated guests do die of themselves."""
     results = _results(arguments)
-    run = partial(_run_job, arguments, "test", environment=UNBUFFERED)
+    pytest, progress = PYTEST, None
+    if arguments.progress is not None:
+        commit = commit_of(CHECKOUT)
+        progress = Progress(arguments.progress / f"{arguments.suite}-{commit}.jsonl")
+        # With "=": pytest looks for the file that defines the options before it knows them.
+        pytest += f" --note=/mnt/results/{NOTES} --done=/mnt/job/done"
+        say(f"{arguments.suite}: {len(progress.done)} tests are done already, by {progress.path}")
+    run = partial(_run_job, arguments, "test", environment=UNBUFFERED, progress=progress)
     started = time.monotonic()
-    status = run(f"{PYTEST} {shlex.join(what)}", results=results)
+    status = run(f"{pytest} {shlex.join(what)}", results=results)
+    if status == NO_TESTS and progress is not None and progress.done:
+        status = 0
     names = _failed(results)
     if arguments.again and status == TESTS_FAILED and names:
         say(f"{len(names)} failed, and run again on a fresh machine: {' '.join(names)}")
         again = results / "again"
-        status = run(f"{PYTEST} -m '' {shlex.join(names)}", results=again)
+        status = run(f"{pytest} -m '' {shlex.join(names)}", results=again)
         still = _failed(again) if status in (0, TESTS_FAILED) else names
         passed = [name for name in names if name not in still]
         if passed:
@@ -214,6 +248,13 @@ def _run_tests(arguments: argparse.Namespace, what: Sequence[str]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command of the lab and return its exit status."""
     arguments, extra = _parser().parse_known_args(argv)
+    if arguments.command == "summary" and not extra:
+        try:
+            print(*report(arguments.directory), sep="\n")
+        except LabError as error:
+            print(f"lab: error: {error}", file=sys.stderr)
+            return 1
+        return 0
     whole = [name for name, suite in sorted(SUITES.items()) if suite.is_common]
     suites = whole if arguments.suite == ALL else [arguments.suite]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the machine ends with us
@@ -237,6 +278,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 except LabError as error:  # the other suites are run all the same
                     say(f"error: {arguments.suite}: {error}")
                     statuses.append(1)
+            if arguments.progress is not None:
+                print(*report(arguments.progress), sep="\n")
             return max(statuses)
         results = _results(arguments)
         if arguments.command == "run":
