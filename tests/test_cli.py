@@ -35,8 +35,13 @@ def env():
     [
         ([], "required: COMMAND"),
         (["fly"], "no command 'fly' (try: xen-disk --help)"),
-        (["--debug", "conect"], "no command 'conect': do you mean connect? (try: xen-disk"),
-        (["help", "demon"], "no command 'demon': do you mean demo? (try: xen-disk --help)"),
+        (["--debug", "conect"], "no command 'conect': did you mean connect? (try: xen-disk"),
+        (["connect", "--sise", "1G"], "no option --sise: did you mean --size? (try: xen-disk conn"),
+        (["connect", "vm", "--sise=1G"], "no option --sise: did you mean --size? (try"),
+        (["disconnect", "--froce"], "no option --froce: did you mean --force? (try"),
+        (["connect", "vm", "--rolle", "x"], "no option --rolle (try"),  # nobody is told of --role
+        (["--debugg", "list"], "no option --debugg: did you mean --debug? (try"),
+        (["help", "demon"], "no command 'demon': did you mean demo? (try: xen-disk --help)"),
         (["connect"], "required: VM"),
         (["connect", "vm", "--size", "lots"], "'lots' is not a size"),
         (["connect", "vm", "--size", "100E"], "'100E' is more than any disk can have"),
@@ -117,6 +122,11 @@ def test_usage(env, argv, said):
 def test_a_mistake_names_the_help_of_the_command_that_was_wrong(env, argv, program):
     main(argv, env)
     assert env.stderr.getvalue().endswith(f" (try: {program} --help)\n")
+
+
+def test_what_is_no_option_may_look_like_one():
+    assert "--jsno" == parse(["list", "--", "--jsno"]).vm
+    assert "--my guest" == parse(["list", "--my guest"]).vm
 
 
 @pytest.mark.parametrize("command", [None, *commands_of(build_parser())])

@@ -38,8 +38,8 @@ def shown(tmp_path_factory):
 
 
 def words(text):
-    """A text as the page shows it."""
-    return " ".join(text.split())
+    """A text as the page shows it; what stands between backticks is bold there."""
+    return " ".join(text.replace("`", "").split())
 
 
 def test_a_section_for_each_command(shown):
@@ -80,6 +80,13 @@ def test_text_is_no_markup():
     page = manual(parser)
     assert "\\&.so \\efBme 'so it" in page
     assert not re.search(r"^\.so", page, flags=re.MULTILINE)
+
+
+def test_what_is_to_be_typed_is_bold(shown):
+    page = manual(build_parser())
+    assert r"whose process has died is an \fBorphan\fR if \fBconnect \-\-adopt\fR can" in page
+    assert "`" not in page
+    assert not [title for title, text in shown.items() if "`" in text]
 
 
 def test_man_finds_its_name(tmp_path):

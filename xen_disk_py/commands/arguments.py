@@ -10,7 +10,7 @@ import argparse
 import functools
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from .. import __version__
@@ -618,7 +618,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     commands = commands_of(parser)
     for word in words:
         if not word.startswith("-"):
-            find_command(parser, commands, word)
+            _check_options(parser, find_command(parser, commands, word), words)
             break
     args, rest = parser.parse_known_args(words)
     if "option" in args:
@@ -629,6 +629,33 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         raise UsageError(f"unrecognized arguments: {' '.join(rest)}", f"{PROGRAM} {args.command}")
     args.words = list(words)
     return args
+
+
+def _check_options(parser: _Parser, command: _Parser, words: Sequence[str]) -> None:
+    """See that a command has the long options that are given.
+
+    argparse would first complain of what it misses then, if only because a value stands in the
+    place of an argument.
+
+    Raises:
+        UsageError: it has not; the message names one that is spelled like it.
+    """
+    known = {**parser._option_string_actions, **command._option_string_actions}
+    for word in words:
+        if word == "--":
+            break
+        name = word.partition("=")[0]
+        if name.startswith("--") and " " not in word and name not in known:
+            offered = [each for each in known if known[each].help != argparse.SUPPRESS]
+            command.error(f"no option {name}{_nearest(name, offered)}")
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    """Ask whether one was meant that is spelled like it, if there is one."""
+    import difflib
+
+    near = difflib.get_close_matches(name, names, 1)
+    return f": did you mean {near[0]}?" if near else ""
 
 
 def _take_settings(args: argparse.Namespace, words: list[str]) -> list[str]:
@@ -976,10 +1003,7 @@ def find_command(parser: _Parser, commands: Mapping[str, _Parser], name: str) ->
         UsageError: there is no such command; the message names one that is spelled like it.
     """
     if name not in commands:
-        import difflib
-
-        near = difflib.get_close_matches(name, commands, 1)
-        parser.error(f"no command {name!r}" + (f": do you mean {near[0]}?" if near else ""))
+        parser.error(f"no command {name!r}{_nearest(name, commands)}")
     return commands[name]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterator
 
 from .. import __version__
@@ -91,14 +92,14 @@ def _actions(actions: list[argparse.Action], program: str) -> Iterator[str]:
         shown = f"\\fI{_text(str(value))}\\fR" if action.nargs != 0 else ""
         yield ".TP"
         yield " ".join(filter(None, (names, shown)))
-        yield _text((action.help or "") % {"prog": program, "default": action.default})
+        yield _prose((action.help or "") % {"prog": program, "default": action.default})
 
 
 def _table(rows: tuple[tuple[str, str], ...]) -> Iterator[str]:
     for name, text in rows:
         yield ".TP"
         yield f".B {_text(name)}"
-        yield _text(text)
+        yield _prose(text)
 
 
 def _paragraphs(text: str | None) -> Iterator[str]:
@@ -109,7 +110,12 @@ def _paragraphs(text: str | None) -> Iterator[str]:
             yield from (_text(line) for line in part.splitlines())
             yield ".fi"
         else:
-            yield _text(part.replace("\n", " "))
+            yield _prose(part.replace("\n", " "))
+
+
+def _prose(text: str) -> str:
+    """Show what stands between backticks, to be typed as it is, in bold."""
+    return re.sub("`([^`]+)`", r"\\fB\1\\fR", _text(text))
 
 
 def _text(text: str) -> str:
