@@ -13,9 +13,11 @@ import subprocess
 import pytest
 
 from xen_disk_py.backends.image import Image
+from xen_disk_py.backends.loader import open_backend
 from xen_disk_py.backends.nbd.libnbd import NBD
 from xen_disk_py.backends.overlay import maintenance
 from xen_disk_py.backends.overlay.backend import OverlayBackend
+from xen_disk_py.backends.vhd.create import create
 from xen_disk_py.cli import main
 from xen_disk_py.commands.environment import Environment
 from xen_disk_py.errors import XenUnavailable
@@ -45,6 +47,19 @@ def told(info):
 
 
 @pytest.fixture
+def what(told):
+    """Without what a guest would have of it."""
+
+    def what(*argv):
+        found = told(*argv)
+        assert found.pop("guest") is None or found["refused"] is None
+        del found["refused"]
+        return found
+
+    return what
+
+
+@pytest.fixture
 def overlay(tmp_path, image):
     path = tmp_path / "changes"
     disk = OverlayBackend(str(image), overlay=str(path))
@@ -53,8 +68,8 @@ def overlay(tmp_path, image):
     return path
 
 
-def test_an_image(told, image):
-    found = told(image)
+def test_an_image(what, image):
+    found = what(image)
     assert found.pop("disk_usage") == found.pop("allocated") >= SIZE
     assert {
         "path": str(image),
@@ -67,8 +82,8 @@ def test_an_image(told, image):
     } == found
 
 
-def test_an_overlay_and_its_image(told, image, overlay):
-    found = told(overlay)
+def test_an_overlay_and_its_image(what, image, overlay):
+    found = what(overlay)
     assert {
         "path": str(overlay),
         "format": "overlay",
@@ -80,7 +95,7 @@ def test_an_overlay_and_its_image(told, image, overlay):
         "fits": True,
         "differences": [],
         "committed": False,
-        "parent": told(image),
+        "parent": what(image),
     } == found
 
 
@@ -232,7 +247,7 @@ def test_a_program(told, info, tmp_path):
         "  format      python",
         "  size        8 KiB (8192 bytes)",
         "  sectors     512 bytes",
-    ] == (info(path)[1].splitlines()[1:])
+    ] == (info(path)[1].splitlines()[1:4])
 
 
 @needs("nbdkit")
@@ -256,7 +271,7 @@ def pread(h, count, offset): return disk[offset : offset + count]
 """
 
 
-def test_a_disk_that_a_python_file_defines(told, info, tmp_path):
+def test_a_disk_that_a_python_file_defines(what, info, tmp_path):
     path = tmp_path / "plugin.py"
     path.write_text(RAM)
     assert {
@@ -268,20 +283,20 @@ def test_a_disk_that_a_python_file_defines(told, info, tmp_path):
         "disk_usage": None,
         "in_use": None,
         "parent": None,
-    } == told(path, "byte=7")
+    } == what(path, "byte=7")
     _, out, _ = info(path)
     assert [
         str(path),
         "  format      python",
         "  size        1 MiB (1048576 bytes)",
         "  sectors     512 bytes",
-    ] == out.splitlines()
+    ] == out.splitlines()[:4]
 
 
-def test_a_file_has_no_options(info, image):
+def test_a_raw_image_has_no_options(info, image):
     status, _, err = info(image, "byte=7")
     assert ExitStatus.USAGE == status
-    assert "byte=7: an image has no options" in err
+    assert "takes no --option byte=…" in err
 
 
 def test_what_is_not_there_is_said_with_what_to_do(info, tmp_path):
@@ -299,3 +314,114 @@ def test_a_command_with_half_a_pair_of_quotation_marks(info):
         pytest.skip("no libnbd here")
     assert status is ExitStatus.USAGE
     assert "No closing quotation: quote it as in a shell" in err
+
+
+# what a guest would have
+
+
+def test_of_an_image_as_connect_serves_it(told, image):
+    assert {
+        "backend": "cow",
+        "size": SIZE,
+        "sector_size": 512,
+        "physical_sector_size": 4096,
+        "read_only": False,
+        "flush": True,
+        "discard": True,
+        "secure_discard": False,
+        "discard_granularity": 4096,
+        "requests": 16,
+        "queues": 16,
+        "survives": False,
+        "filters": [],
+    } == told(image)["guest"]
+    assert told(image, "--backend", "raw")["guest"]["survives"]
+
+
+@pytest.mark.parametrize("kind", ["raw", "mmap", "vhd", "overlay"])
+def test_it_is_what_a_disk_that_is_open_says(told, tmp_path, image, kind):
+    """Of a disk that is in use: whoever has it can say what is true."""
+    path, words = str(image), []
+    if kind == "vhd":
+        path = str(tmp_path / "a.vhd")
+        create(path, SIZE)
+        disk = open_backend("vhd", {"path": path})
+    elif kind == "overlay":
+        path = str(tmp_path / "changes")
+        disk = open_backend("overlay", {"path": str(image), "overlay": path})
+    else:
+        words = ["--backend", kind]
+        disk = open_backend(kind, {"path": path})
+    with contextlib.closing(disk):
+        guest = told(path, *words)["guest"]
+        assert (disk.can_discard, disk.discard_granularity, disk.threads, disk.size) == (
+            guest["discard"],
+            guest["discard_granularity"],
+            guest["requests"],
+            guest["size"],
+        )
+        names = ("sector_size", "physical_sector_size", "read_only", "survives")
+        assert [getattr(disk, name) for name in names] == [guest[name] for name in names]
+
+
+def test_with_filters(told, info, image, tmp_path):
+    log = tmp_path / "requests"
+    words = ["--filter=offset:start=64K", "--filter=powercut:seed=7", f"--filter=log:file={log}"]
+    guest = told(image, "--backend=raw", *words)["guest"]
+    assert (SIZE - (64 << 10), False) == (guest["size"], guest["survives"])
+    assert ["offset", "powercut", "log"] == [each["name"] for each in guest["filters"]]
+    assert "64K" == guest["filters"][0]["settings"]["start"]
+    assert f"  filter 3    log file={log},format=text,on=yes" in info(image, *words)[1].splitlines()
+    assert not log.exists()
+
+
+def test_a_filter_that_cannot_be(info, image):
+    status, out, err = info(image, "--filter=partition:number=1")
+    assert (ExitStatus.ERROR, "", 1) == (status, out, err.count("\n"))
+    assert "partition" in err
+
+
+def test_what_connect_would_refuse(told, info, image):
+    os.truncate(image, SIZE + 100)
+    assert told(image)["guest"] is None
+    assert "not a multiple of 512" in told(image)["refused"]
+    assert "\nconnect refuses it: its size, " in info(image)[1]
+
+
+def test_what_a_python_file_says_of_itself(told, tmp_path):
+    path = tmp_path / "plugin.py"
+    path.write_text(RAM)
+    guest = told(path, "byte=7")["guest"]
+    assert (None, False, "python") == (guest["read_only"], guest["discard"], guest["backend"])
+
+
+@needs("nbdkit")
+def test_what_a_server_says(info):
+    try:
+        NBD.load()
+    except XenUnavailable as error:
+        pytest.skip(str(error))
+    _, out, _ = info("[ nbdkit -r memory 8M ]", "--filter=delay:read=1ms", "--json")
+    guest = json.loads(out)["guest"]
+    assert (True, False, 64, True) == tuple(
+        guest[name] for name in ("read_only", "discard", "requests", "survives")
+    )
+    _, out, _ = info("[ nbdkit memory 8M ]")
+    assert "  requests    many at a time, in up to 1 queue" in out.splitlines()
+    assert "  discard     yes, of 4 KiB" in out.splitlines()
+
+
+@needs("qemu-img", "qemu-nbd")
+def test_a_qcow2_that_is_in_use(told, tmp_path):
+    path = str(tmp_path / "a,b.qcow2")
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", path, "2M"], check=True)
+    with contextlib.closing(open_backend("qemu", {"path": path, "format": "qcow2"})) as disk:
+        before = os.stat(path).st_mtime_ns
+        found = told(path, "--format=qcow2", "--filter=offset:start=1M")
+        assert (True, SIZE, True) == (
+            found["in_use"],
+            found["guest"]["size"],
+            found["guest"]["discard"],
+        )
+        assert before == os.stat(path).st_mtime_ns
+        disk.flush()

@@ -377,6 +377,8 @@ def _warn_of(container: Signature, path: str) -> None:
         raise ImageError(
             f"{path}: an overlay, whose own structure a guest would see: {container.remedy}"
         )
+    if sharing.is_looking():
+        return  # who looks says so himself
     log.warning(
         "%s: looks like %s, whose own structure the guest will see; if it is to see the disk "
         "inside, %s",

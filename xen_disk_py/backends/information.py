@@ -7,11 +7,12 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..errors import ImageError, UsageError
+from ..errors import ImageError, UsageError, XenDiskError
 from . import qemu_img, qemu_locks
 from .image import Image, reason_of
-from .loader import QEMU_FORMATS, choose, is_file, open_backend
+from .loader import QEMU_FORMATS, choose, is_file
 from .locks import holders
+from .offered import offered
 from .overlay.file import OverlayFile
 from .overlay.maintenance import allocated_bytes
 from .signatures import OVERLAY, recognise
@@ -28,34 +29,52 @@ def describe(
     path: str,
     format: str | None = None,  # noqa: A002 - as the option
     pairs: Sequence[str] = (),
+    *,
+    backend: str | None = None,
+    filters: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Describe a file or device, and what lies below it.
+    """Describe a file or device, what lies below it, and what a guest would have of it.
 
     Args:
         path: what; also what ``--path`` takes besides.
         format: ``raw``, ``vhd``, ``overlay``, or one of QEMU's; None: a name that ends in .vhd is
             a VHD, a file that begins like an overlay one. That is good enough to be told, not to
             be served.
-        pairs: ``key=value`` of what has to be opened for that: a server's disk, a Python file.
+        pairs: ``key=value`` of its backend.
+        backend: how a raw image would be served; None for ``connect``'s default.
+        filters: what each ``--filter`` says.
 
     Returns:
         ``path``, ``format``, ``size`` (of the disk, in bytes), ``sector_size``, ``allocated``
         (bytes of the disk that are in this file), ``disk_usage`` (bytes on storage), ``in_use``
         (somebody has a lock on it) and ``parent``: the same of what lies below, or None. Of a
-        parent that cannot be read: ``path`` and ``error``. See the functions for more.
+        parent that cannot be read: ``path`` and ``error``. See the functions for more. Of the
+        whole, ``guest``: see :func:`.offered.offered`, or None; ``refused``: why it is that.
 
     Raises:
         ImageError: it cannot be read.
         XenDiskError: from its backend, where that has to be opened.
     """
     if format is None and (not is_file(path) or choose(None, path) != "cow"):
-        return _served(path, pairs)
-    if pairs:
-        raise UsageError(f"{pairs[0]}: an image has no options to be told with: leave it out")
+        return _served(path, pairs, filters)
+    kind = format
     try:
-        return _describe(path, format, 1)
+        kind = format or _guess(path)
+        found = _describe(path, kind, 1)
     except OSError as error:
         raise ImageError(f"{path}: {_reason(error, path)}") from error
+    if backend is not None and kind != "raw":
+        raise UsageError(f"--backend {backend} is for a raw image: leave it out")
+    found |= {"guest": None, "refused": None}
+    try:
+        found["guest"] = offered(path, kind, backend=backend, pairs=pairs, filters=filters)
+    except UsageError:
+        raise
+    except XenDiskError as error:
+        if filters:
+            raise
+        found["refused"] = str(error).removeprefix(f"{found['path']}: ")
+    return found
 
 
 def _reason(error: OSError, path: str) -> str:
@@ -172,22 +191,23 @@ def _is_in_use(path: str) -> bool | None:
     return bool(holders(status) or qemu_locks.holders(status))
 
 
-def _served(path: str, pairs: Sequence[str]) -> dict[str, Any]:
+def _served(path: str, pairs: Sequence[str], filters: Sequence[str]) -> dict[str, Any]:
     """Describe what has to be opened for that: a server's disk, or one that a program makes."""
-    disk = open_backend(None, {"path": path, "read_only": True}, pairs=pairs)
-    try:
-        return {
-            "path": path,
-            "format": "python" if is_file(path) else choose(None, path),
-            "size": disk.size,
-            "sector_size": disk.sector_size,
-            "allocated": None,
-            "disk_usage": None,
-            "in_use": None,
-            "parent": None,
-        }
-    finally:
-        disk.close()
+    plain = guest = offered(path, None, pairs=pairs)
+    if filters:
+        guest = offered(path, None, pairs=pairs, filters=filters)
+    return {
+        "path": path,
+        "format": guest["backend"],
+        "size": plain["size"],
+        "sector_size": plain["sector_size"],
+        "allocated": None,
+        "disk_usage": None,
+        "in_use": None,
+        "parent": None,
+        "guest": guest,
+        "refused": None,
+    }
 
 
 def _is_vhd(path: str) -> bool:

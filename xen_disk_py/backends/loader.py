@@ -162,7 +162,7 @@ def open_backend(
     try:
         with sharing.forced(force):
             disk = cls(**arguments)
-        if read_only and not disk.read_only:
+        if read_only and not disk.read_only and not sharing.is_looking():
             disk.read_only = True
     except XenDiskError:
         raise

@@ -35,6 +35,8 @@ def claim(fd: int, path: str, *, writable: bool) -> Sequence[int]:
         ImageError: somebody else uses it; the message says who and what to do.
         OSError: it cannot be asked.
     """
+    if sharing.is_looking():
+        return ()
     status = os.fstat(fd)
     is_block_device = stat.S_ISBLK(status.st_mode)
     others: list[int] = []

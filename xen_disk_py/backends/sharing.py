@@ -15,7 +15,7 @@ import shlex
 import stat
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import NamedTuple
@@ -60,6 +60,24 @@ def or_force() -> str:
     return "" if _forced.get() is None else ", or --force to use it all the same"
 
 
+_looking: ContextVar[bool] = ContextVar("looking", default=False)
+
+
+@contextmanager
+def looking() -> Iterator[None]:
+    """Have images that are opened in here read without a lock, and nothing made or changed."""
+    token = _looking.set(True)
+    try:
+        yield
+    finally:
+        _looking.reset(token)
+
+
+def is_looking() -> bool:
+    """Tell whether :func:`looking` says so."""
+    return _looking.get()
+
+
 class Storage(NamedTuple):
     """Where an image's bytes are.
 
@@ -74,6 +92,15 @@ class Storage(NamedTuple):
     writable: bool
     files: frozenset[tuple[int, int]]
     devices: frozenset[Number]
+
+
+def storage_of_files(paths: Iterable[str], *, writable: bool) -> list[Storage]:
+    """Say where the bytes of files or devices are that are not open; of what is there."""
+    found = []
+    for path in paths:
+        with suppress(OSError):  # whoever opens it says what is wrong
+            found.append(storage_of(os.stat(path), os.path.abspath(path), writable=writable))
+    return found
 
 
 class Use(NamedTuple):

@@ -8,11 +8,13 @@ import fcntl
 import os
 import struct
 
-from .image import Image
+from . import sharing
+from .image import Image, file_system
 
 _FALLOC_FL_KEEP_SIZE = 0x01  # linux/falloc.h
 _FALLOC_FL_PUNCH_HOLE = 0x02
 _BLKDISCARD = 0x1277  # linux/fs.h
+_PUNCHING = {"btrfs", "ext4", "gfs2", "tmpfs", "xfs"}  # fallocate(2)
 _CHUNK = 1 << 30  # a device may take long; nothing can interrupt one request to it
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -35,20 +37,16 @@ class Trim:
         self.granularity = 4096
         self.physical_sector_size: int | None = None
         step = image.sector_size
+        is_writable = not image.read_only or sharing.is_looking()
         if image.is_block_device:
             physical = queue_attribute(image.fd, "physical_block_size")
             self.physical_sector_size = max(physical, image.sector_size)
             self.granularity = _rounded_up(queue_attribute(image.fd, "discard_granularity"), step)
             limit = queue_attribute(image.fd, "discard_max_bytes")
-            self.supported = limit > 0 and not image.read_only
-        elif not image.read_only:
+            self.supported = limit > 0 and is_writable
+        elif is_writable:
             self.granularity = _rounded_up(os.fstat(image.fd).st_blksize, step)
-            try:
-                punch_hole(image.fd, image.size, 4096)  # nothing is there: a harmless question
-            except OSError:
-                pass
-            else:
-                self.supported = True
+            self.supported = can_punch(image.fd)
 
     def discard(self, offset: int, length: int) -> None:
         """Free ``length`` bytes at ``offset``; on a device, the whole sectors of it in there.
@@ -66,6 +64,39 @@ class Trim:
         for start in range(first, end, _CHUNK):
             extent = struct.pack("QQ", start, min(_CHUNK, end - start))
             fcntl.ioctl(self._image.fd, _BLKDISCARD, extent)
+
+
+def can_punch(fd: int) -> bool:
+    """Ask the file system of an open file whether it makes holes; the file stays as it is.
+
+    The question goes to a file without a name in the same directory: even where nothing is, a hole
+    gives a file another time of modification (Linux 6.18), by which overlays know their image.
+    """
+    directory = os.path.dirname(os.readlink(f"/proc/self/fd/{fd}"))
+    try:
+        other = os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except OSError:  # not every file system knows such files
+        return _punches_itself(fd)
+    try:
+        if os.fstat(other).st_dev != os.fstat(fd).st_dev:  # the file is mounted there
+            return _punches_itself(fd)
+        return _punches(other, 0)
+    finally:
+        os.close(other)
+
+
+def _punches_itself(fd: int) -> bool:
+    if sharing.is_looking():
+        return file_system(fd) in _PUNCHING
+    return _punches(fd, os.fstat(fd).st_size)
+
+
+def _punches(fd: int, end: int) -> bool:
+    try:
+        punch_hole(fd, end, 4096)
+    except OSError:
+        return False
+    return True
 
 
 def queue_attribute(fd: int, name: str) -> int:

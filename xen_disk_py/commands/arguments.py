@@ -238,7 +238,8 @@ def _add_overlay_commands(commands: argparse._SubParsersAction[_Parser]) -> None
         help="say what an image, an overlay, a VHD or another disk is",
         description="Print the format, size and allocated space of SOURCE and of what lies below "
         "it: an overlay's image, a VHD's parents, a qcow2's backing files. Of an overlay, whether "
-        "its image is as it was, and what differs; of a server's disk, what a guest would have. "
+        "its image is as it was, and what differs. Then what connect would give a guest: the size, "
+        "the sectors, discard, with the filters. "
         "Locks and changes nothing; a disk may be using SOURCE.",
     )
     info.add_argument(
@@ -253,6 +254,18 @@ def _add_overlay_commands(commands: argparse._SubParsersAction[_Parser]) -> None
         choices=("raw", "vhd", "overlay", *QEMU_FORMATS),
         help="what SOURCE is (default: vhd if its name ends in .vhd, overlay if it begins like "
         "one, else raw)",
+    )
+    info.add_argument(
+        "--backend",
+        choices=("cow", "raw", "mmap"),
+        help="how connect would serve a raw image (default: cow)",
+    )
+    info.add_argument(
+        "--filter",
+        action="append",
+        default=[],
+        metavar="NAME[:KEY=VALUE,...]",
+        help="a filter over SOURCE, as in connect; the first is next to it",
     )
     info.add_argument("--json", action="store_true", help="print JSON")
 

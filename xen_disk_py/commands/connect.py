@@ -13,6 +13,7 @@ from dataclasses import replace
 from functools import partial
 
 from ..backends.filter import succeeding
+from ..backends.sharing import Storage, storage_of_files
 from ..datapath.disk import Disk
 from ..datapath.statistics import Statistics, histogram
 from ..errors import DeviceTaken, UsageError, XenDiskError
@@ -73,7 +74,7 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
         spec = spec_from(args, role.temporary)
         if role.temporary is not None and spec.cow_limit is None:
             spec = replace(spec, cow_limit=memory.room() // 2)
-        connection = _open(args, env, role, spec, stack)
+        connection = _open(args, env, role, spec, stack, wanted=wanted)
         if role.leaves and not connection.disk.backend.survives:
             raise UsageError(
                 f"a {spec.backend_name} disk ends with its process, so that no other can take it "
@@ -180,27 +181,50 @@ def _open(
     spec: DiskSpec,
     stack: ExitStack,
     domain: Domain | None = None,
+    wanted: VirtualDevice | None = None,
 ) -> _Connection:
-    """Open all that a disk needs; what is wrong with the command line comes to light first.
+    """Open all that a disk needs, the disk last: to open one for writing may change it.
 
     With ``domain`` the disk is one to be taken over from another process.
     """
+    is_new = domain is None
+    store = stack.enter_context(env.open_store())
+    hypervisor = stack.enter_context(env.hypervisor())
+    if domain is None:
+        domain = toolstack.find_domain(store, args.vm)
+        if wanted is not None:
+            record.refuse_orphan(env.record_directory, Address(0, domain.domid, wanted.number, ""))
+            toolstack.check_free(store, domain.domid, wanted)
+        changing = _changed_by_opening(spec)
+        other_backends.check(store, changing, force=spec.force)
+        if changing:
+            orphans.check(env.record_directory, changing, force=spec.force, store=store)
     user = privileges.find_user(spec.user) if spec.user is not None else None
     if user is not None:
         privileges.forbid_gains()  # before a backend starts a thread
-    with nullcontext() if domain is None else succeeding():
+    with nullcontext() if is_new else succeeding():
         disk = spec.open_disk()
     stack.callback(disk.close)
-    store = stack.enter_context(env.open_store())
     other_backends.check(store, disk.backend.host_storage, force=spec.force)
-    if domain is None:
+    if is_new:
         orphans.check(
             env.record_directory, disk.backend.host_storage, force=spec.force, store=store
         )
-    hypervisor = stack.enter_context(env.hypervisor())
-    domain = domain or toolstack.find_domain(store, args.vm)
     interrupts = stack.enter_context(Interrupts(hangup_resizes=not env.in_terminal).installed())
     return _Connection(args, env, role, spec, store, hypervisor, domain, disk, user, interrupts)
+
+
+def _changed_by_opening(spec: DiskSpec) -> list[Storage]:
+    """Say what a disk is in whose files change, or are made, as soon as it is opened."""
+    if spec.overlay is not None:
+        images = [spec.path] if spec.path is not None else []
+        return [
+            *storage_of_files([spec.overlay], writable=True),
+            *storage_of_files(images, writable=False),
+        ]
+    if spec.backend_name == "qemu" and spec.path is not None and not spec.read_only:
+        return storage_of_files([spec.path], writable=True)
+    return []
 
 
 class _Connection:

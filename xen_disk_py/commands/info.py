@@ -16,11 +16,13 @@ from .environment import Environment
 
 def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
     """Print it; nothing is locked or changed."""
-    found = describe(args.source, args.format, args.option)
+    found = describe(
+        args.source, args.format, args.option, backend=args.backend, filters=args.filter
+    )
     if args.json:
         env.say(json.dumps(found, indent=2))
     else:
-        env.say("\n".join(_lines(found)))
+        env.say("\n".join([*_lines(found), *_offer(found)]))
     return ExitStatus.OK
 
 
@@ -49,3 +51,30 @@ def _lines(found: Mapping[str, Any]) -> Iterator[str]:
         yield f"  parent      {printable(found['parent']['path'])}"
         yield ""
         yield from _lines(found["parent"])
+
+
+def _offer(found: Mapping[str, Any]) -> Iterator[str]:
+    yield ""
+    guest = found["guest"]
+    if guest is None:
+        yield f"connect refuses it: {printable(found['refused'])}"
+        return
+    yield f"a guest would have, by the backend {guest['backend']}"
+    yield f"  size        {format_size(guest['size'])} ({guest['size']} bytes)"
+    sector, physical = guest["sector_size"], guest["physical_sector_size"]
+    yield f"  sectors     {sector} bytes{f' (physical: {physical})' if physical != sector else ''}"
+    yield f"  read-only   {_ANSWERS[guest['read_only']]}"
+    yield f"  flush       {_ANSWERS[guest['flush']]}"
+    granularity = format_size(guest["discard_granularity"])
+    secure = ", also securely" if guest["secure_discard"] else ""
+    yield f"  discard     {f'yes, of {granularity}' if guest['discard'] else 'no'}{secure}"
+    many, queues = guest["requests"], guest["queues"]
+    at_once = "many" if many is None else many
+    yield f"  requests    {at_once} at a time, in up to {queues} queue{'s' * (queues != 1)}"
+    yield f"  survives    {_ANSWERS[guest['survives']]}"
+    for each in guest["filters"]:
+        settings = ",".join(f"{key}={value}" for key, value in each["settings"].items())
+        yield f"  filter {each['place']:<4} {printable(each['name'] + ' ' + settings)}"
+
+
+_ANSWERS = {True: "yes", False: "no", None: "unknown"}

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Callable
 
-from ..backends.sharing import Storage, number_of, storage_of
+from ..backends.sharing import Storage, number_of, storage_of_files
 from ..errors import ImageError, XenDiskError
 from ..host.identity import difference, identity_of
 from ..xenbus.states import Address
@@ -89,11 +89,7 @@ def check_files(
     open_store: Callable[[], Store] | None = None,
 ) -> None:
     """See that no disk whose process has died is made of these files; see :func:`check`."""
-    storage = []
-    for path in paths:
-        with suppress(OSError):  # whoever opens it says what is wrong
-            storage.append(storage_of(os.stat(path), os.path.abspath(path), writable=writable))
-    check(directory, storage, open_store=open_store)
+    check(directory, storage_of_files(paths, writable=writable), open_store=open_store)
 
 
 def _shared(storage: Sequence[Storage], found: Found | None) -> Storage | None:

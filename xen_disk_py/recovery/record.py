@@ -386,6 +386,17 @@ def _is_locked(fd: int) -> bool:
     return False
 
 
+def refuse_orphan(directory: str, address: Address) -> None:
+    """See that no disk of that address waits for a successor.
+
+    Raises:
+        DeviceTaken: one does.
+    """
+    found = find(directory, address)
+    if found is not None and found.is_orphan:
+        Record._refuse(address)
+
+
 def find(directory: str, address: Address) -> Found | None:
     """Read the record of a device; None if there is none."""
     try:

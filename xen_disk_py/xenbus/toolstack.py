@@ -141,6 +141,23 @@ def free_device(store: Store, domid: int) -> VirtualDevice:
     return first_free(taken(store, domid))
 
 
+def check_free(store: Store, domid: int, device: VirtualDevice) -> None:
+    """See that the domain has no device of that number, as :func:`attach` will.
+
+    Raises:
+        DeviceTaken: it has.
+    """
+    if device.number in taken(store, domid):
+        raise _taken(device, domid)
+
+
+def _taken(device: VirtualDevice, domid: int) -> DeviceTaken:
+    return DeviceTaken(
+        f"{device.name} is taken in domain {domid}; choose another --vdev, or leave it out for the "
+        "first free one"
+    )
+
+
 def attach(
     store: Store,
     address: Address,
@@ -209,10 +226,7 @@ def attach(
     def create(transaction: Store) -> None:
         for path in address.directories:
             if transaction.exists(path):
-                raise DeviceTaken(
-                    f"{device.name} is taken in domain {guest}; choose another --vdev, "
-                    "or leave it out for the first free one"
-                )
+                raise _taken(device, guest)
         if not transaction.exists(f"/local/domain/{guest}"):
             raise DeviceError(f"domain {guest} has gone")
         for path, permissions, keys in trees:

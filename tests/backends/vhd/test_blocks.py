@@ -252,10 +252,13 @@ def test_a_first_block_lies_behind_all_that_names_the_parent(unpacked, tmp_path)
 
 def test_a_missing_footer_is_put_back_before_anything_is_written(unpacked):
     path = unpacked("dyn-notail-qemu.vhd")
-    with contextlib.closing(VhdBackend(path)):
+    footer = content_of(path)[:512]
+    with contextlib.closing(VhdBackend(path)) as disk:
+        write(disk, MIB, bytes(512))  # changes nothing: so it reads already
         vhd = opening.examine(os.open(path, os.O_RDONLY), path)
         os.close(vhd.fd)
         assert vhd.length - 512 == vhd.tail
+        assert footer == content_of(path)[-512:]
 
 
 @pytest.mark.parametrize("padding", [512, 3584, 100])

@@ -231,6 +231,8 @@ def test_a_footer_that_was_missing_is_put_back_once(tmp_path, monkeypatch):
     recorder = Recorder(monkeypatch)
     recorder.watch(path)
     with contextlib.closing(VhdBackend(path)) as disk:
+        assert not recorder.events
+        write(disk, 0, bytes(512))  # reads so already
         assert ["write", "sync"] == [each[0] for each in recorder.events]
-        disk._top.prepare()
+        write(disk, 0, bytes(512))
         assert 2 == len(recorder.events)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar
 
 from ...errors import UsageError
-from .. import Backend
+from .. import Backend, sharing
 from ..filter import Filter
 
 T = TypeVar("T")
@@ -52,7 +52,7 @@ class Log(Filter):
 
     def configure(self, *, file: str, format: str, on: bool) -> None:  # noqa: A002
         """Write so from now on; with the file's name it is opened anew, if that is another one."""
-        fd = _open(file) if file != self._file else -1
+        fd = _open(file) if file != self._file and not sharing.is_looking() else -1
         with self._lock:
             self._is_json, self._is_on = format == "json", on
             if fd >= 0:

@@ -43,7 +43,7 @@ from ...trace.reader import TraceReader
 from ...trace.sink import Page, Sink
 from ...trace.writer import TraceWriter, event, fields_of
 from ...units import format_size, parse_size
-from .. import Backend, asynchronous
+from .. import Backend, asynchronous, sharing
 from ..asynchronous import Asynchronous, Done
 from ..filter import Filter, Noting, is_succeeding
 from ..queues import here
@@ -105,7 +105,7 @@ class Recorder(Filter):
         if on and not file:
             raise UsageError("--filter record needs file=…, or on=no")
         writer = None
-        if on:
+        if on and not sharing.is_looking():
             writer = _open(self.source, file, data=data, ring=size, in_use=self._is_in_use)
         source, before, sink = self.source, self._sink, Sink(writer, file)
         self._sink = sink

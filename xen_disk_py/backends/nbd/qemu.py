@@ -13,7 +13,7 @@ import time
 from contextlib import suppress
 
 from ...errors import BackendError, ImageError, UsageError
-from .. import qemu_img, qemu_locks
+from .. import qemu_img, qemu_locks, sharing
 from ..loader import QEMU_FORMATS
 from .backend import NbdBackend
 
@@ -60,12 +60,18 @@ class QemuBackend(NbdBackend):
         command = [program, "--format", format, "--discard=unmap", "--detect-zeroes=unmap"]
         if read_only:
             command = [program, "--format", format, "--read-only"]
+        words = ["--", path]
+        if sharing.is_looking():  # without QEMU's locks; a comma is written twice
+            name = path.replace(",", ",,")
+            image = f"driver={format},force-share=on,file.driver=file,file.filename={name}"
+            command, words = [program, "--read-only"], ["--image-opts", image]
+        else:
+            _wait_for_another(path)
         self._image_path = path
         self._format = format
-        _wait_for_another(path)
         try:
             super().__init__(
-                [*command, "--", path],
+                [*command, *words],
                 read_only=read_only,
                 sector_size=sector_size,
                 timeout=timeout,

@@ -20,7 +20,7 @@ from typing import Callable
 from ...errors import DeviceError, UsageError
 from ...host import memory
 from ...units import format_size
-from .. import Backend
+from .. import Backend, sharing
 from ..before_images import WAIT, BeforeImages
 from ..image import Image, cut, file_system
 from ..newfile import sync_directory
@@ -254,6 +254,8 @@ def _open(path: str, overlay: str, sector_size: int | None) -> tuple[Image, Over
     """Open an image and the overlay for it, or make one."""
     if os.path.exists(overlay) and os.path.exists(path) and os.path.samefile(path, overlay):
         raise UsageError(f"--overlay {overlay}: that is the image itself: give another name")
+    if sharing.is_looking():
+        return _look_at(path, overlay)
     if not os.path.lexists(overlay):
         image = Image.open(path, writable=False, sector_size=sector_size)
         try:
@@ -275,6 +277,23 @@ def _open(path: str, overlay: str, sector_size: int | None) -> tuple[Image, Over
                 sync_directory(os.path.realpath(image.path))
                 file.empty(image)
             file.attach(image)
+        except BaseException:
+            image.close()
+            raise
+    except BaseException:
+        file.close()
+        raise
+    return image, file
+
+
+def _look_at(path: str, overlay: str) -> tuple[Image, OverlayFile]:
+    """Open both for reading, and see that they fit; nothing is locked."""
+    file = OverlayFile.look_at(overlay)
+    try:
+        image = file.open_image(path, writable=False)
+        try:
+            if not file.header.was_committed(image):
+                file.header.check(image, file.path)
         except BaseException:
             image.close()
             raise

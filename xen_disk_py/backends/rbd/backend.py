@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 
 from ...errors import BackendError, UsageError, XenDiskError
-from .. import Backend
+from .. import Backend, sharing
 from ..asynchronous import DISCARD, FLUSH, READ, WRITE
 from .image import RbdImage
 
@@ -72,7 +72,7 @@ class RbdBackend(Backend):
                     "rados_mon_op_timeout": str(_OPEN_TIMEOUT),
                     "rados_osd_op_timeout": str(timeout),
                 },
-                writable=not self.read_only,
+                writable=not (self.read_only or sharing.is_looking()),
                 wait=wait,
             )
         except XenDiskError as error:

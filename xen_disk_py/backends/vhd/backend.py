@@ -8,12 +8,12 @@ import stat
 from collections.abc import Iterable, Sequence
 
 from ...errors import DeviceError, ImageError, UsageError, XenDiskError
-from .. import Backend
+from .. import Backend, sharing
 from ..before_images import BeforeImages
 from ..image import Image
 from ..loader import parse_options
 from ..sharing import Storage
-from ..trim import punch_hole
+from ..trim import can_punch, punch_hole
 from .chain import open_chain, open_parent, roots_of
 from .create import create_child
 from .growing import grow
@@ -70,7 +70,7 @@ class VhdBackend(Backend):
         self.write_nowait = (  # type: ignore[method-assign]  # as above
             top.write if isinstance(top, Image) else top.write_nowait
         )
-        if not read_only:
+        if not read_only or sharing.is_looking():
             try:
                 self._prepare()
             except BaseException:
@@ -80,17 +80,11 @@ class VhdBackend(Backend):
     def _prepare(self) -> None:
         try:
             if not isinstance(self._top, Image):
-                self._top.prepare()
+                self._top.check_room()
         except OSError as error:
             raise ImageError(f"{self.path}: cannot be written: {error.strerror}") from error
-        status = os.fstat(self._top.fd)
-        if stat.S_ISBLK(status.st_mode):
-            return
-        try:  # nothing is there: a harmless question
-            punch_hole(self._top.fd, status.st_size, 4096)
-        except OSError:
-            return
-        self._can_discard = True
+        is_device = stat.S_ISBLK(os.fstat(self._top.fd).st_mode)
+        self._can_discard = not is_device and can_punch(self._top.fd)
 
     @property
     def exported_fd(self) -> int | None:

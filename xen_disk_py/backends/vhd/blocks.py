@@ -38,7 +38,7 @@ from ..image import IOV_MAX, Image, cut, nowait_flags, transfer_all
 from ..overlay.file import data_extents
 from ..sharing import Storage, storage_of
 from ..trim import punch_hole
-from .layout import FOOTER, FREE, SECTOR, Footer, blocks_of, checksum, whole_sectors
+from .layout import FOOTER, FREE, SECTOR, Batmap, Footer, blocks_of, checksum, whole_sectors
 from .opening import Blocks, Vhd
 from .stable import Stable
 from .zeros import fill_zeros, is_zero
@@ -65,7 +65,6 @@ class BlockLayer:
 
     Attributes:
         stable: what flushes it.
-        before: saves what the disk has before that changes; None: nobody needs it.
         is_ordered: bits wait for their data; not needed where a crash need not leave the old
             content.
     """
@@ -99,7 +98,10 @@ class BlockLayer:
         self._lock = threading.Lock()  # for whoever changes anything above, or the end of the file
         self._nowait = nowait_flags(vhd.fd)
         self._tail = vhd.tail if vhd.tail is not None else vhd.length
-        self.before: BeforeImages | None = None
+        self._before: BeforeImages | None = None
+        # What is not in order in a file is put in order with the first change, not before.
+        self._is_prepared = not writable or not self._needs_preparation()
+        self._is_slow = not self._is_prepared
         self._end = blocks.used  # what is used ends there
         self._is_ours = vhd.is_device  # what lies from there to the tail: in a file it is zeros
 
@@ -258,7 +260,7 @@ class BlockLayer:
 
     def write_nowait(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Write where only data changes: into the page cache."""
-        if self.before is not None:
+        if self._is_slow:
             return 0
         length = len(buffers[0]) if len(buffers) == 1 else sum(map(len, buffers))
         inside = offset & self._mask
@@ -278,7 +280,10 @@ class BlockLayer:
     def write(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Write all of it; see the module for the order."""
         length, done = sum(map(len, buffers)), 0
-        before = self.before
+        if not self._is_prepared:
+            with self._lock:
+                self.prepare()
+        before = self._before
         if before is not None:
             before.save(offset, offset + length)
         while done < length:
@@ -402,18 +407,53 @@ class BlockLayer:
             self.stable.sync()  # a block's bitmap must not be what is there
         self._tail = tail
 
+    @property
+    def before(self) -> BeforeImages | None:
+        """Saves what the disk has before that changes; None: nobody needs it."""
+        return self._before
+
+    @before.setter
+    def before(self, images: BeforeImages | None) -> None:
+        self._before = images
+        self._is_slow = images is not None or not self._is_prepared
+
+    def _needs_preparation(self) -> bool:
+        return self._lacks_footer or self._vhd.has_old_copy or self._true_batmap() is not None
+
+    @property
+    def _lacks_footer(self) -> bool:
+        vhd = self._vhd
+        return vhd.tail is None or vhd.length - vhd.tail != FOOTER
+
+    def check_room(self) -> None:
+        """See that a footer that is missing has room.
+
+        Raises:
+            OSError: it has none.
+        """
+        if self._lacks_footer:
+            self._place_of_footer()
+
+    def _place_of_footer(self) -> int:
+        length = whole_sectors(self._vhd.length)
+        at = max(self._end, length - FOOTER)
+        if self._vhd.is_device and at + FOOTER > length:
+            raise OSError(errno.ENOSPC, "the device has no room for a footer at its end")
+        return at
+
     def prepare(self) -> None:
-        """Make it ready for writing: with a footer at its end and its copy, and a true batmap.
+        """Put it in order for writing: a footer at its end and its copy, and a true batmap.
+
+        The first change does that by itself.
 
         Raises:
             OSError: it cannot be written.
         """
+        if self._is_prepared:
+            return
         vhd = self._vhd
-        if vhd.tail is None or vhd.length - vhd.tail != FOOTER:
-            length = whole_sectors(vhd.length)
-            at = max(self._end, length - FOOTER)
-            if vhd.is_device and at + FOOTER > length:
-                raise OSError(errno.ENOSPC, "the device has no room for a footer at its end")
+        if self._lacks_footer:
+            length, at = whole_sectors(vhd.length), self._place_of_footer()
             old = os.pread(self.fd, FOOTER, at)
             is_data = any(old) and not old.startswith(vhd.footer.raw[:8])  # no damaged footer
             if is_data and at != self._end and not vhd.is_device:
@@ -426,25 +466,34 @@ class BlockLayer:
             self._pwrite(vhd.footer.raw, 0)
             self.stable.sync()
             self._vhd = replace(self._vhd, has_old_copy=False)
-        self._clear_batmap()
+        batmap = self._true_batmap()
+        if batmap is not None:
+            self._put_batmap(*batmap)
+        self._is_prepared = True
+        self._is_slow = self._before is not None
 
-    def _clear_batmap(self) -> None:
-        """Let no block count as full that is not in the file: blktap would not read its bitmap."""
+    def _true_batmap(self) -> tuple[Batmap, bytes] | None:
+        """Make a batmap in which no block is full that is not in the file; None: it is like that.
+
+        Of a block that counts as full blktap does not read the bitmap.
+        """
         batmap = self._blocks.batmap
         if batmap is None:
-            return
+            return None
         old = os.pread(self.fd, batmap.length, batmap.offset)
         if checksum(old) != batmap.checksum:
-            return  # it is no good to anybody
+            return None  # it is no good to anybody
         new = bytearray(old)
         for block, entry in enumerate(self._bat):
             if entry == FREE and block // 8 < len(new):
                 new[block // 8] &= ~(0x80 >> block % 8)
-        if new != old:
-            self._pwrite(new, batmap.offset)
-            header = struct.pack(">I", checksum(new))
-            self._pwrite(header, self._blocks.header.end_of_table + 24)
-            self.stable.sync()
+        return None if new == old else (batmap, bytes(new))
+
+    def _put_batmap(self, batmap: Batmap, content: bytes) -> None:
+        self._pwrite(content, batmap.offset)
+        header = struct.pack(">I", checksum(content))
+        self._pwrite(header, self._blocks.header.end_of_table + 24)
+        self.stable.sync()
 
     def _pwrite(self, data: bytes | bytearray, offset: int) -> None:
         transfer_all(os.pwritev, self.fd, [memoryview(data)], offset)
@@ -472,6 +521,7 @@ class BlockLayer:
             OSError: it cannot be written.
         """
         with self._lock:
+            self.prepare()
             count, old = len(self._bat), self.size
             extra = blocks_of(size, self._block_size) - count
             if extra > 0:
@@ -533,7 +583,7 @@ class BlockLayer:
 
         What only the parent has stays as it is.
         """
-        before, deadline = self.before, time.monotonic() + WAIT
+        before, deadline = self._before, time.monotonic() + WAIT
         for start, stop, place in self.extents(offset, offset + length):
             if place >= 0:
                 if before is not None:
