@@ -22,7 +22,12 @@ if sys.flags.isolated:
     ):
         site.addsitedir(_own)
 
-from xen_disk_py.cli import run  # only now is it to be found
+from xen_disk_py.host.systemd import notify_starting  # only now is it to be found
+
+if __name__ == "__main__":
+    notify_starting()  # what is imported next takes most of a start
+
+from xen_disk_py.cli import run
 
 if __name__ == "__main__":
     run()

@@ -291,8 +291,32 @@ for _ in range(3):
     assert ([""] if survives else ["", f"adopts {DEVICE}"]) == started(notes)
 
 
+@pytest.mark.parametrize("step", ["EXTEND_TIMEOUT_USEC=60000000", "X_DEVICE=5 xvdb"])
+def test_a_start_may_last(supervise, clock, step):
+    """Each step may take as long as one that serves may be silent, of a successor, too."""
+    steps = f"notify({step!r}); note('later'); " * 4
+    first = f"{steps}name(); until_heard(); note('later'); note('later'); wait()"
+    assert ExitStatus.OK is supervise(first, steps + ENDS, watchdog=WATCHDOG)
+
+
+def test_one_that_serves_starts_no_longer(supervise, clock, notes):
+    """What it says of a start is no sign of life then."""
+    first = """
+name()
+until_heard()
+notify("READY=1")
+until_heard()
+for _ in range(2):
+    note("later")
+    notify("EXTEND_TIMEOUT_USEC=60000000", "X_DEVICE=5 xvdb")
+    until_heard()
+"""
+    assert ExitStatus.OK is supervise(first, ENDS, watchdog=WATCHDOG)
+    assert ["", f"adopts {DEVICE}"] == started(notes)
+
+
 def test_the_time_in_which_one_hung_was_not_calm(supervise, clock, notes):
-    hangs = "name(); " + "note('later'); " * 3 + "wait()"
+    hangs = "name(); until_heard(); " + "note('later'); " * 3 + "wait()"
     with pytest.raises(DeviceError, match="after 2 restarts"):
         supervise(hangs, hangs, watchdog=WATCHDOG, calm=LATER, delays=(0, 0))
     assert 3 == len(started(notes))
@@ -346,6 +370,14 @@ def test_asked_between_two_workers(supervise, notes, on_restart):
     on_restart(lambda: os.kill(os.getpid(), signal.SIGINT))
     assert ExitStatus.OK is supervise(DIES, WAITS, delays=(3600,))
     assert ["started ", f"started adopts {DEVICE}", "SIGINT"] == notes()
+
+
+def test_one_that_starts_is_not_asked_yet(supervise, notes, on_restart):
+    """A signal would end it while it only says that its start continues."""
+    on_restart(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    starts = "notify('EXTEND_TIMEOUT_USEC=60000000'); note('starts'); "
+    assert ExitStatus.OK is supervise(DIES, starts + WAITS, delays=(3600,))
+    assert ["started ", f"started adopts {DEVICE}", "starts", "SIGTERM"] == notes()
 
 
 def test_told_something_else_between_two_workers(supervise, notes, on_restart):

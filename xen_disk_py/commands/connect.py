@@ -22,7 +22,7 @@ from ..host import memory, privileges
 from ..host.logs import about
 from ..host.privileges import User
 from ..host.program import own_command
-from ..host.systemd import notify
+from ..host.systemd import notify, notify_starting
 from ..hypervisor import Hypervisor
 from ..recovery import orphans, record, takeover, temporary, verbs
 from ..recovery.control import Control
@@ -64,6 +64,7 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
     wanted = parse(name) if name is not None else None
     if args.supervise:
         return _supervise(args, env)
+    notify_starting()  # all is imported
     role = replace(role, leaves=role.leaves or args.recover)
     adopts = args.adopt or (args.recover and _is_to_recover(args, env, wanted))
     if adopts and wanted is not None:
@@ -205,11 +206,13 @@ def _open(
     with nullcontext() if is_new else succeeding():
         disk = spec.open_disk()
     stack.callback(disk.close)
+    notify_starting()  # the longest step of some disks
     other_backends.check(store, disk.backend.host_storage, force=spec.force)
     if is_new:
         orphans.check(
             env.record_directory, disk.backend.host_storage, force=spec.force, store=store
         )
+    notify_starting()
     interrupts = stack.enter_context(Interrupts(hangup_resizes=not env.in_terminal).installed())
     return _Connection(args, env, role, spec, store, hypervisor, domain, disk, user, interrupts)
 

@@ -18,7 +18,11 @@ WATCHDOG_USEC = "WATCHDOG_USEC"
 WATCHDOG_PID = "WATCHDOG_PID"
 """The variable that says which process that is for, unless it is for all who read it."""
 
+EXTEND_TIMEOUT = "EXTEND_TIMEOUT_USEC="
+"""How a service says for how many microseconds more its start may last (sd_notify(3))."""
+
 _PATIENCE = 5.0  # seconds for a listener whose queue is full: one that has been stopped
+_STEP = 60.0
 
 
 def notify(*assignments: str) -> None:
@@ -39,6 +43,14 @@ def notify(*assignments: str) -> None:
             channel.send("\n".join(map(printable, assignments)).encode())
     except OSError as error:
         log.debug("cannot notify systemd: %s", error)
+
+
+def notify_starting() -> None:
+    """Say that a start continues: a step is done, and the next may take :data:`_STEP` seconds.
+
+    On a very slow machine a whole start takes longer than whoever waits for it would think.
+    """
+    notify(f"{EXTEND_TIMEOUT}{round(_STEP * 1e6)}")
 
 
 def watchdog_interval() -> float | None:

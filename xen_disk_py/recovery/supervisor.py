@@ -7,7 +7,8 @@ there is anything in xenstore that it could leave behind.
 
 * A worker that ends by itself has cleaned up: we end as it did. One that a signal ended, or
   that ended as :attr:`ExitStatus.CRASHED`, has left its disk to a successor.
-* A worker that is silent is killed, and has a successor too. One that was stopped is silent.
+* A worker that is silent is killed, and has a successor too. One that was stopped is silent. One
+  that starts is not while it does one step after another, however slow the machine is.
 * Signals go through us. The worker is in a session of its own: a Ctrl-C on our terminal comes
   to it once, from us, since a second one means force; Ctrl-Z and ``stty tostop`` do not stop it.
 * If we are killed the worker stays. A disk that is served is better than one that is not.
@@ -31,7 +32,14 @@ from typing import Callable
 from ..errors import DeviceError
 from ..exit_status import ExitStatus
 from ..host.logs import about
-from ..host.systemd import NOTIFY_SOCKET, WATCHDOG_PID, WATCHDOG_USEC, notify, watchdog_interval
+from ..host.systemd import (
+    EXTEND_TIMEOUT,
+    NOTIFY_SOCKET,
+    WATCHDOG_PID,
+    WATCHDOG_USEC,
+    notify,
+    watchdog_interval,
+)
 from ..xenbus.states import Address
 from ..xenbus.vdev import parse
 from . import record
@@ -50,7 +58,8 @@ CALM = 60.0
 
 _ASKING = (signal.SIGINT, signal.SIGTERM)  # to end
 _PASSED_ON = (*_ASKING, signal.SIGHUP, signal.SIGUSR2)
-_FORWARDED = ("READY=", "STATUS=", "STOPPING=")
+_FORWARDED = ("READY=", "STATUS=", "STOPPING=", EXTEND_TIMEOUT)
+_STEPS = (EXTEND_TIMEOUT, DEVICE)  # of a start
 _CREDENTIALS = struct.Struct("iII")  # struct ucred: pid, uid, gid (unix(7))
 
 
@@ -101,7 +110,8 @@ class Supervisor:
         first: the command line of the first worker.
         again: makes the command line of a successor, from the device that was named.
         watchdog: seconds of silence after which a worker is killed; 0 for never. They count
-            from its start, then from each ``READY=1`` or ``WATCHDOG=1``.
+            from its start, from each step of that (``EXTEND_TIMEOUT_USEC=``, ``X_DEVICE=``), then
+            from each ``READY=1`` or ``WATCHDOG=1``.
         delays: seconds before the first, second, … restart; how many there are is how many
             restarts there may be.
         calm: seconds of a worker's life, to its last sign of life if it hung, after which
@@ -128,6 +138,7 @@ class Supervisor:
         self._held: list[int] = []  # signals for a worker that does not handle them yet
         self._process: subprocess.Popen[bytes] | None = None
         self._has_spoken = False
+        self._has_started = False
         self._last_sign = 0.0
         interval = watchdog_interval()
         self._ping_every = interval / 2 if interval is not None else math.inf
@@ -185,7 +196,7 @@ class Supervisor:
 
     def _serve(self, command: Sequence[str]) -> ExitStatus | str:
         """Have one worker serve; return how it ended by itself, or tell how it did not."""
-        self._has_spoken = False
+        self._has_spoken = self._has_started = False
         self._last_sign = time.monotonic()
         try:
             process = subprocess.Popen(command, env=self._environment(), start_new_session=True)
@@ -280,10 +291,15 @@ class Supervisor:
                     self._naming.close()
                     self._naming.enter_context(about(assignment[len(NAME) :]))
                 elif assignment in ("READY=1", "WATCHDOG=1"):
+                    self._has_started = True
+                    self._last_sign = time.monotonic()
+                if assignment.startswith(_STEPS) and not self._has_started:
                     self._last_sign = time.monotonic()
             forwarded = [text for text in assignments if text.startswith(_FORWARDED)]
             if forwarded:
                 notify(*forwarded)
+            if all(text.startswith(EXTEND_TIMEOUT) for text in assignments):
+                continue  # so early it handles no signals yet
             self._has_spoken = True
             while self._held:
                 self._process.send_signal(self._held.pop(0))
