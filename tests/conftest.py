@@ -38,18 +38,27 @@ from xen_disk_py.xenbus.states import Address
 from xen_disk_py.xenbus.vdev import parse
 from xen_disk_py.xenbus.xenstore import Store
 
+# Where several Pythons run the tests, one says how many need Xen.
+collect_ignore = [] if long_run.runs_all() else ["xen"]
+
 with contextlib.suppress(ImportError):  # dom0 of the lab has none
     from hypothesis import HealthCheck, settings
+    from hypothesis.internal.conjecture import providers
 
     # A busy machine may stop any example for seconds, and the ordinary run is the same each time.
     settings.register_profile(
         "ordinary",
         deadline=None,
         database=None,
-        derandomize=not os.environ.get("XEN_DISK_LONG"),
+        derandomize=not long_run.LONG,
+        max_examples=100 if long_run.runs_all() else 25,
         suppress_health_check=list(HealthCheck),
     )
     settings.load_profile("ordinary")
+    if not long_run.LONG and hasattr(providers, "_get_local_constants"):
+        # Else it parses all modules of ours, for 3 s, to draw numbers that stand in the tests.
+        nothing_local = providers._local_constants
+        providers._get_local_constants = lambda: nothing_local
 
 # Whoever started us in the background may have had these ignored, and children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -44,21 +44,28 @@ def one_in(share: int, *indices: int) -> bool:
     return LONG or sum(n * index for n, index in enumerate(indices, 1)) % share == 0
 
 
+def runs_all() -> bool:
+    """Tell whether this Python runs every test: alone, or as 3.11 where several do."""
+    is_one = LONG or sys.version_info.minor == _RUNS_ALL
+    return is_one or not os.environ.get("XEN_DISK_SHARE")
+
+
 def of_this_python(tests: Sequence[pytest.Function]) -> list[bool]:
     """Tell which tests run on this Python, where several Pythons share them out.
 
     Python 3.11 runs all. Of each function that is shared every other Python runs one case in four,
     so that each case runs on two Pythons. Shared are the tests in the directories and files SHARED
     and those that are marked ``shared``: they depend on kernels, protocols, formats and other
-    programs more than on Python, and each Python still runs a part of every file. Without
+    programs more than on Python, and each Python still runs a part of every file. Of a property,
+    every other Python tries the first 25 examples of the 100 that 3.11 does. Without
     XEN_DISK_SHARE=1, which says that several Pythons run the tests, this one runs everything.
 
     Args:
         tests: all of them, in order.
     """
-    minor = sys.version_info.minor
-    if LONG or minor == _RUNS_ALL or not os.environ.get("XEN_DISK_SHARE"):
+    if runs_all():
         return [True] * len(tests)
+    minor = sys.version_info.minor
     number = minor - (minor > _RUNS_ALL)
     cases: Counter[str] = Counter()
     chosen = []

@@ -11,6 +11,8 @@ import pytest
 from xen.lab.machine import LabError
 from xen.lab.progress import Follower, Progress, commit_of, report, summary_of
 
+pytestmark = pytest.mark.shared  # git and pytest are started
+
 TESTS = Path(__file__).parent
 
 MODULE = """
@@ -40,7 +42,6 @@ def noted(*outcomes, collected=None):
     return "".join(f"{line}\n" for line in lines)
 
 
-@pytest.mark.shared
 def test_pytest_notes_each_test_and_leaves_out_what_is_done(tmp_path):
     (tmp_path / "test_module.py").write_text(MODULE)
     (tmp_path / "done").write_text("test_module.py::test_done\n")
