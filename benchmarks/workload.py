@@ -92,6 +92,8 @@ class Load(Frontend):
         self._indices[_RSP_EVENT] = (self._consumed + self._half) & _MASK
         count = -(-size // PAGE_SIZE)
         pages = self.max_bytes // PAGE_SIZE
+        while self._make_buffer():
+            pass
         refs = [ref for buffer in self._free for ref in buffer.refs]
         if scatter:
             random.Random(1).shuffle(refs)

@@ -579,7 +579,7 @@ def test_xsa_175_any_keys(host, keys, caplog, max_queues):
     one = keys(Memory(threads=4), max_queues=max_queues)
     dice = random.Random(max_queues)
     seen = set()
-    for round_ in repeat(40, 100):
+    for round_ in repeat(25, 100):
         queues, order = dice.randint(1, max_queues), dice.randint(0, 4)
         one.sound(queues, order)
         if round_:

@@ -169,11 +169,11 @@ def test_nothing_is_in_use_when_a_request_is_done(host, max_segments):
     """Without persistent grants; as Linux checks it, when the response arrives."""
     serving = host.serving(host.memory(1 << 20))
     frontend = serving.frontend(persistent=False, max_segments=max_segments)
-    refs = [ref for pages in frontend._shared[1:] for ref in pages.refs]
     seen = []
 
     def look(view):
         # Of the whole batch: it is answered at once, after all of it is unmapped.
+        refs = [ref for pages in frontend._shared[1:] for ref in pages.refs]
         seen.append(host.guest.in_use(refs))
 
     for index in range(32):

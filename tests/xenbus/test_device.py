@@ -872,7 +872,7 @@ def test_random_states(host, make, threads):
     guest = make(backend)
     guest.publish(persistent=True)
     data = host.share()
-    for _ in repeat(150, 400):
+    for _ in repeat(80, 400):
         guest.switch(S(dice.choice([1, 1, 2, 3, 4, 4, 5, 6, 6, 0, 7, 8])))
         guest.device.update()
         mapped = host.hypervisor.mapped_pages

@@ -103,6 +103,7 @@ class Frontend(Closing):
         self._turn = 0  # which ring gets the next request
         self._ids = itertools.count()
         self._free: list[_Buffer] = []
+        self._size = 0
         self._pending: dict[int, tuple[_Buffer, Callable[[memoryview], object]]] = {}
 
     def connect(self) -> Features:
@@ -135,19 +136,23 @@ class Frontend(Closing):
         names = store.list(self._backend)
         values = {name: store.read(f"{self._backend}/{name}") for name in names}
         self.features = Features.from_keys({k: v for k, v in values.items() if v is not None})
-        self._make_buffers()
+        self._make_buffer()  # of the others each when it is needed: most guests are small
         self._switch(State.CONNECTED)
         return self.features
 
-    def _make_buffers(self) -> None:
+    def _make_buffer(self) -> bool:
+        """Have one buffer more, unless there are as many as requests may be in flight."""
+        depth = min(self._wanted_depth, sum(ring.slots for ring in self._rings))
+        if len(self._free) + len(self._pending) >= depth:
+            return False
         limit = max(MAX_SEGMENTS, self.features.max_indirect_segments)
         segments = min(self._wanted_segments, limit)
-        depth = min(self._wanted_depth, sum(ring.slots for ring in self._rings))
-        for _ in range(depth):
-            indirect = -(-segments // SEGMENTS_PER_PAGE) if segments > MAX_SEGMENTS else 0
-            pages = self._guest.share_pages(self._backend_domid, segments + indirect, writable=True)
-            self._shared.append(pages)
-            self._free.append(_Buffer(pages, segments))
+        indirect = -(-segments // SEGMENTS_PER_PAGE) if segments > MAX_SEGMENTS else 0
+        pages = self._guest.share_pages(self._backend_domid, segments + indirect, writable=True)
+        self._shared.append(pages)
+        self._free.append(_Buffer(pages, segments))
+        self._size = self._free[-1].size
+        return True
 
     @property
     def in_flight(self) -> int:
@@ -157,7 +162,7 @@ class Frontend(Closing):
     @property
     def max_bytes(self) -> int:
         """The longest single read or write."""
-        return self._free[0].size if self._free else 0
+        return self._size
 
     def submit(
         self,
@@ -188,7 +193,7 @@ class Frontend(Closing):
         rings = self._require_rings()
         ring = rings[self._turn % len(rings)]
         self._turn += 1
-        while not self._free or not ring.free:
+        while not ring.free or not (self._free or self._make_buffer()):
             self.kick()
             self.reap(wait=True)
         return ring
@@ -341,6 +346,7 @@ class Frontend(Closing):
             buffer.release()
         self._free.clear()
         self._pending.clear()
+        self._size = 0
         while self._channels:
             self._channels.pop().close()
         while self._shared:

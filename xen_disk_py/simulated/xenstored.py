@@ -170,6 +170,7 @@ class _Connection:
         self.domid = domid
         self.received = b""
         self.unsent = b""
+        self.is_stuck = False  # the socket takes no more: we are told when it does
         self.watches: dict[tuple[str, str], str] = {}  # (path as given, token) -> whole path
         self.transactions: dict[int, _Transaction] = {}
 
@@ -532,6 +533,8 @@ class SimulatedXenstored(Closing):
         connection.sock.close()
 
     def _flush(self, connection: _Connection) -> None:
+        if not connection.unsent:
+            return
         try:
             sent = connection.sock.send(connection.unsent) if connection.unsent else 0
             connection.unsent = connection.unsent[sent:]
@@ -540,8 +543,10 @@ class SimulatedXenstored(Closing):
         except OSError:
             self._drop(connection)
             return
-        writing = selectors.EVENT_WRITE if connection.unsent else 0
-        self._selector.modify(connection.sock, selectors.EVENT_READ | writing)
+        if bool(connection.unsent) != connection.is_stuck:
+            connection.is_stuck = not connection.is_stuck
+            writing = selectors.EVENT_WRITE if connection.is_stuck else 0
+            self._selector.modify(connection.sock, selectors.EVENT_READ | writing)
 
     def _receive(self, connection: _Connection) -> None:
         try:
