@@ -46,10 +46,12 @@ GUEST = 1
 SIZE = 16 << 20
 TABLE = "loop"
 LIMIT = "bare call"
+FIRST = ", first write"
 ROUNDS = 10
 TIMING, TIMED, UNTIMED = "timing", "timed", "not timed"
 TIMING_ROUNDS = 80
 _PLACES = 1024  # batches are laid out for so many requests
+_READ_ONLY = (", not written", ", not held")  # a write would change what they are
 
 
 def _never(error: Exception) -> None:
@@ -62,9 +64,12 @@ class Lane:
     Args:
         stack: what closes all of it.
         backend: the disk, closed with the rest.
+        is_first: each batch writes where nothing was written: all is discarded after it.
     """
 
-    def __init__(self, stack: ExitStack, backend: Backend) -> None:
+    def __init__(self, stack: ExitStack, backend: Backend, *, is_first: bool = False) -> None:
+        self.is_first = is_first
+        self._backend = backend
         machine = stack.enter_context(SimulatedMachine(domid=GUEST))
         guest = stack.enter_context(SimulatedGuest(machine))
         hypervisor = stack.enter_context(SimulatedHypervisor(machine))
@@ -133,6 +138,8 @@ class Lane:
             assert not slot[10]
         with suppress(BlockingIOError):
             self._channel.acknowledge()
+        if self.is_first:
+            self._backend.discard(0, SIZE)
 
     def batch(self, operation: int, requests: int = DEPTH) -> float:
         """Return the processor seconds of so many requests."""
@@ -205,6 +212,9 @@ def disks(directory: str) -> dict[str, Backend]:
         "cow, written": CowBackend(image("cow2")),
         "overlay, not held": OverlayBackend(image("overlay1"), overlay=f"{directory}/over1"),
         "overlay, held": OverlayBackend(image("overlay2"), overlay=f"{directory}/over2"),
+        f"raw{FIRST}": RawBackend(image("raw2")),
+        f"cow{FIRST}": CowBackend(image("cow3")),
+        f"overlay{FIRST}": OverlayBackend(image("overlay3"), overlay=f"{directory}/over3"),
     }
     page = [memoryview(bytes(PAGE_SIZE))]
     for name in ("cow, written", "overlay, held"):
@@ -227,7 +237,7 @@ def measure(results: Results, lanes: Mapping[str, Lane], path: str, batches: int
         for requests in (DEPTH, DEPTH // 2, 1):
             loops = {LIMIT: limit}
             for name, lane in lanes.items():
-                if operation == READ or not name.endswith((", not written", ", not held")):
+                if not name.endswith(_READ_ONLY if operation == WRITE else FIRST):
                     loops[name] = partial(lane.batch, operation, requests)
             for number in range(1 + ROUNDS):
                 found: dict[str, list[float]] = {name: [] for name in loops}
@@ -283,7 +293,7 @@ def main(arguments: Sequence[str]) -> int:
             tempfile.TemporaryDirectory(prefix="xen_disk_py-bench-", dir="/dev/shm")
         )
         lanes = {
-            name: Lane(stack, disk)
+            name: Lane(stack, disk, is_first=name.endswith(FIRST))
             for name, disk in disks(directory).items()
             if name.startswith(args.only)
         }

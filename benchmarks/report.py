@@ -20,6 +20,7 @@ from typing import Callable
 from . import calls
 from . import loop as in_one_thread
 from .local import BEFORE, EVENTS, LATE, LIMIT
+from .loop import FIRST
 from .results import BYTES, CPU, CPU_GIB, RATE, Results, Spread, number, spread
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs/benchmarks.md"
@@ -237,6 +238,18 @@ GOALS = (
         1.8,
         False,
         _each("loop", "4 KiB write, 32", CPU, ("overlay, held",), "raw"),
+    ),
+    Goal(
+        "cow, 4 KiB write of what was not written: of raw's where the image has a hole",
+        1.3,
+        False,
+        _each("loop", "4 KiB write, 32", CPU, (f"cow{FIRST}",), f"raw{FIRST}"),
+    ),
+    Goal(
+        "overlay, 4 KiB write of what it does not hold: the same",
+        1.8,
+        False,
+        _each("loop", "4 KiB write, 32", CPU, (f"overlay{FIRST}",), f"raw{FIRST}"),
     ),
     Goal(
         "4 KiB, 32 in flight: rate of nbdkit's Python plugin",

@@ -58,7 +58,16 @@ def everywhere(act, modules, *, lines):
     assert target > lines
 
 
-EFFECTS = ("pwritev", "fdatasync", "fsync", "ftruncate", "link", "rename", "unlink")
+EFFECTS = (
+    "pwrite",
+    "pwritev",
+    "fdatasync",
+    "fsync",
+    "ftruncate",
+    "link",
+    "rename",
+    "unlink",
+)
 
 
 def at_every_effect(act, *, effects):

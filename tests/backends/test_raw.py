@@ -41,8 +41,9 @@ def test_more_buffers_than_one_system_call_takes(disk, image):
 
 def test_a_transfer_is_as_short_as_the_systems(disk, monkeypatch):
     """Whoever asked for more asks for the rest; nothing of it is lost."""
-    preadv, pwritev = os.preadv, os.pwritev
+    preadv, pwrite, pwritev = os.preadv, os.pwrite, os.pwritev
     monkeypatch.setattr(os, "preadv", lambda fd, views, at: preadv(fd, [views[0][:512]], at))
+    monkeypatch.setattr(os, "pwrite", lambda fd, view, at: pwrite(fd, view[:512], at))
     monkeypatch.setattr(os, "pwritev", lambda fd, views, at: pwritev(fd, [views[0][:512]], at))
     assert 512 == disk.write(buffers(b"x" * 9216), 4096)
     assert 512 == disk.read(buffers(bytes(9216)), 4096)

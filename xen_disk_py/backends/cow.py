@@ -141,7 +141,7 @@ class CowBackend(Backend):
         end = offset + (len(buffers[0]) if len(buffers) == 1 else sum(map(len, buffers)))
         first, last = offset // PAGE, -(-end // PAGE)
         dirty = self._dirty
-        fresh = dirty[first:last].count(0)
+        fresh = dirty[first:last].count(0) if last - first > 1 else 1 - dirty[first]
         if fresh:
             if (self._used + fresh) * PAGE > self.cow_limit:
                 self._refuse(

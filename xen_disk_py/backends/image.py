@@ -260,7 +260,10 @@ class MappedImage(Closing):
         """
         length = len(buffers[0]) if len(buffers) == 1 else sum(map(len, buffers))
         with self._lock, self._view[offset : offset + length] as target:
-            if len(buffers) > IOV_MAX or os.pwritev(self._bounce, buffers, 0) != length:
+            done = 0
+            if len(buffers) == 1:  # most requests
+                done = os.pwrite(self._bounce, buffers[0], 0)
+            if done != length:
                 transfer_all(os.pwritev, self._bounce, buffers, 0)
             self._copy_out(target, f"{length} bytes at {offset}")
         return length

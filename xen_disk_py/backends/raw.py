@@ -1,7 +1,7 @@
 """``raw``: an image file or block device, read and written in place.
 
 Data goes straight between the image and the guest's pages, through the page cache: one
-``preadv`` or ``pwritev`` a request, unless the kernel does only a part at once.
+``preadv``, ``pwritev`` or ``pwrite`` a request, unless the kernel does only a part at once.
 """
 
 from __future__ import annotations
@@ -63,6 +63,8 @@ class RawBackend(Backend):
 
     def write(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Write with ``pwritev``: into the page cache, where ``flush`` takes it from."""
+        if len(buffers) == 1:  # most requests; it takes a tenth less
+            return os.pwrite(self._fd, buffers[0], offset)
         if len(buffers) <= IOV_MAX:
             return os.pwritev(self._fd, buffers, offset)
         return self._image.write(buffers, offset)

@@ -209,6 +209,7 @@ def everywhere(act, *, lines):
         (2 * BLOCK + 512, 1024),  # in one that is
         (BLOCK + 1024, 3 * BLOCK),  # not allocated, allocated, not allocated, neither end whole
         (4 * BLOCK, 2 * BLOCK),
+        (4 * BLOCK, BLOCK),  # one block that is not allocated, as a whole
         (15 * BLOCK, 512),  # the last one, which is not whole
     ],
 )
@@ -714,7 +715,7 @@ def test_a_discard_between_the_look_and_the_write_is_noticed(opened, image):
 def test_a_discard_waits_for_a_write_under_way(opened):
     disk = opened()
     write(disk, 0, b"x" * BLOCK)
-    real = disk._file.write
+    real = disk._file.write_first
     discard = threading.Thread(target=disk.discard, args=(0, 2 * BLOCK))
     overtaken = []
 
@@ -724,7 +725,7 @@ def test_a_discard_waits_for_a_write_under_way(opened):
         overtaken.append(not discard.is_alive())
         real(*arguments)
 
-    disk._file.write = slow_write
+    disk._file.write_first = slow_write
     assert BLOCK == disk.write(buffers(b"y" * BLOCK), BLOCK)
     discard.join()
     assert [False] == overtaken
@@ -798,6 +799,52 @@ def test_a_write_that_fails_leaves_old_or_new_sectors(opened, image, monkeypatch
         assert old == read(disk, 0, 4 * BLOCK)
     write(disk, 512, b"x" * 1024)
     assert old[:512] + b"x" * 1024 + old[1536:] == read(disk, 0, 4 * BLOCK)
+
+
+@pytest.mark.parametrize("errors", [1, 2])
+def test_a_block_that_cannot_be_written_or_marked_keeps_its_content(
+    opened, image, monkeypatch, errors
+):
+    disk = opened()
+    old = Path(image).read_bytes()[: 2 * BLOCK]
+    write(disk, 0, b"a" * BLOCK)
+    real, calls = os.pwrite, []
+
+    def pwrite(*arguments):
+        calls.append(arguments)
+        if len(calls) == errors:
+            raise OSError(errno.ENOSPC, "the file system is full")
+        return real(*arguments)
+
+    def pwritev(*arguments):
+        raise OSError(errno.ENOSPC, "the file system is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(file_module.os, "pwrite", pwrite)
+        patch.setattr(file_module.os, "pwritev", pwritev)
+        with pytest.raises(OSError, match="the file system is full"):
+            disk.write(buffers(b"x" * BLOCK), BLOCK)
+    assert errors == len(calls)
+    assert b"a" * BLOCK + old[BLOCK:] == read(disk, 0, 2 * BLOCK)
+    assert 1 == disk._file.used
+    write(disk, BLOCK, b"x" * BLOCK)
+    assert b"a" * BLOCK + b"x" * BLOCK == read(disk, 0, 2 * BLOCK)
+    assert 2 == disk._file.used
+
+
+def test_a_block_that_is_written_in_part_at_first_is_written_whole(opened, monkeypatch):
+    disk = opened()
+    real = os.pwrite
+
+    def pwrite(fd, data, offset):
+        return real(fd, data[: -(-len(data) // 2)], offset) if len(data) > 1 else 0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(file_module.os, "pwrite", pwrite)
+        assert BLOCK == disk.write(buffers(b"x" * BLOCK), BLOCK)
+        assert BLOCK == disk.write(buffers(b"y" * BLOCK), BLOCK)
+    assert 1 == disk._file.used
+    assert b"y" * BLOCK == read(disk, BLOCK, BLOCK)
 
 
 @pytest.fixture

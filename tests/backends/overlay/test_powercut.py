@@ -30,17 +30,24 @@ class Recorder:
         self.events, self.data = [], bytearray()
         self.acknowledged = []  # with each flush of the guest: what may be read after it
         self._time = 0
-        pwritev, fdatasync = os.pwritev, os.fdatasync
+        pwrite, pwritev, fdatasync = os.pwrite, os.pwritev, os.fdatasync
         punch = file_module.punch_hole
 
-        def note_write(fd, buffers, offset, *flags):
-            done = pwritev(fd, buffers, offset, *flags)
-            data = b"".join(buffers)[:done]
+        def note_write(fd, buffers, offset):
+            done = pwritev(fd, buffers, offset)
+            note(fd, b"".join(buffers)[:done], offset)
+            return done
+
+        def note_one(fd, buffer, offset):
+            done = pwrite(fd, buffer, offset)
+            note(fd, bytes(buffer)[:done], offset)
+            return done
+
+        def note(fd, data, offset):
             start = offset // SECTOR * SECTOR  # the file is read again: what storage has is sectors
             end = -(-(offset + len(data)) // SECTOR) * SECTOR
             self._change(start, end - start, len(self.data))
             self.data += os.pread(fd, end - start, start).ljust(end - start, b"\0")
-            return done
 
         def note_punch(fd, offset, length):
             punch(fd, offset, length)
@@ -53,6 +60,7 @@ class Recorder:
                 fdatasync(fd)
                 self.events.append(Flush(*self._tick()))
 
+        monkeypatch.setattr(os, "pwrite", note_one)
         monkeypatch.setattr(os, "pwritev", note_write)
         monkeypatch.setattr(os, "fdatasync", note_sync)
         monkeypatch.setattr(file_module, "punch_hole", note_punch)
@@ -77,6 +85,9 @@ def work(disk, recorder, image, dice):
     for step in range(60):
         offset = dice.randrange(SIZE // SECTOR - 16) * SECTOR
         end = offset + dice.choice((1, 3, 8, 16)) * SECTOR
+        if dice.randrange(2):  # as most requests of a guest are: one block
+            offset = offset // 4096 * 4096
+            end = offset + 4096
         kind = dice.choices(("write", "discard", "flush"), (6, 1, 2))[0]
         if kind == "write":
             data = bytes([step + 1]) * (end - offset)

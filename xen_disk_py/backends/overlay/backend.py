@@ -138,10 +138,15 @@ class OverlayBackend(Backend):
         if not offset % BLOCK and (not end % BLOCK or end == self.size):  # most requests
             file = self._file
             with file.lock:
-                if last - first != 1 or not file.allocated[first]:
+                if last - first != 1:
                     self._store(buffers, offset, first, last, ())
-                else:  # most of these: nothing to allocate, and a call less
+                elif file.allocated[first]:  # most of these: nothing to allocate
                     file.write_again(buffers, offset, length)
+                elif len(buffers) == 1:
+                    self._check_limit(1)
+                    file.write_first(buffers[0], first)
+                else:
+                    self._store(buffers, offset, first, last, ())
             return length
         # What the first and the last block have before and behind the write: block, from, to
         edges = ((first, first * BLOCK, offset), (last - 1, end, min(last * BLOCK, self.size)))

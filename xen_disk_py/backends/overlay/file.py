@@ -353,10 +353,39 @@ class OverlayFile(Closing):
 
     def write_again(self, buffers: Sequence[memoryview], offset: int, length: int) -> None:
         """Do the same where all is allocated; ``length`` is that of all ``buffers``."""
-        if os.pwritev(self.fd, buffers, self.data + offset) == length:
+        if len(buffers) == 1:
+            done = os.pwrite(self.fd, buffers[0], self.data + offset)
+        else:
+            done = os.pwritev(self.fd, buffers, self.data + offset)
+        if done == length:
             self._unflushed.write(offset, offset + length)
         else:
             self.write(buffers, offset)
+
+    def write_first(self, buffer: memoryview, block: int) -> None:
+        """Store a whole block that is not allocated, and have it count.
+
+        This is :meth:`write` and :meth:`allocate`, with half of the calls; the mark is behind the
+        data here, too.
+        """
+        offset, page = block * BLOCK, block // BLOCK
+        if page not in self._reserved:
+            self._reserve(page)
+        try:
+            is_done = os.pwrite(self.fd, buffer, self.data + offset) == len(buffer)
+        except OSError:
+            is_done = False  # what is to be done about it is known there
+        if is_done:
+            self._unflushed.write(offset, offset + len(buffer))
+            is_done = os.pwrite(self.fd, b"\1", BLOCK + block) == 1
+        else:
+            self.write([buffer], offset)
+        if is_done:
+            self.used += 1
+            self.allocated[block] = 1
+            self._changed.add(page)
+        else:
+            self._mark(block, block + 1, b"\1")
 
     def allocate(self, first: int, last: int) -> None:
         """Have the blocks from ``first`` to before ``last`` count, whose data was written."""
@@ -458,20 +487,21 @@ class OverlayFile(Closing):
     def _mark(self, first: int, last: int, byte: bytes) -> None:
         content = byte * (last - first)
         pages = set(range(first // BLOCK, -(-last // BLOCK)))
-        for page in pages - self._reserved:  # or a flush would find no space for them
-            self._reserve(BLOCK + self._map_length + page * BLOCK)
-            self._reserved.add(page)
+        for page in pages - self._reserved:
+            self._reserve(page)
         transfer_all(os.pwritev, self.fd, [memoryview(content)], BLOCK + first)
         self.used += content.count(1) - self.allocated[first:last].count(1)
         self.allocated[first:last] = content
         self._changed |= pages
 
-    def _reserve(self, at: int) -> None:
+    def _reserve(self, page: int) -> None:
+        """Take the space of a page of the durable map, or a flush would find none for it."""
         try:
-            os.posix_fallocate(self.fd, at, BLOCK)
+            os.posix_fallocate(self.fd, BLOCK + self._map_length + page * BLOCK, BLOCK)
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # the file system cannot
                 raise
+        self._reserved.add(page)
 
     def _pages(self, numbers: Iterable[int]) -> dict[int, bytes]:
         """Copy pages of the map, by where they are in it."""
