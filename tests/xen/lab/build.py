@@ -22,6 +22,7 @@ from pathlib import Path
 
 from .architecture import Architecture
 from .archive import Modules, Tree, add_busybox, add_programs, unpack_kernel
+from .bootstrap import BootstrapError, bootstrap
 from .machine import LabError, save_machine
 from .recipe import EXCLUDED_PATHS, HERE, Suite, build_directory, cache_root
 
@@ -128,12 +129,8 @@ _VARIANT = {
 def _install_packages(suite: Suite, root: Path, work: Path) -> None:
     say(f"installing {len(suite.packages)} Debian packages and what they need (2 to 5 minutes)")
     root.mkdir()
-    # The archive form works without being root too; devices are not wanted, dom0 mounts a devtmpfs.
     excludes = [f"--dpkgopt=path-exclude={path}" for path in EXCLUDED_PATHS]
-    bootstrap = [
-        "mmdebstrap",
-        "--quiet",
-        "--format=tar",
+    options = [
         *_VARIANT[suite.architecture.is_foreign],
         f"--architectures={suite.architecture.name}",
         f"--include={','.join(suite.packages)}",
@@ -144,24 +141,16 @@ def _install_packages(suite: Suite, root: Path, work: Path) -> None:
         "-",
     ]
     log = work / "mmdebstrap.log"
-    with log.open("wb") as errors:
-        # INITRD=No: the kernel's package would spend half a minute on an initrd that nobody boots.
-        packer = subprocess.Popen(
-            bootstrap, stdout=subprocess.PIPE, stderr=errors, env={**os.environ, "INITRD": "No"}
-        )
-        unpacker = subprocess.run(
-            ["tar", "--extract", "--no-same-owner", "--exclude=./dev/*", "--directory", str(root)],
-            stdin=packer.stdout,
-            stderr=errors,
-            check=False,
-        )
-        status = packer.wait()
-    if status or unpacker.returncode:
+    try:
+        with log.open("wb") as errors:
+            # The kernel's package would spend half a minute on an initrd that nobody boots.
+            bootstrap(options, root, work, errors=errors, environment={"INITRD": "No"})
+    except BootstrapError:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
         hint = ""
         if "NO_PUBKEY" in tail or "not signed" in tail:
             hint = f"\nThe keys of {suite.name} are missing: upgrade debian-archive-keyring."
-        raise LabError(f"mmdebstrap could not make {suite.name}:\n{tail}{hint}")
+        raise LabError(f"mmdebstrap could not make {suite.name}:\n{tail}{hint}") from None
 
 
 def _only(directory: Path, pattern: str) -> Path:

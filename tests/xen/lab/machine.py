@@ -44,14 +44,16 @@ class BootError(LabError):
     """The machine did not come up; nothing of the job has run, so it may be tried again."""
 
 
-def _die_with_parent() -> None:
-    """Run in the child before exec: lower priority, no terminal signals, and death when the lab
-    dies.
-    """
-    os.nice(5)
+def die_with_parent() -> None:
+    """Run in the child before exec: no terminal signals, and death when the lab dies."""
     os.setpgid(0, 0)
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def _prepare() -> None:
+    os.nice(5)
+    die_with_parent()
 
 
 class Machine:
@@ -154,7 +156,7 @@ class Machine:
                 stdin=subprocess.DEVNULL,
                 stdout=handle,
                 stderr=handle,
-                preexec_fn=_die_with_parent,  # noqa: PLW1509 - the lab has no threads
+                preexec_fn=_prepare,  # noqa: PLW1509 - the lab has no threads
             )
         deadline = time.monotonic() + START_SECONDS
         for name, listener in listeners.items():
