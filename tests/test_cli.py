@@ -52,7 +52,6 @@ def env():
         (["connect", "vm", "--path", "a", "--cow-limit", "0"], "0 bytes hold no change"),
         (["connect", "vm", "--backend", "overlay"], "needs --path and --overlay"),
         (["connect", "vm", "--path", "a", "--read-only", "--overlay", "no/such"], "leave out one"),
-        (["connect", "vm", "--size", "100"], "100 bytes is not a positive multiple of 512"),
         (["connect", "vm", "--size", "1.00001K"], "not a whole number of bytes"),
         (["connect", "vm", "--vdev", "floppy"], "'floppy' is no device name"),
         (["connect", "vm", "--vdev", ""], "'' is no device name"),
@@ -81,7 +80,6 @@ def env():
         (["export", "a"], "required: NEW"),
         (["connect", "vm", "--sector-size", "700"], "'700' is not 512, 1024, 2048 or 4096"),
         (["connect", "vm", "--sector-size", "4K"], "'4K' is not 512, 1024, 2048 or 4096"),
-        (["connect", "vm", "--size", "512", "--sector-size", "4096"], "multiple of 4096"),
         (["connect", "vm", "--option", "sector_size=4096"], "use --sector-size for that"),
         (["connect", "vm", "--user", "no such user"], "there is no user 'no such user'"),
         (["connect", "vm", "extra"], "the name of a new disk goes with --vdev"),
@@ -104,6 +102,19 @@ def test_usage(env, argv, said):
     assert line.startswith("xen-disk: error: ")
     assert said in line
     assert env.stdout.getvalue() == ""
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--size", "100"], "100 bytes is not a positive multiple of 512"),
+        (["--size", "512", "--sector-size", "4096"], "multiple of 4096"),
+    ],
+)
+def test_what_comes_to_light_when_the_disk_is_opened(host, argv, said):
+    env = host.environment()
+    assert ExitStatus.USAGE == main(["connect", "guest", *argv], env)
+    assert said in env.stderr.getvalue()
 
 
 @pytest.mark.parametrize(

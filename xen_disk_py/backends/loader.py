@@ -146,6 +146,53 @@ def open_backend(
         BackendError: it cannot be loaded or opened, or breaks the contract.
         ImageError: from ours, about the image.
     """
+    cls, label, arguments, wanted, read_only, force = _read(backend, options, filters, pairs)
+    try:
+        with sharing.forced(force):
+            disk = cls(**arguments)
+        if read_only and not disk.read_only and not sharing.is_looking():
+            disk.read_only = True
+    except XenDiskError:
+        raise
+    except Exception as error:
+        raise BackendError(f"{label} cannot be opened: {user_line(error, cls)}") from error
+    check(disk)
+    return _wrap(disk, wanted)
+
+
+def check_wanted(
+    backend: str | None,
+    options: Mapping[str, object],
+    filters: Iterable[str] = (),
+    *,
+    pairs: Sequence[str] = (),
+) -> None:
+    """See whether a disk can be asked for like this; nothing is opened.
+
+    Raises:
+        UsageError: there is no such backend or filter, or it takes no such option or misses one.
+        BackendError: it cannot be loaded.
+    """
+    _read(backend, options, filters, pairs)
+
+
+class _Read(NamedTuple):
+    """What :func:`open_backend` was asked for: a class, what its constructor gets, the filters."""
+
+    cls: type[Backend]
+    label: str
+    arguments: dict[str, object]
+    filters: list[_Wanted]
+    read_only: bool
+    force: bool
+
+
+def _read(
+    backend: str | None,
+    options: Mapping[str, object],
+    filters: Iterable[str],
+    pairs: Sequence[str],
+) -> _Read:
     given = {key: value for key, value in options.items() if value is not None}
     path = given.get("path")
     name = choose(backend, None if path is None else str(path))
@@ -159,17 +206,7 @@ def open_backend(
     else:
         arguments = _arguments(cls, label, {**given, **parse_options(pairs)}, read_only)
     wanted = [_read_filter(text) for text in filters]  # first: what is wrong there opens nothing
-    try:
-        with sharing.forced(force):
-            disk = cls(**arguments)
-        if read_only and not disk.read_only and not sharing.is_looking():
-            disk.read_only = True
-    except XenDiskError:
-        raise
-    except Exception as error:
-        raise BackendError(f"{label} cannot be opened: {user_line(error, cls)}") from error
-    check(disk)
-    return _wrap(disk, wanted)
+    return _Read(cls, label, arguments, wanted, read_only, force)
 
 
 def wrap(source: Backend, filters: Iterable[str]) -> Backend:

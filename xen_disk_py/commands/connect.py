@@ -186,9 +186,12 @@ def _open(
 ) -> _Connection:
     """Open all that a disk needs, the disk last: to open one for writing may change it.
 
-    With ``domain`` the disk is one to be taken over from another process.
+    What is wrong with the command line comes to light first. With ``domain`` the disk is one to be
+    taken over from another process.
     """
     is_new = domain is None
+    user = privileges.find_user(spec.user) if spec.user is not None else None
+    spec.check_backend()
     store = stack.enter_context(env.open_store())
     hypervisor = stack.enter_context(env.hypervisor())
     if domain is None:
@@ -200,7 +203,6 @@ def _open(
         other_backends.check(store, changing, force=spec.force)
         if changing:
             orphans.check(env.record_directory, changing, force=spec.force, store=store)
-    user = privileges.find_user(spec.user) if spec.user is not None else None
     if user is not None:
         privileges.forbid_gains()  # before a backend starts a thread
     with nullcontext() if is_new else succeeding():

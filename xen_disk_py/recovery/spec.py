@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..backends import Backend
-from ..backends.loader import choose, is_file, open_backend
+from ..backends.loader import check_wanted, choose, is_file, open_backend
 from ..datapath.disk import Disk
 from ..datapath.grants import Grants
 from ..datapath.queue import Options
@@ -128,6 +128,13 @@ class DiskSpec:
             ImageError: the image cannot be used.
             BackendError: the backend's own code is broken.
         """
+        return open_backend(self.backend, self._given(), self.filters, pairs=self.options)
+
+    def check_backend(self) -> None:
+        """See whether the backend takes these options; errors as of :meth:`open_backend`."""
+        check_wanted(self.backend, self._given(), self.filters, pairs=self.options)
+
+    def _given(self) -> dict[str, object]:
         given: dict[str, object] = {}
         for name in ("path", "size", "cow_limit", "sector_size", "overlay"):
             if getattr(self, name) is not None:
@@ -135,7 +142,7 @@ class DiskSpec:
         for name in ("read_only", "force"):
             if getattr(self, name):
                 given[name] = True
-        return open_backend(self.backend, given, self.filters, pairs=self.options)
+        return given
 
     def open_disk(self) -> Disk:
         """Open what serves the guest's requests; errors as for :meth:`open_backend`."""
