@@ -246,7 +246,7 @@ GOALS = (
         _each("loop", "4 KiB write, 32", CPU, (f"cow{FIRST}",), f"raw{FIRST}"),
     ),
     Goal(
-        "overlay, 4 KiB write of what it does not hold: the same",
+        "overlay, 4 KiB write of what is not allocated in its file: the same",
         1.8,
         False,
         _each("loop", "4 KiB write, 32", CPU, (f"overlay{FIRST}",), f"raw{FIRST}"),
