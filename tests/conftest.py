@@ -26,7 +26,7 @@ from xen_disk_py.datapath.disk import Disk
 from xen_disk_py.datapath.grants import PERSISTENT_LIMIT, Grants
 from xen_disk_py.datapath.queue import Options, Queue
 from xen_disk_py.errors import XenDiskError
-from xen_disk_py.recovery import control
+from xen_disk_py.recovery import control, survey
 from xen_disk_py.ring import FrontRing
 from xen_disk_py.session import Interrupts, Observer, Session
 from xen_disk_py.simulated.frontend import Frontend
@@ -279,6 +279,10 @@ class Host:
     def tree(self):
         """Return what is in xenstore, whatever it answers just now."""
         return {path: node.value.decode() for path, node in list(self.xenstored.nodes.items())}
+
+    def facts(self):
+        """What the records say."""
+        return [seen.facts for seen in survey.look(self.records)]
 
     def memory(self, size=1 << 20, **attributes):
         return Memory(size, **attributes)

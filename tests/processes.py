@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import xen_disk_py
+from xen_disk_py.host.process import is_process
 from xen_disk_py.host.program import own_command
 
 # What a busy machine may take longer for than the product would wait.
@@ -48,13 +49,19 @@ from xen_disk_py.host.output import open_standard_descriptors
 open_standard_descriptors()
 from xen_disk_py.cli import main, run
 from xen_disk_py.commands.environment import Environment
+from xen_disk_py.recovery import record
 from xen_disk_py.simulated.hypervisor import SimulatedHypervisor, SimulatedMachine
+from xen_disk_py.xenbus.states import Address
 from xen_disk_py.xenbus.xenstore import Store
 
 assert sys.argv[1] == "-I"  # how is shown in tests/host/test_program.py
 sys.executable = __file__
 machine = SimulatedMachine.attach({machine!r})
 if "--adopt" in sys.argv and '"tries"' not in " ".join(sys.argv):
+    for each in os.listdir({records!r}):
+        domid, _, devid = each.partition("-")
+        if devid.isdigit():
+            record.await_end({records!r}, Address(0, int(domid), int(devid), ""))
     machine.bury_backend()  # what a kernel has done when a process has died, or become this one
 for descriptor in machine.descriptors:
     os.set_inheritable(descriptor, True)
@@ -111,10 +118,16 @@ class Process:
         """Wait for its end; the result is its exit status."""
         return self._process.wait(30)
 
+    @property
+    def is_over(self):
+        return self._process.poll() is not None
+
     def kill(self):
         """Kill it, and do what a kernel does then."""
         self._process.kill()
         self._process.wait(30)
+        queues = [each for facts in self._host.facts() for each in facts.queues]
+        self._host.until(lambda: not any(is_process(*each) for each in queues))
         self._host.machine.bury_backend()
 
 

@@ -142,7 +142,7 @@ def shell(tmp_path):
     [
         ("conn", ["connect"]),
         ("connect --grants = c", ["copy"]),
-        ("connect --qu", ["--quiet", "-q", "--queues"]),
+        ("connect --qu", ["--quiet", "-q", "--queues", "--queues-in"]),
         ("connect --path disk", ["disk.raw", "disk.vhd"]),
         ("connect --path = disk.r", ["disk.raw"]),
         ("connect --size 1", []),

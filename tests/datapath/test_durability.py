@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import mmap
 import os
 import random
+import signal
+import socket
 import subprocess
 import threading
 
@@ -202,6 +205,96 @@ def test_copies_are_bounded_and_a_write_waits_when_nothing_can_be_flushed(thin, 
     assert OKAY == flush(disk)
     disk.close()
     assert is_stored(thin, {**written, 13 * MIB: data})
+
+
+class Fork:
+    """A process that does with a disk what it is told, a word at a time."""
+
+    def __init__(self, number, disk):
+        self._ours, theirs = socket.socketpair()
+        self.pid = os.fork()
+        if self.pid:
+            theirs.close()
+            return
+        try:
+            disk.after_fork(number)
+            do = {"flush": flush, "fill": fill, "fsync": fsync}
+            while word := theirs.recv(100).decode():
+                found = write(disk, 0, pattern(0)) if word == "write" else do[word](disk)
+                theirs.send(str(found if word != "fill" else 0).encode())
+        finally:
+            os._exit(0)
+
+    def ask(self, word):
+        self._ours.send(word.encode())
+        return int(self._ours.recv(100))
+
+    def end(self):
+        self._ours.close()
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+
+
+def fsync(disk):
+    """What the kernel says to this process, whatever is known of others."""
+    try:
+        disk.backend.flush()
+    except OSError as error:
+        return error.errno
+    return 0
+
+
+@pytest.fixture
+def forks(thin):
+    """Three processes that serve one disk."""
+    disks, made = [], []
+
+    def forks(backend):
+        disk = Disk(backend(thin.path), Statistics(memoryview(mmap.mmap(-1, 8 * WORDS)).cast("Q")))
+        disks.append(disk)
+        disk.share()
+        for number in range(3):
+            made.append(Fork(number, disk))
+        return made
+
+    yield forks
+    for each in made:
+        each.end()
+    for disk in disks:
+        disk.close()
+
+
+@pytest.mark.parametrize("backend", [RawBackend, MmapBackend])
+def test_no_process_of_several_takes_a_flush_or_write_for_good_after_one_that_failed(
+    thin, forks, backend
+):
+    """One writes, another flushes: the storage loses what was written."""
+    writer, flusher, other = forks(backend)
+    assert OKAY == other.ask("write")
+    assert OKAY == flusher.ask("flush")
+    writer.ask("fill")
+    assert FLUSH_FAILED == flusher.ask("flush")
+    thin.grow()
+    for each in (other, writer, flusher):
+        assert FLUSH_FAILED == each.ask("flush")
+        assert ERROR == each.ask("write")
+
+
+@pytest.mark.parametrize("backend", [RawBackend, MmapBackend])
+def test_the_kernel_tells_each_process_of_an_error(thin, forks, backend):
+    """So none depends on what the others say of it."""
+    everyone = forks(backend)
+    everyone[0].ask("fill")
+    assert [True] * 3 == [each.ask("fsync") in (errno.EIO, errno.ENOSPC) for each in everyone]
+    thin.grow()
+    assert [0] * 3 == [each.ask("fsync") for each in everyone]
+
+
+def test_a_flush_in_one_process_is_for_what_all_have_written(forks):
+    everyone = forks(RawBackend)
+    for each in everyone:
+        assert OKAY == each.ask("write")
+    assert [OKAY] * 6 == [each.ask("flush") for each in everyone * 2]
 
 
 # -- what is no matter of the storage -------------------------------------------------------

@@ -123,6 +123,12 @@ class Backend:
     the next ``fdatasync`` succeeds without the data. By default a flush that failed is the last
     that is tried, or what was written is written again first (``--on-error hold``)."""
 
+    shared_by_forks: bool = False
+    """True: processes that are forked from the one that has opened it may all use it at once, each
+    after it has called ``after_fork``: what one has written the others read, and a ``flush`` is for
+    what any of them has written. The guest's queues may then have a process each
+    (``--queues-in processes``). It holds for the very class that says so, no subclass."""
+
     discard_granularity: int = 4096
     """The smallest extent, in bytes, whose discard frees something; a multiple of
     ``sector_size``."""
@@ -174,6 +180,9 @@ class Backend:
         the old size and the new one.
         """
         raise NotImplementedError
+
+    def after_fork(self) -> None:
+        """Prepare for use in a process that has just been forked from the one that opened it."""
 
     def close(self) -> None:
         """Release everything: called after the last request. A second call does no harm."""

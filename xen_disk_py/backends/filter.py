@@ -222,6 +222,10 @@ class Filter(Backend):
         """Whether the source can."""
         return self.source.can_discard_securely
 
+    def after_fork(self) -> None:
+        """As the source does; a filter is one process's, but for one that says otherwise."""
+        self.source.after_fork()
+
     def close(self) -> None:
         """Close the source."""
         self.source.close()

@@ -185,6 +185,17 @@ class Image(Closing):
             return os.pwritev(self.fd, buffers, offset)
         return os.pwritev(self.fd, buffers[:IOV_MAX], offset)
 
+    def reopen(self) -> None:
+        """Open it once more, in a process that was forked from the one that has opened it.
+
+        Linux tells of a write-back error once for each open file: all that come from now on are
+        told to this one, whoever else hears of them. The locks stay with the first.
+        """
+        flags = os.O_RDONLY if self.read_only else os.O_RDWR
+        fd = os.open(f"/proc/self/fd/{self.fd}", flags | os.O_CLOEXEC)
+        self._locks = (*self._locks, self.fd)
+        self.fd = fd
+
     def measure(self) -> int:
         """Return the image's current size in bytes; another program may have changed it."""
         return os.lseek(self.fd, 0, os.SEEK_END)

@@ -31,6 +31,7 @@ class MmapBackend(Backend):
 
     threads = 16
     survives = True
+    shared_by_forks = True
 
     def __init__(
         self, path: str, *, read_only: bool = False, sector_size: int | None = None
@@ -94,6 +95,17 @@ class MmapBackend(Backend):
             self._mapped = larger
         self.size = size
         return size
+
+    def after_fork(self) -> None:
+        """Open and map the image once more; see :meth:`Image.reopen`.
+
+        The mapping is of that open file, whose errors ``msync`` tells, and what data goes through
+        on its way there is no other process's.
+        """
+        self._image.reopen()
+        if self._mapped is not None:
+            self._mapped.close()
+            self._mapped = MappedImage(self._image)
 
     @property
     def host_storage(self) -> Sequence[Storage]:

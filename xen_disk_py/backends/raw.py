@@ -32,6 +32,7 @@ class RawBackend(Backend):
 
     threads = 16
     survives = True
+    shared_by_forks = True
 
     def __init__(
         self, path: str, *, read_only: bool = False, sector_size: int | None = None
@@ -92,6 +93,11 @@ class RawBackend(Backend):
         self._image.resize(size)
         self.size = size
         return size
+
+    def after_fork(self) -> None:
+        """Open the image once more; see :meth:`Image.reopen`."""
+        self._image.reopen()
+        self._fd = self._image.fd
 
     @property
     def host_storage(self) -> Sequence[Storage]:

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from ..backends.filter import succeeding
 from ..datapath.disk import Disk
+from ..datapath.queue import Queue
 from ..errors import DeviceError, DeviceTaken, XenDiskError
 from ..exit_status import ExitStatus
 from ..host.logs import about
@@ -32,6 +33,7 @@ from ..xenbus.toolstack import PID_KEY, Domain
 from ..xenbus.vdev import VirtualDevice, from_number
 from ..xenbus.waiting import until
 from ..xenbus.xenstore import Store
+from . import queue_processes
 from .arguments import parse
 from .backend_arguments import spec_from
 from .environment import Environment
@@ -50,6 +52,7 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
         store = stack.enter_context(env.open_store())
         address = Address(toolstack.own_domid(store), args.domid, args.devid, attachment.KIND)
         stack.enter_context(about(toolstack.disk_name(store, address)))
+        record.await_end(env.record_directory, address)
         found = record.find(env.record_directory, address)
         if not store.exists(f"{address.backend}/{PID_KEY}"):
             _serve(env, store, address)
@@ -79,7 +82,7 @@ def _serve(env: Environment, store: Store, address: Address) -> None:
             log.error("%s", reason)
             attachment.refuse(store, address, reason)
             return
-        _run(env, store, hypervisor, address, disk, spec, domain, own_record, adopts=False)
+        _run(env, store, hypervisor, address, disk, spec, domain, own_record, stack, adopts=False)
 
 
 def _take_over(env: Environment, store: Store, address: Address) -> ExitStatus:
@@ -103,7 +106,7 @@ def _take_over(env: Environment, store: Store, address: Address) -> ExitStatus:
             may_pass = isinstance(error, takeover.PASSING)
             return ExitStatus.CRASHED if may_pass else ExitStatus.ERROR
         domain = Domain(domid, facts.domain, "")
-        _run(env, store, hypervisor, address, disk, spec, domain, own_record, adopts=True)
+        _run(env, store, hypervisor, address, disk, spec, domain, own_record, stack, adopts=True)
     return ExitStatus.OK
 
 
@@ -129,6 +132,7 @@ def _run(
     spec: DiskSpec,
     domain: Domain,
     own_record: Record,
+    stack: ExitStack,
     *,
     adopts: bool,
 ) -> None:
@@ -137,8 +141,20 @@ def _run(
     vdev = VirtualDevice(address.devid, name)
     is_known = adopts and own_record.facts.connected
     disk.statistics = own_record.statistics
-    own_record.describe(Facts.about(spec, domain, vdev, disk, connected=is_known))
     survives = disk.backend.survives
+    processes = queue_processes.start(
+        env,
+        spec,
+        disk,
+        own_record,
+        hypervisor,
+        domain.domid,
+        toolstack.disk_name(store, address),
+        stack,
+        crash=takeover.crash if survives else None,
+    )
+    queues = processes.identities if processes is not None else ()
+    own_record.describe(Facts.about(spec, domain, vdev, disk, connected=is_known, queues=queues))
     control = Control(own_record)
     verbs.register(control, disk, own_record)
     events = Events(own_record, disk, env.journal)
@@ -184,6 +200,7 @@ def _run(
             on_resize=lambda size: own_record.update(size=size, resizing=None),
             journals=own_record.journals,
             adopts=adopts,
+            open_queue=processes.open_queue if processes is not None else Queue,
         )
         session = Session(
             store,

@@ -791,8 +791,15 @@ def _add_connect(commands: argparse._SubParsersAction[_Parser]) -> None:
         type=_queues,
         default=1,
         metavar="N",
-        help="offer N queues, 1 to 8, each with a thread; fewer if the backend allows fewer "
-        "threads (default: 1)",
+        help="offer N queues, 1 to 8; fewer if the backend allows fewer threads (default: 1)",
+    )
+    performance.add_argument(
+        "--queues-in",
+        choices=("threads", "processes"),
+        default="threads",
+        help="serve the queues in threads, or each in a process of its own: on a host with "
+        "processors to spare, faster for a guest that does many small requests on several queues; "
+        "raw and mmap only (default: threads)",
     )
     performance.add_argument(
         "--grants",

@@ -50,7 +50,15 @@ def spec_from(args: argparse.Namespace, temporary: str | None = None) -> DiskSpe
         force=args.force,
         retries=given.get("on_error") == "hold",
     )
-    named = ("queues", "grants", "persistent_grants", "indirect_segments", "timeout", "user")
+    named = (
+        "queues",
+        "queues_in",
+        "grants",
+        "persistent_grants",
+        "indirect_segments",
+        "timeout",
+        "user",
+    )
     spec = replace(spec, **{name: given[name] for name in named if name in given})
     if spec.overlay is not None and is_vhd(spec.overlay):
         return _with_vhd_overlay(spec, spec.overlay, args.format)

@@ -15,6 +15,8 @@ from functools import partial
 from ..backends.filter import succeeding
 from ..backends.sharing import Storage, storage_of_files
 from ..datapath.disk import Disk
+from ..datapath.processes import QueueProcesses
+from ..datapath.queue import Queue
 from ..datapath.statistics import Statistics, histogram
 from ..errors import DeviceTaken, UsageError, XenDiskError
 from ..exit_status import ExitStatus
@@ -41,6 +43,7 @@ from ..xenbus.states import Address
 from ..xenbus.toolstack import Domain
 from ..xenbus.vdev import VirtualDevice, parse
 from ..xenbus.xenstore import Store
+from . import queue_processes
 from .backend_arguments import is_cow, spec_from
 from .environment import Environment
 
@@ -307,14 +310,42 @@ class _Connection:
             record: its record; closed at the end.
             before: about the process that we follow; None: we follow none.
         """
+        with ExitStack() as stack:
+            self.disk.statistics = record.statistics
+            name = toolstack.disk_name(self._store, address)
+            processes = queue_processes.start(
+                self._env,
+                self._spec,
+                self.disk,
+                record,
+                self._hypervisor,
+                self._domain.domid,
+                name,
+                stack,
+                user=self._user,
+                crash=takeover.crash if self._role.leaves else None,
+            )
+            return self._serve_queues(vdev, address, record, before, processes)
+
+    def _serve_queues(
+        self,
+        vdev: VirtualDevice,
+        address: Address,
+        record: Record,
+        before: Facts | None,
+        processes: QueueProcesses | None,
+    ) -> ExitStatus:
         env, disk, role, spec = self._env, self.disk, self._role, self._spec
         if self._user is not None:
             self._store.reserve(_SPARE_CONNECTIONS)
-            self._hypervisor.reserve(self._domain.domid, spec.queues)
-        disk.statistics = record.statistics
+            if processes is None:
+                self._hypervisor.reserve(self._domain.domid, spec.queues)
         is_known = before is not None and before.connected
         released_at = before.released_at if before is not None else None
-        record.describe(Facts.about(spec, self._domain, vdev, disk, connected=is_known))
+        queues = processes.identities if processes is not None else ()
+        record.describe(
+            Facts.about(spec, self._domain, vdev, disk, connected=is_known, queues=queues)
+        )
         device = Device(
             self._store,
             self._hypervisor,
@@ -330,6 +361,7 @@ class _Connection:
             on_resize=lambda size: record.update(size=size, resizing=None),
             journals=record.journals,
             adopts=before is not None,
+            open_queue=processes.open_queue if processes is not None else Queue,
         )
         status_line = _StatusLine(env, vdev, disk.statistics)
         live = not self._quiet and env.err.isatty()
@@ -342,6 +374,7 @@ class _Connection:
             record,
             status_line.clear,
             env.err.handed_over,
+            processes.end if processes is not None else None,
         )
         session = Session(
             self._store,

@@ -47,6 +47,7 @@ def _row(disk: Attached, directory: str) -> dict[str, Any]:
             disk.frontend_state.name.lower() if disk.frontend_state is not None else None
         ),
         "pid": disk.pid,
+        "queue_pids": facts.queue_pids if facts is not None else [],
         "alive": alive,
         "adoptable": found is not None and found.is_orphan,
         "held": found.counters["held"] if found is not None else 0,

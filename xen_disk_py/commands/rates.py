@@ -55,6 +55,7 @@ def _row(before: Seen, now: Seen, seconds: float) -> dict[str, Any]:
         "vdev": facts.vdev,
         "backend": facts.backend,
         "pid": facts.pid,
+        "queue_pids": facts.queue_pids,
         "alive": now.alive,
         "seconds": round(seconds, 3),
         "iops": rate("requests"),

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Sequence
 from functools import partial
-from typing import Callable, NamedTuple
+from typing import Callable, NamedTuple, Protocol
 
 from ..backends import Backend, asynchronous
 from ..backends.filter import Noting, direct, outermost
@@ -61,6 +61,20 @@ class Moves(NamedTuple):
     noting: Noting | None
 
 
+class Elsewhere(Protocol):
+    """The same disk in other processes, which must follow when it changes its size."""
+
+    def admit(self, sectors: int) -> None:
+        """Have requests up to there admitted from now on, and no others."""
+
+    def resize(self, size: int) -> None:
+        """Have the backend be ``size`` bytes long, as the storage is already.
+
+        Raises:
+            XenDiskError: one of them cannot.
+        """
+
+
 class Disk:
     """A backend as the guest may use it.
 
@@ -91,6 +105,8 @@ class Disk:
         """What a queue does reads and writes by itself, at first (see :meth:`serve_read`); to be
         asked for anew each time: it changes."""
         self.drained = DrainedSection()
+        self.elsewhere: Elsewhere | None = None
+        """The processes that serve it, where this one does not."""
         self._changing = threading.Lock()
         self.bind()
         self._lock = threading.Lock()
@@ -152,6 +168,33 @@ class Disk:
         self._write = self._write_first = refuse
         self.moves = self.moves._replace(write=refuse)
 
+    def share(self) -> None:
+        """Have it served by processes that are forked from now on; the statistics are the last."""
+        self._durability.share()
+        self.bind()
+
+    def after_fork(self, number: int) -> None:
+        """Serve it in a process of its own, for queue ``number``.
+
+        Raises:
+            OSError, XenDiskError: the backend cannot be used here.
+        """
+        self.backend.after_fork()
+        self.statistics.count_in_queue(number)
+        self.bind()
+
+    def check_changeable(self) -> None:
+        """See that :meth:`recompose` is possible.
+
+        Raises:
+            DeviceError: it is not.
+        """
+        if self.elsewhere is not None:
+            raise DeviceError(
+                "its queues are in processes of their own, which are not changed in use: connect "
+                "it without --queues-in processes"
+            )
+
     def recompose(self, change: Callable[[Backend], Backend]) -> None:
         """Serve from another composition over the same backend, from a moment between two requests.
 
@@ -163,6 +206,7 @@ class Disk:
             DeviceError: a request or another change takes too long; nothing was changed.
             Exception: what ``change`` raises; the same.
         """
+        self.check_changeable()
         if not self._changing.acquire(timeout=SETTLING):
             raise DeviceError("the disk is being resized: try again when that is done")
         try:
@@ -270,19 +314,32 @@ class Disk:
                 "would be lost: make the file system in it smaller, then use --force"
             )
         on_change(wanted)
-        self.sectors = min(before, sectors)  # whatever else is raised, this is safe
+        self.admit(min(before, sectors))  # whatever else is raised, this is safe
         try:
             if sectors < before:
-                synchronize()  # a queue counts a batch as in flight, then looks at sectors
                 self._settle()
             done = self._resize_backend(wanted)
+            if self.elsewhere is not None:
+                self.elsewhere.resize(wanted)
         except XenDiskError:
-            self.sectors = before
+            self.admit(before)
             raise
         if done != wanted:  # the rest may be gone nonetheless
             raise BackendError(f"resize of {self.backend} returned {done!r}, not {wanted}")
-        self.sectors = sectors
+        self.admit(sectors)
         return wanted
+
+    def admit(self, sectors: int) -> None:
+        """Admit requests up to there, and no others; what is judged already counts as in flight.
+
+        Args:
+            sectors: of 512 bytes.
+        """
+        if sectors != self.sectors:
+            self.sectors = sectors
+            synchronize()  # a queue counts a batch as in flight, then looks at sectors
+            if self.elsewhere is not None:
+                self.elsewhere.admit(sectors)
 
     def storage_size(self) -> int:
         """Return the bytes that the storage has now; raises as :meth:`resize`."""

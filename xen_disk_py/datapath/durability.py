@@ -12,18 +12,24 @@ asked again as if nothing had happened:
   for the page cache may have dropped it. Copies die with the process: a successor has none, and
   does as above.
 
-One flush is under way at a time, since the error is told to one of several.
+One flush is under way at a time, since the error is told to one of several. Where several processes
+serve a disk, that holds for all of them together, and each looks before each write whether a flush
+has failed in another.
 """
 
 from __future__ import annotations
 
 import errno
+import mmap
 import threading
-from collections.abc import Sequence
-from typing import Callable, Optional
+from collections.abc import MutableSequence, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Callable, Optional, cast
 
 from ..backends import Backend, StorageError, passing
 from ..backends.copies import Copies, Piece, cut
+from ..host.atomic import load_fence
+from ..host.shared_lock import SharedLock
 from .statistics import Statistics
 
 COPIES = 64 << 20
@@ -59,10 +65,20 @@ class Durability:
     def __init__(self, backend: Backend, statistics: Statistics, *, keeps: bool) -> None:
         self.statistics = statistics
         self.backend = backend
-        self._flushing = threading.Lock()
-        self._started = 0  # flushes
-        self._last_good = 0  # the number of the last that succeeded
+        self._flushing: AbstractContextManager[Any] = threading.Lock()
+        self._flushes: MutableSequence[int] = [0, 0]  # started; the last that succeeded
+        self._fence: Callable[[], None] = lambda: None
+        self._is_shared = False
         self._copies = _SharedCopies() if keeps and not backend.repeats_flush else None
+
+    def share(self) -> None:
+        """Do it together with the processes that are forked from now on; keeps no copies."""
+        assert not self.keeps
+        self._is_shared = True
+        self._flushing = SharedLock()
+        # Anonymous, and so shared with them.
+        self._flushes = cast("MutableSequence[int]", memoryview(mmap.mmap(-1, 16)).cast("Q"))
+        self._fence = load_fence().barrier
 
     @property
     def keeps(self) -> bool:
@@ -91,7 +107,7 @@ class Durability:
         """
         copies = self._copies
         if copies is None:
-            return move
+            return self._unless_lost(move) if self._is_shared else move
 
         def write(buffers: Sequence[memoryview], offset: int) -> int | None:
             if copies.size >= COPIES:
@@ -106,6 +122,15 @@ class Durability:
             finally:
                 copies.leave()
             return moved
+
+        return write
+
+    def _unless_lost(self, move: Move) -> Move:
+        """Wrap a way to write, so that it fails when a flush has failed in any process."""
+        failed, refuse = self.statistics.flush_failed_word, self.refuse
+
+        def write(buffers: Sequence[memoryview], offset: int) -> int | None:
+            return refuse(buffers, offset) if failed[0] else move(buffers, offset)
 
         return write
 
@@ -139,14 +164,16 @@ class Durability:
             FlushFailed: nobody can say that any longer.
             Exception: the backend's own, if it cannot be had now.
         """
-        seen = self._started
+        self._fence()  # what was written before is there before we look
+        seen = self._flushes[0]
         with self._flushing:
-            if self._last_good > seen:
+            if self._flushes[1] > seen:
                 return  # one that began after we asked was for us as well
             if self.is_lost:
                 raise FlushFailed(errno.EIO, _LOST)
             copies = self._copies
-            self._started += 1
+            self._flushes[0] += 1
+            self._fence()  # and whoever writes from now on sees that it has begun
             end = 0
             if copies is not None:
                 copies.write_again(self.backend.write)
@@ -160,7 +187,7 @@ class Durability:
                     if copies is not None:
                         copies.lose(for_good=not passes(error))
                 raise
-            self._last_good = self._started
+            self._flushes[1] = self._flushes[0]
             if copies is not None:
                 copies.flushed(end)
                 self.statistics.flush_failed = False

@@ -109,6 +109,7 @@ class Statistics:
         ]
         for block, histograms in zip(self._blocks[1:], latencies):
             block.latencies = histograms
+        self._own = self._blocks[0]
         self._flush_failed = words[WORDS - 1 : WORDS]
         self._lock = threading.Lock()
 
@@ -122,7 +123,14 @@ class Statistics:
     def add(self, counter: int, amount: int = 1) -> None:
         """Add to one of the disk's own counters; from any thread."""
         with self._lock:
-            self._blocks[0].add(counter, amount)
+            self._own.add(counter, amount)
+
+    def count_in_queue(self, number: int) -> None:
+        """Count what is the disk's own in the block of a queue: in the process of that queue.
+
+        Another process adds to the disk's block, and two must not add to one word.
+        """
+        self._own = self._blocks[1 + number]
 
     @property
     def flush_failed(self) -> bool:
@@ -136,9 +144,14 @@ class Statistics:
     def flush_failed(self, failed: bool) -> None:
         self._flush_failed[0] = failed
 
+    @property
+    def flush_failed_word(self) -> memoryview:
+        """That word, for who asks before each write: not 0 if a flush has failed."""
+        return self._flush_failed
+
     def set_memory(self, amount: int) -> None:
         """Note how many bytes of memory the guest's writes hold."""
-        self._blocks[0].words[MEMORY] = amount
+        self._own.words[MEMORY] = amount
 
     def _sums(self) -> list[int]:
         return [sum(words) & _U64 for words in zip(*(block.words for block in self._blocks))]

@@ -193,6 +193,11 @@ class Output(io.TextIOBase):
             if fd >= 0:
                 os.close(fd)
 
+    def forget(self) -> None:
+        """Drop what waits: in a fork, whose parent writes it."""
+        self._waiting.clear()
+        self._lost = 0
+
     def inherit(self) -> None:
         """Take the lines that the program before us in this process did not get rid of."""
         number = os.environ.pop(_HEIR, "")

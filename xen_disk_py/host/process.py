@@ -7,6 +7,10 @@ import os
 import signal
 from contextlib import suppress
 
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
 
 def start_time(pid: int) -> int | None:
     """Return when a process was started, in clock ticks since boot; None if there is none.
@@ -49,6 +53,25 @@ def send_signal(pid: object, started: object, signum: signal.Signals) -> bool:
         finally:
             os.close(pidfd)
     return False
+
+
+def end_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when the thread that has forked it ends (prctl(2)).
+
+    A change of the user undoes that: it comes after.
+
+    Args:
+        parent: its process; if that has gone already, this one ends here.
+
+    Raises:
+        OSError: the kernel refuses.
+    """
+    zero = ctypes.c_ulong(0)
+    if _libc.prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL), zero, zero, zero):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 class CommandLine:

@@ -32,6 +32,7 @@ _OPTIONS = (
     "overlay",
     "persistent-grants",
     "queues",
+    "queues-in",
     "sector-size",
     "size",
 )

@@ -28,7 +28,7 @@ FORMATS = (2, FORMAT)
 """What this version can read and take over."""
 
 TOLD = ("domid", "domain", "vdev", "number", "device", "size", "backend", "path", "mode", "pid")
-"""Those of the facts that are for scripts; the others are for a successor."""
+"""Those of the facts that are for scripts, as they are; the others are for a successor."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Facts:
         backend, path: as :class:`DiskSpec` shows them.
         mode: ``rw`` or ``ro``.
         pid, process_started: who serves it, and when that process was started (in clock ticks).
+        queues: the processes of its queues, likewise, where they have some: pairs.
         files: what must be the same for a successor: an identity for each path.
         storage: where its bytes are, so that nobody else writes there: see :mod:`.orphans`.
         survives: what the guest has written is there when the process has died.
@@ -69,6 +70,7 @@ class Facts:
     mode: str = "rw"
     pid: int = 0
     process_started: int | None = kept(None, int)
+    queues: tuple[tuple[int, int | None], ...] = ()
     files: dict[str, Any] = field(default_factory=dict)
     storage: tuple[dict[str, Any], ...] = ()
     survives: bool = False
@@ -147,9 +149,15 @@ class Facts:
         except DeviceError:
             return None
 
+    @property
+    def queue_pids(self) -> list[int]:
+        """The ids of the processes of its queues; none where they are threads."""
+        return [pid for pid, _ in self.queues]
+
     def told(self) -> Mapping[str, Any]:
         """Return what is for scripts."""
-        return {name: getattr(self, name) for name in TOLD}
+        told = {name: getattr(self, name) for name in TOLD}
+        return {**told, "queue_pids": self.queue_pids}
 
 
 def _identities(spec: DiskSpec, disk: Disk) -> dict[str, Any]:

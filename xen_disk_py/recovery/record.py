@@ -23,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import logging
 import mmap
 import os
 import stat
@@ -39,11 +40,14 @@ from ..datapath.latency import SIZE as LATENCIES_SIZE
 from ..datapath.statistics import WORDS, Statistics
 from ..errors import DeviceError, DeviceTaken, XenUnavailable
 from ..host.process import is_process
+from ..host.systemd import notify
 from ..hypervisor import Closing
 from ..xenbus.states import Address
 from ..xenbus.vdev import from_number
 from . import temporary
 from .facts import FORMATS, Facts
+
+log = logging.getLogger("xen_disk_py")
 
 DIRECTORY = "/run/xen_disk_py"
 SOCKET = ".control"
@@ -412,6 +416,8 @@ def find(directory: str, address: Address) -> Found | None:
                 time.sleep(_PAUSE)  # it is being written, and may be a mixture
                 continue
             facts = _facts_in(data)
+            if facts is not None and _is_ending(facts):
+                alive = False  # what is left of it keeps the lock
             # A sweep has the lock for a moment: that is not the process that serves. One that has
             # described nothing yet has just begun.
             if not alive or facts is None or is_process(facts.pid, facts.process_started):
@@ -423,6 +429,33 @@ def find(directory: str, address: Address) -> Found | None:
         return None
     words = memoryview(data)[_FACTS : _FACTS + 8 * WORDS].cast("Q")
     return Found(facts, Statistics(words).as_dict(), alive)
+
+
+def _is_ending(facts: Facts) -> bool:
+    """Tell whether a process has gone, and one that it had forked for a queue has not."""
+    return (
+        bool(facts.queues)
+        and not is_process(facts.pid, facts.process_started)
+        and any(is_process(*each) for each in facts.queues)
+    )
+
+
+def await_end(directory: str, address: Address) -> None:
+    """Wait until a process that has died has none left of those that it had forked for its queues.
+
+    The kernel kills them then, but one that it works for ends when that is done, as the process
+    itself would: whoever has started us is told that we live meanwhile.
+    """
+    said = False
+    while True:
+        found = find(directory, address)
+        if found is None or found.facts is None or not _is_ending(found.facts):
+            return
+        if not said:
+            log.info("waiting for the end of processes of its queues: %s", found.facts.queue_pids)
+            said = True
+        notify("WATCHDOG=1")
+        time.sleep(_PAUSE)
 
 
 def forget(directory: str, address: Address) -> None:

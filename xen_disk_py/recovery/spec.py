@@ -12,7 +12,7 @@ from ..backends.loader import check_wanted, choose, is_file, open_backend
 from ..datapath.disk import Disk
 from ..datapath.grants import Grants
 from ..datapath.queue import Options
-from ..errors import DeviceError
+from ..errors import DeviceError, UsageError
 from .plain import from_plain, kept, to_plain
 
 VERSION = 1
@@ -40,7 +40,8 @@ class DiskSpec:
         discard: it is offered, if the backend has it.
         force: the image may be somebody else's, too.
         retries: what the storage cannot do now is queued for retry, not answered with an error.
-        queues, grants, persistent_grants, indirect_segments: as the options of ``connect``.
+        queues, queues_in, grants, persistent_grants, indirect_segments: as the options of
+            ``connect``.
         latency: requests are timed.
         timeout: seconds that the guest may take to connect.
         user: whom the process becomes, or None.
@@ -63,6 +64,7 @@ class DiskSpec:
     force: bool = False
     retries: bool = False
     queues: int = 1
+    queues_in: str = "threads"
     grants: str = "auto"
     persistent_grants: int = 8224
     indirect_segments: int = 256
@@ -147,9 +149,45 @@ class DiskSpec:
     def open_disk(self) -> Disk:
         """Open what serves the guest's requests; errors as for :meth:`open_backend`."""
         disk = Disk(self.open_backend(), holds=self.retries)
+        try:
+            self._check_processes(disk.backend)
+        except UsageError:
+            disk.close()
+            raise
         if not self.discard:
             disk.can_discard = disk.can_discard_securely = False
         return disk
+
+    @property
+    def has_queue_processes(self) -> bool:
+        """Whether each queue is served by a process of its own."""
+        return self.queues_in == "processes"
+
+    def _check_processes(self, backend: Backend) -> None:
+        """See that a process for each queue can do what is asked for.
+
+        Raises:
+            UsageError: it cannot.
+        """
+        if not self.has_queue_processes:
+            return
+        option = "--queues-in processes"
+        if self.queues == 1:
+            raise UsageError(f"{option} is for several queues: add --queues 2, or more")
+        if self.filters:
+            raise UsageError(
+                f"{option}: what a filter knows of a disk is one process's: leave out --filter, or "
+                f"{option}"
+            )
+        if self.retries:
+            raise UsageError(
+                f"{option}: what --on-error hold keeps is one process's: leave out one of them"
+            )
+        if not vars(type(backend)).get("shared_by_forks"):
+            raise UsageError(
+                f"{option}: several processes cannot serve {backend}: leave that out, or use "
+                "--backend raw or mmap"
+            )
 
     def _absolute(self, path: str) -> str:
         return os.path.abspath(os.path.join(self.directory, path))

@@ -53,6 +53,8 @@ class Orphan(NamedTuple):
 def is_orphan(directory: str, store: Store, domain: Domain, devid: int) -> bool:
     """Tell whether a process that served this device has died, and its record says what it was."""
     disk = _find(store, domain, devid)
+    if disk is not None:
+        record.await_end(directory, disk.address)
     found = record.find(directory, disk.address) if disk is not None else None
     return (
         found is not None
@@ -89,6 +91,7 @@ def take(
         absent, domain = error, Domain(int(vm), "", "")
     disk = _find(store, domain, vdev.number)
     address = disk.address if disk is not None else _address(store, domain, vdev)
+    record.await_end(directory, address)
     found = record.find(directory, address)
     facts = found.facts if found is not None else None
     if disk is None and facts is None:

@@ -27,6 +27,7 @@ from .facts import FORMATS, Facts
 from .record import Record
 from .role import Role
 from .spec import DiskSpec
+from .takeover import crash
 
 if TYPE_CHECKING:
     from subprocess import Popen
@@ -50,6 +51,8 @@ class Upgrade:
         record: says how it went.
         before: called when all is seen to be fine.
         handed_over: the process becomes the new program inside of this.
+        end_queues: ends the processes of the disk's queues, which cannot be undone; None: there
+            are none.
     """
 
     def __init__(
@@ -62,12 +65,14 @@ class Upgrade:
         record: Record,
         before: Callable[[], None],
         handed_over: Callable[[], AbstractContextManager[None]] = nullcontext,
+        end_queues: Callable[[], object] | None = None,
     ) -> None:
         self._leaves = role.leaves
         self._user = user
         self._record = record
         self._before = before
         self._handed_over = handed_over
+        self._end_queues = end_queues
         self._words = [*options, "--adopt", str(domain.domid), str(vdev)]
 
     def take_over(self) -> None:
@@ -80,6 +85,8 @@ class Upgrade:
         self._before()
         log.info("another program takes over")
         self._record.update(released_at=time.monotonic())
+        if self._end_queues is not None:
+            self._end_queues()  # they have the locks, too
         if self._user is not None:
             logging.shutdown()
             os._exit(ExitStatus.CRASHED)  # whoever started us has the privileges to take over
@@ -90,6 +97,8 @@ class Upgrade:
             with self._handed_over():
                 os.execv(sys.executable, own_command("connect", *role.words(), *self._words))
         except OSError as error:
+            if self._end_queues is not None:
+                crash(error)  # nobody serves the disk any more
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             self._refuse(DeviceError(f"the new program does not start: {error}"))
 

@@ -101,6 +101,7 @@ class _Recording:
         self._filters = filters
 
     def start(self, request: dict[str, Any]) -> dict[str, Any]:
+        self._disk.check_changeable()
         settings = request.get("settings")
         if not isinstance(settings, list) or not all(isinstance(item, str) for item in settings):
             raise UsageError("settings is no list of key=value")

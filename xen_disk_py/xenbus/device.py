@@ -12,13 +12,14 @@ import logging
 import platform
 import time
 from collections.abc import Sequence
-from typing import Callable
+from typing import Callable, Protocol
 
-from ..blkif import SECTOR, Connection, abi_named
+from ..blkif import SECTOR, Abi, Connection, Ring, abi_named
 from ..datapath import statistics as count
 from ..datapath.disk import Disk
 from ..datapath.journal import Journal
 from ..datapath.queue import Options, Queue
+from ..datapath.statistics import Counters
 from ..errors import GuestMisbehaved, HypervisorError, StoreError, StoreLost, XenDiskError
 from ..hypervisor import Hypervisor
 from ..text import printable
@@ -34,6 +35,48 @@ _STEPS = 8  # of the handshake, in one update; no handshake in order takes as ma
 _MIGRATED_AWAY = "--migratedaway"
 MAX_RING_PAGE_ORDER = 4
 """Rings of up to 16 pages are offered."""
+
+
+class ServedQueue(Protocol):
+    """A queue, wherever it is served: see :class:`~xen_disk_py.datapath.queue.Queue`."""
+
+    @property
+    def stalled_for(self) -> float:
+        """Seconds that a request has been under way and nothing moved; 0 if none is."""
+
+    def start(self) -> bool:
+        """Begin to serve; False: to be called again."""
+
+    def ask_to_stop(self) -> None:
+        """Have it come to its end."""
+
+    def stop(self, timeout: float | None = None) -> bool:
+        """Wait for its end; False if that takes longer."""
+
+    def pause_retries(self, paused: bool) -> None:
+        """Try none of what is queued for retry, or try it again."""
+
+
+class OpenQueue(Protocol):
+    """Makes a queue, as :class:`~xen_disk_py.datapath.queue.Queue` does."""
+
+    def __call__(
+        self,
+        hypervisor: Hypervisor,
+        domid: int,
+        ring: Ring,
+        abi: Abi,
+        disk: Disk,
+        *,
+        options: Options,
+        persistent: bool,
+        sharers: int,
+        number: int,
+        journal: Journal | None,
+        statistics: Counters,
+        on_failure: Callable[[Exception], None],
+    ) -> ServedQueue:
+        """See there for what it takes, and raises."""
 
 
 class Device:
@@ -54,6 +97,7 @@ class Device:
         journals: what outlives this process, one for each queue; private ones by default.
         adopts: the device is there already, and the process that served it has died: the first
             :meth:`update` takes it over.
+        open_queue: makes what serves a ring.
     """
 
     def __init__(
@@ -71,6 +115,7 @@ class Device:
         on_resize: Callable[[int], None] = lambda size: None,
         journals: Sequence[Journal] = (),
         adopts: bool = False,
+        open_queue: OpenQueue = Queue,
     ) -> None:
         self.address = address
         self.state = State.INIT_WAIT
@@ -90,9 +135,10 @@ class Device:
         self._on_resize = on_resize
         self._journals = journals
         self._adopts = adopts
+        self._open_queue = open_queue
         self._step = disk.backend.physical_sector_size  # of which any size is a multiple (blkif.h)
-        self._queues: list[Queue] = []
-        self._unstarted: list[Queue] = []  # of these, those that no thread is to be had for
+        self._queues: list[ServedQueue] = []
+        self._unstarted: list[ServedQueue] = []  # of these, those that no thread is to be had for
         self._unfinished: Action | None = None  # begun; requests have to return first
         self._is_orphaned = False
         self._migrated = ""  # the guest's name, if that says that it may run on another host
@@ -276,7 +322,7 @@ class Device:
         is_gone = self._guest_is_gone()
         if step.isdecimal() and int(step):
             self._step = int(step)
-            disk.sectors -= disk.sectors % max(1, self._step // SECTOR)
+            disk.admit(disk.sectors - disk.sectors % max(1, self._step // SECTOR))
         for number in range(self._max_queues):
             words = disk.statistics.of_queue(number).words
             words[count.IN_FLIGHT] = words[count.HELD] = 0  # as the dead process had it
@@ -435,7 +481,7 @@ class Device:
         )
         abi = abi_named(connection.protocol, platform.machine())
         for number, ring in enumerate(connection.rings):
-            queue = Queue(
+            queue = self._open_queue(
                 self._hypervisor,
                 domid,
                 ring,

@@ -1,0 +1,269 @@
+"""The processes of a disk's queues live and die together, and do what threads would."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import random
+import signal
+import threading
+
+import pytest
+from long_run import LONG
+
+from xen_disk_py.blkif import READ, WRITE
+from xen_disk_py.cli import main
+from xen_disk_py.datapath.disk import Disk
+from xen_disk_py.datapath.processes import QueueProcesses
+from xen_disk_py.datapath.queue import Options
+from xen_disk_py.exit_status import ExitStatus
+from xen_disk_py.host.process import is_process
+from xen_disk_py.recovery.record import find
+from xen_disk_py.simulated.frontend import RequestFailed
+from xen_disk_py.xenbus.states import Address, State
+
+ADDRESS = Address(0, 5, 51728, "vbd3")
+PAGE = 4096
+QUEUES = ("--vdev=xvdb", "--queues=2", "--queues-in=processes")
+
+
+class Served:
+    """A disk whose two queues are processes, and its guest."""
+
+    def __init__(self, host, processes, image):
+        self.host, self.processes, self.image = host, processes, image
+        self.process = None
+        self.dice = random.Random(1)
+        self.written = {}
+
+    def start(self, *options, rings=2, backend="raw"):
+        disk = ("--path", str(self.image), f"--backend={backend}")
+        self.process = self.processes.start("connect", *QUEUES, *options, *disk, "5")
+        self.host.until(lambda: ADDRESS.backend in self.host.tree() or self.process.is_over)
+        self.frontend = self.host.frontend(ADDRESS, queues=rings)
+        self.frontend.connect()
+        self.process.until("rw")
+        return self
+
+    def adopt(self, *options):
+        self.process = self.processes.start("connect", "--adopt", *options, "5", "xvdb")
+        self.process.until("rw")
+
+    @property
+    def record(self):
+        return find(self.host.records, ADDRESS)
+
+    @property
+    def queues(self):
+        return self.record.facts.queues
+
+    def write(self, *pages):
+        for page in pages:
+            data = self.dice.randbytes(PAGE)
+            self.written[page * PAGE] = data
+            self.frontend.submit(WRITE, page * PAGE, data)
+        self.frontend.kick()
+
+    def check(self):
+        for offset, data in self.written.items():
+            assert data == self.frontend.read(offset, PAGE)
+
+    def is_served_by_another_than(self, pid):
+        found = self.record
+        facts = found.facts if found is not None else None
+        return facts is not None and found.alive and facts.started and facts.pid != pid
+
+    def await_end(self, queues):
+        """Wait until all have ended, and do what a kernel does then."""
+        self.process.wait()
+        self.host.until(lambda: not any(is_process(*each) for each in queues))
+        self.host.machine.bury_backend()
+
+    def unplug(self):
+        self.process.signal(signal.SIGINT)
+        self.host.until(lambda: self.frontend.backend_state is State.CLOSING)
+        self.frontend.disconnect()
+        return self.process.wait()
+
+
+@pytest.fixture
+def served(host, processes, tmp_path):
+    image = tmp_path / "disk.raw"
+    image.write_bytes(random.Random(5).randbytes(1 << 20))
+    return Served(host, processes, image)
+
+
+def status_of(pid, name):
+    with open(f"/proc/{pid}/status", encoding="ascii") as file:
+        return next(line.split()[1:] for line in file if line.startswith(name))
+
+
+def test_a_disk_is_served_as_by_threads(served, host):
+    """To its end: signals, another size, a guest that connects again, another program."""
+    served.start(backend="mmap")
+    queues = served.queues
+    assert 3 == len({served.process.pid, *(pid for pid, _ in queues)})
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2):
+        for pid, _ in queues:  # they come from a terminal, and from systemd
+            os.kill(pid, signum)
+    served.write(*range(20))
+    served.frontend.drain()
+    served.frontend.flush()
+    served.check()
+    expected = {"reads": 20, "writes": 20, "flushes": 1}
+    host.until(lambda: expected.items() <= served.record.counters.items(), what="the counters")
+
+    env = host.environment()
+    assert ExitStatus.ERROR == main(["record", "5", "xvdb", "start", "x"], env)
+    assert "connect it without --queues-in processes" in env.stderr.getvalue()
+
+    served.frontend.disconnect()
+    for name in ("multi-queue-num-queues", "queue-0", "queue-1"):
+        host.store.remove(f"{ADDRESS.frontend}/{name}")
+    host.store.write(f"{ADDRESS.frontend}/state", "1")
+    served.frontend = host.frontend(ADDRESS, queues=1)
+    served.frontend.connect()
+    asleep = status_of(queues[1][0], "voluntary_ctxt_switches")
+    served.write(4, 5)
+    served.frontend.drain()
+    served.check()
+    assert queues == served.queues
+    assert asleep == status_of(queues[1][0], "voluntary_ctxt_switches")
+
+    served.frontend.disconnect()
+    host.store.write(f"{ADDRESS.frontend}/state", "1")
+    served.frontend = host.frontend(ADDRESS, queues=2)
+    served.frontend.connect()
+
+    size = served.image.stat().st_size
+
+    def resize(*words):
+        assert ExitStatus.OK == main(["resize", "5", "xvdb", *words], host.environment())
+        served.frontend.look_again()
+
+    resize(str(2 * size))
+    last = 2 * size // PAGE - 1
+    served.write(last - 1, last)  # one on each ring
+    served.frontend.drain()
+    served.check()
+    resize(str(size), "--force")
+    assert size == served.image.stat().st_size
+    for page in (last - 1, last):
+        with pytest.raises(RequestFailed):
+            served.frontend.read(page * PAGE, PAGE)
+        del served.written[page * PAGE]
+    assert 2 == served.record.counters["refused"]
+
+    served.write(6, 7)
+    assert ExitStatus.OK == main(["upgrade", "5", "xvdb"], host.environment())
+    assert served.process.pid == served.record.facts.pid
+    assert not any(is_process(*each) for each in queues)
+    queues = served.queues
+    served.write(8, 9)
+    served.frontend.drain()
+    served.check()
+    assert ExitStatus.OK == served.unplug()
+    assert not any(is_process(*each) for each in queues)
+    data = served.image.read_bytes()
+    assert all(data[at : at + PAGE] == content for at, content in served.written.items())
+
+
+def test_when_a_queue_s_process_is_killed_all_end_and_another_takes_over(served):
+    """The guest waits meanwhile, and sees no error."""
+    served.start()
+    queues = served.queues
+    served.write(1, 2, 3, 4)
+    os.kill(queues[1][0], signal.SIGKILL)
+    served.await_end(queues)
+    assert ExitStatus.CRASHED == served.process.wait()
+    assert f"process {queues[1][0]}, of a queue, has ended" in served.process.err
+    assert served.record.is_orphan
+    served.write(5, 6, 7)
+    served.adopt()
+    served.frontend.drain()
+    served.check()
+    assert not {pid for pid, _ in queues} & {pid for pid, _ in served.queues}
+    assert ExitStatus.OK == served.unplug()
+
+
+def test_whoever_of_them_is_killed_under_load_nothing_is_lost(served):
+    """At any instant, again and again: each request is answered once, and each byte is right."""
+    user = ["--user", "nobody"] if not os.geteuid() else []
+    served.start("--supervise", *user)
+    dice = random.Random()
+    for number in range(40 if LONG else 2):
+        found = served.record
+        queues = [pid for pid, _ in found.facts.queues]
+        victim = dice.choice(queues) if number % 2 else found.facts.pid
+        for pid in [found.facts.pid, *queues] if user else []:
+            assert status_of(pid, "Uid") == [str(pwd.getpwnam("nobody").pw_uid)] * 4
+            assert ["0" * 16] == status_of(pid, "CapEff")
+        for _ in range(dice.randrange(1, 40)):
+            served.write(*(dice.sample(range(256), 4)))
+            served.frontend.drain()
+        served.write(*(dice.sample(range(256), 8)))
+        os.kill(victim, signal.SIGKILL)
+        served.frontend.drain()
+        served.host.until(lambda pid=found.facts.pid: served.is_served_by_another_than(pid))
+    served.check()
+    assert ExitStatus.OK == served.unplug()
+
+
+FAILING = """
+from xen_disk_py.backends.raw import RawBackend
+from xen_disk_py.datapath.journal import Journal
+real, note = RawBackend.read_nowait, Journal.note
+
+def read(self, buffers, offset):
+    if offset == 4096:
+        raise OSError(5, "a bad sector")
+    if offset == 8192:
+        Journal.note = fail
+    return real(self, buffers, offset)
+
+def fail(*arguments):
+    Journal.note = note
+    raise RuntimeError("a bug of ours")
+
+RawBackend.read_nowait = RawBackend.read = read
+"""
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+def test_what_fails_in_a_queue_s_process_is_told_and_ends_as_in_a_thread(served, leaves):
+    """An error of the storage is counted; one of ours leaves the disk, or takes it away."""
+    served.processes.install(FAILING)
+    served.start(*(["--recover"] if leaves else []))
+    queues = served.queues
+    for _ in range(2):  # once on each ring
+        with pytest.raises(RequestFailed):
+            served.frontend.read(4096, PAGE)
+    counters = served.record.counters
+    assert (2, 0) == (counters["errors"], counters["in_flight"])
+    assert "a bad sector" in served.process.err
+    served.frontend.submit(READ, 8192, length=PAGE)
+    served.frontend.kick()
+    if leaves:
+        served.await_end(queues)
+        assert ExitStatus.CRASHED == served.process.wait()
+        served.processes.install()
+        served.adopt()
+        served.frontend.drain()
+        assert ExitStatus.OK == served.unplug()
+    else:
+        served.host.until(lambda: served.frontend.backend_state in (State.CLOSING, None))
+        assert ExitStatus.ERROR == served.process.wait()
+        assert "serving failed" in served.process.err
+        assert "a bug of ours" in served.process.err
+
+
+def test_no_fork_is_made_of_a_process_with_threads(host):
+    go = threading.Event()
+    thread = threading.Thread(target=go.wait)
+    thread.start()
+    try:
+        with pytest.raises(RuntimeError, match="a thread has been started"):
+            QueueProcesses(Disk(host.memory()), Options(), [], lambda number: host.hypervisor)
+    finally:
+        go.set()
+        thread.join()

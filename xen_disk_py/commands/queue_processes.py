@@ -1,0 +1,67 @@
+"""How ``connect`` and ``serve`` have a process made for each queue of a disk."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Callable
+
+from ..datapath.disk import Disk
+from ..datapath.processes import QueueProcesses
+from ..host import privileges
+from ..host.privileges import User
+from ..host.process import CommandLine
+from ..hypervisor import Hypervisor
+from ..recovery.record import Record
+from ..recovery.spec import DiskSpec
+from .arguments import PROGRAM
+from .environment import Environment
+
+
+def start(
+    env: Environment,
+    spec: DiskSpec,
+    disk: Disk,
+    record: Record,
+    hypervisor: Hypervisor,
+    domid: int,
+    name: str,
+    stack: ExitStack,
+    *,
+    user: User | None = None,
+    crash: Callable[[Exception], object] | None = None,
+) -> QueueProcesses | None:
+    """Make them, before there is a thread; None where the queues are to be threads.
+
+    Args:
+        env: opens a hypervisor in each.
+        spec: says what is asked for.
+        disk: its statistics are the record's.
+        record: of the disk.
+        hypervisor: of this process; a fork cannot use it.
+        domid: the guest.
+        name: of the disk, for ``ps``.
+        stack: ends them.
+        user: whom they become.
+        crash: as of :class:`QueueProcesses`.
+
+    Raises:
+        XenDiskError: they cannot be had.
+    """
+    if not spec.has_queue_processes:
+        return None
+
+    def prepare(number: int) -> Hypervisor:
+        env.err.forget()
+        env.out.forget()
+        CommandLine().show(f"{PROGRAM}: queue {number} of {name}")
+        hypervisor.close()
+        own = env.open_hypervisor()
+        if user is not None:
+            own.reserve(domid, 1)
+            privileges.become(user)
+        return own
+
+    journals = record.journals[: spec.queues]
+    return stack.enter_context(
+        QueueProcesses(disk, spec.queue_options, journals, prepare, crash=crash)
+    )
