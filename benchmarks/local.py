@@ -336,13 +336,16 @@ def record(bench: Bench) -> None:
         "record": ("--filter", f"record:file={trace}-1,ring=64M"),
         "record, data=yes": ("--filter", f"record:file={trace}-2,data=yes,ring=256M"),
     }
+    trees = {"": "", **({BEFORE: bench.before} if bench.before else {})}
     with ExitStack() as stack:
-        disks = {
-            name: stack.enter_context(
-                served("--backend", "raw", "--path", bench.image(name), *options)
-            )
-            for name, options in ways.items()
-        }
+        disks = {}
+        for name, options in ways.items():
+            for suffix, tree in trees.items():
+                given = [each.replace(str(trace), f"{trace}{suffix[2:]}") for each in options]
+                image = bench.image(f"{name}{suffix}")
+                disks[f"{name}{suffix}"] = stack.enter_context(
+                    served("--backend", "raw", "--path", image, *given, tree=tree)
+                )
         for depth in DEPTHS:
             for way, operation in OPERATIONS.items():
                 workload = f"4 KiB {way}, depth {depth}"

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from struct import Struct, pack
+from struct import Struct
 from typing import Callable, NamedTuple, Union
 
 from .errors import GuestMisbehaved
@@ -165,24 +165,6 @@ class Abi:
 
     def __repr__(self) -> str:
         return f"<Abi {self.name}>"
-
-    def columns(self, slots: bytes) -> tuple[bytes, bytes]:
-        """Return the operations of reads and writes, a byte each, and their sectors, eight each.
-
-        Args:
-            slots: contiguous, of requests that were looked at already.
-        """
-        size = self.slot_size
-        operations = slots[::size]
-        if INDIRECT in operations:
-            operations = bytes(
-                slots[at + 1] if slots[at] == INDIRECT else slots[at]
-                for at in range(0, len(slots), size)
-            )
-        if size % 8:
-            each = [sector for _, _, _, _, sector, _ in self.heads(slots)]
-            return operations, pack(f"<{len(each)}Q", *each)
-        return operations, memoryview(slots).cast("Q")[2 :: size // 8].tobytes()
 
     def decode(self, slot: bytes, max_indirect_segments: int = MAX_INDIRECT_SEGMENTS) -> Request:
         """Say what the request in ``slot`` asks for; ``slot`` is a private copy."""

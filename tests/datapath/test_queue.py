@@ -49,7 +49,7 @@ from xen_disk_py.datapath.grants import Grants
 from xen_disk_py.datapath.journal import SIZE as JOURNAL_SIZE
 from xen_disk_py.datapath.journal import Journal
 from xen_disk_py.datapath.queue import Options, Queue
-from xen_disk_py.errors import BackendError, HypervisorError
+from xen_disk_py.errors import BackendError, DeviceError, HypervisorError
 from xen_disk_py.ring import BackRing, FrontRing
 
 ABIS = (X86_64, X86_32, ARM)
@@ -2120,6 +2120,37 @@ def test_a_barrier_waits_for_what_is_held_before_it(host, threads):
     assert {0} == set(backend.tries)
     backend.repair()
     assert [(0, OKAY), (1, OKAY)] == [(a.id, a.status) for a in line.responses(2)]
+
+
+@pytest.mark.usefixtures("tried_once")
+@in_order_or_not
+def test_a_barrier_queued_for_retry_sleeps_though_it_is_asked_to_drain(host, monkeypatch, threads):
+    polls = []
+
+    class Poll:
+        def __init__(self):
+            self._poll = poll()
+            self.register = self._poll.register
+
+        def poll(self, timeout=None):
+            polls.append(timeout)
+            return self._poll.poll(timeout)
+
+    poll = select.poll
+    backend = Ailing(threads, "flush")
+    line = host.line(Disk(backend, holds=True))
+    monkeypatch.setattr(queue_module.select, "poll", Poll)
+    line.put(flush(0, WRITE_BARRIER))
+    line.kick()
+    host.until(lambda: counted(line, "held") == (1,))
+    for _ in range(3):
+        with pytest.raises(DeviceError, match="has not returned"), line.disk.drained.entered(0.05):
+            pass
+    assert len(polls) < 20
+    line.queue.pause_retries(True)
+    backend.repair()
+    assert line.queue.stop(PATIENCE)
+    assert [FLUSH_FAILED] == [answer.status for answer in line.responses(1)]
 
 
 @pytest.mark.usefixtures("tried_once")

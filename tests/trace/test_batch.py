@@ -10,7 +10,6 @@ import threading
 import pytest
 
 from xen_disk_py.backends import Backend
-from xen_disk_py.backends.filters import record as filters
 from xen_disk_py.backends.loader import wrap
 from xen_disk_py.blkif import (
     FLUSH,
@@ -141,20 +140,18 @@ class Asker:
 def noted(path):
     """What a trace has, without its end; what was cut into pieces is one again."""
     found = []
+    begun = {}  # by when and whose: the last piece so far
     with TraceReader(path) as reader:
         for record in reader.records(data=True):
-            last = found[-1] if found else None
-            if (
-                last is not None
-                and record.operation == last.operation == layout.WRITE
-                and (record.start, record.queue) == (last.start, last.queue)
-                and record.offset == last.offset + last.length
-                and record.data
-            ):
-                found[-1] = last._replace(
+            key = (record.operation, record.start, record.queue)
+            number = begun.get(key)
+            last = None if number is None else found[number]
+            if record.data and last is not None and record.offset == last.offset + last.length:
+                found[number] = last._replace(
                     length=last.length + record.length, data=last.data + record.data
                 )
             else:
+                begun[key] = len(found)
                 found.append(record)
         assert reader.ending.is_complete
     return [each for each in found if each.operation != layout.STOPPED]
@@ -181,14 +178,15 @@ def test_each_request_is_noted_once_as_it_was_done(
         for asker in askers:
             queue = asker.line.queue
             if queue._ring is ring and queue._notes is not None:
-                pending.append(queue._notes.ends[:])
+                pending.append(queue._notes._ends[:])
         return push(ring)
 
     monkeypatch.setattr(BackRing, "push", look)
     monkeypatch.setattr(queues, "_LATE", -1.0)  # answers are published amid a batch, too
     if room == "little":
-        for each in (sinks, batches, filters):
-            monkeypatch.setattr(each, "MAX_DATA", 96 << 10)
+        monkeypatch.setattr(sinks, "MAX_DATA", 96 << 10)
+        for each in (sinks, batches):
+            monkeypatch.setattr(each, "CHUNK", 64 << 10)
         if data:
             monkeypatch.setattr(sinks, "MAX_RECORDS", 40)
     path = str(tmp_path / "t.xdt")
@@ -234,31 +232,6 @@ def test_each_request_is_noted_once_as_it_was_done(
                 place = slice(each.offset, each.offset + each.length)
                 content[place] = backend.data[place] if each.status else each.data
         assert backend.data == content
-
-
-def test_data_whose_page_was_written_and_begun_anew_meanwhile_is_noted(tmp_path, monkeypatch):
-    monkeypatch.setattr(sinks, "MAX_RECORDS", 3)
-    monkeypatch.setattr(sinks.Sink, "rouse", lambda _: None)  # its thread does not come to it
-    path = str(tmp_path / "t.xdt")
-    disk = wrap(Witness(1, 1), [f"record:file={path},data=yes"])
-    sink = disk._sink
-    sink.wrote(sink.clock, 1, 512, b"first" + bytes(507))
-    page = sink.page
-    notes = disk.noting()(0, X86_64)
-    slot = X86_64.encode(Transfer(1, WRITE, 8, 1, (1,), (0,), (0,)))
-    notes.begin(slot, 0)
-    notes.copy((memoryview(b"second" + bytes(506)),), 512)
-    notes.lengths.append(512)
-    notes.ends.append(batches.now())
-    while sink.page is page:
-        sink.note((1, 1, 0, 512, 0, 0, 1, layout.READ))
-    sink._write()
-    while sink.page is not page:
-        sink.note((1, 1, 0, 512, 0, 0, 1, layout.READ))
-    notes.put()
-    disk.finish()
-    written = [each for each in noted(path) if each.operation == layout.WRITE]
-    assert [b"first", b"second"] == [each.data.rstrip(b"\0") for each in written]
 
 
 def test_a_storage_without_room_has_what_fits(tmp_path, monkeypatch):
@@ -360,3 +333,118 @@ def test_what_is_left_of_a_write_is_what_the_guest_wrote(host, tmp_path, monkeyp
     for each in noted(path):
         content[each.offset : each.offset + each.length] = each.data
     assert pages.view == content
+
+
+class Hasty(Witness):
+    """Does some writes not at once, or in part then; all succeed."""
+
+    def write_nowait(self, buffers, offset):
+        data = b"".join(buffers)
+        with self._lock:
+            part = self._dice.choice((0, len(data) // 1024 * 512, len(data), len(data)))
+            self.data[offset : offset + part] = data[:part]
+            return part
+
+
+@pytest.mark.parametrize("room", ["much", "little"])
+def test_of_overlapping_writes_of_several_queues_the_trace_has_the_last_one_last(
+    host, tmp_path, monkeypatch, room
+):
+    if room == "little":
+        monkeypatch.setattr(sinks, "MAX_DATA", 96 << 10)
+        for each in (sinks, batches):
+            monkeypatch.setattr(each, "CHUNK", 64 << 10)
+    path = str(tmp_path / "t.xdt")
+    backend = Hasty(threads=12, seed=1)
+    disk = wrap(backend, [f"record:file={path},data=yes"])
+    served = Disk(disk)
+    askers = []
+    for number in range(3):
+        line = host.line(served, persistent=True, number=number)
+        askers.append(Asker(host, line, number, 3))
+        askers[-1]._first, askers[-1]._sectors = 0, 96  # all of them write there
+    threads = [
+        threading.Thread(target=lambda asker=each: [asker.batch() for _ in range(25)])
+        for each in askers
+    ]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    disk.finish()
+    content = bytearray(backend.size)
+    for each in noted(path):
+        if each.operation == layout.WRITE:
+            content[each.offset : each.offset + each.length] = each.data
+    assert backend.data == content
+    assert {} == disk._sink.claims.owners
+
+
+class Gated(Witness):
+    """A disk that writes at its first sector only when it may."""
+
+    def __init__(self, at_once):
+        super().__init__(threads=4, seed=1)
+        self._is_at_once = at_once
+        self.is_inside, self.may = threading.Event(), threading.Event()
+        self.is_shut = False
+
+    def _do(self, operation, buffers, offset, *, at_once):
+        if self.is_shut and operation == WRITE and not offset:
+            if at_once and not self._is_at_once:
+                return 0
+            self.is_inside.set()
+            assert self.may.wait(60)
+        return super()._do(operation, buffers, offset, at_once=at_once)
+
+
+@pytest.mark.parametrize("at_once", [True, False], ids=["in the queue", "in a worker"])
+def test_a_slow_write_makes_no_other_queue_wait(host, tmp_path, at_once):
+    backend = Gated(at_once)
+    disk = wrap(backend, [f"record:file={tmp_path}/t.xdt,data=yes"])
+    served = Disk(disk)
+    lines = [host.line(served, persistent=True, number=number) for number in range(2)]
+    pages = [host.share(), host.share()]
+
+    def write(number, id_, sector):
+        return Transfer(id_, WRITE, sector, 8, (pages[number].refs[0],), (0,), (7,))
+
+    for number, line in enumerate(lines):
+        assert OKAY == line.ask(write(number, 0, 1024 * number)).status  # its page is known now
+    backend.is_shut = True
+    lines[0].put(write(0, 1, 0))
+    lines[0].kick()
+    assert backend.is_inside.wait(host.PATIENCE)
+    for number in range(20):
+        assert OKAY == lines[1].ask(write(1, number, 1024 + 8 * number)).status
+    if not at_once:
+        assert OKAY == lines[0].ask(write(0, 2, 512)).status
+    backend.may.set()
+    with served.drained.entered(host.PATIENCE):
+        assert {0, 1024} <= {each[1] // 512 for each in backend.log if each[0] == layout.WRITE}
+    disk.finish()
+
+
+def test_what_cannot_be_noted_ends_the_recording_and_not_the_disk(
+    host, tmp_path, monkeypatch, caplog
+):
+    path = str(tmp_path / "t.xdt")
+    disk = wrap(Witness(1, 1), [f"record:file={path},data=yes"])
+    line, page = host.line(Disk(disk), persistent=True), host.share()
+    for number in range(3):
+        assert OKAY == line.ask(Transfer(number, WRITE, 8, 8, (page.refs[0],), (0,), (7,))).status
+    pack = sinks.pack_record_into
+
+    def fail(*arguments):
+        monkeypatch.setattr(sinks, "pack_record_into", pack)
+        raise MemoryError
+
+    monkeypatch.setattr(sinks, "pack_record_into", fail)
+    for number in range(3):
+        assert OKAY == line.ask(Transfer(number, WRITE, 8, 8, (page.refs[0],), (0,), (7,))).status
+    assert line.queue.stop(host.PATIENCE)
+    disk.close()
+    assert "recording ended: requests could not be noted (MemoryError())" in caplog.text
+    with TraceReader(path) as reader:
+        assert 3 >= sum(each.is_request for each in reader.records())
+        assert "could not be noted" in reader.ending.text

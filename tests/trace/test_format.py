@@ -100,7 +100,7 @@ def test_a_batch_is_what_was_packed(requests, are_alike, began, queue, has_data)
         1 << 40,
         [began + sum(took for took, *_ in requests[: n + 1]) for n in range(len(requests))],
         [length for _, _, length, _ in requests],
-        struct.pack(f"<{len(requests)}Q", *(sector for _, sector, _, _ in requests)),
+        [sector * 512 for _, sector, _, _ in requests],
         bytes(operation for *_, operation in requests),
         sum(written),
         queue,
@@ -108,7 +108,7 @@ def test_a_batch_is_what_was_packed(requests, are_alike, began, queue, has_data)
     pack_record_into(body, size, 1, 2, 3, 4, 0, 5, 6, FLUSH)
     body = bytes(body[: size + RECORD_SIZE])
     assert [(size, sum(written), len(requests), 0), (RECORD_SIZE, 0, 1, 0)] == list(entries(body))
-    head = pack_head(SEED, 1, 10, 3, body, b"")
+    head = pack_head(SEED, 1, 10, 3, body, [])
     known = BlockHeader.parse(head)
     found = list(unpack_records(SEED, known, head, body))
     start = began - (1 << 40)
@@ -119,7 +119,7 @@ def test_a_batch_is_what_was_packed(requests, are_alike, began, queue, has_data)
     assert [Record(10 + len(requests), FLUSH, 1, 2, 3, 4, 5, 6)] == found[len(requests) :]
     if sum(written) < 1 << 20:
         data = bytes(sum(written))
-        head = pack_head(SEED, 1, 10, 3, body, data)
+        head = pack_head(SEED, 1, 10, 3, body, [data[:7], data[7:]])
         parts = unpack_data(SEED, BlockHeader.parse(head), body, data)
         assert written == [len(part) for part in parts if part is not None]
 
@@ -129,7 +129,7 @@ def test_a_body_that_makes_no_sense_is_damaged_or_records(body, is_batch):
     if is_batch:
         body = body.ljust(RECORD_SIZE, b"\0")
         body = body[:24] + bytes([len(body) % 8]) + bytes(7) + body[32:40] + b"\xff" + body[41:]
-    head = pack_head(SEED, 0, 0, 0, body, b"")
+    head = pack_head(SEED, 0, 0, 0, body, [])
     try:
         for each in unpack_records(SEED, BlockHeader.parse(head), head, body):
             assert each.latency >= 0

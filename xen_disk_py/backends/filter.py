@@ -28,7 +28,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Callable, ClassVar, TypeVar
 
-from ..blkif import Abi
 from ..errors import UsageError
 from . import Backend
 from .asynchronous import Asynchronous
@@ -51,8 +50,9 @@ _ATTRIBUTES = (
 )
 _THREADS = 16
 T = TypeVar("T")
-Noting = Callable[[int, Abi], "BatchNotes"]
-"""Makes what notes the requests of one queue: its number, and the layout of its slots."""
+Noting = Callable[[int, bool], "BatchNotes"]
+"""Makes what notes the requests of one queue: its number, and whether what was done in part will be
+done again as a whole."""
 _SUCCEEDING: ContextVar[bool] = ContextVar("succeeding", default=False)
 _REQUESTS = {"read", "write", "flush", "discard", "discard_securely"}
 

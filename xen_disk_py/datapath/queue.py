@@ -34,7 +34,6 @@ from collections.abc import Sequence
 from functools import partial
 from math import inf
 from time import perf_counter
-from time import perf_counter_ns as now_ns
 from typing import TYPE_CHECKING, Callable, NamedTuple
 
 from ..backends.asynchronous import Asynchronous
@@ -65,6 +64,7 @@ from ..hypervisor import PAGE_SIZE, EventChannel, Hypervisor, Mapping
 from ..ring import BackRing
 from . import statistics as count
 from .disk import RETRY, Disk, Moves
+from .durability import Move
 from .grants import PERSISTENT_LIMIT, Grants, GuestBuffers, GuestPages, key_of
 from .idle import Idle
 from .joining import LARGE, Run
@@ -160,10 +160,6 @@ def _timed(begun: _Begun, call: Callable[[], int]) -> int:
     return call()
 
 
-def _ignore(_: int) -> None:
-    """Note nothing."""
-
-
 class Queue:
     """Serves one ring of a frontend, from :meth:`start` to :meth:`stop`.
 
@@ -245,7 +241,9 @@ class Queue:
         self._with_backend = 0  # requests that an asynchronous backend has begun
         self._joined = Run()
         self._moves: Moves | None = None
-        self._notes: BatchNotes | None = None  # as these have it
+        self._notes: BatchNotes | None = None  # of these
+        self._reading = disk.moves.read
+        self._writing = disk.moves.write
         self._unanswered: dict[
             int, _Begun | _Known
         ] = {}  # in the order in which they were begun, by id()
@@ -497,10 +495,6 @@ class Queue:
         capacity, misaligned, read_only = disk.sectors, disk.alignment - 1, disk.read_only
         reads = writes = bytes_read = bytes_written = bytes_joined = 0
         moves: Moves | None = None
-        notes: BatchNotes | None = None
-        copies = False
-        note_length: Callable[[int], None] = _ignore
-        note_end = note_length
         publish_at = _PUBLISH  # bytes
         look_at = self._look * size
         at = -size
@@ -513,8 +507,6 @@ class Queue:
                     self._publish()
                 elif ring.unpublished:
                     self._look = 1 if self._publish_if_late() else min(2 * self._look, _LOOK)
-                if notes is not None:
-                    notes.skip(at)
                 look_at = at + self._look * size
             descriptors = plan = None
             if operation <= WRITE:
@@ -553,48 +545,23 @@ class Queue:
                             if joined and not run.continues(operation, offset, length):
                                 bytes_joined += self._do_run()
                                 look_at = 0
-                            if notes is not None:
-                                notes.skip(at + size)
                             request = (id_, kind, slots[at : at + size], descriptors)
                             run.add(operation, offset, plan, request)
                             continue
                     if joined:
                         bytes_joined += self._do_run()
                         look_at = 0
-                        if notes is not None:
-                            notes.skip(at)
                     if disk.moves is not moves:
                         moves = disk.moves
-                        read, write, _ = moves
-                        notes = self._follow(moves, slots, at)
-                        if notes is not None:
-                            copies = notes.has_data
-                            note_length, note_end = notes.lengths.append, notes.ends.append
-                    if copies and operation and notes is not None:
-                        buffers = notes.copy(buffers, length)
+                        read, write = self._follow(moves)
                     try:
                         done = (write if operation else read)(buffers, sector * SECTOR)
                     except BaseException as error:  # noqa: BLE001 - as in Disk.serve_read
                         status = disk.failed_at_first(operation, error)
-                        if notes is not None:
-                            offset = sector * SECTOR
-                            notes.note(operation, buffers, offset, length, error)
                     else:
                         status = OKAY
                         if done != length and done is not None:
-                            if notes is not None:
-                                if copies and operation:  # the copy's place is others' from now on
-                                    buffers = (memoryview(b"".join(buffers)),)
-                                # What is done once more as a whole is noted then.
-                                is_whole = self._is_concurrent or not isinstance(done, int)
-                                part = 0 if is_whole or not 0 < done < length else done
-                                notes.note(operation, buffers, sector * SECTOR, part)
                             status = disk.finish(operation, buffers, sector * SECTOR, length, done)
-                            if notes is not None:
-                                notes.skip(at + size)
-                        elif notes is not None:
-                            note_length(length)
-                            note_end(now_ns())
                     if status is not None:
                         if operation == READ:
                             reads += 1
@@ -608,20 +575,16 @@ class Queue:
                         continue
             if joined:
                 bytes_joined += self._do_run()
-            if notes is not None:
-                notes.put()
             self._begin(slots[at : at + size], descriptors, waits=plan is not None)
             self._publish_if_late()  # it may have taken its time
-            if notes is not None:
-                notes.skip(at + size)
             if self._has_given_up:
                 for behind in range(at + size, len(slots), size):
                     self._begin(slots[behind : behind + size], None, waits=True)
                 break
         if joined:
             self._do_run()
-        if notes is not None:
-            notes.put()
+        if self._notes is not None:
+            self._notes.put()
         if len(ring.unpublished) >= _FEW or not ring.has_requests:
             self._publish()
         else:
@@ -641,22 +604,24 @@ class Queue:
         self._idle.spurious = 0
         self._idle.worked()
 
-    def _follow(self, moves: Moves, slots: bytes, at: int) -> BatchNotes | None:
-        """Return what notes the requests from byte ``at`` of these slots on, if anything does."""
-        notes = self._notes
+    def _follow(self, moves: Moves) -> tuple[Move, Move]:
+        """Return what reads and what writes, and notes that if anything does."""
         if moves is not self._moves:
-            if notes is not None:
-                notes.put()
-            self._moves = moves
-            notes = None if moves.noting is None else moves.noting(self._number, self._abi)
-            self._notes = notes
-        if notes is not None:
-            notes.begin(slots, at)
-        return notes
+            if self._notes is not None:
+                self._notes.put()
+            self._moves, self._notes = moves, None
+            self._reading, self._writing = moves.read, moves.write
+            if moves.noting is not None:
+                self._notes = notes = moves.noting(self._number, self._is_concurrent)
+                self._reading = notes.reading(moves.read)
+                self._writing = notes.writing(moves.write)
+        return self._reading, self._writing
 
     def _do_run(self) -> int:
         """Do the requests that were joined; how many bytes were moved at once."""
         run, disk, words = self._joined, self._disk, self._statistics.words
+        if self._notes is not None:
+            self._notes.put()
         requests, length = run.requests, run.end - run.start
         is_read = run.operation == READ
         status = (disk.serve_read if is_read else disk.serve_write)(run.buffers, run.start, length)
@@ -721,6 +686,8 @@ class Queue:
             descriptors: those of an indirect request, if they were copied already.
             waits: that a read or write is not done at once is known.
         """
+        if self._notes is not None:
+            self._notes.put()
         begun = self._judge(slot, descriptors)
         if begun is None:
             return
@@ -914,7 +881,10 @@ class Queue:
             poller.register(descriptor, select.POLLIN)
         if not self._stopping:
             poller.register(self._wake_read, select.POLLIN)
-        poller.poll(self._retries.milliseconds)
+        ready = poller.poll(self._retries.milliseconds)
+        if any(descriptor == self._wake_read for descriptor, _ in ready):
+            os.read(self._wake_read, 4096)  # else it polls readable until the loop comes round
+            self._asked = True
         self._stopwatch.look()
 
     def _drain(self) -> None:

@@ -1,179 +1,190 @@
 """Notes requests that one queue does one after another, a batch at a time.
 
-What that costs for each of them is a look at the clock: when a request is over, the next begins.
-Operations and sectors are taken from the slots of the ring, when the batch is over.
+What that costs for each of them is a look at the clock and a copy of what it writes: when a request
+is over, the next begins. The rest is done once a batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from time import perf_counter_ns as now
+from typing import Callable, Optional
 
-from ..blkif import INDIRECT, SECTOR, WRITE, Abi
-from .format import MAX_DATA, status_of
-from .sink import Page, Place, Sink
+from .claims import GRAIN
+from .format import READ, WRITE, status_of
+from .sink import CHUNK, Sink
 
-_PRIVATE = 1 << 20  # bytes
+Move = Callable[["Sequence[memoryview]", int], Optional[int]]
 
 
 class BatchNotes:
     """Notes the reads and writes of one queue; for its thread alone.
 
-    Whoever does a request appends its length to :attr:`lengths`, and to :attr:`ends` what
-    :func:`now` shows when it is over. What is noted so is of contiguous slots, and succeeded; all
-    else ends the run: :meth:`skip`. Before a guest sees an answer it must be :meth:`put`, so that
-    what the guest asks for then comes behind it.
+    The queue calls what :meth:`reading` and :meth:`writing` return. Before it does anything in
+    another way, and before a guest sees an answer, it calls :meth:`put`: what the guest asks for
+    then comes behind it.
 
     Args:
         sink: where to.
         queue: its number.
-        abi: of its slots.
+        only_whole: what was done in part will be done again, and is noted then. That is so where
+            several threads write, too: a write that overlaps another's, which is not noted yet, is
+            not begun (see :mod:`.claims`).
     """
 
-    def __init__(self, sink: Sink, queue: int, abi: Abi) -> None:
-        self.lengths: list[int] = []
-        self.ends: list[int] = []
-        self.has_data = sink.has_data
+    def __init__(self, sink: Sink, queue: int, *, only_whole: bool) -> None:
         self._sink = sink
         self._queue = queue
-        self._size = abi.slot_size
-        self._columns, self._heads = abi.columns, abi.heads
-        self._slots = b""
-        self._at = 0  # where the slots of the run begin
-        self._began = 0
-        self._place: Place | None = None  # where its data is; then data_lock is ours
-        # For when another thread puts data into the page.
-        self._private = memoryview(bytearray(_PRIVATE if sink.has_data else 0))
-        self._data = self._private
-        self._start = self._used = self._room = 0  # of these bytes
+        self._only_whole = only_whole
+        # of each that is noted
+        self._ends: list[int] = []
+        self._lengths: list[int] = []
+        self._offsets: list[int] = []
+        self._operations = bytearray()
+        self._began = 0  # when the first of them was
+        # Where writes are copied to, and what of that is noted and not put.
+        self._chunk = memoryview(b"")
+        self._start = self._used = self._room = 0
+        self._claims = sink.claims if only_whole and sink.has_data else None
+        self._mine: set[int] = set()
 
-    def begin(self, slots: bytes, at: int) -> None:
-        """Expect the requests of these slots, from byte ``at`` on; nothing is noted yet."""
-        self._slots, self._at, self._began = slots, at, now()
+    def reading(self, call: Move, operation: int = READ) -> Move:
+        """Return ``call``, whose reads are noted."""
+        ends, end_at = self._ends, self._ends.append
+        add_length, add_offset = self._lengths.append, self._offsets.append
+        add_operation = self._operations.append
 
-    def skip(self, at: int) -> None:
-        """Put what is noted; the next to be noted is the request of the slot at byte ``at``."""
-        self.put()
-        self._at, self._began = at, now()
+        def move(buffers: Sequence[memoryview], offset: int) -> int | None:
+            length = len(buffers[0]) if len(buffers) == 1 else sum(map(len, buffers))
+            if not ends:
+                self._began = now()
+            try:
+                done = call(buffers, offset)
+            except BaseException as error:
+                self._note_alone(operation, offset, length, status_of(error))
+                raise
+            if done is None or done == length:
+                end_at(now())
+                add_length(length)
+                add_offset(offset)
+                add_operation(operation)
+            elif not self._only_whole and isinstance(done, int) and 0 < done < length:
+                self._note_alone(operation, offset, done)
+            return done
 
-    def copy(self, buffers: tuple[memoryview, ...], length: int) -> tuple[memoryview, ...]:
-        """Return a copy of what is to be written: it, and no other, is to be written and noted."""
-        at = self._used
-        if at + length > self._room:
-            if not self._have_room(length):
-                return buffers
-            at = self._used
-        self._used = end = at + length
-        data = self._data[at:end]
-        if len(buffers) == 1:
-            data[:] = buffers[0]
-        else:
-            to = 0
-            for buffer in buffers:
-                data[to : to + len(buffer)] = buffer
-                to += len(buffer)
-        return (data,)
+        return move
 
-    def _have_room(self, length: int) -> bool:
-        """Have room for data, where the trace is written from if no other thread puts it there."""
-        self.put()
-        sink = self._sink
-        if sink.is_over:
-            return False
-        if sink.data_lock.acquire(blocking=False):
-            page: Page | None = sink.page
-            assert page is not None
-            if page.filled + length > MAX_DATA:
-                page = sink.turn(0, length) if length <= MAX_DATA else None
-            if page is not None:
-                self._start = self._used = page.filled
-                self._place, self._data = (page, page.filled), page.data
-                self._room = MAX_DATA
-                return True
-            sink.data_lock.release()
-            if sink.is_over:
-                return False
-        if length > len(self._private):
-            self._private = memoryview(bytearray(length))
-        self._data = self._private
-        self._start = self._used = 0
-        self._room = min(len(self._private), MAX_DATA)
-        return True
+    def writing(self, call: Move) -> Move:
+        """Return ``call``, whose writes are noted.
+
+        Of a trace with data it gets a copy, so that it writes what is noted: the guest may change
+        its pages meanwhile.
+        """
+        if not self._sink.has_data:
+            return self.reading(call, WRITE)
+        ends, end_at = self._ends, self._ends.append
+        add_length, add_offset = self._lengths.append, self._offsets.append
+        add_operation = self._operations.append
+        mine, claims = self._mine, self._claims
+        claim = None if claims is None else claims.owners.setdefault
+
+        def move(buffers: Sequence[memoryview], offset: int) -> int | None:
+            length = len(buffers[0]) if len(buffers) == 1 else sum(map(len, buffers))
+            if self._used + length > self._room and not self._make_room(length):
+                return call(buffers, offset)
+            if claim is not None:
+                for place in range(offset >> GRAIN, (offset + length - 1 >> GRAIN) + 1):
+                    if claim(place, mine) is not mine:
+                        return 0
+                    mine.add(place)
+            at = to = self._used
+            if len(buffers) == 1:
+                to += length
+                data = self._chunk[at:to]
+                data[:] = buffers[0]
+            else:
+                for buffer in buffers:
+                    begin, to = to, to + len(buffer)
+                    self._chunk[begin:to] = buffer
+                data = self._chunk[at:to]
+            if not ends:
+                self._began = now()
+            try:
+                done = call((data,), offset)
+            except BaseException as error:
+                self._note_alone(WRITE, offset, length, status_of(error), data)
+                raise
+            if done is None or done == length:
+                self._used = to
+                end_at(now())
+                add_length(length)
+                add_offset(offset)
+                add_operation(WRITE)
+            elif not self._only_whole and isinstance(done, int) and 0 < done < length:
+                self._note_alone(WRITE, offset, done, data=data)
+            return done
+
+        return move
 
     def put(self) -> None:
-        """Hand on what is noted."""
-        ends = self.ends
-        if ends:
-            stop = self._at + len(ends) * self._size
-            slots = self._slots[self._at : stop]
-            data: memoryview | bytes = b""
-            if self._used > self._start:
-                data = self._data[self._start : self._used]
-            if data and self._place is None:
-                with self._sink.data_lock:
-                    self._put(slots, data)
-            else:
-                self._put(slots, data)
-            self._at, self._began = stop, ends[-1]
-            ends.clear()
-            self.lengths.clear()
-        if self._room:
-            self._room = self._start = self._used = 0
-            if self._place is not None:
-                self._place = None
-                self._sink.data_lock.release()
+        """Hand on what is noted. If that cannot be, the recording ends: it never has a hole."""
+        if self._ends:
+            self._hand_on()
+        if self._mine:
+            claims = self._claims
+            assert claims is not None
+            for place in self._mine:
+                del claims.owners[place]
+            self._mine.clear()
+            if claims.waiting:
+                claims.tell()
 
-    def _put(self, slots: bytes, data: memoryview | bytes) -> None:
-        sink, ends, lengths = self._sink, self.ends, self.lengths
-        if len(ends) > 1:
-            operations, sectors = self._columns(slots)
-            sink.put_batch(
-                self._began, ends, lengths, sectors, operations, data, self._queue, self._place
+    def _hand_on(self) -> None:
+        data = (self._chunk, self._start, self._used) if self._used > self._start else None
+        try:
+            self._sink.put_batch(
+                self._began,
+                self._ends,
+                self._lengths,
+                self._offsets,
+                self._operations,
+                data,
+                self._queue,
             )
-            return
-        operation, second, _, _, sector, _ = next(self._heads(slots))
-        if operation == INDIRECT:
-            operation = second
-        at, took = self._began - sink.clock, ends[0] - self._began
-        fields = (at, took, sector * SECTOR, lengths[0], len(data), 0, self._queue, operation)
-        with sink.lock:
-            sink.put(fields, data, self._place)
-        if not sink.is_awake:
-            sink.rouse()
+        except Exception as error:  # noqa: BLE001 - the guest's request was done, and is answered
+            self._sink.end(f"requests could not be noted ({error!r})")
+        finally:
+            self._ends.clear()
+            self._lengths.clear()
+            self._offsets.clear()
+            self._operations.clear()
+            self._start = self._used
 
-    def note(
+    def _note_alone(
         self,
         operation: int,
-        buffers: Sequence[memoryview],
         offset: int,
         length: int,
-        error: BaseException | None = None,
+        status: int = 0,
+        data: memoryview | None = None,
     ) -> None:
-        """Note a request by itself, which failed or was done in part, and skip its slot.
+        """Note a request that failed, or was done in part: ``length`` bytes of it."""
+        sink, began = self._sink, self._ends[-1] if self._ends else self._began
+        took = now() - began
+        if self._ends:
+            self._hand_on()
+        if data is not None:
+            sink.wrote(began, took, offset, bytes(data[:length]), status, self._queue)
+        else:
+            at = began - sink.clock
+            sink.note((at, took, offset, length, 0, status, self._queue, operation))
 
-        Args:
-            operation: a read or a write.
-            buffers: of a write, what :meth:`copy` returned.
-            offset: bytes.
-            length: of what was done, or tried.
-            error: why it failed.
-        """
-        began = self.ends[-1] if self.ends else self._began
-        took, status = now() - began, 0 if error is None else status_of(error)
-        data = b""
-        if operation == WRITE and self.has_data:
-            data = b"".join(buffers)
-        self.drop(len(data))
-        data = data[:length]
-        if data:
-            self._sink.wrote(began, took, offset, data, status, self._queue)
-        elif length:
-            at = began - self._sink.clock
-            self._sink.note((at, took, offset, length, 0, status, self._queue, operation))
-
-    def drop(self, length: int) -> None:
-        """Forget the copy of so many bytes that was made last, and skip a slot."""
-        self._used = max(self._start, self._used - length)
-        self.put()
-        self._at += self._size
-        self._began = now()
+    def _make_room(self, length: int) -> bool:
+        """Have memory for a copy of so many bytes; False if nothing is recorded any longer."""
+        if self._ends:
+            self._hand_on()
+        chunk = self._sink.exchange(self._chunk, max(length, CHUNK))
+        self._chunk = chunk
+        self._start = self._used = 0
+        self._room = len(chunk)
+        return bool(chunk)

@@ -293,7 +293,7 @@ def pack_block(
     """
     written = b"".join(data)
     body = struct.pack(f"<{_RECORD.format[1:] * len(records)}", *chain.from_iterable(records))
-    return pack_head(seed, sequence, requests, flushes, body, written) + body, written
+    return pack_head(seed, sequence, requests, flushes, body, [written]) + body, written
 
 
 def pack_head(
@@ -302,7 +302,7 @@ def pack_head(
     requests: int,
     flushes: int,
     body: bytes | memoryview,
-    data: bytes | memoryview,
+    data: Sequence[bytes | memoryview],
 ) -> bytes:
     """Return what stands before the records of a block.
 
@@ -312,11 +312,15 @@ def pack_head(
         requests: the same.
         flushes: the same.
         body: the records, as :data:`pack_record_into` and :func:`pack_batch_into` have them.
-        data: what was written, in one piece.
+        data: what was written, in pieces.
     """
-    start = crc32(seed)
-    fields_ = (_BLOCK_MAGIC, len(body), sequence, requests, flushes, len(data))
-    head = _BLOCK.pack(*fields_, crc32(data, start), 0)[:-4]
+    start = data_crc = crc32(seed)
+    length = 0
+    for piece in data:
+        data_crc = crc32(piece, data_crc)
+        length += len(piece)
+    fields_ = (_BLOCK_MAGIC, len(body), sequence, requests, flushes, length)
+    head = _BLOCK.pack(*fields_, data_crc, 0)[:-4]
     return head + struct.pack("<I", crc32(body, crc32(head, start)))
 
 
@@ -404,12 +408,12 @@ def _columns(count: int, *, has_lengths: bool) -> struct.Struct:
 
 @lru_cache(maxsize=512)
 def _batch(count: int) -> struct.Struct:
-    return struct.Struct(f"{_RECORD.format}{count}Q{8 * count}s{count}I{count}s")
+    return struct.Struct(f"{_RECORD.format}{2 * count}Q{count}I{count}s")
 
 
 @lru_cache(maxsize=512)
 def _alike(count: int) -> struct.Struct:
-    return struct.Struct(f"{_RECORD.format}{count}Q{8 * count}s{count}s")
+    return struct.Struct(f"{_RECORD.format}{2 * count}Q{count}s")
 
 
 def pack_batch_into(
@@ -419,8 +423,8 @@ def pack_batch_into(
     clock: int,
     ends: Sequence[int],
     lengths: Sequence[int],
-    sectors: bytes,
-    operations: bytes,
+    offsets: Sequence[int],
+    operations: bytes | bytearray,
     data_length: int,
     queue: int,
 ) -> int:
@@ -433,7 +437,7 @@ def pack_batch_into(
         clock: what that showed when the trace began.
         ends: when each was over, by the same clock.
         lengths: of each, in bytes.
-        sectors: of 512 bytes, where each began: 8 bytes for each, little-endian.
+        offsets: where each began on the disk, in bytes; multiples of 512.
         operations: a byte for each.
         data_length: of all writes together; 0: their data is not recorded.
         queue: its number.
@@ -442,13 +446,13 @@ def pack_batch_into(
         How many bytes it takes.
     """
     count, length = len(ends), lengths[0]
-    start = began - clock
+    start, sectors = began - clock, [offset >> 9 for offset in offsets]
     if lengths.count(length) == count:  # nearly always
         layout, head = _alike(count), (start, length, began, count, data_length, 0, queue, BATCH)
-        layout.pack_into(buffer, at, *head, *ends, sectors, operations)
+        layout.pack_into(buffer, at, *head, *ends, *sectors, operations)
     else:
         layout, head = _batch(count), (start, 0, began, count, data_length, 0, queue, BATCH)
-        layout.pack_into(buffer, at, *head, *ends, sectors, *lengths, operations)
+        layout.pack_into(buffer, at, *head, *ends, *sectors, *lengths, operations)
     return layout.size
 
 

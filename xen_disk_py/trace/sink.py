@@ -1,9 +1,10 @@
 """Takes records from the threads that do requests, and writes them from one of its own.
 
 What is noted goes into a :class:`Page`, ready to be written: a record, or a batch of them
-(:mod:`.batch`), is packed where it stays, and data is copied once, into the page. The thread writes
-what pages hold, without looking at single records; all that takes long there (checksums,
-``pwritev``) is done without Python's lock.
+(:mod:`.batch`), is packed where it stays. Data stays where the write's only copy is. The thread
+writes what pages hold, without looking at single records; all that takes long there (checksums,
+``pwritev``) is done without Python's lock. The sink's own lock is held for moments, and never while
+a disk is asked for anything.
 
 Nothing depends on the file: if it cannot be written, the recording ends, with a line in the log.
 """
@@ -18,7 +19,9 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from time import perf_counter_ns
+from typing import Union
 
+from .claims import Claims
 from .format import (
     BATCHED_SIZE,
     EVENTS,
@@ -47,6 +50,11 @@ MAX_RECORDS = 100_000
 _GATHERING = 0.2  # seconds that the writer sleeps to have more to write at once
 _BLOCK = 16_384  # records in a page, at most
 _EMPTY = (0, 0, 0, 0)
+CHUNK = 1 << 20
+"""Bytes of memory for copies of what is written."""
+
+Piece = tuple[Union[memoryview, bytes], int, int]
+"""Data: where it is, from what byte on, and up to what byte."""
 
 
 class Page:
@@ -54,41 +62,42 @@ class Page:
 
     Attributes:
         records: packed.
-        data: of these, contiguous.
+        pieces: of their data, what is not being written yet.
+        chunks: memory that is free when the page is written.
         done: how many bytes of records and of data, how many requests, and how many of these are
-            flushes that succeeded. Whoever has put something into the page replaces this, at once,
-            when all of that is there.
+            flushes that succeeded.
         written: how much of it is in the file.
     """
 
-    __slots__ = ("data", "done", "records", "written")
+    __slots__ = ("chunks", "done", "pieces", "records", "written")
 
-    def __init__(self, records: int, data: int) -> None:
+    def __init__(self, records: int) -> None:
         self.records = memoryview(bytearray(records))
-        anonymous = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        self.data = memoryview(mmap.mmap(-1, data, anonymous) if data else bytearray())
+        self.pieces: list[Piece] = []
+        self.chunks: list[memoryview] = []
         self.done = self.written = _EMPTY
 
-    @property
-    def filled(self) -> int:
-        """Bytes of data that are there."""
-        return self.done[1]
-
-
-Place = tuple[Page, int]
-"""Where data is: in a page, from a byte on."""
+    def add(self, data: Piece) -> None:
+        """Put data behind the rest; a batch's is often contiguous with that of the one before."""
+        pieces = self.pieces
+        if pieces:
+            memory, start, end = pieces[-1]
+            if memory is data[0] and end == data[1]:
+                pieces[-1] = (memory, start, data[2])
+                return
+        pieces.append(data)
 
 
 class Sink:
     """Takes records, from any thread.
 
-    :meth:`note`, :meth:`wrote` and :meth:`put_batch` do. Who copies data anyway may put it into
-    :attr:`page` itself, behind what is there, with :attr:`data_lock` held until :meth:`put` or
-    :meth:`put_batch` has put its record there; if there is no room, into what :meth:`turn` returns.
+    :meth:`note`, :meth:`wrote` and :meth:`put_batch` do; the order of these calls is that of the
+    trace.
 
     Args:
         writer: of the file; None: nothing is recorded.
         name: of the file, for the log.
+        claims: of those who write at once, if several threads do.
 
     Attributes:
         page: where the next record goes.
@@ -99,27 +108,28 @@ class Sink:
         lost: requests that were not recorded.
     """
 
-    def __init__(self, writer: TraceWriter | None, name: str) -> None:
+    def __init__(self, writer: TraceWriter | None, name: str, claims: Claims | None = None) -> None:
         self.writer = writer
+        self.claims = claims
         self.clock = writer.header.clock if writer is not None else 0
         self.has_data = writer is not None and writer.header.data
         self._capacity = min(_BLOCK, MAX_RECORDS) * RECORD_SIZE  # bytes of the records of a page
         self.is_awake = writer is None
         self.recorded = self.lost = 0
         self._name = name
-        # No room in it: the next request calls turn().
-        self._nothing = Page(0, 0)
+        # No room in it: the next request calls _turn().
+        self._nothing = Page(0)
         self._nothing.done = self._nothing.written = (self._capacity, MAX_DATA + 1, 0, 0)
         self.page = self._filling = self._nothing
         self._full: deque[Page] = deque()
         self._free: list[Page] = []
+        self._spare: list[memoryview] = []  # chunks
         self._pages = 0  # how many there are
         waiting, size = MAX_RECORDS * RECORD_SIZE, self._capacity
         if self.has_data:
-            waiting, size = MAX_WAITING, MAX_DATA
+            waiting, size = MAX_WAITING, MAX_DATA  # so the chunks are bounded, too
         self._most = max(1, waiting // size)
         self.lock = threading.RLock()
-        self.data_lock = threading.Lock()
         self._moved = threading.Condition(self.lock)
         self._moves = 0
         self._wake = threading.Event()
@@ -127,6 +137,7 @@ class Sink:
         self._gap = 0  # requests lost, since that was noted
         self._over = writer is None
         self._closing = False
+        self._is_stuck = False
         self._why = ""
         self._thread: threading.Thread | None = None
 
@@ -147,7 +158,7 @@ class Sink:
         if self._over:
             return
         with self.lock:
-            self.put(fields)
+            self._put(fields)
         if not self.is_awake:
             self.rouse()
 
@@ -172,98 +183,120 @@ class Sink:
         """
         if self._over:
             return
-        begun, view = start - self.clock, memoryview(data)
-        with self.data_lock, self.lock:  # contiguous, if it takes several records
+        begun = start - self.clock
+        with self.lock:
             for at in range(0, len(data), MAX_DATA):
-                part = view[at : at + MAX_DATA]
-                length = len(part)
-                self.put((begun, took, offset + at, length, length, status, queue, WRITE), part)
+                end = min(at + MAX_DATA, len(data))
+                length = end - at
+                fields = (begun, took, offset + at, length, length, status, queue, WRITE)
+                self._put(fields, (data, at, end))
         if not self.is_awake:
             self.rouse()
 
-    def put(
-        self, fields: Fields, data: bytes | memoryview = b"", place: Place | None = None
-    ) -> None:
-        """Put a record, and its data, behind the others; the locks are held.
-
-        Args:
-            fields: the record's.
-            data: its own.
-            place: where the data is already.
-        """
+    def _put(self, fields: Fields, data: Piece | None = None) -> None:
+        """Put a record, and its data, behind the others; the lock is held."""
         operation, status = fields[7], fields[5]
         requests, flushes = operation < EVENTS, operation == FLUSH and not status
-        page = self._place(RECORD_SIZE, data, place, requests)
+        page = self._with_room_for(RECORD_SIZE, fields[4], requests)
         if page is not None:
             used, filled, others, earlier = page.done
             pack_record_into(page.records, used, *fields)
-            filled += len(data)
-            page.done = (used + RECORD_SIZE, filled, others + requests, earlier + flushes)
+            if data is not None:
+                page.add(data)
+            page.done = (
+                used + RECORD_SIZE,
+                filled + fields[4],
+                others + requests,
+                earlier + flushes,
+            )
 
     def put_batch(
         self,
         began: int,
         ends: Sequence[int],
         lengths: Sequence[int],
-        sectors: bytes,
-        operations: bytes,
-        data: memoryview | bytes,
+        offsets: Sequence[int],
+        operations: bytes | bytearray,
+        data: Piece | None,
         queue: int,
-        place: Place | None,
     ) -> None:
         """Take reads and writes that were done one after another, from any thread.
-
-        With data, :attr:`data_lock` is held.
 
         Args:
             began: when the first was, by ``CLOCK_MONOTONIC``, in nanoseconds.
             ends: as for :func:`~.format.pack_batch_into`.
             lengths: the same.
-            sectors: the same.
+            offsets: the same.
             operations: the same.
-            data: of the writes, contiguous; at most ``MAX_DATA`` bytes.
+            data: of the writes; at most ``MAX_DATA`` bytes. It stays as it is until it is in the
+                file.
             queue: its number.
-            place: where the data is already.
         """
         count = len(ends)
+        size = 0 if data is None else data[2] - data[1]
         with self.lock:
-            page = self._place(RECORD_SIZE + count * BATCHED_SIZE, data, place, count)
-            if page is not None:
-                used, filled, requests, flushes = page.done
-                length = len(data)
-                size = pack_batch_into(
-                    page.records,
-                    used,
-                    began,
-                    self.clock,
-                    ends,
-                    lengths,
-                    sectors,
-                    operations,
-                    length,
-                    queue,
-                )
-                page.done = (used + size, filled + length, requests + count, flushes)
+            if count == 1:
+                at, took = began - self.clock, ends[0] - began
+                fields = (at, took, offsets[0], lengths[0], size, 0, queue, operations[0])
+                self._put(fields, data)
+            else:
+                page = self._with_room_for(RECORD_SIZE + count * BATCHED_SIZE, size, count)
+                if page is not None:
+                    used, filled, requests, flushes = page.done
+                    packed = pack_batch_into(
+                        page.records,
+                        used,
+                        began,
+                        self.clock,
+                        ends,
+                        lengths,
+                        offsets,
+                        operations,
+                        size,
+                        queue,
+                    )
+                    if data is not None:
+                        page.add(data)
+                    page.done = (used + packed, filled + size, requests + count, flushes)
         if not self.is_awake:
             self.rouse()
 
-    def _place(
-        self, size: int, data: bytes | memoryview, place: Place | None, requests: int
-    ) -> Page | None:
+    def exchange(self, chunk: memoryview, size: int) -> memoryview:
+        """Return a piece of memory of so many bytes, of :data:`CHUNK` at least.
+
+        Args:
+            chunk: what is given back for it: all data there that is noted was put.
+            size: bytes.
+
+        Returns:
+            Nothing if that cannot be had, or nothing is recorded any longer.
+        """
+        with self.lock:
+            if self._over:
+                return memoryview(b"")
+            if len(chunk) == CHUNK:
+                page = self._filling
+                if page is self._nothing and self._full:
+                    page = self._full[-1]
+                (self._spare if page is self._nothing else page.chunks).append(chunk)
+            if size == CHUNK and self._spare:
+                return self._spare.pop()
+            try:
+                return memoryview(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+            except (MemoryError, OSError):
+                self.end("there is no memory to be had")
+                return memoryview(b"")
+
+    def _with_room_for(self, size: int, length: int, requests: int) -> Page | None:
         """The page where records of that size go, with their data; None: do without."""
         page: Page | None = self.page
         assert page is not None
         used, filled, _, _ = page.done
-        if place == (page, filled) and used + size <= self._capacity:
-            return page  # else others have filled the page in which the data is
-        if used + size > self._capacity or filled + len(data) > MAX_DATA:
-            page = self.turn(size, len(data), requests)
-        if page is not None and data:
-            filled = page.filled
-            page.data[filled : filled + len(data)] = data
+        if used + size > self._capacity or filled + length > MAX_DATA:
+            page = self._turn(size, length, requests)
         return page
 
-    def turn(self, size: int, length: int, requests: int = 1) -> Page | None:
+    def _turn(self, size: int, length: int, requests: int) -> Page | None:
         """Return a page with room for more; None: there is none, do without.
 
         Args:
@@ -275,7 +308,7 @@ class Sink:
             try:
                 found = self._with_room(size, length) if size <= self._capacity else None
             except (MemoryError, OSError):
-                self._end("there is no memory to be had")
+                self.end("there is no memory to be had")
                 found = None
             if found is None and not self._over:
                 self._gap += requests
@@ -308,7 +341,7 @@ class Sink:
             page = self._free.pop()
         else:
             self._pages += 1
-            page = Page(self._capacity, MAX_DATA if self.has_data else 0)
+            page = Page(self._capacity)
         if self._gap:
             lost, self._gap = self._gap, 0
             now = perf_counter_ns() - self.clock
@@ -321,7 +354,8 @@ class Sink:
         self.rouse()
         before = self._moves
         if not self._moved.wait(PATIENCE) and self._moves == before:
-            self._end(f"its storage has not moved for {PATIENCE:g} s")
+            self._is_stuck = True
+            self.end(f"its storage has not moved for {PATIENCE:g} s")
 
     def rouse(self) -> None:
         """Have what is there be written."""
@@ -335,7 +369,7 @@ class Sink:
                     try:
                         thread.start()
                     except RuntimeError as error:
-                        self._end(f"there is no thread to be had ({error})")
+                        self.end(f"there is no thread to be had ({error})")
                         return
                     self._thread = thread
         self._wake.set()
@@ -367,37 +401,41 @@ class Sink:
             with self._moved:
                 is_full = bool(self._full)
                 page = self._full[0] if is_full else self._filling
-                done = page.done
+                done, pieces = page.done, page.pieces
+                page.pieces = []
             if page is self._nothing or (done == page.written and not is_full):
                 break
             if done != page.written:
                 wrote = True
                 try:
-                    self._write_part(page, done)
+                    self._write_part(page, done, pieces)
                 except OSError as error:
-                    self._end(error.strerror or str(error))
+                    self.end(error.strerror or str(error))
             with self._moved:
                 page.written = done
                 self._moves += 1
                 if is_full and self._full:
                     self._full.popleft()
                     page.done = page.written = _EMPTY
+                    self._spare += page.chunks
+                    page.chunks = []
                     self._free.append(page)
                 self._moved.notify_all()
         return wrote
 
-    def _write_part(self, page: Page, done: tuple[int, int, int, int]) -> None:
+    def _write_part(self, page: Page, done: tuple[int, int, int, int], pieces: list[Piece]) -> None:
         writer = self.writer
         assert writer is not None
-        first, start, before, earlier = page.written
-        last, end, requests, flushes = done
-        body, data = page.records[first:last], page.data[start:end]
+        first, _, before, earlier = page.written
+        last, _, requests, flushes = done
+        body = page.records[first:last]
+        data = [memoryview(memory)[start:end] for memory, start, end in pieces]
         requests -= before
         try:
             writer.write_packed(body, data, requests=requests, flushes=flushes - earlier)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                self._write_what_fits(writer, body, data)
+                self._write_what_fits(writer, body, memoryview(b"".join(data)))
             raise
         self.recorded += requests
 
@@ -407,13 +445,13 @@ class Sink:
         with suppress(OSError):
             for size, length, requests, flushes in entries(body):
                 part, written = body[first : first + size], data[start : start + length]
-                writer.write_packed(part, written, requests=requests, flushes=flushes)
+                writer.write_packed(part, [written], requests=requests, flushes=flushes)
                 self.recorded += requests
                 first, start = first + size, start + length
 
     # -- its end ---------------------------------------------------------------------------
 
-    def _end(self, why: str) -> None:
+    def end(self, why: str) -> None:
         """Record nothing more, and say so, in the trace too if it can be."""
         with self._moved:
             if self._over:
@@ -423,10 +461,13 @@ class Sink:
             self.page = self._filling = self._nothing
             self._full.clear()
             self._free.clear()
+            self._spare.clear()
             self._moved.notify_all()
         log.error("%s: recording ended: %s; the disk is served on", self._name, why)
         if self._thread is None or threading.current_thread() is self._thread:
             self._stop(why)
+        self._hurry.set()
+        self._wake.set()
 
     def _stop(self, why: str) -> None:
         writer = self.writer
@@ -440,12 +481,15 @@ class Sink:
 
     def close(self) -> None:
         """Write the rest, within :data:`PATIENCE` seconds."""
+        thread = self._thread
         if self._over:
+            is_mine = thread is threading.current_thread()
+            if thread is not None and not is_mine and not self._is_stuck:
+                thread.join(PATIENCE)  # it says in the file why it ends
             return
         self._closing = True
         self._hurry.set()
         self._wake.set()
-        thread = self._thread
         if thread is not None:
             thread.join(PATIENCE)
             if thread.is_alive():

@@ -24,6 +24,8 @@ from .format import (
 )
 from .reader import TraceReader
 
+_PIECES = 1024  # for pwritev: IOV_MAX of Linux
+
 
 class TraceWriter(Closing):
     """A trace that grows; one thread calls it.
@@ -146,7 +148,7 @@ class TraceWriter(Closing):
     def write_packed(
         self,
         body: bytes | memoryview,
-        data: bytes | memoryview,
+        data: Sequence[bytes | memoryview],
         *,
         requests: int,
         flushes: int,
@@ -155,7 +157,7 @@ class TraceWriter(Closing):
 
         Args:
             body: the records, packed.
-            data: what was written, in one piece.
+            data: what was written, in pieces.
             requests: as for :meth:`write`.
             flushes: the same.
 
@@ -163,7 +165,7 @@ class TraceWriter(Closing):
             OSError: it cannot be written; nothing of it counts.
         """
         head = pack_head(self.header.id, self.sequence, self.requests, self.flushes, body, data)
-        self._append((head, body, data), requests, flushes)
+        self._append([head, body, *data], requests, flushes)
 
     def describe(self, header: Header) -> None:
         """Write the header anew, which says more than it did; from any thread.
@@ -175,12 +177,15 @@ class TraceWriter(Closing):
         self.header = header
 
     def _append(self, parts: Sequence[bytes | memoryview], requests: int, flushes: int) -> None:
-        length = sum(map(len, parts))
-        at = self._place(length)
-        done = os.pwritev(self.fd, parts, at)
-        if done < length:
-            _write(self.fd, b"".join(parts)[done:], at + done)
-        self.at = at + length
+        at = self._place(sum(map(len, parts)))
+        for first in range(0, len(parts), _PIECES):
+            pieces = parts[first : first + _PIECES]
+            length = sum(map(len, pieces))
+            done = os.pwritev(self.fd, pieces, at)
+            if done < length:
+                _write(self.fd, b"".join(pieces)[done:], at + done)
+            at += length
+        self.at = at
         self.sequence += 1
         self.requests += requests
         self.flushes += flushes

@@ -16,7 +16,6 @@ from xen_disk_py.backends.asynchronous import WRITE as BEGIN_WRITE
 from xen_disk_py.backends.asynchronous import Asynchronous
 from xen_disk_py.backends.conformance import BackendConformance
 from xen_disk_py.backends.filter import succeeding
-from xen_disk_py.backends.filters import record as module
 from xen_disk_py.backends.loader import open_backend, wrap
 from xen_disk_py.backends.queues import here
 from xen_disk_py.errors import ImageError, UsageError
@@ -220,8 +219,7 @@ def test_a_resize_is_noted_between_the_requests(path):
 
 
 def test_many_blocks_pages_and_pieces(path, monkeypatch):
-    for each in (sinks, module):
-        monkeypatch.setattr(each, "MAX_DATA", 2048)
+    monkeypatch.setattr(sinks, "MAX_DATA", 2048)
     monkeypatch.setattr(sinks, "MAX_RECORDS", 3)
     monkeypatch.setattr(sinks, "MAX_WAITING", 4096)
     disk = recorded(path, ",data=yes")
@@ -335,8 +333,7 @@ def test_a_storage_that_does_not_move_ends_the_recording_and_a_write_waits_no_lo
         stop(sink, why)
         ended.set()
 
-    for each in (sinks, module):
-        monkeypatch.setattr(each, "MAX_DATA", 1000)
+    monkeypatch.setattr(sinks, "MAX_DATA", 1000)
     monkeypatch.setattr(sinks, "MAX_WAITING", 1000)
     monkeypatch.setattr(sinks, "PATIENCE", 0.05)
     monkeypatch.setattr(writers.os, "pwritev", wait)

@@ -18,19 +18,18 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Optional
 from zlib import crc32
 
 from ...errors import ImageError, UsageError
 from ...trace.batch import BatchNotes
+from ...trace.claims import Claims
 from ...trace.format import (
     DISCARD,
     DISCARD_SECURELY,
     FLUSH,
     GAP,
-    MAX_DATA,
     MIN_RING,
     READ,
     RESIZED,
@@ -40,7 +39,7 @@ from ...trace.format import (
     status_of,
 )
 from ...trace.reader import TraceReader
-from ...trace.sink import Page, Sink
+from ...trace.sink import Sink
 from ...trace.writer import TraceWriter, event, fields_of
 from ...units import format_size, parse_size
 from .. import Backend, asynchronous, sharing
@@ -51,6 +50,8 @@ from ..queues import here
 log = logging.getLogger("xen_disk_py")
 
 _SAMPLES = 32
+_CLAIMED = 64 << 20  # bytes of a discard that may meet writes: a guest that has more be discarded
+# while it writes there has no word for what it wants
 _OPERATIONS = {
     asynchronous.READ: READ,
     asynchronous.WRITE: WRITE,
@@ -107,7 +108,8 @@ class Recorder(Filter):
         writer = None
         if on and not sharing.is_looking():
             writer = _open(self.source, file, data=data, ring=size, in_use=self._is_in_use)
-        source, before, sink = self.source, self._sink, Sink(writer, file)
+        source, before = self.source, self._sink
+        sink = Sink(writer, file, Claims() if data and source.threads > 1 else None)
         self._sink = sink
         self._settings = settings
         self._describe()
@@ -176,7 +178,8 @@ class Recorder(Filter):
 
     def noting(self) -> Noting | None:
         """Have whole batches of what comes to the source be noted."""
-        return partial(BatchNotes, self._sink)
+        sink = self._sink
+        return lambda queue, only_whole: BatchNotes(sink, queue, only_whole=only_whole)
 
     def counters(self) -> dict[str, int]:
         """How many requests are in the file, how many could not be noted, and whether it ended."""
@@ -213,7 +216,17 @@ class Recorder(Filter):
         self._do(DISCARD_SECURELY, offset, length, lambda: call(offset, length))
 
     def _do(self, operation: int, offset: int, length: int, call: Callable[[], None]) -> None:
-        sink, start = self._sink, _now()
+        sink = self._sink
+        if sink.claims is not None and 0 < length <= _CLAIMED:
+            with sink.claims.held(offset, length):
+                self._do_now(sink, operation, offset, length, call)
+        else:
+            self._do_now(sink, operation, offset, length, call)
+
+    def _do_now(
+        self, sink: Sink, operation: int, offset: int, length: int, call: Callable[[], None]
+    ) -> None:
+        start = _now()
         try:
             call()
         except BaseException as error:
@@ -278,61 +291,12 @@ def _noted(sink: Sink, operation: int, call: Move, *, only_whole: bool = False) 
 def _copied(sink: Sink, call: Move, *, only_whole: bool = False) -> Any:
     """Return ``call``, which writes, noted with a copy of the data, which is what is written.
 
-    The copy is made where the trace is written from, by one thread at a time; what comes from
-    another meanwhile is copied twice.
-
     Args:
         sink: takes the records.
         call: writes.
         only_whole: what was done in part will be done again, and is not noted.
     """
-    origin, lock = sink.clock, sink.lock
-    begin, end = sink.data_lock.acquire, sink.data_lock.release
-    otherwise: Move = _copied_twice(sink, call, only_whole=only_whole)
-
-    def move(buffers: Sequence[memoryview], offset: int) -> int | None:
-        if not begin(False):
-            return otherwise(buffers, offset)
-        page: Page | None = sink.page
-        assert page is not None
-        length = sum(map(len, buffers))
-        if page.filled + length > MAX_DATA:
-            page = sink.turn(0, length) if length <= MAX_DATA else None
-            if page is None:
-                end()
-                return otherwise(buffers, offset)
-        try:
-            at = to = page.filled
-            for buffer in buffers:
-                page.data[to : to + len(buffer)] = buffer
-                to += len(buffer)
-            data = page.data[at:to]
-            start = _now()
-            try:
-                done = call((data,), offset)
-            except BaseException as error:
-                took, status = _now() - start, status_of(error)
-                fields = (start - origin, took, offset, length, length, status)
-                with lock:
-                    sink.put((*fields, here.number, WRITE), data, (page, at))
-                raise
-            took = _now() - start
-            if done is None or done == length or not only_whole:
-                data = data[:done]
-                fields = (start - origin, took, offset, len(data), len(data), 0)
-                with lock:
-                    sink.put((*fields, here.number, WRITE), data, (page, at))
-        finally:
-            end()
-        if not sink.is_awake:
-            sink.rouse()
-        return done
-
-    return move
-
-
-def _copied_twice(sink: Sink, call: Move, *, only_whole: bool) -> Any:
-    """The same with a copy of its own, which :meth:`Sink.wrote` copies."""
+    claims = sink.claims
 
     def move(buffers: Sequence[memoryview], offset: int) -> int | None:
         if sink.is_over:
@@ -349,7 +313,15 @@ def _copied_twice(sink: Sink, call: Move, *, only_whole: bool) -> Any:
             sink.wrote(start, took, offset, data if done is None else data[:done], 0, here.number)
         return done
 
-    return move
+    def claimed(buffers: Sequence[memoryview], offset: int) -> int | None:
+        assert claims is not None
+        length = sum(map(len, buffers))
+        if only_whole and not claims.are_free(offset, length):
+            return 0  # it would have to wait
+        with claims.held(offset, length):
+            return move(buffers, offset)
+
+    return move if claims is None else claimed
 
 
 class _Recorded(Asynchronous):
