@@ -258,16 +258,27 @@ def test_what_a_child_prints_is_passed_on_and_its_end_is_the_end(monkeypatch):
     said = io.StringIO()
     monkeypatch.setattr("sys.stderr", said)
     before = os.readlink("/proc/self/fd/2")
-    with relayed_stderr():
+    with relayed_stderr() as relay:
         child = subprocess.Popen(
             ["/bin/sh", "-c", "printf 'one\\033[2J\\ntwo' >&2"], stdout=subprocess.DEVNULL
         )
+    relay.pass_on()
     assert before == os.readlink("/proc/self/fd/2")
     assert 0 == child.wait(PATIENCE)
     for thread in threading.enumerate():
         if thread.name == "stderr":
             thread.join(PATIENCE)
     assert "one\\x1b[2J\ntwo\n" == said.getvalue()
+
+
+def test_what_a_child_prints_is_kept_for_who_explains_its_end(monkeypatch):
+    shown = io.StringIO()
+    monkeypatch.setattr("sys.stderr", shown)
+    with relayed_stderr() as relay:
+        child = subprocess.Popen(["/bin/sh", "-c", "echo one >&2; echo two >&2"])
+    assert 0 == child.wait(PATIENCE)
+    assert ["one", "two"] == relay.said(PATIENCE)
+    assert "" == shown.getvalue()
 
 
 def test_a_child_without_a_thread_of_ours_writes_nowhere(monkeypatch):

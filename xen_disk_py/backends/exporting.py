@@ -18,7 +18,7 @@ from . import Backend
 from .before_images import put_over
 from .image import transfer_all
 from .locks import lock
-from .newfile import NewFile
+from .newfile import NewFile, why
 
 log = logging.getLogger("xen_disk_py")
 
@@ -294,5 +294,5 @@ def new_image(path: str, size: int) -> Iterator[NewFile]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             hint = f" (up to {format_size(size)} are needed there)"
         raise ImageError(
-            f"{path}: the new image cannot be made: {error.strerror}{hint}; nothing was changed"
+            f"{path}: the new image cannot be made: {why(error, path)}{hint}; nothing was changed"
         ) from error

@@ -22,6 +22,16 @@ _HIDDEN = re.compile(re.escape(_PREFIX) + r"[a-z0-9_]{8}")
 _NO_TMPFILE = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT)  # open(2)
 
 
+def why(error: OSError, path: str) -> str:
+    """Say why a file cannot be made, and what to do where its directory is the matter."""
+    directory = os.path.dirname(path) or "."
+    if error.errno == errno.ENOENT and not os.path.isdir(directory):
+        return f"there is no directory {directory}: make it first (mkdir -p {directory})"
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return f"no permission in {directory}: run as its owner or root"
+    return error.strerror or str(error)
+
+
 class NewFile(Closing):
     """A new, empty file for its owner alone, locked (``flock``) until it is closed.
 

@@ -16,6 +16,7 @@ FORMATS = ("qcow2", "vhdx", "vdi")
 
 _DIRECTORIES = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _PERCENT = re.compile(rb"\(([0-9.]+)/100%\)")
+_REPEATED = re.compile(r"(Could not open '[^']*': )(?=\1)")
 _LONGEST = 2000  # characters of what it says
 
 
@@ -86,9 +87,48 @@ def describe(path: str, image_format: str) -> list[dict[str, Any]]:
         check=False,
     )
     if done.returncode:
-        raise ImageError(f"{path}: {_in_one_line(done.stderr) or 'qemu-img does not say why'}")
+        said = _in_one_line(done.stderr) or "qemu-img does not say why"
+        raise ImageError(f"{path}: {_explained(said, path, image_format)}")
     found: list[dict[str, Any]] = json.loads(done.stdout)
     return found
+
+
+def is_stream_optimized(path: str) -> bool:
+    """Tell whether a VMDK is compressed, as for a transfer; False if that is not to be known."""
+    try:
+        (image, *_) = describe(path, "vmdk")
+    except (UsageError, ImageError):
+        return False
+    data = image.get("format-specific", {}).get("data", {})
+    return bool(data.get("create-type") == "streamOptimized")
+
+
+_HINTS = (
+    (
+        "infinite loop",
+        "give it another backing file: qemu-img rebase -u -f {0} -b FILE -F FORMAT {1}",
+    ),
+    (
+        "No such file",
+        "put that backing file there, or name another: qemu-img rebase -u -f {0} -b FILE -F FORMAT "
+        "{1}",
+    ),
+    ("format", "name the format that it has with --format"),
+    ("descriptor", "name the format that it has with --format"),
+    ("signature", "name the format that it has with --format"),
+    ("Invalid argument", "it is no {0}, or damaged: name its format with --format"),
+    ("lock", "another process uses it: end that first"),
+    ("log", "replay it: qemu-img check -r all -f {0} {1}"),
+)
+"""What QEMU says, and what to do."""
+
+
+def _explained(said: str, path: str, image_format: str) -> str:
+    """Say it without what it repeats, and what to do."""
+    said = _REPEATED.sub("", said.rstrip("."))
+    said = said.removeprefix(f"Could not open '{path}': ")
+    hint = next((hint for words, hint in _HINTS if words in said), None)
+    return said if hint is None else f"{said}: {hint.format(image_format, path)}"
 
 
 def _follow(process: subprocess.Popen[bytes], progress: Callable[[int, int], None]) -> str:

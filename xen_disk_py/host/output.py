@@ -28,6 +28,7 @@ LIMIT = 64 << 10
 _HEIR = "XEN_DISK_WAITING"
 """Environment variable: a descriptor with what waits for the reader, for the next program."""
 
+_KEPT = 100  # lines
 _LINE = 4096  # bytes of a line of others that are passed on at once
 
 _Send = Callable[[bytes], int]
@@ -47,15 +48,69 @@ def open_standard_descriptors() -> None:
         os.set_inheritable(descriptor, True)  # as they are
 
 
+class Relay:
+    """What programs print that are started inside :func:`relayed_stderr`.
+
+    Until :meth:`pass_on` it is kept, for who explains why they have ended; then it goes to
+    ``sys.stderr``.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._kept: list[str] | None = []
+        self._thread: threading.Thread | None = None
+
+    def start(self, reader: int) -> None:
+        """Read in a thread until all who write have ended.
+
+        Raises:
+            RuntimeError: no thread is to be had.
+        """
+        thread = threading.Thread(target=self._read, args=(reader,), name="stderr", daemon=True)
+        thread.start()
+        self._thread = thread
+
+    def pass_on(self) -> None:
+        """Print what was kept, and what comes from now on."""
+        with self._lock:
+            kept, self._kept = self._kept, None
+        for line in kept or ():
+            _print(line)
+
+    def said(self, patience: float) -> list[str]:
+        """Return what was kept once all who write have ended, or after so many seconds."""
+        if self._thread is not None:
+            self._thread.join(patience)
+        with self._lock:
+            return list(self._kept or ())
+
+    def _read(self, reader: int) -> None:
+        with os.fdopen(reader, "rb") as lines:
+            for line in iter(lambda: lines.readline(_LINE), b""):
+                text = printable(line.decode(errors="surrogateescape").rstrip("\n"))
+                with self._lock:
+                    if self._kept is not None:
+                        if len(self._kept) < _KEPT:
+                            self._kept.append(text)
+                        continue
+                _print(text)
+
+
+def _print(line: str) -> None:
+    if sys.stderr is not None:
+        sys.stderr.write(f"{line}\n")
+
+
 @contextlib.contextmanager
-def relayed_stderr() -> Iterator[None]:
+def relayed_stderr() -> Iterator[Relay]:
     """Have programs that are started inside write to us, who pass it on to ``sys.stderr``.
 
     A server that works for a disk would wait for the reader of our stderr, and the disk for it.
     """
+    relay = Relay()
     reader, writer = os.pipe2(os.O_CLOEXEC)
     try:
-        threading.Thread(target=_relay, args=(reader,), name="stderr", daemon=True).start()
+        relay.start(reader)
     except RuntimeError:  # no thread is to be had
         os.close(reader)
         os.close(writer)
@@ -65,7 +120,7 @@ def relayed_stderr() -> Iterator[None]:
             before = os.dup(2)
             os.dup2(writer, 2)
             try:
-                yield
+                yield relay
             finally:
                 os.dup2(before, 2)
                 os.close(before)
@@ -74,15 +129,6 @@ def relayed_stderr() -> Iterator[None]:
 
 
 _changing_stderr = threading.Lock()
-
-
-def _relay(reader: int) -> None:
-    """Pass on lines until all who write them have ended."""
-    with os.fdopen(reader, "rb") as lines:
-        for line in iter(lambda: lines.readline(_LINE), b""):
-            if sys.stderr is not None:
-                text = line.decode(errors="surrogateescape").rstrip("\n")
-                sys.stderr.write(f"{printable(text)}\n")
 
 
 class Output(io.TextIOBase):

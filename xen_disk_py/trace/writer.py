@@ -67,6 +67,11 @@ class TraceWriter(Closing):
             raise ImageError(
                 f"{path}: exists, and a trace is never overwritten: give another name, or remove it"
             ) from None
+        except FileNotFoundError as error:
+            directory = os.path.dirname(path)
+            raise ImageError(
+                f"{path}: there is no directory {directory}: make it first (mkdir -p {directory})"
+            ) from error
         except OSError as error:
             raise ImageError(f"{path}: {error.strerror}") from error
         try:

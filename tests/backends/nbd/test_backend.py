@@ -179,12 +179,25 @@ def test_a_server_that_is_not_there_is_named(tmp_path):
     [
         ("nbd://localhost:1/x", "Connection refused: is the server running"),
         ("nbd+unix:///?socket=/nonexistent", "No such file or directory: is the server running"),
+        ("[ nosuchprogram ]", "there is no program nosuchprogram: install it, or give its path"),
+        ("[ nbdkit file /nonexistent ]", r"\]: nbdkit: error: .*No such file or directory"),
         ("[ true ]", "it has to be an NBD server that takes its socket from systemd"),
     ],
 )
 def test_what_to_do_is_said(path, says):
     with pytest.raises(BackendError, match=says):
         NbdBackend(path)
+
+
+def test_a_server_of_our_own_that_does_not_end_is_killed(monkeypatch, caplog):
+    if shutil.which("nbdkit") is None:
+        pytest.skip("needs nbdkit")
+    monkeypatch.setattr(libnbd, "_TERM", 0.1)
+    disk = NbdBackend(
+        ["nbdkit", "eval", "get_size=echo 1048576", "pread=head -c $3 /dev/zero", "close=sleep 3"]
+    )
+    disk.close()
+    assert "has not ended 0.1 s after SIGTERM: killed" in caplog.text
 
 
 def test_a_command_that_is_none():

@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar
 from ...errors import UsageError
 from .. import Backend, sharing
 from ..filter import Filter
+from ..newfile import why
 
 T = TypeVar("T")
 
@@ -154,7 +155,7 @@ def _open(file: str) -> int:
     try:
         fd = os.open(file, flags | os.O_CLOEXEC, 0o600)
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
+        reason = why(error, file) if isinstance(error, OSError) else error
         raise UsageError(f"--filter log: file={file}: {reason}") from error
     if _is_of_another(fd):
         os.close(fd)

@@ -24,7 +24,7 @@ class Offset(Filter):
 
     resize_notice = None  # a part keeps its size
 
-    def __init__(self, source: Backend, *, start: int = 0, size: int = 0) -> None:
+    def __init__(self, source: Backend, *, start: int = 0, size: int | None = None) -> None:
         super().__init__(source)
         if start >= source.size:
             raise UsageError(
@@ -32,7 +32,9 @@ class Offset(Filter):
                 "give a smaller one"
             )
         self._start = start
-        self.size = size or source.size - start
+        if size == 0:
+            raise UsageError("--filter offset: size=0 leaves nothing: give more, or leave it out")
+        self.size = source.size - start if size is None else size
         for name, value in (("start", start), ("size", self.size)):
             if value % source.sector_size:
                 raise UsageError(

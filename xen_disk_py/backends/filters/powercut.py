@@ -66,8 +66,11 @@ class Powercut(Filter):
 
     def configure(self, *, seed: int, flush: int, limit: int, cut: bool) -> None:
         """Fail at that flush, counted from now on, or at once."""
-        if flush < 0 or limit < 0:
-            raise UsageError("--filter powercut: flush and limit cannot be less than 0")
+        if flush < 0 or limit < 1:
+            raise UsageError(
+                f"--filter powercut: flush={flush},limit={limit}: flush is 0 or more; with a limit "
+                "of 0 no write would be kept"
+            )
         with self._lock:
             if self._is_cut and not cut:
                 raise UsageError("the power does not come back: connect the disk again")

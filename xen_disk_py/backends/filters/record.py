@@ -45,6 +45,7 @@ from ...units import format_size, parse_size
 from .. import Backend, asynchronous, sharing
 from ..asynchronous import Asynchronous, Done
 from ..filter import Filter, Noting, is_succeeding
+from ..newfile import why
 from ..queues import here
 
 log = logging.getLogger("xen_disk_py")
@@ -440,7 +441,7 @@ def _continue(source: Backend, file: str, *, data: bool) -> TraceWriter:
                 [event(RESUMED, at), event(GAP, at), event(RESIZED, at, size=source.size)]
             )
         except OSError as error:
-            raise ImageError(f"{file}: {error.strerror}") from error
+            raise ImageError(f"{file}: {why(error, file)}") from error
     except BaseException:
         os.close(fd)
         raise

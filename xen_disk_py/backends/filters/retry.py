@@ -47,6 +47,8 @@ class Retry(Waiting):
                 raise UsageError(f"--filter retry: {name}={text}: {error}") from None
         if times < 0:
             raise UsageError(f"--filter retry: times={times} is less than 0")
+        if found[1] < found[0]:
+            raise UsageError(f"--filter retry: longest={longest} is less than pause={pause}")
         self._plan = times, found[0], found[1]
 
     def counters(self) -> dict[str, int]:

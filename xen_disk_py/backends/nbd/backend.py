@@ -16,7 +16,7 @@ from .. import Backend
 from ..asynchronous import DISCARD, FLUSH, READ, WRITE
 from . import tls
 from .client import Client
-from .libnbd import Connection
+from .libnbd import Connection, ServerFailed
 from .wire import WireConnection, is_plain
 
 _SECTORS = (512, 1024, 2048, 4096)
@@ -55,6 +55,8 @@ class NbdBackend(Backend):
         self._name = path if isinstance(path, str) else shlex.join(path)
         if timeout < 0:
             raise UsageError(f"timeout={timeout}: seconds, or 0 for any time")
+        if connections < 1:
+            raise UsageError(f"connections={connections}: at least 1")
         where = _where(path) if isinstance(path, str) else path
         if not isinstance(where, str):
             connections = 1  # each would start a server of its own, with a disk of its own
@@ -62,7 +64,9 @@ class NbdBackend(Backend):
             tls.check(where, os.environ.get("HOME"), is_root=os.geteuid() == 0)
         try:
             connect = WireConnection if is_plain(where) else Connection
-            self._client = Client(lambda: connect(where), max(1, connections), timeout)
+            self._client = Client(lambda: connect(where), connections, timeout)
+        except ServerFailed as error:
+            raise BackendError(f"{self._name}: {_ended(error)}") from error
         except XenDiskError as error:
             raise type(error)(f"{self._name}: {_explained(where, str(error))}") from error
         self.asynchronous = self._client
@@ -130,11 +134,22 @@ _HINTS = (
 """What libnbd says, and what to look at."""
 
 
+def _ended(error: ServerFailed) -> str:
+    """Say why a server of our own does not serve: in its own words, if it has any."""
+    if error.said:
+        return str(error)
+    if "has not answered" in str(error):
+        return str(error)
+    return (
+        f"it serves nothing ({error}): it has to be an NBD server that takes its socket from "
+        "systemd, as nbdkit does"
+    )
+
+
 def _explained(where: str | list[str], error: str) -> str:
     """Add to libnbd's words what to do."""
     if not isinstance(where, str):
-        hint = "it has to be an NBD server that takes its socket from systemd, as nbdkit does"
-        return f"{error}: {hint}" if "connect:" in error or "recv:" in error else error
+        return error
     for words, hint in _HINTS:
         if words in error:
             return f"{error}: {hint}"

@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import logging
 import os
 import select
+import shutil
 import signal
+import socket
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from ctypes import POINTER, c_bool, c_char_p, c_int, c_int64, c_size_t, c_uint, c_uint32, c_uint64
 from functools import cache
 from types import SimpleNamespace
@@ -27,6 +31,8 @@ from ...hypervisor import Closing
 from .. import StorageError
 from ..asynchronous import DISCARD, FLUSH, READ
 from ..copies import Data
+
+log = logging.getLogger("xen_disk_py")
 
 _handle = ctypes.c_void_p
 
@@ -147,9 +153,34 @@ PASSING = {
 }
 """Errors that say nothing against the request: it may be done later, or by another server."""
 
+_LAST_WORDS = 1.0  # seconds to read what a server has printed that has ended
+_TERM = 30.0  # seconds that a server of our own may take to end: it may have to store much
+_TERM_UNUSED = 2.0  # if it has served nobody
 _PATIENCE = 30.0  # seconds to connect, and to agree on an export
 _STEP = 0.1  # seconds until Python may handle a signal
 _MAXIMUM = 32 << 20  # the NBD protocol: what a client may assume where nothing is said
+
+
+class ServerFailed(BackendError):
+    """A server that was started ends, or is none.
+
+    Args:
+        message: libnbd's.
+        said: the lines that it has printed.
+    """
+
+    def __init__(self, message: str, said: Sequence[str]) -> None:
+        super().__init__("; ".join(said) or message)
+        self.said = said
+
+
+def _children() -> set[int]:
+    """The processes that this thread has started, as far as the kernel tells (proc(5))."""
+    try:
+        with open("/proc/thread-self/children", encoding="ascii") as file:
+            return {int(each) for each in file.read().split()}
+    except OSError:  # it was built without
+        return set()
 
 
 class Connection(Closing):
@@ -177,6 +208,7 @@ class Connection(Closing):
         self.lost = ""
         self.watched = 0
         self._is_ours = not isinstance(where, str)
+        self._server = 0  # its process, if it is ours and known
         self._handle = self._nbd.nbd_create()
         if not self._handle:
             raise BackendError(f"libnbd: {self._why()[1]}")
@@ -200,9 +232,21 @@ class Connection(Closing):
             nbd.nbd_set_uri_allow_local_file(self._handle, True)
             self._await(nbd.nbd_aio_connect_uri(self._handle, where.encode()))
         else:
+            if shutil.which(where[0]) is None:
+                raise BackendError(f"there is no program {where[0]}: install it, or give its path")
             words = (c_char_p * (len(where) + 1))(*(os.fsencode(word) for word in where), None)
-            with relayed_stderr():
-                self._await(nbd.nbd_aio_connect_systemd_socket_activation(self._handle, words))
+            relay = None
+            try:
+                with relayed_stderr() as relay:
+                    before = _children()
+                    begun = nbd.nbd_aio_connect_systemd_socket_activation(self._handle, words)
+                    started = _children() - before
+                    self._server = started.pop() if len(started) == 1 else 0
+                    self._await(begun)
+            except BackendError as error:
+                said = relay.said(_LAST_WORDS) if relay is not None else []
+                raise ServerFailed(str(error), said) from error
+            relay.pass_on()
 
     def _await(self, begun: int) -> None:
         """Wait until the server has said what it has, or for _PATIENCE."""
@@ -385,7 +429,35 @@ class Connection(Closing):
         """Disconnect; what is in flight is forgotten, and no memory is touched any longer."""
         handle, self._handle = self._handle, None
         if handle:
-            if self._is_ours:  # libnbd ends it by SIGTERM, which waits for one that is stopped
-                self._nbd.nbd_kill_subprocess(handle, signal.SIGCONT)
+            if self._is_ours:
+                self._end_own(handle)
             self._nbd.nbd_close(handle)
             self._in_flight.clear()
+
+    def _end_own(self, handle: Any) -> None:
+        """End a server of our own: libnbd sends it SIGTERM, and waits for its end for any time."""
+        kill = self._nbd.nbd_kill_subprocess
+        kill(handle, signal.SIGCONT)  # one that is stopped takes no other
+        fd = self._nbd.nbd_aio_get_fd(handle)
+        if fd >= 0:  # nbdkit ends when its client has gone
+            with suppress(OSError), socket.socket(fileno=os.dup(fd)) as end:
+                end.shutdown(socket.SHUT_RDWR)
+        kill(handle, signal.SIGTERM)
+        patience = _TERM if hasattr(self, "export") else _TERM_UNUSED
+        deadline, pause = time.monotonic() + patience, 0.001
+        while self._server and not self._has_ended():
+            if time.monotonic() >= deadline:
+                log.warning("the NBD server has not ended %g s after SIGTERM: killed", patience)
+                kill(handle, signal.SIGKILL)
+                return
+            time.sleep(pause)
+            pause = min(2 * pause, _STEP)
+            if pause == _STEP:  # qemu-nbd loses one that comes early
+                kill(handle, signal.SIGTERM)
+
+    def _has_ended(self) -> bool:
+        options = os.WEXITED | os.WNOHANG | os.WNOWAIT  # its end is libnbd's to take
+        try:
+            return os.waitid(os.P_PID, self._server, options) is not None
+        except ChildProcessError:
+            return True

@@ -16,6 +16,7 @@ from ...errors import BackendError, ImageError, UsageError
 from .. import qemu_img, qemu_locks, sharing
 from ..loader import QEMU_FORMATS
 from .backend import NbdBackend
+from .qcow2 import is_cut_short
 
 _PATIENCE = 5.0  # seconds
 _OURS = re.compile("xen.disk")  # in our command lines
@@ -54,8 +55,12 @@ class QemuBackend(NbdBackend):
             raise BackendError(f"{path}: {format} needs qemu-nbd: install {_PACKAGES}")
         path = os.path.abspath(path)
         if not os.access(path, os.R_OK if read_only else os.R_OK | os.W_OK):
-            reason = "no permission" if os.path.exists(path) else "no such file"
+            reason = "no such file: check the name, or make it with: qemu-img create"
+            if os.path.exists(path):
+                reason = "no permission: run as its owner or root"
+                reason += "" if read_only else ", or add --read-only"
             raise ImageError(f"{path}: {reason}")
+        _check(path, format, writable=not read_only)
         # The order counts: what detects zeroes must know already that they may be unmapped.
         command = [program, "--format", format, "--discard=unmap", "--detect-zeroes=unmap"]
         if read_only:
@@ -85,27 +90,45 @@ class QemuBackend(NbdBackend):
         return f"{self._format} {self._image_path}"
 
 
-_HINTS = (
-    ("infinite loop", "qemu-img rebase -u gives it another backing file"),
-    ("No such file", "put the backing file there, or name another: qemu-img rebase -u -b FILE"),
-    ("is not in", "--format says what it is"),
-    ("lock", "another process uses it"),
-    ("log", "qemu-img check -r all replays it"),
-)
-"""What QEMU says, and what to do."""
-
-
 def _reason(path: str, image_format: str, error: BackendError) -> str:
     """Why the image cannot be served, by what qemu-img says of it, in one line."""
     try:
         qemu_img.describe(path, image_format)
     except ImageError as reason:
-        said = str(reason).removeprefix(f"{path}: ").rstrip(".")
-        hint = next((hint for words, hint in _HINTS if words in said), None)
-        return f"{said}: {hint}" if hint else said
+        return str(reason).partition(f"{path}: ")[2] or str(reason)
     except UsageError:
         pass  # no qemu-img
-    return f"its own words are above; qemu-img check -f {image_format} may say more ({error})"
+    return str(error).partition(" ]: ")[2] or str(error)
+
+
+def _check(path: str, image_format: str, *, writable: bool) -> None:
+    """See what QEMU would take, and a guest had better not.
+
+    Raises:
+        ImageError: of a qcow2 that was cut short QEMU reads zeros; into some kinds of VMDK it
+            writes only what is not there yet.
+    """
+    if image_format == "qcow2":
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        except OSError as error:
+            raise ImageError(f"{path}: {error.strerror}") from error
+        try:
+            is_short = is_cut_short(fd)
+        except OSError as error:
+            raise ImageError(f"{path}: cannot be read: {error.strerror}") from error
+        finally:
+            os.close(fd)
+        if is_short:
+            raise ImageError(
+                f"{path}: cut short: some of its data lies beyond its end, and QEMU would read "
+                "zeros there: restore a copy (qemu-img check -f qcow2 lists what is lost)"
+            )
+    if image_format == "vmdk" and writable and qemu_img.is_stream_optimized(path):
+        raise ImageError(
+            f"{path}: a streamOptimized VMDK, whose data QEMU does not overwrite: add --read-only, "
+            f"or convert it: qemu-img convert -f vmdk -O qcow2 {path} NEW"
+        )
 
 
 def _wait_for_another(path: str) -> None:

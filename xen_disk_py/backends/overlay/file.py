@@ -40,7 +40,7 @@ from dataclasses import replace
 from ...errors import ImageError
 from ...hypervisor import Closing
 from ..image import Image, lock, transfer_all
-from ..newfile import NewFile
+from ..newfile import NewFile, why
 from ..trim import punch_hole
 from .epoch import Epoch
 from .header import BLOCK, COPY, Commit, Header, damaged
@@ -125,7 +125,7 @@ class OverlayFile(Closing):
                 new.put(path, replacing=False)
                 new.detach()
         except OSError as error:
-            raise ImageError(f"{path}: cannot be made: {error.strerror}") from error
+            raise ImageError(f"{path}: cannot be made: {why(error, path)}") from error
         return file
 
     @classmethod

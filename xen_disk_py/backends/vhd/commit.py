@@ -83,7 +83,10 @@ def _commit(
     check: Check,
 ) -> tuple[str, int]:
     if child.blocks is None or not child.is_differencing:
-        raise ImageError(f"{child.path}: has no parent that it could be committed to")
+        raise ImageError(
+            f"{child.path}: has no parent that it could be committed to: only a child has one "
+            "(xen-disk create NEW --parent FILE); export copies this one"
+        )
     try:
         parent = open_parent([child], roots)
     except Committed as done:  # and the parent may have been written since

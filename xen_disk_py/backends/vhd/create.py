@@ -13,7 +13,7 @@ from pathlib import Path
 from ...errors import ImageError, UsageError
 from ..exporting import Check, Progress
 from ..image import Image, transfer_all
-from ..newfile import NewFile
+from ..newfile import NewFile, why
 from .chain import open_chain
 from .layout import (
     BLOCK,
@@ -233,7 +233,7 @@ def _make(path: str, pieces: Sequence[tuple[int, bytes]], *, replacing: bool = F
             f"{path}: there is such a file: give another name, or remove it"
         ) from error
     except OSError as error:
-        raise ImageError(f"{path}: cannot be made: {error.strerror}") from error
+        raise ImageError(f"{path}: cannot be made: {why(error, path)}") from error
 
 
 def _now() -> int:
