@@ -22,6 +22,7 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any, Callable
 
+from .immortal import immortalize
 from .process import CommandLine
 
 _MESSAGE = 1 << 16  # bytes
@@ -61,7 +62,8 @@ def serve(name: Callable[[Sequence[str]], str]) -> None:
         stack.callback(signal.signal, signal.SIGCHLD, before)
         line = CommandLine()
         gc.collect()
-        gc.freeze()  # a collection would write to each object's header, and so copy its page
+        immortalize()  # to use an object would write to it, and so copy its page,
+        gc.freeze()  # and so would a collection
         poller = select.poll()
         poller.register(asked, select.POLLIN)
         poller.register(wake, select.POLLIN)
