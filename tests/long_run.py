@@ -24,7 +24,7 @@ SHARED = {
     *("test_benchmarks.py", "test_blkif.py", "test_docs.py", "test_json_page.py"),
     *("test_layers.py", "test_words.py"),
 }
-_RUNS_ALL = 11  # Python 3.11; coverage, which doubles the cost, is measured on another's share
+_RUNS_ALL = 11  # Python 3.11
 _SHARE = 4
 
 

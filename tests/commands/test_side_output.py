@@ -159,6 +159,7 @@ def test_connect(host, processes, disk, side):
     assert [] == os.listdir(host.records)
 
 
+@pytest.mark.parametrize("side", ["nobody reads", "reader goes", "closed"], indirect=True)
 def test_supervise(host, processes, disk, side):
     """Neither the supervisor, nor its worker, nor a successor."""
     options, later = side
@@ -180,6 +181,7 @@ def test_supervise(host, processes, disk, side):
     assert [] == os.listdir(host.records)
 
 
+@pytest.mark.parametrize("side", ["nobody reads", "reader goes", "closed"], indirect=True)
 def test_serve(host, processes, image, side, tmp_path):
     """Neither the daemon, nor the process of a disk."""
     options, later = side

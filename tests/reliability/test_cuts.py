@@ -45,7 +45,7 @@ def cut(**setting):
 @pytest.mark.parametrize("threads", [1, 4])
 def test_at_every_line(threads):
     """One request of each kind, in order and out of order, until the end is reached."""
-    step = 1 if LONG else 60  # all of them, or one in sixty, by chance others each time
+    step = 1 if LONG else 90  # all of them, or one in ninety, by chance others each time
     figures = cut(threads=threads, step=step, seed=random.randrange(1 << 30))
     assert figures["lines"] > 800
     assert figures["cuts"] >= figures["lines"] // step - 1
@@ -63,6 +63,6 @@ def test_at_every_line(threads):
 )
 def test_rings_that_go_round(setting):
     """More requests than the ring has slots, while the frontend takes answers and puts more."""
-    figures = cut(**setting, requests=60, step=11 if LONG else 1200, seed=random.randrange(1 << 30))
+    figures = cut(**setting, requests=60, step=11 if LONG else 1500, seed=random.randrange(1 << 30))
     assert figures["lines"] > 4000
-    assert figures["cuts"] > 2
+    assert figures["cuts"] > 1
