@@ -1,14 +1,18 @@
-"""``python -m benchmarks.queues``: what queues in processes of their own would be worth.
+"""``python -m benchmarks.queues``: what queues in processes of their own are worth.
 
-One image, opened once; each process, a fork, has a ring and a frontend of its own and calls the
-queue's loop by hand, as :mod:`.loop` does: batches of 32 requests of 4 KiB. No process is woken and
-nothing is busy-polled. It is counted how many requests all processes do in the same time.
+First, ``connect --queues-in processes`` as it is, next to threads and to a single queue: a process
+sends to all rings, 32 requests of 4 KiB on each, and needs some of the processors itself.
+
+Then what they could be worth at most. One image, opened once; each process, a fork, has a ring and
+a frontend of its own and calls the queue's loop by hand, as :mod:`.loop` does. No process is woken
+and nothing is busy-polled. It is counted how many requests all processes do in the same time.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import random
 import shlex
 import sys
 import tempfile
@@ -22,12 +26,23 @@ from xen_disk_py.backends.mmap import MmapBackend
 from xen_disk_py.backends.raw import RawBackend
 from xen_disk_py.blkif import READ, WRITE
 from xen_disk_py.errors import BackendError
+from xen_disk_py.hypervisor import PAGE_SIZE
 
-from .loop import DEPTH, Lane, image_in
+from . import loop
+from .loop import DEPTH, SIZE, image_in
 from .results import CPU, RATE, Results, about
+from .workload import Lane, send, served
 
 TABLE = "queues"
 COUNTS = (1, 2, 4)
+SERVED = "served queues"
+ONE = "1 queue"
+WAYS = {
+    ONE: (1, ()),
+    "4 threads": (4, ("--queues", "4")),
+    "2 processes": (2, ("--queues", "2", "--queues-in", "processes")),
+    "4 processes": (4, ("--queues", "4", "--queues-in", "processes")),
+}
 _WARM_UP = 50  # batches
 
 
@@ -35,7 +50,7 @@ def _serve(backend: Backend, operation: int, started: int, told: int, seconds: f
     """Do requests in a new process, from the time on that all are told."""
     with ExitStack() as stack:
         stack.enter_context(suppress(BackendError))  # the loop's variables have had its pages
-        lane = Lane(stack, backend)
+        lane = loop.Lane(stack, backend)
         for _ in range(_WARM_UP):
             lane.batch(operation)
         os.write(told, b"r")
@@ -82,12 +97,42 @@ def at_once(count: int, backend: Backend, operation: int, seconds: float) -> dic
     return {RATE: requests / seconds, CPU: cpu / requests}
 
 
+def served_at_once(results: Results, backend: str, path: str, seconds: float) -> None:
+    """Measure one round of each way to serve a disk, reads and writes."""
+    dice = random.Random(1)
+    places = [dice.randrange(SIZE // PAGE_SIZE) * PAGE_SIZE for _ in range(1024)]
+    for way, (queues, options) in WAYS.items():
+        disk_options = ("--path", path, "--backend", backend, *options)
+        with served(*disk_options, pages=1, queues=queues) as disk:
+            lanes = [Lane(disk.load, number) for number in range(queues)]
+            for name, operation in (("read", READ), ("write", WRITE)):
+                for lane in lanes:
+                    lane.prepare(operation, PAGE_SIZE, DEPTH, places)
+                send(lanes, seconds / 4)
+                cpu = disk.cpu_seconds()
+                requests, elapsed = send(lanes, seconds)
+                cpu = (disk.cpu_seconds() - cpu) / requests
+                found = {RATE: requests / elapsed, CPU: cpu}
+                results.add(SERVED, f"{backend}, 4 KiB {name}", way, **found)
+            for lane in lanes:
+                lane.release()
+
+
+def tell(results: Results, table: str, workload: str, base: str) -> None:
+    """Print what was measured of a workload."""
+    for contender, series in results.tables[table][workload].items():
+        ratio = results.ratio(table, workload, RATE, contender, base)
+        rate, cpu = median(series[RATE]), median(series[CPU])
+        print(f"{workload}: {contender:11} {rate:10,.0f}/s {cpu * 1e6:6.2f} µs  x {ratio}")
+
+
 def main(arguments: Sequence[str]) -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.queues", description=__doc__)
     parser.add_argument("--json", metavar="FILE", help="write what was measured there")
     parser.add_argument("--rounds", type=int, default=5, help="of each (default: 5)")
     parser.add_argument("--seconds", type=float, default=0.5, help="of each run (default: 0.5)")
+    parser.add_argument("--served", action="store_true", help="measure the first only")
     args = parser.parse_args(arguments)
     results = Results(about(f"python -m benchmarks.queues {shlex.join(arguments)}".strip()))
     with ExitStack() as stack:
@@ -98,18 +143,23 @@ def main(arguments: Sequence[str]) -> int:
             "raw": RawBackend(image_in(directory, "raw")),
             "mmap": MmapBackend(image_in(directory, "mmap")),
         }
+        for name in disks:
+            image = image_in(directory, f"served-{name}")
+            for _ in range(args.rounds):
+                served_at_once(results, name, image, args.seconds)
+            for way in ("read", "write"):
+                tell(results, SERVED, f"{name}, 4 KiB {way}", ONE)
         for name, disk in disks.items():
             stack.callback(disk.close)
+            if args.served:
+                continue
             for way, operation in (("read", READ), ("write", WRITE)):
                 workload = f"{name}, 4 KiB {way}"
                 for _ in range(args.rounds):
                     for count in COUNTS:
                         found = at_once(count, disk, operation, args.seconds)
                         results.add(TABLE, workload, str(count), **found)
-                for processes, series in results.tables[TABLE][workload].items():
-                    ratio = results.ratio(TABLE, workload, RATE, processes, "1")
-                    rate, cpu = median(series[RATE]), median(series[CPU])
-                    print(f"{workload}: {processes} {rate:10,.0f}/s {cpu * 1e6:6.2f} µs  x {ratio}")
+                tell(results, TABLE, workload, "1")
     if args.json:
         results.save(args.json)
     return 0

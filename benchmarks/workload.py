@@ -57,12 +57,18 @@ class Load(Frontend):
         guest: shares pages, opens ports.
         directory: the device's directory.
         pages: of the largest request.
+        queues: rings; it sends to the first, and a :class:`Lane` to any.
     """
 
     def __init__(
-        self, store: Store, guest: GuestHypervisor, directory: str, pages: int = _PAGES
+        self,
+        store: Store,
+        guest: GuestHypervisor,
+        directory: str,
+        pages: int = _PAGES,
+        queues: int = 1,
     ) -> None:
-        super().__init__(store, guest, directory, max_segments=pages, depth=SLOTS)
+        super().__init__(store, guest, directory, max_segments=pages, depth=SLOTS, queues=queues)
         self._fence = guest.fence
         self._laps: list[bytes] = []
         self._depth = self._half = self._produced = self._consumed = 0
@@ -218,6 +224,30 @@ class Load(Frontend):
         super().close()
 
 
+class Lane(Load):
+    """One of the rings of a load that is connected, to be sent to as to a disk of its own.
+
+    Args:
+        load: has the ring, and what is made for it, as soon as this is released.
+        number: of the ring.
+    """
+
+    def __init__(self, load: Load, number: int) -> None:
+        self.__dict__.update(load.__dict__)
+        self._load = load
+        self._rings = [load._rings[number]]
+        self._shared = [load._shared[number]]
+        self._channels = [load._channels[number]]
+        self._free, self._laps = [], []
+
+    def release(self) -> None:
+        """Send no more."""
+        self._indices.release()
+        del self._ring_bytes
+        self._load._shared += self._shared[1:]
+        self._load._free += self._free
+
+
 @dataclass
 class Sample:
     """What one run came to."""
@@ -283,13 +313,20 @@ class ServedDisk:
         self.connect_seconds = seconds
         """From the start of the process until the guest has the disk."""
 
+    @property
+    def pids(self) -> list[int]:
+        """Its process, and those of its queues."""
+        pid = self.process.pid
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        return [pid, *map(int, children)]
+
     def cpu_seconds(self) -> float:
         """Return the processor time it has taken so far."""
-        return cpu_seconds(self.process.pid)
+        return sum(map(cpu_seconds, self.pids))
 
     def switches(self) -> int:
         """Return how often its threads have gone to sleep, or were made to, so far."""
-        return switches(self.process.pid)
+        return sum(map(switches, self.pids))
 
     def memory(self) -> dict[str, int]:
         """Return its resident memory in bytes, by the kernel's names (``VmRSS``, ``RssAnon``…)."""
@@ -330,12 +367,15 @@ def simulated_host(stack: ExitStack) -> Host:
 
 
 @contextmanager
-def served(*arguments: str, pages: int = _PAGES, tree: str = "") -> Iterator[ServedDisk]:
+def served(
+    *arguments: str, pages: int = _PAGES, queues: int = 1, tree: str = ""
+) -> Iterator[ServedDisk]:
     """Serve a disk on a simulated host of its own.
 
     Args:
         arguments: what comes after ``connect VM``.
         pages: of the largest request to be sent.
+        queues: rings of the guest.
         tree: the source that serves it, if it is not this one.
     """
     with ExitStack() as stack:
@@ -354,7 +394,7 @@ def served(*arguments: str, pages: int = _PAGES, tree: str = "") -> Iterator[Ser
         )
         stack.callback(_end, process, said)
         await_device(store, directory, process.poll)
-        load = stack.enter_context(Load(store, guest, directory, pages))
+        load = stack.enter_context(Load(store, guest, directory, pages, queues))
         load.connect()
         assert process.stdout is not None
         process.stdout.readline()

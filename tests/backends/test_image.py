@@ -498,3 +498,14 @@ def test_a_read_at_the_end_is_short_and_then_nothing(image):
         os.truncate(image, 6144)
         assert 2048 == opened.read(buffers(bytes(4096)), 4096)
         assert 0 == opened.read(buffers(bytes(4096)), 6144)
+
+
+def test_an_image_that_is_opened_once_more_stays_locked(image):
+    with Image.open(image, writable=True) as opened:
+        before = opened.fd
+        opened.reopen()
+        assert before != opened.fd
+        assert not os.get_inheritable(opened.fd)
+        assert opened.write([memoryview(b"new" + bytes(509))], 0) == 512
+        assert "in use by" in refused(image, writable=True)
+    Image.open(image, writable=True).close()

@@ -751,3 +751,56 @@ def test_a_flush_with_data_waits_for_both():
     for operation, sectors, expected in ((FLUSH, 1, 3.0), (FLUSH, 0, 2.0), (WRITE, 1, 1.0)):
         request = Transfer(1, operation, 0, sectors, (), (), ())
         assert expected == disk.pause(request, lambda: OKAY)[0]
+
+
+class Elsewhere:
+    """Other processes that serve a disk: notes what they are told, and what the storage was."""
+
+    def __init__(self, disk, refuses=False):
+        self.disk, self.refuses, self.told = disk, refuses, []
+        disk.elsewhere = self
+
+    def admit(self, sectors):
+        self.told.append(("admit", sectors, self.disk.backend.size // 512))
+
+    def resize(self, size):
+        self.told.append(("resize", size // 512, self.disk.backend.size // 512))
+        if self.refuses:
+            raise DeviceError("no memory")
+
+
+class Growing(Recording):
+    def resize(self, size):
+        self.size = size or self.size
+        return self.size
+
+
+@pytest.mark.parametrize(
+    ("sectors", "told"),
+    [
+        (96, [("resize", 96, 96), ("admit", 96, 96)]),  # admitted when there is room everywhere
+        (32, [("admit", 32, 64), ("resize", 32, 32)]),  # refused before it is given up
+    ],
+)
+def test_other_processes_follow_a_new_size(sectors, told):
+    disk = Disk(Growing())
+    elsewhere = Elsewhere(disk)
+    assert sectors * 512 == disk.resize(sectors * 512, force=True)
+    assert told == elsewhere.told
+    assert sectors == disk.sectors
+
+
+def test_a_size_that_another_process_cannot_have_is_nobody_s():
+    disk = Disk(Growing())
+    elsewhere = Elsewhere(disk, refuses=True)
+    with pytest.raises(DeviceError, match="no memory"):
+        disk.resize(96 * 512)
+    assert SECTORS == disk.sectors
+    assert [("resize", 96, 96)] == elsewhere.told
+
+
+def test_a_disk_of_several_processes_is_not_recomposed():
+    disk = Disk(Growing())
+    Elsewhere(disk)
+    with pytest.raises(DeviceError, match="connect it without --queues-in processes"):
+        disk.recompose(lambda backend: backend)

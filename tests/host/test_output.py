@@ -345,3 +345,14 @@ def test_a_descriptor_that_is_no_heir_s_is_left_alone(output, monkeypatch, tmp_p
         os.fstat(file.fileno())
     assert [] == select.select([reader], [], [], 0)[0]
     os.close(reader)
+
+
+def test_a_fork_forgets_what_its_parent_will_write(output):
+    reader, writer = pipe()
+    made = output(writer)
+    for number in range(3000):
+        made.write(f"{number:099}\n")
+    assert made.is_behind
+    made.forget()
+    assert not made.is_behind
+    os.close(reader)

@@ -55,3 +55,30 @@ def test_what_is_no_process(pid):
 
 def test_our_own():
     assert process.is_process(os.getpid(), process.start_time(os.getpid()))
+
+
+def test_a_fork_is_killed_when_its_parent_ends():
+    reader, writer = os.pipe()
+    middle = os.fork()
+    if not middle:
+        parent = os.getpid()
+        if not os.fork():
+            process.end_with_parent(parent)
+            os.write(writer, b"x")
+            while True:
+                signal.pause()
+        os.close(writer)
+        os.read(reader, 1)
+        os._exit(0)
+    os.close(writer)
+    os.waitpid(middle, 0)
+    assert b"" == os.read(reader, 1)  # nobody has the other end
+    os.close(reader)
+
+
+def test_a_fork_whose_parent_has_gone_already_ends():
+    pid = os.fork()
+    if not pid:
+        process.end_with_parent(1 << 22)  # no number of a process
+        os._exit(0)
+    assert 1 == os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

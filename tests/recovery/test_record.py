@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -782,3 +783,26 @@ class TestStrangers:
             started = process.start_time(os.getpid())
             mine.describe(Facts(path="/a", pid=os.getpid(), process_started=started))
             assert find(directory, ADDRESS).alive
+
+
+def test_a_process_that_has_died_is_none_that_serves_though_a_queue_s_process_keeps_the_lock(
+    directory,
+):
+    """Whoever takes the disk over waits for that one."""
+    with (
+        subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as queue,
+        Record(directory, ADDRESS) as mine,
+    ):
+        facts = Facts(pid=999_999_999, survives=True, disk={}, format=record.FORMATS[-1])
+        mine.describe(replace(facts, queues=((queue.pid, start_time(queue.pid)),)))
+        found = find(directory, ADDRESS)
+        assert (False, True) == (found.alive, found.is_orphan)
+        assert [queue.pid] == found.facts.queue_pids
+        waiting = threading.Thread(target=record.await_end, args=(directory, ADDRESS))
+        waiting.start()
+        waiting.join(0.05)
+        assert waiting.is_alive()
+        queue.kill()
+        queue.wait()
+        waiting.join(30)
+        assert not waiting.is_alive()

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from xen_disk_py.backends.raw import RawBackend
 from xen_disk_py.errors import DeviceError, UsageError
 from xen_disk_py.recovery.facts import Facts
 from xen_disk_py.recovery.role import Role
@@ -84,3 +85,32 @@ def test_a_role_is_passed_on(role):
 def test_a_role_that_makes_no_sense(text):
     with pytest.raises(UsageError, match="--role"):
         Role.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"queues": 1}, "for several queues: add --queues 2"),
+        ({"filters": ("delay",)}, "leave out --filter"),
+        ({"retries": True}, "--on-error hold"),
+        ({"backend": "cow"}, "use --backend raw or mmap"),
+        ({"backend": None}, "use --backend raw or mmap"),
+        ({"backend": "{}/mine.py", "options": ()}, "use --backend raw or mmap"),
+    ],
+)
+def test_what_only_one_process_can_do_is_refused_with_queues_in_processes(
+    tmp_path, changed, reason
+):
+    """A disk of a user's own, too, though it is made of one of ours."""
+    (tmp_path / "mine.py").write_text(
+        "from xen_disk_py.backends.raw import RawBackend\nclass Disk(RawBackend): pass\n"
+    )
+    image = tmp_path / "disk.raw"
+    image.write_bytes(bytes(4096))
+    spec = DiskSpec(backend="raw", path=str(image), queues=2, queues_in="processes")
+    spec.open_disk().close()
+    for name, value in changed.items():
+        spec = replace(spec, **{name: value.format(tmp_path) if value == str(value) else value})
+    with pytest.raises(UsageError, match=rf"^--queues-in processes.*{reason}"):
+        spec.open_disk()
+    RawBackend(str(image)).close()  # it is not locked any more

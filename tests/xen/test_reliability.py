@@ -23,11 +23,12 @@ import pytest
 
 from xen_disk_py.xenbus.states import State
 
-from .disk import Disk, block_nodes, xen_disk
+from .disk import Disk, block_nodes, mapped_grants, xen_disk
 from .guest import PATIENCE, Guest, Job, no_errors, sh
 from .test_failures import records
 from .test_integrity import digest, leave, mounted_in
 from .test_life import alive, wait_backend
+from .test_resize import resize, wait_for_size
 
 MIB = 1 << 20
 SIZE = 16 * MIB
@@ -157,6 +158,41 @@ def test_killed_under_load(quiet_guest: Guest, connect: Connect, image: Path) ->
     kill(disk, 5)
     print(load.end())
     leave(quiet_guest, disk)
+
+
+@pytest.mark.timeout(900)
+def test_a_queue_s_process_is_killed_under_load(
+    new_guest: Callable[..., Guest], connect: Connect, image: Path
+) -> None:
+    """Each queue has a process, which alone has its pages; whichever is killed, all is right."""
+    guest = new_guest("pv", fio=True, vcpus=2)
+    guest.check("dmesg -c > /dev/null")
+    disk = connect(
+        guest,
+        *("--supervise", "--user", "nobody", "--path", image, "--backend", "raw"),
+        *("--queues", "2", "--queues-in", "processes"),
+    )
+    load = Load(guest, disk)
+    chance = random.Random(int(time.time()))
+    for number in range(1, 6):
+        time.sleep(chance.uniform(0, 1.5))
+        main, queues = worker(disk), facts(disk)["queue_pids"]
+        if number == 1:
+            assert [True, True] == [mapped_grants(pid) > 1 for pid in queues]
+            assert 0 == mapped_grants(main)
+        victims = [*queues, main]
+        os.kill(queues[0] if number == 1 else chance.choice(victims), signal.SIGKILL)
+        taken_over(disk, number)
+    print("5 kills,", load.end())
+    assert 2 * SIZE == resize(disk, str(2 * SIZE))
+    wait_for_size(guest, disk, 2 * SIZE)
+    once = (
+        f"fio --name=all --filename=/dev/{disk.device} --rw=randwrite --bs=64k --direct=1 "
+        "--iodepth=16 --ioengine=libaio --numjobs=2 --offset_increment=50% --size=50% "
+        "--allow_file_create=0 --verify=crc32c --minimal"
+    )
+    guest.check(once, timeout=2 * PATIENCE)
+    leave(guest, disk)
 
 
 @pytest.mark.long

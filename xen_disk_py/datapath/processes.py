@@ -173,12 +173,15 @@ class QueueProcesses(Closing):
             poller.register(descriptor, select.POLLIN)
         while forks:
             for descriptor, _ in poller.poll():
-                message = forks[descriptor].told.recv(_MESSAGE)
-                if message:
-                    self._heed(json.loads(message))
-                    continue
+                fork = forks[descriptor]
+                try:
+                    if message := fork.told.recv(_MESSAGE):
+                        self._heed(json.loads(message))
+                        continue
+                except Exception:
+                    log.exception("process %d, of a queue, says what makes no sense", fork.pid)
                 if not self._is_over:
-                    self._follow(forks[descriptor])
+                    self._follow(fork)
                 poller.unregister(descriptor)
                 del forks[descriptor]
 
