@@ -183,12 +183,36 @@ def test_what_came_before_a_resize_is_tried(crashtest):
         (("--state", "1:77"), "77 is no request that was not flushed then"),
         (("--state", "0.9"), "there are 4 states after that flush"),
         (("--from", "end"), "give flush:N or a time"),
+        # No state that is tried is no state that is good.
+        (("--from", "flush:2"), "the trace has 1 flushes"),
     ],
 )
 def test_what_is_not_there(crashtest, options, words):
     status, out, err = crashtest(GOOD, ": {}", *options)
     assert (ExitStatus.USAGE, "") == (status, out)
     assert words in err
+
+
+@pytest.mark.parametrize("option", ["--limit", "--timeout"])
+def test_nothing_to_try_and_no_time_are_refused(crashtest, option):
+    status, out, err = crashtest(GOOD, ": {}", option, "0")
+    assert (ExitStatus.USAGE, "") == (status, out)
+    assert f"argument {option}: '0'" in err
+
+
+def test_a_directory_that_is_not_there(tmp_path, crashtest):
+    path = tmp_path / "nowhere"
+    status, _, err = crashtest(GOOD, ": {}", "--directory", str(path))
+    assert (ExitStatus.ERROR, f"xen-disk: error: {path}: No such file or directory\n") == (
+        status,
+        err,
+    )
+
+
+def test_the_state_is_named_before_its_least_is_looked_for(crashtest):
+    err = crashtest(BAD, MARK, "--limit", "60")[2]
+    assert "fails; looking for the least of it that does" in err
+    assert "" == crashtest(BAD, MARK, "--limit", "60", "--quiet")[2]
 
 
 def test_a_command_that_is_not_there(crashtest):

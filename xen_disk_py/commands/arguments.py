@@ -87,6 +87,13 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _some_seconds(text: str) -> float:
+    seconds = _seconds(text)
+    if not seconds:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time at all")
+    return seconds
+
+
 def _speed(text: str) -> float | None:
     if text == "asap":
         return None
@@ -108,6 +115,12 @@ def _queues(text: str) -> int:
 def _count(text: str) -> int:
     if not text.isdigit():
         raise argparse.ArgumentTypeError(f"{text!r} is no number")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 up")
     return int(text)
 
 
@@ -550,7 +563,7 @@ def _add_crashtest(commands: argparse._SubParsersAction[_Parser]) -> None:
     )
     crashtest.add_argument(
         "--limit",
-        type=_count,
+        type=_positive,
         default=1000,
         metavar="N",
         help="try N states at most (default: 1000)",
@@ -585,7 +598,7 @@ def _add_crashtest(commands: argparse._SubParsersAction[_Parser]) -> None:
     )
     crashtest.add_argument(
         "--timeout",
-        type=_seconds,
+        type=_some_seconds,
         default=60.0,
         metavar="SECONDS",
         help="how long a check may take; one that takes longer has failed (default: 60)",

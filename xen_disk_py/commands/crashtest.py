@@ -10,7 +10,16 @@ from contextlib import ExitStack
 from typing import Any
 
 from ..backends.at import check_stays, open_base
-from ..crashtest.search import Failure, Result, Setting, check_space, search, temporary, try_one
+from ..crashtest.search import (
+    Failure,
+    Progress,
+    Result,
+    Setting,
+    check_space,
+    search,
+    temporary,
+    try_one,
+)
 from ..crashtest.states import Plan, State, name_of, ranges
 from ..crashtest.trial import Outcome
 from ..errors import ImageError, UsageError
@@ -47,9 +56,20 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
             if args.state is not None:
                 return _one(args, env, setting, plan, kept)
             with ProgressLine(env, "trying states", quiet=args.quiet) as progress:
-                result = search(setting, plan, jobs, progress)
+
+                def found(name: str) -> Progress:
+                    """Say it at once: with a slow check, the least takes its time."""
+                    progress.close()
+                    if not args.quiet:
+                        env.tell(f"state {name} fails; looking for the least of it that does")
+                    return stack.enter_context(
+                        ProgressLine(env, "checks, at most", quiet=args.quiet)
+                    )
+
+                result = search(setting, plan, jobs, progress, found)
         except OSError as error:
-            raise ImageError(f"{args.directory or 'temporary directory'}: {error}") from error
+            where = args.directory or "temporary directory"
+            raise ImageError(f"{where}: {error.strerror or error}") from error
         if result.failure is not None and args.keep:
             kept.append(result.failure.kept)
     return _tell(args, env, plan, result, reader.header.sector_size)

@@ -262,8 +262,18 @@ class _Search:
             return before is None
 
 
-def search(setting: Setting, plan: Plan, jobs: int, progress: Progress) -> Result:
+def search(
+    setting: Setting, plan: Plan, jobs: int, progress: Progress, found: Callable[[str], Progress]
+) -> Result:
     """Try the states of a plan, and stop at the first that fails.
+
+    Args:
+        setting: what all checks have in common.
+        plan: which states.
+        jobs: how many at a time.
+        progress: told how many of them were tried.
+        found: told the name of the one that fails; returns what is told how many checks the search
+            for the least of it has made.
 
     Raises:
         ImageError: there is no room, or the like.
@@ -295,7 +305,7 @@ def search(setting: Setting, plan: Plan, jobs: int, progress: Progress) -> Resul
         return Result(shared.tried, shared.same, None)
     digest = min(shared.failures, key=lambda digest: shared.first[digest])
     state, outcome = shared.names[shared.first[digest]], shared.failures[digest]
-    failure = reduce(setting, shared.stored, state, outcome)
+    failure = reduce(setting, shared.stored, state, outcome, found(state.name))
     return Result(shared.tried, shared.same, failure)
 
 
@@ -338,16 +348,24 @@ def try_one(setting: Setting, plan: Plan, name: str, *, keep: bool) -> tuple[Sta
 
 
 def reduce(
-    setting: Setting, stored: list[tuple[Extent, ...]], state: State, outcome: Outcome
+    setting: Setting,
+    stored: list[tuple[Extent, ...]],
+    state: State,
+    outcome: Outcome,
+    progress: Progress,
 ) -> Failure:
     """Look for the least of a state that fails; its image is left in the directory."""
     epoch: Epoch = state.epoch
     unit = setting.unit
+    checks = 0
     with setting.view("state.raw") as view:
         for extents in stored[: epoch.number + 1]:
             view.advance(extents)
 
         def fails(chosen: Choice) -> bool:
+            nonlocal checks
+            progress(min(checks, _CHECKS), _CHECKS)
+            checks += 1
             view.restore()
             view.show(extents_of(epoch, chosen, unit))
             part = State(name_of(epoch, chosen, unit), epoch, chosen)

@@ -66,7 +66,7 @@ class Plan:
 
     Raises:
         ImageError: the disk cannot be made again of the trace.
-        UsageError: ``first`` is something else.
+        UsageError: ``first`` is something else, or a flush that there is not.
     """
 
     def __init__(self, reader: TraceReader, seed: int, limit: int, first: Moment) -> None:
@@ -91,6 +91,8 @@ class Plan:
             capacities.append(states_of(epoch, self._unit) if is_wanted else 0)
             last = epoch
         self.flushes = last.number
+        if since is None and first.value > self.flushes:  # nothing tried is nothing found
+            raise UsageError(f"--from flush:{first.value}: the trace has {self.flushes} flushes")
         self.written += sum(pending.change.length for pending in last.pending)
         wanted = [at for at, capacity in enumerate(capacities) if capacity]
         counts = spread([capacities[at] for at in wanted], limit)
