@@ -46,7 +46,7 @@ LATE = "from done to answered"
 BEFORE = ", before"
 MANY = 4096  # places of 4 KiB, all over the image
 IDLE_SECONDS = 5
-FLEET, LARGE_FLEET = 8, 100
+FLEETS, LARGE_FLEET = (8, 50), 100
 
 Loop = Callable[[float], Sample]
 
@@ -465,24 +465,26 @@ def many(bench: Bench) -> None:
 
 def fleet_of(bench: Bench) -> None:
     """Compare many disks of one image as ``serve`` starts them with processes of their own."""
-    table, workload, image = "fleet", f"{FLEET} cow disks at once", bench.image("fleet")
-    for _ in range(bench.rounds):
-        for name, forks in (("process each", False), ("fork each", True)):
-            found = fleet(FLEET, image, forks=forks)
-            bench.results.add(
-                table,
-                workload,
-                name,
-                seconds=found.seconds,
-                cpu_seconds=found.cpu,
-                private_bytes=found.private,
+    table, image = "fleet", bench.image("fleet")
+    for count in FLEETS:
+        workload = f"{count} cow disks at once"
+        for _ in range(bench.rounds):
+            for name, forks in (("process each", False), ("fork each", True)):
+                found = fleet(count, image, forks=forks)
+                bench.results.add(
+                    table,
+                    workload,
+                    name,
+                    seconds=found.seconds,
+                    cpu_seconds=found.cpu,
+                    private_bytes=found.private,
+                )
+        for name, series in bench.results.tables[table][workload].items():
+            tell(
+                f"fleet: {workload}: {name:13} {statistics.median(series['seconds']):.2f} s, "
+                f"{statistics.median(series['cpu_seconds']):.2f} s of processor time, "
+                f"{statistics.median(series['private_bytes']) / 1e6:.1f} MB private each"
             )
-    for name, series in bench.results.tables[table][workload].items():
-        tell(
-            f"fleet: {name:13} {statistics.median(series['seconds']):.2f} s, "
-            f"{statistics.median(series['cpu_seconds']):.2f} s of processor time, "
-            f"{statistics.median(series['private_bytes']) / 1e6:.1f} MB private each"
-        )
 
 
 def sleeping(bench: Bench) -> None:

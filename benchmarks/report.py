@@ -73,6 +73,11 @@ LOCAL = {
         View("Wake-ups per second", "wakeups_per_second", 1, ""),
         View("Resident memory, MB", "resident_bytes", 1e-6, ""),
     ),
+    "fleet": (
+        View("Seconds until the last guest has its disk", "seconds", 1, "process each"),
+        View("Seconds of processor time until then", "cpu_seconds", 1, "process each"),
+        View("MB of memory of each that no other has", "private_bytes", 1e-6, "process each"),
+    ),
     "start": (View("Seconds", "seconds", 1, ""),),
 }
 PICTURED = ("changes", "memory")
@@ -298,6 +303,36 @@ GOALS = (
         30,
         False,
         _value("idle", "raw", "connect", "resident_bytes", 1e-6),
+    ),
+    Goal(
+        "cow disks of one image by `serve`: memory of each that no other has, MB",
+        5.24,
+        False,
+        _value("fleet", "8 cow disks at once", "fork each", "private_bytes", 1e-6),
+    ),
+    Goal(
+        "50 disks at once, until the last guest has its own: of the time of a process each",
+        0.5,
+        False,
+        _local("fleet", "50", "seconds", "fork each", "process each"),
+    ),
+    Goal(
+        "the same, processor time",
+        1 / 3,
+        False,
+        _local("fleet", "50", "cpu_seconds", "fork each", "process each"),
+    ),
+    Goal(
+        "100 idle disks: wake-ups per second of all together",
+        0,
+        False,
+        _value("idle", "100 cow disks", "fork each", "wakeups_per_second"),
+    ),
+    Goal(
+        "100 idle disks: processor time in 5 s, ms",
+        0,
+        False,
+        _value("idle", "100 cow disks", "fork each", "cpu_seconds", 1e3),
     ),
     Goal("--help, seconds", 0.15, False, _value("start", "xen-disk --help", "wall", "seconds")),
     Goal(
