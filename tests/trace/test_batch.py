@@ -178,7 +178,7 @@ def test_each_request_is_noted_once_as_it_was_done(
         for asker in askers:
             queue = asker.line.queue
             if queue._ring is ring and queue._notes is not None:
-                pending.append(queue._notes._ends[:])
+                pending.append(queue._notes._noted[:])
         return push(ring)
 
     monkeypatch.setattr(BackRing, "push", look)

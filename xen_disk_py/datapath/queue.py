@@ -561,6 +561,8 @@ class Queue:
                     else:
                         status = OKAY
                         if done != length and done is not None:
+                            if self._notes is not None:
+                                self._notes.amend(operation, length)
                             status = disk.finish(operation, buffers, sector * SECTOR, length, done)
                     if status is not None:
                         if operation == READ:

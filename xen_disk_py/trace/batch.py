@@ -36,11 +36,8 @@ class BatchNotes:
         self._sink = sink
         self._queue = queue
         self._only_whole = only_whole
-        # of each that is noted
-        self._ends: list[int] = []
-        self._lengths: list[int] = []
-        self._offsets: list[int] = []
-        self._operations = bytearray()
+        # Of each request: when it was over, its length, offset and operation.
+        self._noted: list[tuple[int, int, int, int]] = []
         self._began = 0  # when the first of them was
         # Where writes are copied to, and what of that is noted and not put.
         self._chunk = memoryview(b"")
@@ -49,30 +46,36 @@ class BatchNotes:
         self._mine: set[int] = set()
 
     def reading(self, call: Move, operation: int = READ) -> Move:
-        """Return ``call``, whose reads are noted."""
-        ends, end_at = self._ends, self._ends.append
-        add_length, add_offset = self._lengths.append, self._offsets.append
-        add_operation = self._operations.append
+        """Return ``call``, whose reads are noted; if one is done in part, call :meth:`amend`."""
+        noted, note = self._noted, self._noted.append
 
         def move(buffers: Sequence[memoryview], offset: int) -> int | None:
-            length = len(buffers[0]) if len(buffers) == 1 else sum(map(len, buffers))
-            if not ends:
+            if not noted:
                 self._began = now()
             try:
                 done = call(buffers, offset)
             except BaseException as error:
+                length = sum(map(len, buffers))
                 self._note_alone(operation, offset, length, status_of(error))
                 raise
-            if done is None or done == length:
-                end_at(now())
-                add_length(length)
-                add_offset(offset)
-                add_operation(operation)
-            elif not self._only_whole and isinstance(done, int) and 0 < done < length:
-                self._note_alone(operation, offset, done)
+            length = sum(map(len, buffers)) if done is None else done
+            note((now(), length, offset, operation))
             return done
 
         return move
+
+    def amend(self, operation: int, length: int) -> None:
+        """Put what is noted, the last one as it counts: in part, or not at all.
+
+        Args:
+            operation: of one that was done in part.
+            length: of the whole.
+        """
+        if operation == READ or not self._sink.has_data:
+            done = self._noted[-1][1]
+            if self._only_whole or not isinstance(done, int) or not 0 < done < length:
+                self._noted.pop()
+        self.put()
 
     def writing(self, call: Move) -> Move:
         """Return ``call``, whose writes are noted.
@@ -82,9 +85,7 @@ class BatchNotes:
         """
         if not self._sink.has_data:
             return self.reading(call, WRITE)
-        ends, end_at = self._ends, self._ends.append
-        add_length, add_offset = self._lengths.append, self._offsets.append
-        add_operation = self._operations.append
+        noted, note = self._noted, self._noted.append
         mine, claims = self._mine, self._claims
         claim = None if claims is None else claims.owners.setdefault
 
@@ -93,10 +94,14 @@ class BatchNotes:
             if self._used + length > self._room and not self._make_room(length):
                 return call(buffers, offset)
             if claim is not None:
-                for place in range(offset >> GRAIN, (offset + length - 1 >> GRAIN) + 1):
+                place, last = offset >> GRAIN, offset + length - 1 >> GRAIN
+                while True:
                     if claim(place, mine) is not mine:
-                        return 0
+                        return 0  # whoever does the request then waits for the other
                     mine.add(place)
+                    if place == last:
+                        break
+                    place += 1
             at = to = self._used
             if len(buffers) == 1:
                 to += length
@@ -107,7 +112,7 @@ class BatchNotes:
                     begin, to = to, to + len(buffer)
                     self._chunk[begin:to] = buffer
                 data = self._chunk[at:to]
-            if not ends:
+            if not noted:
                 self._began = now()
             try:
                 done = call((data,), offset)
@@ -116,10 +121,7 @@ class BatchNotes:
                 raise
             if done is None or done == length:
                 self._used = to
-                end_at(now())
-                add_length(length)
-                add_offset(offset)
-                add_operation(WRITE)
+                note((now(), length, offset, WRITE))
             elif not self._only_whole and isinstance(done, int) and 0 < done < length:
                 self._note_alone(WRITE, offset, done, data=data)
             return done
@@ -128,7 +130,7 @@ class BatchNotes:
 
     def put(self) -> None:
         """Hand on what is noted. If that cannot be, the recording ends: it never has a hole."""
-        if self._ends:
+        if self._noted:
             self._hand_on()
         if self._mine:
             claims = self._claims
@@ -142,22 +144,11 @@ class BatchNotes:
     def _hand_on(self) -> None:
         data = (self._chunk, self._start, self._used) if self._used > self._start else None
         try:
-            self._sink.put_batch(
-                self._began,
-                self._ends,
-                self._lengths,
-                self._offsets,
-                self._operations,
-                data,
-                self._queue,
-            )
+            self._sink.put_batch(self._began, self._noted, data, self._queue)
         except Exception as error:  # noqa: BLE001 - the guest's request was done, and is answered
             self._sink.end(f"requests could not be noted ({error!r})")
         finally:
-            self._ends.clear()
-            self._lengths.clear()
-            self._offsets.clear()
-            self._operations.clear()
+            self._noted.clear()
             self._start = self._used
 
     def _note_alone(
@@ -169,9 +160,9 @@ class BatchNotes:
         data: memoryview | None = None,
     ) -> None:
         """Note a request that failed, or was done in part: ``length`` bytes of it."""
-        sink, began = self._sink, self._ends[-1] if self._ends else self._began
+        sink, began = self._sink, self._noted[-1][0] if self._noted else self._began
         took = now() - began
-        if self._ends:
+        if self._noted:
             self._hand_on()
         if data is not None:
             sink.wrote(began, took, offset, bytes(data[:length]), status, self._queue)
@@ -181,7 +172,7 @@ class BatchNotes:
 
     def _make_room(self, length: int) -> bool:
         """Have memory for a copy of so many bytes; False if nothing is recorded any longer."""
-        if self._ends:
+        if self._noted:
             self._hand_on()
         chunk = self._sink.exchange(self._chunk, max(length, CHUNK))
         self._chunk = chunk

@@ -424,7 +424,7 @@ def pack_batch_into(
     ends: Sequence[int],
     lengths: Sequence[int],
     offsets: Sequence[int],
-    operations: bytes | bytearray,
+    operations: bytes,
     data_length: int,
     queue: int,
 ) -> int:

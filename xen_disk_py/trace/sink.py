@@ -213,10 +213,7 @@ class Sink:
     def put_batch(
         self,
         began: int,
-        ends: Sequence[int],
-        lengths: Sequence[int],
-        offsets: Sequence[int],
-        operations: bytes | bytearray,
+        noted: Sequence[tuple[int, int, int, int]],
         data: Piece | None,
         queue: int,
     ) -> None:
@@ -224,25 +221,24 @@ class Sink:
 
         Args:
             began: when the first was, by ``CLOCK_MONOTONIC``, in nanoseconds.
-            ends: as for :func:`~.format.pack_batch_into`.
-            lengths: the same.
-            offsets: the same.
-            operations: the same.
+            noted: of each, when it was over (by the same clock), its length and offset in bytes,
+                and whether it was a read or a write.
             data: of the writes; at most ``MAX_DATA`` bytes. It stays as it is until it is in the
                 file.
             queue: its number.
         """
-        count = len(ends)
+        count = len(noted)
         size = 0 if data is None else data[2] - data[1]
         with self.lock:
             if count == 1:
-                at, took = began - self.clock, ends[0] - began
-                fields = (at, took, offsets[0], lengths[0], size, 0, queue, operations[0])
-                self._put(fields, data)
+                end, length, offset, operation = noted[0]
+                at, took = began - self.clock, end - began
+                self._put((at, took, offset, length, size, 0, queue, operation), data)
             else:
                 page = self._with_room_for(RECORD_SIZE + count * BATCHED_SIZE, size, count)
                 if page is not None:
                     used, filled, requests, flushes = page.done
+                    ends, lengths, offsets, operations = zip(*noted)
                     packed = pack_batch_into(
                         page.records,
                         used,
@@ -251,7 +247,7 @@ class Sink:
                         ends,
                         lengths,
                         offsets,
-                        operations,
+                        bytes(operations),
                         size,
                         queue,
                     )
@@ -381,10 +377,9 @@ class Sink:
             self._wake.wait()
             self._wake.clear()
             while True:
-                if not self._closing:
-                    self._hurry.wait(_GATHERING)
+                is_hurried = not self._closing and self._hurry.wait(_GATHERING)
                 self._hurry.clear()
-                if not self._write():
+                if not self._write(only_full=is_hurried and not self._closing):
                     break
             self.is_awake = False
             if self._full or self._filling.done != self._filling.written:
@@ -394,17 +389,26 @@ class Sink:
             if self._closing or self._over:
                 return
 
-    def _write(self) -> bool:
-        """Write all that there is; False if that is nothing."""
-        wrote = False
-        while not self._over:
+    def _write(self, *, only_full: bool = False) -> bool:
+        """Write all that there is; False if that is nothing.
+
+        What comes meanwhile is written later, in one piece: each piece costs the queues time.
+
+        Args:
+            only_full: leave the page that is being filled.
+        """
+        wrote = is_last = False
+        while not (self._over or is_last):
             with self._moved:
                 is_full = bool(self._full)
                 page = self._full[0] if is_full else self._filling
+                if page is self._nothing or (
+                    not is_full and (only_full or page.done == page.written)
+                ):
+                    break
                 done, pieces = page.done, page.pieces
                 page.pieces = []
-            if page is self._nothing or (done == page.written and not is_full):
-                break
+            is_last = not is_full
             if done != page.written:
                 wrote = True
                 try:
