@@ -198,6 +198,26 @@ def test_a_disk_from_attach_to_detach(serve, host, libxl, image, systemd):
     assert [True] == [process.has_ended() for process in serve.processes]
 
 
+def test_a_disk_whose_queues_are_processes_is_taken_over_when_one_of_them_dies(
+    serve, host, libxl, image
+):
+    def script():
+        address = libxl.attach(f"{image},queues=2,queues-in=processes")
+        frontend = host.frontend(address, queues=2)
+        frontend.connect()
+        frontend.write(4096, NEW)
+        before = find(host.records, address).facts
+        assert 2 == len(before.queue_pids)
+        host.machine.bury_backend()  # as a kernel would; before another is there
+        os.kill(before.queue_pids[1], signal.SIGKILL)
+        assert NEW * 2 == frontend.read(4096, len(NEW)) + frontend.read(4096, len(NEW))
+        assert before.pid != find(host.records, address).facts.pid
+        detach(libxl, address, frontend)
+
+    assert serve(script) is ExitStatus.OK
+    assert 2 == len(serve.processes)
+
+
 def test_many_guests_disks_share_a_gold_image(serve, host, libxl, image):
     before = image.read_bytes()
 
