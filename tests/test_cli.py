@@ -13,9 +13,10 @@ import pytest
 
 from xen_disk_py import __version__, cli
 from xen_disk_py.cli import main
-from xen_disk_py.commands.arguments import build_parser, commands_of, parse
+from xen_disk_py.commands.arguments import build_parser, commands_of
 from xen_disk_py.commands.backend_arguments import spec_from
 from xen_disk_py.commands.environment import Environment
+from xen_disk_py.commands.parsing import parse
 from xen_disk_py.errors import DeviceError, GuestNotFound, UsageError
 from xen_disk_py.exit_status import ExitStatus
 

@@ -9,8 +9,9 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn, TextIO, cast
 
-from .commands.arguments import PROGRAM, parse
+from .commands.arguments import PROGRAM
 from .commands.environment import Environment
+from .commands.parsing import parse
 from .errors import UsageError, XenDiskError
 from .exit_status import ExitStatus
 from .host.forkserver import Forked

@@ -18,9 +18,9 @@ from xen_disk_py.backends import Backend
 from xen_disk_py.backends.raw import RawBackend
 from xen_disk_py.blkif import READ, Ring
 from xen_disk_py.cli import main
-from xen_disk_py.commands.arguments import parse
 from xen_disk_py.commands.backend_arguments import spec_from
 from xen_disk_py.commands.environment import Environment
+from xen_disk_py.commands.parsing import parse
 from xen_disk_py.errors import XenUnavailable
 from xen_disk_py.exit_status import ExitStatus
 from xen_disk_py.libxl import attachment

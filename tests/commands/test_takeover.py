@@ -25,8 +25,8 @@ from xen_disk_py.backends.vhd.check import check
 from xen_disk_py.backends.vhd.create import create, create_child
 from xen_disk_py.blkif import READ, WRITE
 from xen_disk_py.cli import main
-from xen_disk_py.commands.arguments import parse
 from xen_disk_py.commands.backend_arguments import backend_from, spec_from
+from xen_disk_py.commands.parsing import parse
 from xen_disk_py.datapath.double_buffer import DoubleBuffer
 from xen_disk_py.errors import ImageError
 from xen_disk_py.exit_status import ExitStatus

@@ -34,9 +34,9 @@ from ..xenbus.vdev import VirtualDevice, from_number
 from ..xenbus.waiting import until
 from ..xenbus.xenstore import Store
 from . import queue_processes
-from .arguments import parse
 from .backend_arguments import spec_from
 from .environment import Environment
+from .parsing import parse
 
 log = logging.getLogger("xen_disk_py")
 

@@ -1,16 +1,14 @@
 """The command line: its commands, their arguments, their help.
 
 The first group of a command's options holds what most people need; the groups after it are for the
-rest. Help, man page (``manual``) and completion (``completion``) all come from this parser.
+rest. Help, man page (``manual``) and completion (``complete``) all come from this parser.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import re
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from .. import __version__
@@ -22,10 +20,8 @@ from ..units import parse_size
 
 PROGRAM = "xen-disk"
 
-_SETTING = re.compile(r"[A-Za-z][\w.-]*=.*", re.DOTALL)
 
-
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """A parser that raises ``UsageError``, which names the help of the command that was wrong."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -39,6 +35,7 @@ class _Parser(argparse.ArgumentParser):
         self._optionals.title = "options"  # what Python 3.10 and newer call it
 
     def error(self, message: str) -> NoReturn:
+        """Say what is wrong, as argparse finds it."""
         raise UsageError(message, self.prog)
 
 
@@ -50,7 +47,8 @@ def _filled(text: str) -> str:
     )
 
 
-def _size(text: str) -> int:
+def size(text: str) -> int:
+    """Read a size, as the ``type`` of an argument."""
     try:
         return parse_size(text)
     except UsageError as error:
@@ -58,10 +56,10 @@ def _size(text: str) -> int:
 
 
 def _positive_size(text: str) -> int:
-    size = _size(text)
-    if not size:
+    limit = size(text)
+    if not limit:
         raise argparse.ArgumentTypeError("0 bytes hold no change: give at least one")
-    return size
+    return limit
 
 
 def _name(text: str) -> str:
@@ -136,7 +134,7 @@ def _sector_size(text: str) -> int:
     return int(text)
 
 
-def _add_backend_arguments(parser: _Parser) -> None:
+def _add_backend_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--path",
         type=_name,
@@ -161,7 +159,7 @@ def _add_backend_arguments(parser: _Parser) -> None:
         "ends in .vhd, it is a differencing VHD, which other programs read",
     )
     parser.add_argument(
-        "--size", type=_size, help="size of a discard disk: bytes, or 10M, 1G, 2T (default: 1G)"
+        "--size", type=size, help="size of a discard disk: bytes, or 10M, 1G, 2T (default: 1G)"
     )
     parser.add_argument("--read-only", action="store_true", help="refuse all writes")
 
@@ -177,7 +175,7 @@ def _add_option_argument(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def _add_disk_arguments(parser: _Parser) -> argparse._ArgumentGroup:
+def _add_disk_arguments(parser: Parser) -> argparse._ArgumentGroup:
     disk = parser.add_argument_group("the disk")
     disk.add_argument(
         "--format",
@@ -216,12 +214,12 @@ def _add_disk_arguments(parser: _Parser) -> argparse._ArgumentGroup:
     return disk
 
 
-def _add_disk_of_a_guest(parser: _Parser) -> None:
+def _add_disk_of_a_guest(parser: Parser) -> None:
     parser.add_argument("vm", metavar="VM", help="the guest's domain id, UUID or name")
     parser.add_argument("vdev", metavar="VDEV", help="the disk's name in the guest, such as xvdb")
 
 
-def _add_overlay_argument(parser: _Parser) -> None:
+def _add_overlay_argument(parser: Parser) -> None:
     parser.add_argument(
         "overlay",
         metavar="OVERLAY",
@@ -230,7 +228,7 @@ def _add_overlay_argument(parser: _Parser) -> None:
     )
 
 
-def _add_image_argument(parser: _Parser) -> None:
+def _add_image_argument(parser: Parser) -> None:
     parser.add_argument(
         "--path",
         type=_name,
@@ -240,12 +238,12 @@ def _add_image_argument(parser: _Parser) -> None:
     )
 
 
-def _add_result_arguments(parser: _Parser) -> None:
+def _add_result_arguments(parser: Parser) -> None:
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--quiet", "-q", action="store_true", help="show no progress")
 
 
-def _add_overlay_commands(commands: argparse._SubParsersAction[_Parser]) -> None:
+def _add_overlay_commands(commands: argparse._SubParsersAction[Parser]) -> None:
     info = commands.add_parser(
         "info",
         help="say what an image, an overlay, a VHD or another disk is",
@@ -376,7 +374,7 @@ def _add_overlay_commands(commands: argparse._SubParsersAction[_Parser]) -> None
     _add_result_arguments(export)
 
 
-def _add_trace_commands(commands: argparse._SubParsersAction[_Parser]) -> None:
+def _add_trace_commands(commands: argparse._SubParsersAction[Parser]) -> None:
     trace = commands.add_parser(
         "trace",
         help="show what a guest asked of its disk",
@@ -453,7 +451,7 @@ def _add_trace_commands(commands: argparse._SubParsersAction[_Parser]) -> None:
     _add_disk_arguments(replay)
 
 
-def _add_vhd_argument(parser: _Parser) -> None:
+def _add_vhd_argument(parser: Parser) -> None:
     parser.add_argument(
         "--option",
         action="append",
@@ -463,7 +461,7 @@ def _add_vhd_argument(parser: _Parser) -> None:
     )
 
 
-def _add_image_commands(commands: argparse._SubParsersAction[_Parser]) -> None:
+def _add_image_commands(commands: argparse._SubParsersAction[Parser]) -> None:
     create = commands.add_parser(
         "create",
         help="make an empty VHD, or one that holds the changes to another image",
@@ -472,12 +470,12 @@ def _add_image_commands(commands: argparse._SubParsersAction[_Parser]) -> None:
         "than its parent. Only the owner can read FILE (mode 0600).",
     )
     create.add_argument("file", metavar="FILE", type=_name, help="the image to make")
-    create.add_argument("--size", type=_size, help="size of the disk: bytes, or 512M, 10G, 2T")
+    create.add_argument("--size", type=size, help="size of the disk: bytes, or 512M, 10G, 2T")
     create.add_argument(
         "--parent", metavar="IMAGE", type=_name, help="the image whose changes FILE is to hold"
     )
     create.add_argument(
-        "--max-size", type=_size, metavar="SIZE", help="how large resize may make the disk later"
+        "--max-size", type=size, metavar="SIZE", help="how large resize may make the disk later"
     )
     create.add_argument(
         "--format", choices=("vhd",), default="vhd", help="what to make (default: vhd)"
@@ -509,7 +507,7 @@ def _add_image_commands(commands: argparse._SubParsersAction[_Parser]) -> None:
     check.add_argument("--json", action="store_true", help="print JSON")
 
 
-def _add_rewind_commands(commands: argparse._SubParsersAction[_Parser]) -> None:
+def _add_rewind_commands(commands: argparse._SubParsersAction[Parser]) -> None:
     rewind = commands.add_parser(
         "rewind",
         help="make an image of a recorded disk as it was at a moment",
@@ -539,7 +537,7 @@ def _add_rewind_commands(commands: argparse._SubParsersAction[_Parser]) -> None:
     _add_result_arguments(rewind)
 
 
-def _add_crashtest(commands: argparse._SubParsersAction[_Parser]) -> None:
+def _add_crashtest(commands: argparse._SubParsersAction[Parser]) -> None:
     crashtest = commands.add_parser(
         "crashtest",
         help="try what a power cut could have left of a recorded disk",
@@ -618,7 +616,7 @@ def _add_crashtest(commands: argparse._SubParsersAction[_Parser]) -> None:
     _add_result_arguments(crashtest)
 
 
-def _add_trace_arguments(parser: _Parser) -> None:
+def _add_trace_arguments(parser: Parser) -> None:
     parser.add_argument("trace", metavar="TRACE", type=_name, help="a trace with data")
     parser.add_argument(
         "--base",
@@ -630,92 +628,7 @@ def _add_trace_arguments(parser: _Parser) -> None:
     )
 
 
-def parse(words: Sequence[str]) -> argparse.Namespace:
-    """Parse a command line; ``words`` of the result is that line, to be parsed once more.
-
-    ``complete``, which shells call, takes any words, half ones too: they are ``line``.
-
-    Raises:
-        UsageError: it asks for something that is not there.
-    """
-    if words[:1] == ["complete"]:
-        return argparse.Namespace(command="complete", line=list(words[1:]))
-    parser = build_parser()
-    commands = commands_of(parser)
-    for word in words:
-        if not word.startswith("-"):
-            _check_options(parser, find_command(parser, commands, word), words)
-            break
-    args, rest = parser.parse_known_args(words)
-    if "option" in args:
-        rest = _take_settings(args, rest)
-    if len(rest) == 1 and not rest[0].startswith("-"):
-        rest = _place(args, rest[0])
-    if rest:
-        raise UsageError(f"unrecognized arguments: {' '.join(rest)}", f"{PROGRAM} {args.command}")
-    args.words = list(words)
-    return args
-
-
-def _check_options(parser: _Parser, command: _Parser, words: Sequence[str]) -> None:
-    """See that a command has the long options that are given.
-
-    argparse would first complain of what it misses then, if only because a value stands in the
-    place of an argument.
-
-    Raises:
-        UsageError: it has not; the message names one that is spelled like it.
-    """
-    known = {**parser._option_string_actions, **command._option_string_actions}
-    for word in words:
-        if word == "--":
-            break
-        name = word.partition("=")[0]
-        if name.startswith("--") and " " not in word and name not in known:
-            offered = [each for each in known if known[each].help != argparse.SUPPRESS]
-            command.error(f"no option {name}{_nearest(name, offered)}")
-
-
-def _nearest(name: str, names: Iterable[str]) -> str:
-    """Ask whether one was meant that is spelled like it, if there is one."""
-    import difflib
-
-    near = difflib.get_close_matches(name, names, 1)
-    return f": did you mean {near[0]}?" if near else ""
-
-
-def _take_settings(args: argparse.Namespace, words: list[str]) -> list[str]:
-    """Have each ``key=value`` mean what it does behind ``--option``; return the other words.
-
-    So nbdkit's plugins get theirs, and argparse needs to know nothing of where they may stand.
-    """
-    if "=" in (getattr(args, "device", None) or ""):  # no VDEV has one
-        words = [args.device, *words]
-        args.device = None
-    settings = [word for word in words if _SETTING.fullmatch(word)]
-    args.option = [*args.option, *settings]
-    return [word for word in words if word not in settings]
-
-
-def _place(args: argparse.Namespace, word: str) -> list[str]:
-    """Put a word behind an option where it belongs; return it if it belongs nowhere.
-
-    argparse takes a positional argument that may be left out for left out if an option stands
-    before it (``connect VM --adopt VDEV``, ``resize VM VDEV --force SIZE``).
-    """
-    if args.command == "connect" and args.device is None:
-        args.device = word
-    elif args.command == "resize" and args.size is None:
-        try:
-            args.size = _size(word)
-        except argparse.ArgumentTypeError as error:
-            raise UsageError(f"argument SIZE: {error}", f"{PROGRAM} resize") from None
-    else:
-        return [word]
-    return []
-
-
-def _add_connect(commands: argparse._SubParsersAction[_Parser]) -> None:
+def _add_connect(commands: argparse._SubParsersAction[Parser]) -> None:
     connect = commands.add_parser(
         "connect",
         help="give a guest a disk and serve it until Ctrl-C",
@@ -853,7 +766,7 @@ _EXAMPLES = """
   xen-disk connect myvm --path gold.raw --overlay web.changes --supervise"""
 
 
-def _add_filter(commands: argparse._SubParsersAction[_Parser]) -> None:
+def _add_filter(commands: argparse._SubParsersAction[Parser]) -> None:
     changing = commands.add_parser(
         "filter",
         help="show or change the filters of a disk while the guest uses it",
@@ -883,7 +796,7 @@ def _add_filter(commands: argparse._SubParsersAction[_Parser]) -> None:
     changing.add_argument("--json", action="store_true", help="print the filters as JSON")
 
 
-def _add_record(commands: argparse._SubParsersAction[_Parser]) -> None:
+def _add_record(commands: argparse._SubParsersAction[Parser]) -> None:
     record = commands.add_parser(
         "record",
         help="record what a guest asks of its disk",
@@ -904,14 +817,14 @@ def _add_record(commands: argparse._SubParsersAction[_Parser]) -> None:
     record.add_argument("--data", action="store_true", help="also record what is written")
     record.add_argument(
         "--ring",
-        type=_size,
+        type=size,
         metavar="SIZE",
         help="keep only the newest part of the trace, of this size (at least 64M)",
     )
     record.add_argument("--json", action="store_true", help="print JSON")
 
 
-def _add_list_and_top(commands: argparse._SubParsersAction[_Parser]) -> None:
+def _add_list_and_top(commands: argparse._SubParsersAction[Parser]) -> None:
     listing = commands.add_parser(
         "list",
         help="list the disks that are served",
@@ -965,7 +878,7 @@ def _address(text: str) -> tuple[str, int]:
     return host.strip("[]") or "127.0.0.1", int(port)
 
 
-def _add_metrics(commands: argparse._SubParsersAction[_Parser]) -> None:
+def _add_metrics(commands: argparse._SubParsersAction[Parser]) -> None:
     metrics = commands.add_parser(
         "metrics",
         help="print what all disks of this host have done, for Prometheus",
@@ -991,7 +904,7 @@ def _add_metrics(commands: argparse._SubParsersAction[_Parser]) -> None:
     )
 
 
-def _add_upgrade(commands: argparse._SubParsersAction[_Parser]) -> None:
+def _add_upgrade(commands: argparse._SubParsersAction[Parser]) -> None:
     upgrade = commands.add_parser(
         "upgrade",
         help="serve a disk with the installed version of this program",
@@ -1021,7 +934,7 @@ def _arguments_of(parser: argparse.ArgumentParser) -> list[str]:
     ]
 
 
-def commands_of(parser: argparse.ArgumentParser) -> dict[str, _Parser]:
+def commands_of(parser: argparse.ArgumentParser) -> dict[str, Parser]:
     """Return the parsers of a parser's commands, by name, in the order of the help."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
@@ -1029,21 +942,10 @@ def commands_of(parser: argparse.ArgumentParser) -> dict[str, _Parser]:
     return {}
 
 
-def find_command(parser: _Parser, commands: Mapping[str, _Parser], name: str) -> _Parser:
-    """Find a command's parser by its name.
-
-    Raises:
-        UsageError: there is no such command; the message names one that is spelled like it.
-    """
-    if name not in commands:
-        parser.error(f"no command {name!r}{_nearest(name, commands)}")
-    return commands[name]
-
-
 @functools.cache
-def build_parser() -> _Parser:
+def build_parser() -> Parser:
     """Build the parser of the whole command line."""
-    parser = _Parser(
+    parser = Parser(
         prog=PROGRAM,
         usage="%(prog)s COMMAND [OPTIONS]",
         description="Give a running Xen guest a disk, and serve that disk from this process.",
@@ -1088,7 +990,7 @@ def build_parser() -> _Parser:
     )
     _add_disk_of_a_guest(resize)
     resize.add_argument(
-        "size", metavar="SIZE", nargs="?", type=_size, help="bytes, or 512M, 10G, 2T"
+        "size", metavar="SIZE", nargs="?", type=size, help="bytes, or 512M, 10G, 2T"
     )
     resize.add_argument(
         "--force", action="store_true", help="allow a smaller size: the data beyond it is lost"
@@ -1160,7 +1062,7 @@ def build_parser() -> _Parser:
     _add_backend_arguments(demo)
     demo.add_argument(
         "--bytes",
-        type=_size,
+        type=size,
         default=64 << 20,
         metavar="SIZE",
         help="how much to write and read (default: 64M)",

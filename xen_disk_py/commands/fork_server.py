@@ -12,9 +12,10 @@ from contextlib import ExitStack, suppress
 from ..errors import XenDiskError
 from ..exit_status import ExitStatus
 from ..host import forkserver
-from .arguments import PROGRAM, parse
+from .arguments import PROGRAM
 from .backend_arguments import spec_from
 from .environment import Environment
+from .parsing import parse
 
 log = logging.getLogger("xen_disk_py")
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 
 from ..exit_status import ExitStatus
-from .arguments import build_parser, commands_of, find_command
+from .arguments import build_parser, commands_of
 from .environment import Environment
+from .parsing import find_command
 
 
 def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
