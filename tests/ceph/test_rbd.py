@@ -212,6 +212,19 @@ def test_somebody_else_s_resize_is_told_of(cluster, image, disk):
     cluster.rbd("snap", "rm", f"rbd/{image}@then")
 
 
+def test_a_guest_has_the_new_size_and_uses_it(host, cluster, image, disk):
+    """``rbd resize`` by somebody else, while a (simulated) guest has the disk connected."""
+    writer = disk()
+    frontend = host.serving(writer).frontend()
+    assert 16 * MIB // 512 == frontend.look_again().sectors
+    cluster.rbd("resize", "-s", "24M", f"rbd/{image}")
+    host.until(lambda: frontend.look_again().sectors == 24 * MIB // 512, PATIENCE)
+    frontend.write(20 * MIB, b"n" * 4096)
+    assert b"n" * 4096 == frontend.read(20 * MIB, 4096)
+    host.end_sessions()
+    assert b"n" * 4096 == read(disk(read_only=True), 20 * MIB, 4096)
+
+
 def test_a_write_that_was_answered_survives_kill_9(cluster, image, disk):
     program = (
         "import sys\n"

@@ -125,7 +125,7 @@ _HINTS = (
 
 def _explained(said: str, path: str, image_format: str) -> str:
     """Say it without what it repeats, and what to do."""
-    said = _REPEATED.sub("", said.rstrip("."))
+    said = _REPEATED.sub("", said.partition(" To replay the log, run:")[0].rstrip("."))
     said = said.removeprefix(f"Could not open '{path}': ")
     hint = next((hint for words, hint in _HINTS if words in said), None)
     return said if hint is None else f"{said}: {hint.format(image_format, path)}"

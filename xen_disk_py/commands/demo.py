@@ -54,8 +54,8 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
         is_ours = with_image is not args
         spec = spec_from(with_image)
         is_fresh = spec.overlay is not None and not is_kept
-        only_reads = spec.backend == "vhd" and not (is_ours or is_fresh or args.overwrite)
-        if only_reads and not spec.read_only:  # opened for writing, it would be repaired
+        only_reads = spec.backend in ("vhd", "qemu") and not (is_ours or is_fresh or args.overwrite)
+        if only_reads and not spec.read_only:  # for writing it would be repaired
             disk = Disk(replace(spec, read_only=True).open_backend())
         else:
             disk = Disk(spec.open_backend())

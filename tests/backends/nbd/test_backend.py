@@ -193,11 +193,28 @@ def test_a_server_of_our_own_that_does_not_end_is_killed(monkeypatch, caplog):
     if shutil.which("nbdkit") is None:
         pytest.skip("needs nbdkit")
     monkeypatch.setattr(libnbd, "_TERM", 0.1)
-    disk = NbdBackend(
-        ["nbdkit", "eval", "get_size=echo 1048576", "pread=head -c $3 /dev/zero", "close=sleep 3"]
-    )
+    disk = NbdBackend(["nbdkit", "memory", "1M"])
+    monkeypatch.setattr(libnbd.Connection, "_has_ended", lambda connection: False)
     disk.close()
     assert "has not ended 0.1 s after SIGTERM: killed" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("words", "option", "survives"),
+    [
+        (["memory", "1M"], None, False),
+        (["--filter=cow", "pattern", "1M"], None, False),
+        (["pattern", "1M"], None, True),
+        (["pattern", "1M"], False, False),
+        (["memory", "1M"], True, True),
+    ],
+)
+def test_what_a_server_keeps_in_memory_ends_with_it(words, option, survives):
+    if shutil.which("nbdkit") is None:
+        pytest.skip("needs nbdkit")
+    disk = NbdBackend(["nbdkit", *words], survives=option)
+    assert survives is disk.survives
+    disk.close()
 
 
 def test_a_command_that_is_none():

@@ -32,6 +32,9 @@ class NbdBackend(Backend):
         sector_size: the logical sector in bytes; by default 512, or the server's smallest request.
         connections: how many to have at most. A server must say that several are one disk; to
             one that is started by a command there is one.
+        survives: what was written does not end with a server that a command starts; None: unless
+            the command is known for keeping it in memory (nbdkit's memory, data, tmpdisk and cow;
+            qemu-nbd --snapshot).
         timeout: seconds that a request may take; then the server is given up, and connected
             again. 0 for any time.
 
@@ -51,6 +54,7 @@ class NbdBackend(Backend):
         sector_size: int | None = None,
         connections: int = 4,
         timeout: int = 0,
+        survives: bool | None = None,
     ) -> None:
         self._name = path if isinstance(path, str) else shlex.join(path)
         if timeout < 0:
@@ -70,6 +74,7 @@ class NbdBackend(Backend):
         except XenDiskError as error:
             raise type(error)(f"{self._name}: {_explained(where, str(error))}") from error
         self.asynchronous = self._client
+        self.survives = _survives(where) if survives is None else survives
         export = self._client.export
         try:
             self.size = export.size
@@ -154,6 +159,19 @@ def _explained(where: str | list[str], error: str) -> str:
         if words in error:
             return f"{error}: {hint}"
     return tls.explained(where, error)
+
+
+_FORGETTING = {
+    "nbdkit": {"memory", "data", "tmpdisk", "--filter=cow"},
+    "qemu-nbd": {"-s", "--snapshot"},
+}
+"""Words of a command whose server takes along what was written."""
+
+
+def _survives(where: str | list[str]) -> bool:
+    if isinstance(where, str):
+        return True
+    return not _FORGETTING.get(os.path.basename(where[0]), set()).intersection(where[1:])
 
 
 def _where(path: str) -> str | list[str]:
