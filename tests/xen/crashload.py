@@ -1,17 +1,21 @@
 """Run as a program in a guest: a load that notes what it was told; and in dom0, the check of what
 is left.
 
-``crashload.py load KIND DIRECTORY NOTES`` works in a mounted directory, and notes the seconds since
-boot. ``crashload.py check KIND IMAGE NOTES``, with these as seconds since 1970, mounts what a power
-cut has left, and looks for all that the load was told before (``XEN_DISK_UNTIL``): a file is there
-whole after its ``fsync`` and that of its directory, a transaction after its commit; and what our
-own program has made has one of the contents that it may have.
+``crashload.py load KIND DIRECTORY NOTES DEVICE OFFSET`` works in a directory, and marks each
+note in the recording of the disk: it reads a block behind the file system, the first, at OFFSET of
+the device, for the first note. So the order of requests says what the load was told by when, and no
+two clocks are compared. ``crashload.py check KIND IMAGE NOTES``, with the number of flushes before
+each note, mounts what a power cut has left, and looks for all that the load was told by then
+(``XEN_DISK_FLUSH``): a file is there whole after its ``fsync`` and that of its directory, a
+transaction after its commit; and what our own program has made has one of the contents that it may
+have.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import random
 import sqlite3
@@ -27,7 +31,7 @@ from typing import Any
 ROUNDS = {"files": 24, "sqlite": 40}
 ROWS = 60
 TOTAL = 1000 * ROWS
-_MARGIN = 0.25  # seconds; emulated, the clocks of two domains differ by 26 ms now and then
+MARK = 4096  # bytes of the block that is read for a note
 _IMAGE = 1 << 20  # bytes of an image of ours
 _WRITE = 32 << 10
 
@@ -39,14 +43,25 @@ def content(number: int) -> bytes:
 
 
 class Notes:
-    """What happened, a JSON line for each."""
+    """What happened, a JSON line for each, marked in the recording of a disk.
 
-    def __init__(self, path: str) -> None:
+    Args:
+        path: of the file, on another disk.
+        device: the disk.
+        offset: bytes of it before the block of the first note.
+    """
+
+    def __init__(self, path: str, device: str, offset: int) -> None:
         self._file = open(path, "a", encoding="ascii", buffering=1)  # noqa: SIM115
+        self._device = os.open(device, os.O_RDONLY | os.O_DIRECT)
+        self._offset = offset
+        self._page = mmap.mmap(-1, MARK)  # aligned
 
     def __call__(self, what: str, number: int) -> None:
         now = time.clock_gettime(time.CLOCK_BOOTTIME)
         self._file.write(json.dumps([now, what, number]) + "\n")
+        assert os.preadv(self._device, [self._page], self._offset) == MARK
+        self._offset += MARK
 
 
 def _sync(path: Path) -> None:
@@ -209,9 +224,9 @@ def start_anew() -> None:
     os.unlink(other.name)
 
 
-def load(kind: str, directory: str, path: str) -> None:
+def load(kind: str, directory: str, path: str, device: str, offset: str) -> None:
     """Do a load of a kind: ``files``, ``sqlite JOURNAL SYNCHRONOUS`` or ``commit FORMAT``."""
-    note = Notes(path)
+    note = Notes(path, device, int(offset))
     name, *options = kind.split()
     does = {"files": load_files, "sqlite": load_sqlite, "commit": load_commit}[name]
     does(Path(directory), note, *options)
@@ -219,9 +234,9 @@ def load(kind: str, directory: str, path: str) -> None:
 
 def check(kind: str, image: str, path: str) -> None:
     """Mount an image, look, unmount, and have the file system's own program look, too."""
-    until = float(os.environ.get("XEN_DISK_UNTIL") or "inf") - _MARGIN
+    flushes = int(os.environ["XEN_DISK_FLUSH"])
     told = [json.loads(line) for line in Path(path).read_text(encoding="ascii").splitlines()]
-    noted = [(what, number) for when, what, number in told if when < until]
+    noted = [(what, number) for before, what, number in told if before <= flushes]
     begun = {number for _, what, number in told if what == "removing"}
     name, *options = kind.split()
     system = subprocess.run(

@@ -18,12 +18,15 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from xen_disk_py.trace.format import FLUSH, READ
 from xen_disk_py.trace.reader import TraceReader
 
+from .crashload import MARK
 from .disk import PROGRAM
 
 LOAD = (sys.executable, str(Path(__file__).resolve().parent / "crashload.py"))
 PATIENCE = 3600
+MARKS = 256 * MARK  # bytes behind the file system, for the marks of its notes
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Case:
         fault: a filter that the disk has.
         options: of the mount.
         is_good: whether every state is to be.
+        sector: bytes of a sector of the disk, at which writes are torn.
     """
 
     system: str
@@ -43,10 +47,12 @@ class Case:
     fault: str = ""
     options: str = "defaults"
     is_good: bool = True
+    sector: int = 4096
 
     def __str__(self) -> str:
         fault = self.fault.rpartition(":")[2]
-        return " ".join(filter(None, (self.system, self.kind, fault, self.options)))
+        sector = "" if self.sector == 4096 else str(self.sector)
+        return " ".join(filter(None, (self.system, self.kind, fault, self.options, sector)))
 
 
 class Recorded:
@@ -88,7 +94,7 @@ class Recorded:
         since: tuple[str, ...] = ()
         if self.case.kind.startswith("commit"):  # what came before has tests of its own
             made, *_ = json.loads(self.notes.read_text().splitlines()[0])
-            since = ("--from", f"{made - started(self.trace):.6f}s")
+            since = ("--from", f"flush:{made}")
         done = self.crashtest("--limit", str(limit), *since)
         said = done.stdout
         tried, flushes = map(
@@ -108,10 +114,22 @@ class Recorded:
         return said
 
 
-def started(trace: Path) -> float:
-    """Return when a recording began, in seconds since 1970."""
+def marks(trace: Path, offset: int) -> list[tuple[int, float]]:
+    """Return what a recording has of the notes: the flushes before each, and when, in seconds.
+
+    Args:
+        trace: the recording.
+        offset: bytes of the disk before the block of the first note; nothing else is read there.
+    """
+    found: list[tuple[int, float]] = []
+    flushes = 0
     with TraceReader(str(trace)) as reader:
-        return reader.header.started / 1e9
+        for record in reader.records():
+            flushes += record.operation == FLUSH and not record.status
+            if record.operation == READ and 0 <= record.offset - offset < MARKS:
+                assert (record.offset, record.length) == (offset + len(found) * MARK, MARK)
+                found.append((flushes, record.start / 1e9))
+    return found
 
 
 def main(directory: str, limit: str) -> None:
