@@ -11,6 +11,7 @@ from typing import Any, Callable
 
 import pytest
 
+from . import pace, peer
 from .disk import Disk, left_over, lost, xenstore_snapshot
 from .guest import Dom0, Guest, Shell
 
@@ -70,6 +71,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "xen: needs a real Xen dom0, which the lab boots")
     config.addinivalue_line("markers", "smoke: shows a feature once; what .ci/run runs")
     config.addinivalue_line("markers", "long: not in the ordinary run; with -m long")
+    config.addinivalue_line("markers", "pair: needs two dom0s, the lab's --pair")
     config.addinivalue_line("markers", "timeout: seconds that a test may take (pytest-timeout)")
 
 
@@ -83,6 +85,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.long)
             if not IN_LAB:
                 item.add_marker(pytest.mark.skip(reason="needs Xen: run tox -e xen"))
+                continue
+            marker = item.get_closest_marker("timeout")
+            seconds = marker.args[0] if marker else float(item.config.getini("timeout"))
+            item.add_marker(pytest.mark.timeout(pace.patient(seconds)), append=False)
+            if item.get_closest_marker("pair") and not peer.ADDRESS:
+                item.add_marker(pytest.mark.skip(reason="needs a second dom0: the lab's --pair"))
+
+
+def pytest_report_header() -> str | None:
+    """Say by how much every limit is longer than on an ordinary machine."""
+    if not IN_LAB:
+        return None
+    took = f"the program took {pace.SECONDS:.1f} s to start"
+    return f"{took}: limits are {pace.FACTOR:.1f} times as long"
 
 
 @pytest.fixture(scope="session")

@@ -23,13 +23,15 @@ from types import TracebackType
 
 import pytest
 
+from .pace import patient
+
 LAB = Path(os.environ.get("XEN_LAB", "/opt/lab"))
 RESULTS = Path(os.environ.get("XEN_LAB_RESULTS", "/run/lab"))
 READY = "lab: guest ready"
-PATIENCE = 180
+PATIENCE = patient(180)
 """Seconds after which what has not happened hangs: anything may stand still for a while here."""
-START_SECONDS = 300
-SAVE_SECONDS = 300
+START_SECONDS = patient(300)
+SAVE_SECONDS = patient(300)
 # nosoftlockup: its message, of the gravest kind, would come amid what commands print
 KERNEL_OPTIONS = (
     "console=hvc0 quiet mitigations=off nokaslr cryptomgr.notests random.trust_cpu=on nosoftlockup"
@@ -369,12 +371,15 @@ class Guest(Shell):
         self.domid = int(sh("xl", "domid", self.name).strip())
         self._attach_console()
 
-    def migrate(self) -> tuple[int, str]:
-        """Move it, running, to this same host; return xl's status and what it said.
+    def migrate(self, rune: str = "xl migrate-receive") -> tuple[int, str]:
+        """Move it, running; return xl's status and what it said.
 
-        It is another domain afterwards, unless that failed.
+        It is another domain afterwards, unless that failed, and not here, if it went elsewhere.
+
+        Args:
+            rune: what receives it, by xl's word for it; otherwise this same host.
         """
-        command = ["xl", "migrate", "-s", "", self.name, "xl migrate-receive"]
+        command = ["xl", "migrate", "-s", "", self.name, rune]
         done = subprocess.run(
             command,
             stdout=subprocess.PIPE,
@@ -385,8 +390,10 @@ class Guest(Shell):
         )
         if done.returncode == 0:
             self._detach_console()
-            self.domid = int(sh("xl", "domid", self.name).strip())
-            self._attach_console()
+            self.domid = -1
+            if rune == "xl migrate-receive":
+                self.domid = int(sh("xl", "domid", self.name).strip())
+                self._attach_console()
         return done.returncode, done.stdout.decode(errors="replace")
 
     def reboot(self) -> None:

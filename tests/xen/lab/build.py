@@ -24,7 +24,7 @@ from .architecture import Architecture
 from .archive import Modules, Tree, add_busybox, add_programs, unpack_kernel
 from .bootstrap import BootstrapError, bootstrap
 from .machine import LabError, save_machine
-from .recipe import EXCLUDED_PATHS, HERE, Suite, build_directory, cache_root
+from .recipe import EXCLUDED_PATHS, HERE, INCLUDED_PATHS, Suite, build_directory, cache_root
 
 KEEP_BUILDS = 2
 DISK_SIZE = "3G"
@@ -130,6 +130,7 @@ def _install_packages(suite: Suite, root: Path, work: Path) -> None:
     say(f"installing {len(suite.packages)} Debian packages and what they need (2 to 5 minutes)")
     root.mkdir()
     excludes = [f"--dpkgopt=path-exclude={path}" for path in EXCLUDED_PATHS]
+    includes = [f"--dpkgopt=path-include={path}" for path in INCLUDED_PATHS]
     options = [
         *_VARIANT[suite.architecture.is_foreign],
         f"--architectures={suite.architecture.name}",
@@ -137,6 +138,7 @@ def _install_packages(suite: Suite, root: Path, work: Path) -> None:
         '--aptopt=Acquire::Languages "none"',
         *suite.apt_options,
         *excludes,
+        *includes,
         suite.release,
         "-",
     ]

@@ -14,14 +14,15 @@ import termios
 import time
 import tty
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
 from .architecture import CPUS
 from .build import ensure_build, say
-from .machine import BootError, LabError, Machine, Relay
+from .machine import BootError, LabError, Link, Machine, Relay
 from .progress import NOTES, Follower, Progress, commit_of, report
-from .recipe import CHECKOUT, DEFAULT_SUITE, HERE, SUITES
+from .recipe import CHECKOUT, DEFAULT_SUITE, HERE, SUITES, Suite
 from .stage import write_stage
 
 BOOT_ATTEMPTS = 3
@@ -94,6 +95,11 @@ def _parser() -> argparse.ArgumentParser:
         "summary", help="say what has passed, failed and not run, by the files of test --continue"
     )
     summary.add_argument("directory", type=Path, metavar="DIR", help="what test --continue had")
+    test.add_argument(
+        "--pair",
+        action="store_true",
+        help="boot a second machine and join the two by a network: what test_migration.py needs",
+    )
     run = commands.add_parser(
         "run", parents=[common], help="run a shell command in dom0, in the staged checkout"
     )
@@ -155,6 +161,37 @@ def _results(arguments: argparse.Namespace) -> Path:
     return directory or CHECKOUT / "build/xen" / f"{arguments.suite}-{arguments.command}"
 
 
+def _start(
+    build: Path, suite: Suite, share: Path, resume: bool, stack: ExitStack, pair: bool
+) -> Machine:
+    """Start what the job runs on, and, beside it, the other of a pair; return the first."""
+    machines = []
+    for number, place in enumerate((share, share / "peer") if pair else (share,), start=1):
+        machine = Machine(
+            build,
+            suite.architecture,
+            share=place,
+            log=place / "results/console.log",
+            resume=resume,
+            link=Link(share / "link", number) if pair else None,
+        )
+        machines.append(stack.enter_context(machine))
+    for machine in machines:
+        machine.begin()
+    return machines[0]
+
+
+def _pair(share: Path, environment: dict[str, str]) -> dict[str, str]:
+    """Prepare the other machine of a pair; return the environment of the first."""
+    ours, theirs = (Link(share / "link", number).address for number in (1, 2))
+    (share / "peer").mkdir()
+    (share / "stage.tar").rename(share / "peer/stage.tar")
+    os.link(share / "peer/stage.tar", share / "stage.tar")
+    command = "python3 -m tests.xen.peer serve"
+    _job_directory(share / "peer", "run", command, {**environment, "LAB_ADDRESS": theirs})
+    return {**environment, "LAB_ADDRESS": ours, "XEN_LAB_PEER": theirs}
+
+
 def _run_job(
     arguments: argparse.Namespace,
     mode: str,
@@ -167,25 +204,24 @@ def _run_job(
     build = ensure_build(suite)
     share = Path(tempfile.mkdtemp(prefix="xen-lab-share-"))
     follower = None
+    pair = getattr(arguments, "pair", False)
+    environment = {**environment, "LAB_CPUS": str(arguments.cpus)}
     try:
-        _job_directory(share, mode, command, {**environment, "LAB_CPUS": str(arguments.cpus)})
+        write_stage(share, install=not arguments.copy)
+        if pair:
+            environment = _pair(share, environment)
+        _job_directory(share, mode, command, environment)
         if progress is not None:
             (share / "job/done").write_text("".join(f"{name}\n" for name in progress.done))
             follower = Follower(progress, share / "results" / NOTES)
-        write_stage(share, install=not arguments.copy)
         deadline = None if mode == "shell" else time.monotonic() + arguments.timeout * 60
-        resume = not arguments.cold and (build / "state").exists()
+        # The saved machine has no network.
+        resume = not arguments.cold and not pair and (build / "state").exists()
         for attempt in range(1, BOOT_ATTEMPTS + 1):
             started = time.monotonic()
             try:
-                with Machine(
-                    build,
-                    suite.architecture,
-                    share=share,
-                    log=share / "results/console.log",
-                    resume=resume,
-                ) as machine:
-                    machine.begin()
+                with ExitStack() as stack:
+                    machine = _start(build, suite, share, resume, stack, pair)
                     seconds = time.monotonic() - started
                     say(f"dom0 {'resumed' if resume else 'booted'} in {seconds:.1f} s")
                     return _follow(machine, mode, deadline, follower)
@@ -202,6 +238,8 @@ def _run_job(
         results.parent.mkdir(parents=True, exist_ok=True)
         if (share / "results").exists():
             shutil.copytree(share / "results", results)
+            if (share / "peer/results").exists():
+                shutil.copytree(share / "peer/results", results / "peer")
             if mode == "test":
                 say(f"logs and reports are in {results}")
         shutil.rmtree(share, ignore_errors=True)

@@ -22,6 +22,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Callable, Union
@@ -56,6 +57,31 @@ def _prepare() -> None:
     die_with_parent()
 
 
+@dataclass(frozen=True)
+class Link:
+    """One end of a network that joins two machines and nothing else.
+
+    Attributes:
+        path: of the Unix socket that is the cable.
+        number: 1 makes the socket, and is to be started first; 2 finds it there.
+    """
+
+    path: Path
+    number: int
+
+    @property
+    def address(self) -> str:
+        """The machine's own address, of those that RFC 5737 sets aside for documentation."""
+        return f"192.0.2.{self.number}"
+
+    def arguments(self, device: str) -> list[str]:
+        """Return QEMU's arguments for it; ``device`` is QEMU's name of the network card."""
+        server = "on" if self.number == 1 else "off"
+        cable = f"stream,id=link,server={server},addr.type=unix,addr.path={self.path}"
+        mac = f"52:54:00:00:00:0{self.number}"
+        return ["-netdev", cable, "-device", f"{device},netdev=link,mac={mac},romfile="]
+
+
 class Machine:
     """A running QEMU with Xen in it; a context manager that always ends it."""
 
@@ -68,8 +94,10 @@ class Machine:
         log: Path | None = None,
         resume: bool = False,
         save: bool = False,
+        link: Link | None = None,
     ) -> None:
         self.build = build
+        self._link = link
         self._architecture = architecture
         self.resumed = resume
         self.directory = Path(tempfile.mkdtemp(prefix="xen-lab-"))
@@ -135,9 +163,11 @@ class Machine:
             ),
         ]
         for port in PORTS:
-            device = "virtconsole" if port == "console" else "virtserialport"
+            kind = "virtconsole" if port == "console" else "virtserialport"
             command += ["-chardev", f"socket,id={port},path={self.directory}/{port}"]
-            command += ["-device", f"{device},chardev={port},name=lab.{port}"]
+            command += ["-device", f"{kind},chardev={port},name=lab.{port}"]
+        if self._link is not None:
+            command += self._link.arguments(device("net"))
         if self.resumed:
             command += ["-incoming", "defer"]
         return command

@@ -68,6 +68,13 @@ EXCLUDED_PATHS = (
     ),
 )
 
+# Of these all the same: what joins two machines, and what it needs.
+INCLUDED_PATHS = tuple(
+    f"{lib}/modules/*/kernel/drivers/net/{name}.ko*"
+    for lib in ("/lib", "/usr/lib")
+    for name in ("virtio_net", "net_failover")
+)
+
 
 @dataclass(frozen=True)
 class Suite:

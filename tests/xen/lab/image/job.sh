@@ -15,6 +15,10 @@ cd $checkout || exit 1
 export PYTHONPATH=$checkout/site XEN_LAB=/opt/lab XEN_LAB_RESULTS=$results
 . /mnt/job/environment
 mode=$(cat /mnt/job/mode)
+if [ -n "$LAB_ADDRESS" ]; then # one of two machines
+    modprobe virtio_net
+    ip address add "$LAB_ADDRESS/24" dev eth0 && ip link set eth0 up
+fi
 xl vcpu-set 0 "$LAB_CPUS"
 
 if [ "$mode" = shell ]; then
