@@ -65,16 +65,27 @@ class Lane:
         stack: what closes all of it.
         backend: the disk, closed with the rest.
         is_first: each batch writes where nothing was written: all is discarded after it.
+        disk: it has several queues, and whoever made it closes the backend.
+        number: of this queue.
     """
 
-    def __init__(self, stack: ExitStack, backend: Backend, *, is_first: bool = False) -> None:
+    def __init__(
+        self,
+        stack: ExitStack,
+        backend: Backend,
+        *,
+        is_first: bool = False,
+        disk: Disk | None = None,
+        number: int = 0,
+    ) -> None:
         self.is_first = is_first
         self._backend = backend
         machine = stack.enter_context(SimulatedMachine(domid=GUEST))
         guest = stack.enter_context(SimulatedGuest(machine))
         hypervisor = stack.enter_context(SimulatedHypervisor(machine))
-        stack.callback(backend.close)
-        disk = Disk(backend)
+        if disk is None:
+            stack.callback(backend.close)
+            disk = Disk(backend)
         shared = stack.enter_context(guest.share_pages(0, 1, writable=True))
         pages = stack.enter_context(guest.share_pages(0, DEPTH, writable=True))
         self._channel = stack.enter_context(guest.bind_unbound(0))
@@ -87,11 +98,12 @@ class Lane:
             disk,
             options=Options(),
             persistent=True,
-            statistics=disk.statistics.of_queue(0),
+            statistics=disk.statistics.of_queue(number),
             on_failure=_never,
         )
         self.watches = {
-            timed: Stopwatch(disk.statistics.of_queue(0), is_on=timed) for timed in (True, False)
+            timed: Stopwatch(disk.statistics.of_queue(number), is_on=timed)
+            for timed in (True, False)
         }
         stack.callback(self._end)
         dice = random.Random(1)

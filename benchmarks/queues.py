@@ -6,6 +6,7 @@ sends to all rings, 32 requests of 4 KiB on each, and needs some of the processo
 Then what they could be worth at most. One image, opened once; each process, a fork, has a ring and
 a frontend of its own and calls the queue's loop by hand, as :mod:`.loop` does. No process is woken
 and nothing is busy-polled. It is counted how many requests all processes do in the same time.
+With ``--threads`` threads of one process do it, for a Python without the GIL.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import random
 import shlex
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
@@ -25,6 +27,7 @@ from xen_disk_py.backends import Backend
 from xen_disk_py.backends.mmap import MmapBackend
 from xen_disk_py.backends.raw import RawBackend
 from xen_disk_py.blkif import READ, WRITE
+from xen_disk_py.datapath.disk import Disk
 from xen_disk_py.errors import BackendError
 from xen_disk_py.hypervisor import PAGE_SIZE
 
@@ -126,6 +129,34 @@ def tell(results: Results, table: str, workload: str, base: str) -> None:
         print(f"{workload}: {contender:11} {rate:10,.0f}/s {cpu * 1e6:6.2f} µs  x {ratio}")
 
 
+def threads_at_once(
+    count: int, backend: Backend, operation: int, seconds: float
+) -> dict[str, float]:
+    """Return the same of threads in this process, each with a ring of its own."""
+    ready, requests, cpu = threading.Barrier(count), [0] * count, [0.0] * count
+
+    def serve(number: int) -> None:
+        lane, done = lanes[number], 0
+        for _ in range(_WARM_UP):
+            lane.batch(operation)
+        ready.wait()
+        begun, end = time.thread_time(), time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            lane.batch(operation)
+            done += DEPTH
+        requests[number], cpu[number] = done, time.thread_time() - begun
+
+    with suppress(BackendError), ExitStack() as stack:  # as above
+        disk = Disk(backend)
+        lanes = [loop.Lane(stack, backend, disk=disk, number=number) for number in range(count)]
+        threads = [threading.Thread(target=serve, args=(number,)) for number in range(count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    return {RATE: sum(requests) / seconds, CPU: sum(cpu) / sum(requests)}
+
+
 def main(arguments: Sequence[str]) -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.queues", description=__doc__)
@@ -133,7 +164,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--rounds", type=int, default=5, help="of each (default: 5)")
     parser.add_argument("--seconds", type=float, default=0.5, help="of each run (default: 0.5)")
     parser.add_argument("--served", action="store_true", help="measure the first only")
+    parser.add_argument("--threads", action="store_true", help="threads, and the second only")
     args = parser.parse_args(arguments)
+    measure = threads_at_once if args.threads else at_once
     results = Results(about(f"python -m benchmarks.queues {shlex.join(arguments)}".strip()))
     with ExitStack() as stack:
         directory = stack.enter_context(
@@ -143,7 +176,7 @@ def main(arguments: Sequence[str]) -> int:
             "raw": RawBackend(image_in(directory, "raw")),
             "mmap": MmapBackend(image_in(directory, "mmap")),
         }
-        for name in disks:
+        for name in disks if not args.threads else ():
             image = image_in(directory, f"served-{name}")
             for _ in range(args.rounds):
                 served_at_once(results, name, image, args.seconds)
@@ -157,7 +190,7 @@ def main(arguments: Sequence[str]) -> int:
                 workload = f"{name}, 4 KiB {way}"
                 for _ in range(args.rounds):
                     for count in COUNTS:
-                        found = at_once(count, disk, operation, args.seconds)
+                        found = measure(count, disk, operation, args.seconds)
                         results.add(TABLE, workload, str(count), **found)
                 tell(results, TABLE, workload, "1")
     if args.json:

@@ -8,8 +8,9 @@ import subprocess
 import sys
 
 PROGRAM = """
-import importlib, json, pyxs, sys
-before = set(sys.modules)  # pyxs has "platform", which has "subprocess" in older Pythons
+import importlib, json, logging, pyxs, sys
+# pyxs has "platform", which has "subprocess" in older Pythons; logging "pathlib" in 3.15
+before = set(sys.modules)
 for name in ("cli", "commands.connect", "commands.adopt", "backends.raw", "backends.cow"):
     importlib.import_module(f"xen_disk_py.{name}")
 from xen_disk_py.backends.loader import open_backend

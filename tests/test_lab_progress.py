@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -115,6 +116,7 @@ def test_nothing_to_sum_up(tmp_path):
         list(report(tmp_path))
 
 
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 def test_only_a_commit_can_be_continued(tmp_path):
     with pytest.raises(LabError, match="needs a checkout by git"):
         commit_of(tmp_path)
