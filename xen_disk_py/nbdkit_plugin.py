@@ -51,7 +51,7 @@ def config(key: str, value: str) -> None:
 
 def config_complete() -> None:
     """See that the words make sense; the disk is opened when a client comes."""
-    _briefly(_load("commands.arguments").parse, _words)
+    _briefly(_load("commands.parsing").parse, _words)
 
 
 def thread_model() -> int:
@@ -66,7 +66,7 @@ def open(readonly: bool) -> Backend:  # noqa: A001 - nbdkit's name for it
     with _lock:
         if not _disks:
             words = [*_words, "--read-only"] if readonly else _words
-            args = _load("commands.arguments").parse(words)
+            args = _load("commands.parsing").parse(words)
             disk = _briefly(_load("commands.backend_arguments").backend_from, args)
             try:
                 _load("recovery.orphans").check(
