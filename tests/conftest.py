@@ -43,7 +43,6 @@ collect_ignore = [] if long_run.runs_all() else ["xen"]
 
 with contextlib.suppress(ImportError):  # dom0 of the lab has none
     from hypothesis import HealthCheck, settings
-    from hypothesis.internal.conjecture import providers
 
     # A busy machine may stop any example for seconds, and the ordinary run is the same each time.
     settings.register_profile(
@@ -55,7 +54,9 @@ with contextlib.suppress(ImportError):  # dom0 of the lab has none
         suppress_health_check=list(HealthCheck),
     )
     settings.load_profile("ordinary")
-    if not long_run.LONG and hasattr(providers, "_get_local_constants"):
+    from hypothesis.internal.conjecture import providers  # last: an old one has none
+
+    if not long_run.LONG and hasattr(providers, "_local_constants"):
         # Else it parses all modules of ours, for 3 s, to draw numbers that stand in the tests.
         nothing_local = providers._local_constants
         providers._get_local_constants = lambda: nothing_local
