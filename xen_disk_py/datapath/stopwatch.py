@@ -1,16 +1,17 @@
-"""How long the requests of a queue take, at the price of a look at the clock a batch.
+"""Measures how long the requests of a queue take; costs one look at the clock a batch.
 
-A request's time is from when it was taken off the ring until its answer was published, which is
-when the guest can see it: all requests of a batch are taken at once, and all answers that are
-published together come at once. What requests wait for each other counts, as it does for the
-guest. How long a request was on the ring before anybody looked is known to the guest alone.
+A request's time runs from when its batch is taken off the ring until its response is published,
+for that is when the guest can see it. All requests of a batch are taken at once, and all responses
+that are published together come at once, so they share their times. Waiting for each other is part
+of it, as it is for the guest. How long a request was on the ring before it was taken, only the
+guest knows.
 
-One look, when answers are published, tells when the next batch is taken, too: unless the queue has
-idled, and then there is a second one. It shows which batches were slow (:data:`SLOW`): their
-requests are counted, all of them. To put a time into a histogram costs more than to look. So of the
-others one batch of :data:`SAMPLE` is timed, by looks of its own, and stands for as many; each,
-where they do not follow each other quickly. How many the next one stands for is settled before it
-is seen, so that it does not matter what it is like.
+The clock is read when responses are published. The next batch begins at the same time, unless the
+queue was idle in between: then it is read once more. That much shows which batches were slow
+(:data:`SLOW`), and every request of those is counted. To add a time to a histogram costs more than
+to read the clock, so of the quick batches only one of :data:`SAMPLE` is timed, and counts for all
+of them; where batches do not follow each other quickly, each is timed. How many batches the next
+sample counts for is decided before it begins, so its own time has no influence on that.
 """
 
 from __future__ import annotations

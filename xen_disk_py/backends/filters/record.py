@@ -1,12 +1,12 @@
-"""``record``: every request, and what was written if that is wanted, in a file.
+"""``record``: writes a trace of every request, with the data of writes if wanted.
 
-``--filter record:file=trace.xdt,data=yes``. A thread writes, so that requests wait for nothing:
+``--filter record:file=trace.xdt,data=yes``. A thread writes the file, so no request waits for it:
 
-* What cannot be written for good (no space, an I/O error) ends the recording, not the disk: there
-  is a line in the log, and the trace is readable up to there.
-* Of a trace without data, requests are left out while its storage does not keep up, and the trace
-  says how many. One with data would be worth nothing then: the guest waits, as long as something
-  moves; if nothing does for :data:`PATIENCE` seconds, the recording ends.
+* If the file cannot be written any more (no space, an I/O error), the recording ends and the disk
+* If the file cannot be written any more (no space, an I/O error), the recording ends and the disk
+  works as before. The log has a line, and the trace can be read up to there.
+  trace with data would be useless then, so the guest waits as long as the storage makes progress;
+  after :data:`PATIENCE` seconds without any, the recording ends.
 """
 
 from __future__ import annotations
@@ -65,15 +65,16 @@ _now = time.perf_counter_ns  # CLOCK_MONOTONIC
 
 
 class Recorder(Filter):
-    """Notes every request after the storage has done it.
+    """Notes each request when the storage has done it.
 
     Args:
         source: the disk below.
-        file: made for its owner alone; a file that exists is refused, except that a process that
-            takes over a disk continues its trace.
-        data: also note what is written.
-        ring: keep the newest so many bytes of the trace; 0: all.
-        on: no: record nothing for now; then it needs no file.
+        file: the trace. It is created with mode 0600, and must not exist, unless this process
+            takes over a disk: then it continues the trace.
+        data: also record the data of writes.
+        ring: size of the trace in bytes; when it is full, the oldest part is overwritten. 0: no
+            limit.
+        on: no: record nothing for now; no file is needed then.
     """
 
     def __init__(
@@ -97,7 +98,10 @@ class Recorder(Filter):
         self._is_in_use = True
 
     def configure(self, *, file: str, data: bool, ring: str, on: bool) -> None:
-        """Record so from now on, in a new file; what is under way is in neither."""
+        """Record with these settings from now on, in a new file.
+
+        Requests under way are in neither file.
+        """
         settings = (file, data, ring, on)
         if settings == self._settings:
             return
@@ -131,12 +135,12 @@ class Recorder(Filter):
         before.close()
 
     def serves(self, guest: str, vdev: str) -> None:
-        """Note whose disk it is, in the trace."""
+        """Write the guest and its device into the trace's header."""
         self._guest = guest, vdev
         self._describe()
 
     def know_base(self, samples: Sequence[tuple[int, int]]) -> None:
-        """Note what the disk had when recording began, of a trace that was begun in use."""
+        """Note samples of the disk as it was when recording began, of a disk that was in use."""
         self._describe(samples=tuple(samples))
 
     def _describe(self, **more: Any) -> None:
@@ -156,34 +160,34 @@ class Recorder(Filter):
 
     @property
     def has_data(self) -> bool:
-        """Whether what is written is recorded, too."""
+        """Whether the data of writes is recorded."""
         return self._sink.has_data
 
     @property
     def is_begun(self) -> bool:
-        """Whether it has been told to record; another thing is whether it still does."""
+        """Whether it was told to record; :attr:`file` tells whether it still does."""
         return bool(self._settings[3])
 
     @property
     def has_ended(self) -> bool:
-        """Whether the recording has ended by itself."""
+        """Whether the recording ended because of an error."""
         return self._sink.has_failed
 
     def finish(self) -> None:
-        """End the recording; the source stays open."""
+        """End the recording, and leave the source open."""
         self._sink.close()
 
     def passes_on(self, method: str) -> bool:
-        """Everything while nothing is recorded."""
+        """Every method, while recording is off."""
         return not self._settings[3]
 
     def noting(self) -> Noting | None:
-        """Have whole batches of what comes to the source be noted."""
+        """Let a queue call the source, and note its requests a batch at a time."""
         sink = self._sink
         return lambda queue, only_whole: BatchNotes(sink, queue, only_whole=only_whole)
 
     def counters(self) -> dict[str, int]:
-        """How many requests are in the file, how many could not be noted, and whether it ended."""
+        """Requests in the file, requests that were lost, and whether it is still recording."""
         sink = self._sink
         return {"recorded": sink.recorded, "lost": sink.lost, "recording": int(not sink.is_over)}
 
@@ -192,15 +196,15 @@ class Recorder(Filter):
         return self.source.read(buffers, offset)
 
     def write(self, buffers: Sequence[memoryview], offset: int) -> int | None:
-        """Write, and note that; with data, the very bytes: the guest may change its pages."""
+        """Write, and note that; with data, from a copy: the guest may change its pages."""
         return self.source.write(buffers, offset)
 
     def read_nowait(self, buffers: Sequence[memoryview], offset: int) -> int:
-        """Read what takes no waiting; noted if that is all."""
+        """Read without waiting; noted only if it is complete."""
         return self.source.read_nowait(buffers, offset)
 
     def write_nowait(self, buffers: Sequence[memoryview], offset: int) -> int:
-        """Write if that takes no waiting; noted if it is all, for else it is done again."""
+        """Write without waiting; noted only if it is complete, since otherwise it is repeated."""
         return self.source.write_nowait(buffers, offset)
 
     def flush(self) -> None:
@@ -326,11 +330,11 @@ def _copied(sink: Sink, call: Move, *, only_whole: bool = False) -> Any:
 
 
 class _Recorded(Asynchronous):
-    """Requests of a library that does many at once: noted when they are over.
+    """Notes the requests of an asynchronous backend when they are complete.
 
     Args:
-        source: does them.
-        owner: has the sink where they are noted.
+        source: does the requests.
+        owner: its sink takes the records.
     """
 
     def __init__(self, source: Asynchronous, owner: Recorder) -> None:
@@ -389,7 +393,7 @@ class _Recorded(Asynchronous):
 
 
 class _Noted:
-    """A request under way, and what it is noted from."""
+    """A request under way, with what its record will say."""
 
     __slots__ = ("data", "length", "offset", "operation", "queue", "start", "token")
 
@@ -413,7 +417,7 @@ class _Noted:
 
 
 def _open(source: Backend, file: str, *, data: bool, ring: int, in_use: bool) -> TraceWriter | None:
-    """Make the file; a successor continues the one that there is, or does without."""
+    """Create the file; a successor continues the one that exists, or records nothing."""
     if is_succeeding() and not in_use:
         try:
             return _continue(source, file, data=data)
@@ -449,7 +453,7 @@ def _continue(source: Backend, file: str, *, data: bool) -> TraceWriter:
 
 
 def _check(reader: TraceReader, *, data: bool) -> None:
-    """See that a trace, read to its end, can be continued."""
+    """Check that a trace, read to its end, can be continued."""
     if reader.header.boot != _boot() or reader.header.data != data:
         raise ImageError(f"{reader.path}: the trace of another disk")
     if reader.ending is not None and reader.ending.is_complete:

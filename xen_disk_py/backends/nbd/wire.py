@@ -1,10 +1,10 @@
-"""The transmission phase of NBD, without libnbd: many requests in a call, and many replies.
+"""The transmission phase of NBD without libnbd: many requests and replies in one call.
 
-libnbd sends each request with a system call of its own and takes each reply with two or three, and
-Python has to call it for each: that takes 17 µs of processor time for 4 KiB, this takes 7. So where
-nothing is encrypted, libnbd connects and agrees on an export, and then its socket is ours. What
-comes is what the NBD protocol (doc/proto.md of the NBD project) calls simple replies: a header
-each and, of a read, the data.
+libnbd sends each request with one system call, receives each reply with two or three, and has to
+be called from Python for each: 17 µs of processor time for 4 KiB, where this module takes 7. So
+unless the connection is encrypted, libnbd connects and negotiates the export, and this module then
+uses its socket. The server sends what the NBD protocol (doc/proto.md of the NBD project) calls
+simple replies: a header each, followed by the data if it is a read.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ _REQUEST = struct.Struct(">IHHQQI")  # magic, flags, type, cookie, offset, lengt
 _REPLY = struct.Struct(">IIQ")  # magic, error, cookie
 _REQUEST_MAGIC, _REPLY_MAGIC = 0x25609513, 0x67446698
 _TYPES = {READ: 0, WRITE: 1, FLUSH: 3, DISCARD: 4}
-_BUFFER = 128 << 10  # bytes to receive at once: what of a read's data is in there is copied;
-# the data of one that is larger goes to its memory
-_ROUNDS = 8  # calls to receive until others have their turn
+# Bytes to receive at once. A read's data that arrives in this buffer is copied to its memory; what
+# is missing of it is received straight into that memory.
+_BUFFER = 128 << 10
+_ROUNDS = 8  # calls to receive before other connections get their turn
 _BOTH = select.POLLIN | select.POLLOUT
 _SO_SNDBUFFORCE = 32  # asm-generic/socket.h
-_SEND_BUFFER = 2 << 20  # bytes; of a Unix socket, on which a larger one saves turns with the server
-_PIECES = 512  # to send at once; Linux takes 1024
+_SEND_BUFFER = 2 << 20  # bytes, of a Unix socket: fewer switches between us and the server
+_PIECES = 512  # buffers in one call; Linux allows 1024
 
 _ERRORS = {
     1: errno.EPERM,
@@ -48,14 +49,14 @@ _ERRORS = {
 
 
 def is_plain(where: str | Sequence[str]) -> bool:
-    """Tell whether what goes to a server is not encrypted."""
+    """Tell whether the connection to a server is not encrypted."""
     return not isinstance(where, str) or not where.startswith("nbds")
 
 
 class WireConnection(Connection):
-    """A connection whose requests and replies are written and read here.
+    """A connection that sends requests and receives replies itself.
 
-    What is issued is sent by the next :meth:`progress`.
+    :meth:`issue` only queues a request; the next :meth:`progress` sends it.
     """
 
     takes_buffers = True
@@ -65,15 +66,15 @@ class WireConnection(Connection):
         self._socket = socket.socket(fileno=self._fd)
         self._socket.setblocking(False)
         if self._socket.family == socket.AF_UNIX:
-            with contextlib.suppress(OSError):  # not root: then it is as Linux has it, 208 KiB
+            with contextlib.suppress(OSError):  # not root: Linux's default stays, 208 KiB
                 self._socket.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _SEND_BUFFER)
         self._cookie = 0
         self._out: list[Any] = []  # pieces to send
         self._done: list[tuple[Any, OSError | None]] = []
         self._buffer = memoryview(bytearray(_BUFFER))
-        self._kept = 0  # bytes at the buffer's beginning: of a header that is not all there
-        self._window = _BUFFER  # bytes of it to receive behind a read's data
-        self._rest: list[memoryview] = []  # of a read's memory: what is still to come
+        self._kept = 0  # bytes at the buffer's start: of an incomplete header
+        self._window = _BUFFER  # bytes of the buffer to receive into, behind a read's data
+        self._rest: list[memoryview] = []  # of a read's memory: what is not received yet
         self._filling = 0  # that read's cookie
 
     @property
@@ -91,7 +92,7 @@ class WireConnection(Connection):
     def issue(
         self, operation: int, memory: Any, offset: int, length: int, token: Any
     ) -> OSError | None:
-        """Note a request to be sent; as in :class:`Connection`."""
+        """Queue a request to be sent; as in :class:`Connection`."""
         if self.lost:
             return StorageError(errno.ENOTCONN, self.lost)
         self._cookie = cookie = self._cookie + 1
@@ -108,14 +109,14 @@ class WireConnection(Connection):
         return None
 
     def progress(self, revents: int) -> None:
-        """Send what was issued, and receive what is there."""
+        """Send what is queued, and receive what has arrived."""
         if self._out:
             self._send()
         if revents & ~select.POLLOUT and not self.lost:
             self._receive()
 
     def completed(self) -> list[tuple[Any, OSError | None]]:
-        """Return the requests that are over, but for those of a connection that is lost."""
+        """Return the complete requests, without those of a lost connection."""
         done, self._done = self._done, []
         return done
 
@@ -178,7 +179,7 @@ class WireConnection(Connection):
                 return  # no more has come so far
 
     def _filled(self, received: int) -> int:
-        """Note what has come of a read's data; return how many bytes lie behind it."""
+        """Advance a read by so many bytes; return how many of them are behind its end."""
         rest, number = self._rest, 0
         while number < len(rest) and received >= len(rest[number]):
             received -= len(rest[number])
@@ -190,7 +191,7 @@ class WireConnection(Connection):
         return received
 
     def _parse(self, end: int) -> None:
-        """Take the replies in the buffer, ``end`` bytes of it."""
+        """Handle the replies in the buffer's first ``end`` bytes."""
         buffer, in_flight, done = self._buffer, self._in_flight, self._done
         at = 0
         self._window = _BUFFER
@@ -214,7 +215,7 @@ class WireConnection(Connection):
                 if rest:
                     self._rest, self._filling = rest, cookie
                     in_flight[cookie] = token, memory, length
-                    if length >= _BUFFER:  # so may be the next, whose data shall go to its memory
+                    if length >= _BUFFER:  # the next may be as long: receive its header alone
                         self._window = _REPLY.size
                     break
             done.append((token, None))
@@ -228,7 +229,7 @@ class WireConnection(Connection):
 
 
 def _scatter(data: memoryview, memory: Sequence[Any]) -> list[memoryview]:
-    """Copy data to the memory's beginning, and return what is left of that."""
+    """Copy data to the start of the memory, and return the rest of the memory."""
     at, length = 0, len(data)
     for number, piece in enumerate(memory):
         view = memoryview(piece)
