@@ -5,6 +5,7 @@ write to it: to its count of references. CPython 3.12 and later leaves that coun
 the value that ``None`` has (PEP 683): such an object is immortal. There is no function that makes
 one so; the value has to be written. So it is tried with one object first whether that does what it
 should, and where it does not, as before 3.12 or without the interpreter's lock, all stays as it is.
+So it does with a version that this has not been tried with.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import gc
 import sys
 from types import CodeType, FunctionType
 
+_TRIED = ((3, 12), (3, 13), (3, 14), (3, 15))
+
 _count = ctypes.c_uint32.from_address  # an object's, or the low half of it, is where it begins
 
 
@@ -22,7 +25,9 @@ def immortalize() -> bool:
 
     To be called by a process that is done with what it will not keep: none is freed any more.
     """
-    if sys.implementation.name != "cpython" or not _is_counted_so():
+    if sys.implementation.name != "cpython" or sys.version_info[:2] not in _TRIED:
+        return False
+    if not _is_counted_so():
         return False
     value = _count(id(None)).value
     objects = gc.get_objects()
