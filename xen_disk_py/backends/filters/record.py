@@ -3,8 +3,8 @@
 ``--filter record:file=trace.xdt,data=yes``. A thread writes the file, so no request waits for it:
 
 * If the file cannot be written any more (no space, an I/O error), the recording ends and the disk
-* If the file cannot be written any more (no space, an I/O error), the recording ends and the disk
   works as before. The log has a line, and the trace can be read up to there.
+* If the trace's storage is too slow, a trace without data leaves requests out and says how many. A
   trace with data would be useless then, so the guest waits as long as the storage makes progress;
   after :data:`PATIENCE` seconds without any, the recording ends.
 """
