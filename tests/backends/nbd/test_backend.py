@@ -366,11 +366,12 @@ def test_large_requests_go_over_a_socket_that_takes_less_at_once(serve, monkeypa
 def test_a_server_that_does_not_answer_is_given_up(serve, tmp_path, monkeypatch, is_plain):
     """And is a disk again when it does."""
     monkeypatch.setattr(backend_module, "is_plain", lambda where: is_plain)
-    monkeypatch.setattr(libnbd, "_PATIENCE", 0.2)
     image = tmp_path / "disk.raw"
     image.write_bytes(b"a" * MIB)
     server = serve("nbdkit", "file", str(image))
     disk = NbdBackend(server.uri, timeout=1)
+    patience = libnbd._PATIENCE
+    monkeypatch.setattr(libnbd, "_PATIENCE", 0.2)  # for the server that is stopped
     server.stop()
     many, page, errors = disk.asynchronous, memoryview(bytearray(512)), []
     for number in range(4):
@@ -380,6 +381,7 @@ def test_a_server_that_does_not_answer_is_given_up(serve, tmp_path, monkeypatch,
         errors += [type(done.error) for done in many.collect()]
     assert [StorageError] * 4 == errors
     fails(disk)  # at once: nobody is there
+    monkeypatch.setattr(libnbd, "_PATIENCE", patience)
     server.resume()
     wait_for(disk)
     disk.close()
