@@ -306,6 +306,7 @@ def test_json(connect, image):
         "path": str(image),
         "mode": "rw",
         "pid": os.getpid(),
+        "queue_pids": [],
     }
 
 
@@ -527,12 +528,13 @@ def test_force_with_a_backend_that_hangs(connect, monkeypatch, caplog, closing):
     monkeypatch.setattr(DiskSpec, "open_backend", lambda spec: Hanging())
     queues = []
 
-    class Noted(Queue):
-        def start(self):
-            queues.append(self)
-            return super().start()
+    start = Queue.start
 
-    monkeypatch.setattr("xen_disk_py.xenbus.device.Queue", Noted)
+    def noted(queue):
+        queues.append(queue)
+        return start(queue)
+
+    monkeypatch.setattr(Queue, "start", noted)
     Hanging.entered.clear()
     Hanging.allowed.clear()
 
