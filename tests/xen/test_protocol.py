@@ -17,7 +17,15 @@ from typing import Callable
 
 import pytest
 
-from xen_disk_py.blkif import READ, WRITE, WRITE_BARRIER, X86_32, X86_64, Abi
+from xen_disk_py.blkif import (
+    FLUSH,
+    READ,
+    WRITE,
+    WRITE_BARRIER,
+    X86_32,
+    X86_64,
+    Abi,
+)
 
 from .disk import Disk, mapped_grants, xen_disk, xenstore_snapshot
 from .driver import Driver, drivers
@@ -348,6 +356,24 @@ def test_barrier(connect: Connect, driver: Driver, image: Path, dom0: Dom0, tmp_
         assert image.read_bytes()[:MIB] == expected, disk.describe()
     assert (tmp_path / "trace").read_text().count("fdatasync(") >= 64
     assert frontend.read(0, MIB) == expected
+    frontend.disconnect()
+    assert disk.disconnect() == 0, disk.describe()
+
+
+def test_a_flush_with_data(
+    connect: Connect, driver: Driver, image: Path, dom0: Dom0, tmp_path: Path
+) -> None:
+    """The data is written, then stored. By a driver of ours: Linux flushes without any."""
+    disk = connect(dom0, "--path", image, "--backend", "raw", wait=False)
+    frontend = driver(disk)
+    expected = bytearray(image.read_bytes())
+    with traced(disk, "fdatasync", tmp_path / "trace"):
+        for offset in (512, PART, PART + 4096):
+            expected[offset : offset + 8192] = data = os.urandom(8192)
+            frontend.submit(FLUSH, offset, data)
+            frontend.drain()
+            assert image.read_bytes() == expected, disk.describe()
+    assert (tmp_path / "trace").read_text().count("fdatasync(") >= 3
     frontend.disconnect()
     assert disk.disconnect() == 0, disk.describe()
 
