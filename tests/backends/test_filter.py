@@ -243,7 +243,7 @@ def test_filters_of_a_file_are_put_over_a_disk_in_their_order(mine):
         ("partition", UsageError, "partition needs number=…"),
         ("partition:number=1", ImageError, "no partition table: leave out --filter"),
         ("log", UsageError, "log needs file=…"),
-        ("log:file=/no/such/place", UsageError, "No such file or directory"),
+        ("log:file=/no/such/place", UsageError, "there is no directory /no/such"),
         ("log:file=/dev/null,format=xml", UsageError, "'xml' is none of text, json"),
         ("./gone.py", BackendError, "no such file"),
         ("{}:Disk", BackendError, "has no filter Disk in it: .* are Flip"),
