@@ -343,7 +343,7 @@ def test_no_space(export, new, monkeypatch):
 def test_no_such_directory(export, tmp_path):
     status, _, err = export(to=tmp_path / "no" / "new.img")
     assert ExitStatus.ERROR is status
-    assert "cannot be made: No such file or directory" in err
+    assert "cannot be made: there is no directory" in err
 
 
 # any other disk
