@@ -240,6 +240,7 @@ def test_what_fails_in_a_queue_s_process_is_told_and_ends_as_in_a_thread(served,
             served.frontend.read(4096, PAGE)
     assert 2 == served.record.counters["errors"]
     served.host.until(lambda: not served.record.counters["in_flight"], what="an end of requests")
+    assert "guest/xvdb: read failed in " in served.process.err
     assert "a bad sector" in served.process.err
     served.frontend.submit(READ, 8192, length=PAGE)
     served.frontend.kick()
@@ -255,6 +256,35 @@ def test_what_fails_in_a_queue_s_process_is_told_and_ends_as_in_a_thread(served,
         assert ExitStatus.ERROR == served.process.wait()
         assert "serving failed" in served.process.err
         assert "a bug of ours" in served.process.err
+
+
+SHORT = """
+import errno
+
+def fork():
+    raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+os.fork = fork
+"""
+
+
+def test_where_no_process_is_to_be_had_another_tries_to_take_over(served):
+    """A guest has the disk: that it cannot be served now is no reason to give it up."""
+    served.start("--recover")
+    queues = served.queues
+    served.write(1, 2)
+    os.kill(served.process.pid, signal.SIGKILL)
+    served.await_end(queues)
+    served.processes.install(SHORT)
+    process = served.processes.start("connect", "--recover", *QUEUES, "5", "--backend=raw")
+    assert ExitStatus.CRASHED == process.wait()
+    assert "the queues cannot have processes of their own" in process.err
+    assert served.record.is_orphan
+    served.processes.install()
+    served.adopt("--recover")
+    served.frontend.drain()
+    served.check()
+    assert ExitStatus.OK == served.unplug()
 
 
 def test_no_fork_is_made_of_a_process_with_threads(host):

@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -806,3 +807,36 @@ def test_a_process_that_has_died_is_none_that_serves_though_a_queue_s_process_ke
         queue.wait()
         waiting.join(30)
         assert not waiting.is_alive()
+
+
+def test_whoever_waits_for_that_one_still_starts(directory, tmp_path, monkeypatch):
+    """A supervisor has it neither be silent, nor take signals yet."""
+    path = str(tmp_path / "notify")
+    monkeypatch.setenv("NOTIFY_SOCKET", path)
+    with (
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener,
+        subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as queue,
+        Record(directory, ADDRESS) as mine,
+    ):
+        listener.bind(path)
+        queues = ((queue.pid, start_time(queue.pid)),)
+        mine.describe(Facts(pid=999_999_999, queues=queues))
+
+        def end(seconds):
+            queue.kill()
+            queue.wait()
+
+        monkeypatch.setattr(record.time, "sleep", end)
+        record.await_end(directory, ADDRESS)
+        assert b"EXTEND_TIMEOUT_USEC=60000000" == listener.recv(100)
+
+
+def test_nobody_waits_for_a_process_that_has_ended_because_nobody_else_has(directory, monkeypatch):
+    """A zombie: where process 1 does not wait for those whose parents have died, it stays one."""
+    monkeypatch.setattr(record.time, "sleep", lambda seconds: pytest.fail("waited"))
+    with subprocess.Popen([sys.executable, "-c", ""]) as queue:
+        os.waitid(os.P_PID, queue.pid, os.WEXITED | os.WNOWAIT)
+        mine = Record(directory, ADDRESS)
+        mine.describe(Facts(pid=999_999_999, queues=((queue.pid, start_time(queue.pid)),)))
+        mine.leave()
+        record.await_end(directory, ADDRESS)

@@ -151,6 +151,7 @@ def _run(
         domain.domid,
         toolstack.disk_name(store, address),
         stack,
+        adopts=adopts,
         crash=takeover.crash if survives else None,
     )
     queues = processes.identities if processes is not None else ()

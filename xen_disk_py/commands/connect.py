@@ -313,6 +313,7 @@ class _Connection:
         with ExitStack() as stack:
             self.disk.statistics = record.statistics
             name = toolstack.disk_name(self._store, address)
+            stack.enter_context(about(name))  # what the queues' processes log, too
             processes = queue_processes.start(
                 self._env,
                 self._spec,
@@ -322,6 +323,7 @@ class _Connection:
                 self._domain.domid,
                 name,
                 stack,
+                adopts=before is not None,
                 user=self._user,
                 crash=takeover.crash if self._role.leaves else None,
             )
@@ -443,7 +445,7 @@ class _Connection:
                     takeover.crash(error)
 
         try:
-            with about(name), control:
+            with control:
                 outcome = session.run(Life())
         except Exception as error:
             events.detached(str(error), is_failure=True)

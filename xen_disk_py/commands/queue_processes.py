@@ -7,6 +7,7 @@ from typing import Callable
 
 from ..datapath.disk import Disk
 from ..datapath.processes import QueueProcesses
+from ..errors import XenDiskError
 from ..host import privileges
 from ..host.privileges import User
 from ..host.process import CommandLine
@@ -27,6 +28,7 @@ def start(
     name: str,
     stack: ExitStack,
     *,
+    adopts: bool = False,
     user: User | None = None,
     crash: Callable[[Exception], object] | None = None,
 ) -> QueueProcesses | None:
@@ -41,6 +43,8 @@ def start(
         domid: the guest.
         name: of the disk, for ``ps``.
         stack: ends them.
+        adopts: the guest has the disk already, from a process that died: if they cannot be had now,
+            ``crash`` leaves it to another.
         user: whom they become.
         crash: as of :class:`QueueProcesses`.
 
@@ -62,6 +66,10 @@ def start(
         return own
 
     journals = record.journals[: spec.queues]
-    return stack.enter_context(
-        QueueProcesses(disk, spec.queue_options, journals, prepare, crash=crash)
-    )
+    try:
+        processes = QueueProcesses(disk, spec.queue_options, journals, prepare, crash=crash)
+    except XenDiskError as error:
+        if adopts and crash is not None:
+            crash(error)
+        raise
+    return stack.enter_context(processes)

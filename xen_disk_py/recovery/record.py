@@ -40,7 +40,7 @@ from ..datapath.latency import SIZE as LATENCIES_SIZE
 from ..datapath.statistics import WORDS, Statistics
 from ..errors import DeviceError, DeviceTaken, XenUnavailable
 from ..host.process import is_process
-from ..host.systemd import notify
+from ..host.systemd import notify_starting
 from ..hypervisor import Closing
 from ..xenbus.states import Address
 from ..xenbus.vdev import from_number
@@ -366,6 +366,8 @@ class Found(NamedTuple):
     facts: Facts | None
     counters: dict[str, int]
     alive: bool
+    is_ending: bool = False
+    """The process has died, and one that it had forked for a queue still has its locks."""
 
     @property
     def is_orphan(self) -> bool:
@@ -408,6 +410,7 @@ def find(directory: str, address: Address) -> Found | None:
     except OSError:
         return None
     facts: Facts | None = None
+    is_ending = False
     try:
         for _ in range(_TRIES):
             alive = _is_locked(fd)
@@ -416,7 +419,9 @@ def find(directory: str, address: Address) -> Found | None:
                 time.sleep(_PAUSE)  # it is being written, and may be a mixture
                 continue
             facts = _facts_in(data)
-            if facts is not None and _is_ending(facts):
+            # Not of one without a lock: it has ended, though it may be a zombie still.
+            is_ending = alive and facts is not None and _is_ending(facts)
+            if is_ending:
                 alive = False  # what is left of it keeps the lock
             # A sweep has the lock for a moment: that is not the process that serves. One that has
             # described nothing yet has just begun.
@@ -428,7 +433,7 @@ def find(directory: str, address: Address) -> Found | None:
     if len(data) < HEAD:
         return None
     words = memoryview(data)[_FACTS : _FACTS + 8 * WORDS].cast("Q")
-    return Found(facts, Statistics(words).as_dict(), alive)
+    return Found(facts, Statistics(words).as_dict(), alive, is_ending)
 
 
 def _is_ending(facts: Facts) -> bool:
@@ -444,17 +449,17 @@ def await_end(directory: str, address: Address) -> None:
     """Wait until a process that has died has none left of those that it had forked for its queues.
 
     The kernel kills them then, but one that it works for ends when that is done, as the process
-    itself would: whoever has started us is told that we live meanwhile.
+    itself would: whoever has started us is told meanwhile that we live, and still start.
     """
     said = False
     while True:
         found = find(directory, address)
-        if found is None or found.facts is None or not _is_ending(found.facts):
+        if found is None or found.facts is None or not found.is_ending:
             return
         if not said:
             log.info("waiting for the end of processes of its queues: %s", found.facts.queue_pids)
             said = True
-        notify("WATCHDOG=1")
+        notify_starting()  # not WATCHDOG=1, which says that signals are handled
         time.sleep(_PAUSE)
 
 
