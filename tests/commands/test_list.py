@@ -84,6 +84,7 @@ def test_json(listing, served, host):
         "state": "connected",
         "frontend_state": "connected",
         "pid": os.getpid(),
+        "queue_pids": [],
         "alive": True,
         "adoptable": False,
         "held": 0,
