@@ -141,7 +141,7 @@ def test_what_cannot_be_is_said_and_changes_nothing(host, connect, record, tmp_p
     (tmp_path / "there").touch()
     for name, said, status in (
         ("there", "never overwritten", ExitStatus.ERROR),
-        ("no/t.xdt", "No such file", ExitStatus.ERROR),
+        ("no/t.xdt", "there is no directory", ExitStatus.ERROR),
         ("a,b", "no comma", ExitStatus.USAGE),
     ):
         assert said in record("start", tmp_path / name, status=status)[1]

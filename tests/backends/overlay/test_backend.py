@@ -997,7 +997,7 @@ def test_a_file_system_without_hard_links(opened, overlay, monkeypatch):
 
 def test_a_directory_that_is_not_there(opened, tmp_path):
     said = refusal(lambda: opened(file=str(tmp_path / "no" / "file")))
-    assert "cannot be made: No such file" in said
+    assert "cannot be made: there is no directory" in said
 
 
 # Whose changes it has
