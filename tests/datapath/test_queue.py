@@ -1812,15 +1812,18 @@ def test_no_answer_waits_for_what_a_guest_takes_back(host, monkeypatch):
 
 
 class Looks:
-    """The clock of a queue: it stands still, but for a second with each look at it."""
+    """The clock of a queue: it stands still, but for some seconds with each look at it."""
 
     def __init__(self):
         self.taken = 0
+        self.seconds = 0
+        self.step = 1
         self.later = 0
 
     def __call__(self):
         self.taken += 1
-        return self.taken + self.later
+        self.seconds += self.step
+        return self.seconds + self.later
 
 
 @pytest.mark.parametrize(
@@ -1839,21 +1842,29 @@ def test_where_the_guest_is_quick_the_thread_busy_polls(
         monkeypatch.setattr(polling, name, value)
     line = host.line(host.memory(SIZE))
     ref = host.share().refs[0]
+    idler = line.queue._idle
 
     def busy_poll():
         before = looks.taken
         host.until(lambda: looks.taken > before + 10, what="busy-polling")
 
-    host.until(lambda: line.ask(one(0, READ, 0, ref)) and line.queue._idle._pace.is_quick)
+    host.until(lambda: line.ask(one(0, READ, 0, ref)) and idler._pace.is_quick)
     busy_poll()
-    sleeps = spy(monkeypatch, line.queue._idle, "sleep")
+    sleep, sleeps = idler.sleep, []
+
+    def sleeping(milliseconds):
+        sleeps.append(idler._pace.is_quick)  # an event that came late may end it at once
+        sleep(milliseconds)
+
+    monkeypatch.setattr(idler, "sleep", sleeping)
     for id_ in range(50):
         assert id_ == line.ask(one(id_, READ, 0, ref)).id
         busy_poll()
     assert [] == sleeps
     looks.later = later
     host.until(lambda: sleeps)
-    assert is_quick == line.queue._idle._pace.is_quick
+    assert is_quick == sleeps[0]
+    looks.step = 1e12  # then it would busy-poll again
     assert line.queue.stop(PATIENCE)
 
 
