@@ -787,7 +787,7 @@ class TestStrangers:
 
 
 def test_a_process_that_has_died_is_none_that_serves_though_a_queue_s_process_keeps_the_lock(
-    directory,
+    directory, monkeypatch
 ):
     """Whoever takes the disk over waits for that one."""
     with (
@@ -799,6 +799,10 @@ def test_a_process_that_has_died_is_none_that_serves_though_a_queue_s_process_ke
         found = find(directory, ADDRESS)
         assert (False, True) == (found.alive, found.is_orphan)
         assert [queue.pid] == found.facts.queue_pids
+        with monkeypatch.context() as patch:
+            patch.setattr(record, "_TRIES", 1)
+            with pytest.raises(DeviceTaken, match="has died, but of its queues' processes"):
+                Record.adopt(directory, ADDRESS)
         waiting = threading.Thread(target=record.await_end, args=(directory, ADDRESS))
         waiting.start()
         waiting.join(0.05)

@@ -246,6 +246,13 @@ class Record(Closing):
         except OSError as error:
             raise XenUnavailable(f"cannot open {path}: {error.strerror}; run as root") from error
         if fd is None:
+            found = find(directory, address)
+            if found is not None and found.is_ending and found.facts is not None:
+                raise DeviceTaken(
+                    f"the process that served {name} has died, but of its queues' processes "
+                    f"{found.facts.queue_pids} some still wait for the storage: try again when it "
+                    "has answered"
+                )
             raise DeviceTaken(f"a process that lives serves {name}: see xen-disk list")
         record = cls.__new__(cls)
         try:
