@@ -103,13 +103,16 @@ many = [[number] for number in range(300_000, 320_000)]
 def private():
     with open("/proc/self/smaps_rollup") as file:
         return sum(int(line.split()[1]) for line in file if line.startswith("Private_"))
+def use():  # as code is: what a module's own names are bound to loses one on 3.14 each time
+    for each in many:
+        each[0]
 if MAKES:
     immortalize()
+gc.freeze()  # a collection would write to them, too
 pid = os.fork()
 if not pid:
     before = private()
-    for each in many:
-        each[0]
+    use()
     print(private() - before)
     sys.stdout.flush()
     os._exit(0)

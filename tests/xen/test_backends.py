@@ -342,6 +342,7 @@ def test_what_is_said(dom0: Dom0, connect: Connect, image: Path, xenstore_unchan
         "path": str(image),
         "mode": "rw",
         "pid": disk.pid,
+        "queue_pids": [],
     }
     assert disk.info == facts
     (before,) = listing("Domain-0")

@@ -239,7 +239,7 @@ def test_vdev_taken(dom0: Dom0, connect: Callable[..., Disk]) -> None:
     before = traces()
     result = run(["connect", "0", "--vdev", "xvdc"])
     after = traces()
-    check_refusal(result, RUNTIME, ["another process serves", "xvdc", "choose another --vdev"])
+    check_refusal(result, RUNTIME, ["xvdc is taken", "choose another --vdev"])
     assert before == after
     dom0.check(f"dd if=/dev/{disk.device} of=/dev/null bs=4096 count=1 iflag=direct")
     assert disk.disconnect() == 0, disk.describe()
