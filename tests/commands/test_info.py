@@ -331,7 +331,7 @@ def test_of_an_image_as_connect_serves_it(told, image):
         "secure_discard": False,
         "discard_granularity": 4096,
         "requests": 16,
-        "queues": 16,
+        "queues": 8,
         "survives": False,
         "filters": [],
     } == told(image)["guest"]

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from ..blkif import MAX_QUEUES
 from . import Backend, sharing
 from .filter import Filter
 from .loader import QEMU_FORMATS, choose, is_file, open_backend, wrap
@@ -70,7 +71,7 @@ def offered(
                 "secure_discard": disk.can_discard_securely and not disk.read_only,
                 "discard_granularity": max(disk.discard_granularity, disk.sector_size),
                 "requests": disk.threads if disk.asynchronous is None else None,
-                "queues": disk.threads,
+                "queues": min(disk.threads, MAX_QUEUES),
                 "survives": disk.survives,
                 "filters": [
                     {key: each[key] for key in ("place", "name", "settings")}
