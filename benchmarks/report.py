@@ -1,8 +1,8 @@
-"""``python -m benchmarks.report FILE...``: from measurements to ``docs/benchmarks.md``.
+"""``python -m benchmarks.report FILE...``: from measurements to ``docs/benchmarks*.md``.
 
-Each file is what ``benchmarks.local``, ``benchmarks.lab`` or ``benchmarks.calls`` wrote.
-Their tables, and the goals next to what was measured, go between the marks in the document
-(``<!-- local -->`` to ``<!-- /local -->`` and so on), and a plot of each table beside it.
+Each file is what one of the benchmarks wrote with ``--json``. Their tables, and the goals next to
+what was measured, go between the marks in these pages (``<!-- local -->`` to ``<!-- /local -->``
+and so on), and pictures beside them. What was not measured stays as it is, each goal by itself.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from math import ceil, floor, log2
 from pathlib import Path
 from typing import Callable
 
-from . import calls
+from . import calls, queues
 from . import loop as in_one_thread
 from .local import BEFORE, EVENTS, LATE, LIMIT
 from .loop import FIRST
 from .results import BYTES, CPU, CPU_GIB, RATE, Results, Spread, number, spread
 
-DOCUMENT = Path(__file__).resolve().parents[1] / "docs/benchmarks.md"
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+PAGES = "benchmarks*.md"
 GIB = 1 << 30
 
 
@@ -42,6 +43,13 @@ class View:
     metric: str
     scale: float
     base: str
+
+
+def _next_to(base: str) -> tuple[View, ...]:
+    return (
+        View(f"Requests per second, next to {base}", RATE, 1, base),
+        View(f"Processor time for a request, µs, next to {base}", CPU, 1e6, base),
+    )
 
 
 LOCAL = {
@@ -66,6 +74,18 @@ LOCAL = {
     "memory": (
         View("Requests per second, next to nbdkit's Python plugin", RATE, 1, "nbdkit Python"),
     ),
+    queues.SERVED: (
+        View("Requests per second, all queues together", RATE, 1, queues.ONE),
+        View("The backend's processor time for a request, µs", CPU, 1e6, queues.ONE),
+    ),
+    queues.TABLE: (View("Requests per second, all processes together", RATE, 1, "1"),),
+    "vhd": _next_to("raw"),
+    "filters": _next_to("raw"),
+    "record": _next_to("raw"),
+    "replay": _next_to("raw"),
+    "nbd": _next_to("fio"),
+    "nbd, 10 ms": (View("Requests per second", RATE, 1, "one"),),
+    "rbd": _next_to("rbd bench"),
     "many": (View("Requests per second, all disks together", RATE, 1, "1 disk"),),
     "sleeping": (View("Requests per second", RATE, 1, "depth 1"),),
     "slow": (View("Seconds until an answer is there", "seconds", 1, ""),),
@@ -117,18 +137,20 @@ class Goal:
 
 
 def _lab_tables(results: Results) -> list[str]:
-    return [table for table in results.tables if table not in (*LOCAL, calls.TABLE)]
+    return [table for table in results.tables if table.startswith("xen-")]
 
 
-def _lab(contender: str, base: str, pattern: str, metric: str = RATE) -> Look:
-    """Look for workloads in every table of the lab."""
+def _lab(base: str, pattern: str, metric: str = RATE, host: str = "") -> Look:
+    """Look for ``raw`` next to another backend, in the lab's tables whose name ends so."""
 
     def look(results: Results, build: str = "") -> Iterator[Measured]:
         for table in _lab_tables(results):
+            if not table.endswith(host):
+                continue
             for workload in results.tables[table]:
-                ratio = results.ratio(table, workload, metric, contender + build, base)
+                ratio = results.ratio(table, workload, metric, f"raw{build}", base)
                 if ratio and re.match(pattern, workload):
-                    yield f"{table}, {workload}", ratio
+                    yield f"{table[4:]}, {workload}", ratio
 
     return look
 
@@ -177,30 +199,6 @@ def _value(table: str, workload: str, contender: str, metric: str, scale: float 
     return look
 
 
-LAB_GOALS = (
-    Goal("1 MiB direct, of blkback's rate", 1.0, True, _lab("raw", "blkback", "1 MiB")),
-    Goal(
-        "4 KiB random, depth 32, of blkback's rate",
-        2.5,
-        True,
-        _lab("raw", "blkback", "4 KiB.*depth 32"),
-    ),
-    Goal(
-        "4 KiB random, depth 1, of blkback's rate",
-        1.2,
-        True,
-        _lab("raw", "blkback", "4 KiB.*depth 1$"),
-    ),
-    Goal("every workload, of qdisk's rate", 2.0, True, _lab("raw", "qdisk", "")),
-    Goal(
-        "1 MiB direct, dom0's processor time of blkback's",
-        1.5,
-        False,
-        _lab("raw", "blkback", "1 MiB", CPU_GIB),
-    ),
-)
-
-# The others are found without Xen.
 GOALS = (
     Goal(
         "4 KiB, 32 in flight, anywhere on the disk: processor time in bare calls of the same",
@@ -353,33 +351,84 @@ GOALS = (
         True,
         _local("sleeping", "", RATE, "depth 32", "depth 1"),
     ),
+    Goal(
+        "4 queues, a process each, 2 processors, 4 KiB, 32 in flight on each: of one queue's rate",
+        1.7,
+        True,
+        _local(queues.SERVED, "", RATE, "4 processes", queues.ONE),
+    ),
+    Goal(
+        "Xen, PV, 2 processors for dom0: 1 MiB direct, of blkback's rate",
+        1.1,
+        True,
+        _lab("blkback", "1 MiB", host="pv-1-dom0-2"),
+    ),
+    Goal(
+        "Xen, PV, 2 processors for dom0: 4 KiB, 32 in flight, of blkback's rate",
+        2.5,
+        True,
+        _lab("blkback", "4 KiB.*depth 32", host="pv-1-dom0-2"),
+    ),
+    Goal(
+        "Xen, PV, 2 processors for dom0: 4 KiB, one at a time, of blkback's rate",
+        1.0,
+        True,
+        _lab("blkback", "4 KiB.*depth 1$", host="pv-1-dom0-2"),
+    ),
+    Goal(
+        "Xen, PV, 1 processor for dom0: 4 KiB, one at a time, of blkback's rate",
+        0.8,
+        True,
+        _lab("blkback", "4 KiB.*depth 1$", host="pv-1-dom0-1"),
+    ),
+    Goal(
+        "Xen, PV, 1 processor for dom0: 4 KiB, one at a time, of blkback's processor time",
+        3.0,
+        False,
+        _lab("blkback", "4 KiB.*depth 1$", CPU_GIB, "pv-1-dom0-1"),
+    ),
+    Goal("Xen, any guest, 1 MiB direct: of qdisk's rate", 3.0, True, _lab("qdisk", "1 MiB")),
+    Goal(
+        "Xen, any guest, smaller requests: of qdisk's rate", 1.5, True, _lab("qdisk", "(4|64) KiB")
+    ),
 )
 
 
-SHOWN = 4
+SHOWN = {"goals": 1, "goals in full": 4}
+"""By mark, how many workloads of a goal are shown."""
 
 
-def goals(runs: Sequence[Results], wanted: Sequence[Goal]) -> str:
-    """Write the table of goals, with the worst of what was measured for each."""
-    has_before = any(True for run in runs for goal in wanted for _ in goal.look(run, BEFORE))
-    lines = ["| goal | wanted | measured | |", "|---|---|---|---|"]
-    if has_before:
-        lines = ["| goal | wanted | measured | | before |", "|---|---|---|---|---|"]
+def goals(runs: Sequence[Results], wanted: Sequence[Goal], shown: int, older: str = "") -> str:
+    """Write the table of goals, with the worst of what was measured for each.
+
+    Args:
+        runs: what was measured.
+        wanted: the goals.
+        shown: workloads of a goal, if it has several.
+        older: such a table, for those of which there is nothing new.
+    """
+    stood = {row.split(" | ")[0][2:]: row for row in older.splitlines()}
+    lines = ["| goal | wanted | measured | | before |", "|---|---|---|---|---|"]
     for goal in wanted:
-        sign = "≥" if goal.at_least else "≤"
         found = [measured for run in runs for measured in goal.look(run, "")]
+        if not found and goal.text in stood:
+            lines.append(stood[goal.text])
+            continue
         found.sort(key=lambda measured: measured[1].median, reverse=not goal.at_least)
-        cells = "<br>".join(f"{label}: {ratio}" for label, ratio in found[:SHOWN])
-        if len(found) > SHOWN:
-            cells += f"<br>and {len(found) - SHOWN} better ones"
-        cells = cells or "not measured"
+        cells = "<br>".join(f"{label}: {ratio}" for label, ratio in found[:shown])
+        if len(found) > shown > 1:
+            cells += f"<br>and {len(found) - shown} better ones"
         verdict = "" if not found else "yes" if goal.met(found[0][1].median) else "no"
-        line = f"| {goal.text} | {sign} {goal.wanted:.2g} | {cells} | {verdict} |"
-        if has_before:
-            older = {label: ratio for run in runs for label, ratio in goal.look(run, BEFORE)}
-            shown = [older[label] for label, _ in found[:SHOWN] if label in older]
-            line += f" {'<br>'.join(number(ratio.median) for ratio in shown)} |"
-        lines.append(line)
+        before = {label: ratio for run in runs for label, ratio in goal.look(run, BEFORE)}
+        then = [number(before[label].median) for label, _ in found[:shown] if label in before]
+        row = (
+            goal.text,
+            f"{'≥' if goal.at_least else '≤'} {goal.wanted:.2g}",
+            cells or "not measured",
+            verdict,
+            "<br>".join(then),
+        )
+        lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines)
 
 
@@ -469,59 +518,57 @@ def plot(results: Results, name: str, view: View) -> str:
     return "\n".join([*out, "</svg>", ""])
 
 
-def fill(text: str, mark: str, content: str) -> str:
-    """Replace what stands between a mark and its end.
-
-    Raises:
-        ValueError: the text has no such marks.
-    """
-    start, end = f"<!-- {mark} -->", f"<!-- /{mark} -->"
-    if start not in text or end not in text:
-        raise ValueError(f"the document has no {start} and {end}")
+def filled(text: str, mark: str, content: Callable[[str], str]) -> str:
+    """Replace what stands between a mark and its end; what stands there is what is called with."""
+    start, end = f"<!-- {mark} -->\n", f"<!-- /{mark} -->"
     before, _, rest = text.partition(start)
-    return f"{before}{start}\n{content}\n{end}{rest.partition(end)[2]}"
+    older, _, after = rest.partition(end)
+    return f"{before}{start}{content(older)}\n{end}{after}"
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Write the document's tables and plots."""
+    """Write the pages' tables and pictures."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("files", nargs="+", metavar="FILE", help="JSON files")
     parser.add_argument(
         "--only",
         action="append",
         metavar="MARK",
-        help="what to write: goals, lab goals, local, lab, calls (default: all that was measured)",
+        help=f"what to write: {', '.join(SHOWN)}, local, lab, calls (default: all)",
     )
-    parser.add_argument("--document", type=Path, default=DOCUMENT, help="default: %(default)s")
+    parser.add_argument(
+        "--directory", type=Path, default=DOCS, help=f"where {PAGES} are (default: %(default)s)"
+    )
     args = parser.parse_args(arguments)
     runs = [Results.load(file) for file in args.files]
-    directory: Path = args.document.parent
-    local, lab, single = [], [], []
+    directory: Path = args.directory
+    tables: dict[str, list[str]] = {"local": [], "lab": [], "calls": []}
     for run in runs:
-        if args.only is not None and not {"local", "lab", "calls"} & {*args.only}:
+        if args.only is not None and not {*tables} & {*args.only}:
             continue  # their plots stay as well
         own = [section(run, name, LOCAL[name], directory) for name in LOCAL if name in run.tables]
         others = [section(run, name, LAB, directory) for name in _lab_tables(run)]
-        local += [facts(run), *own] if own else []
-        lab += [facts(run), *others] if others else []
+        tables["local"] += [facts(run), *own] if own else []
+        tables["lab"] += [facts(run), *others] if others else []
         if calls.TABLE in run.tables:
-            single += [facts(run), table(run, calls.TABLE, CALLS)]
-    text = args.document.read_text()
-    measured = {name for run in runs for name in run.tables}
-    reached = [goals(runs, GOALS)] if measured & {*LOCAL} else []
-    in_lab = any(name.startswith("xen-") for name in measured)
-    reached_in_lab = [goals(runs, LAB_GOALS)] if in_lab else []
-    for mark, parts in (
-        ("goals", reached),
-        ("lab goals", reached_in_lab),
-        ("local", local),
-        ("lab", lab),
-        ("calls", single),
-    ):
-        # what was not measured again stays
-        if parts and (args.only is None or mark in args.only):
-            text = fill(text, mark, "\n\n".join(parts))
-    args.document.write_text(text)
+            tables["calls"] += [facts(run), table(run, calls.TABLE, CALLS)]
+    pages = {path: path.read_text() for path in sorted(directory.glob(PAGES))}
+    for mark in (*SHOWN, *tables):
+        if args.only is not None and mark not in args.only:
+            continue
+
+        def content(older: str, mark: str = mark) -> str:
+            if mark in SHOWN:
+                return goals(runs, GOALS, SHOWN[mark], older)
+            return "\n\n".join(tables[mark]) or older.rstrip("\n")
+
+        marked = [path for path, text in pages.items() if f"<!-- {mark} -->\n" in text]
+        if not marked:
+            parser.error(f"no page in {directory} has a place for {mark}")
+        for path in marked:
+            pages[path] = filled(pages[path], mark, content)
+    for path, text in pages.items():
+        path.write_text(text)
     return 0
 
 
