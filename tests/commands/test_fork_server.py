@@ -19,7 +19,13 @@ from xen_disk_py.recovery.spec import DiskSpec
 def begun(monkeypatch):
     """Return what it names processes by, once it would serve."""
     found = []
-    monkeypatch.setattr("xen_disk_py.host.forkserver.serve", found.append)
+
+    def serve(name, steps):
+        for step in steps:
+            step()
+        found.append(name)
+
+    monkeypatch.setattr("xen_disk_py.host.forkserver.serve", serve)
     return found
 
 

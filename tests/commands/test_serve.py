@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import select
 import signal
 import socket
@@ -21,6 +22,7 @@ from xen_disk_py.blkif import READ
 from xen_disk_py.cli import main
 from xen_disk_py.exit_status import ExitStatus
 from xen_disk_py.host.forkserver import ForkServer
+from xen_disk_py.host.systemd import EXTEND_TIMEOUT
 from xen_disk_py.recovery.record import find
 from xen_disk_py.simulated.frontend import RequestFailed
 from xen_disk_py.xenbus.states import Address, State
@@ -92,7 +94,7 @@ def serve(host, tmp_path, monkeypatch, caplog):
         processes.append(Started(process.pid))
         return process
 
-    def serve(script, dies=False, signum=signal.SIGTERM):
+    def serve(script, dies=False, signum=signal.SIGTERM, ready="ready: "):
         words = {
             "python": sys.executable,
             "package": str(Path(xen_disk_py.__file__).parents[1]),
@@ -108,7 +110,7 @@ def serve(host, tmp_path, monkeypatch, caplog):
 
         def play():
             try:
-                host.until(lambda: "ready: " in caplog.text)
+                host.until(lambda: ready in caplog.text)
                 script()
             except BaseException as error:
                 errors.append(error)
@@ -180,9 +182,31 @@ def detach(libxl, address, frontend):
     libxl.finish_detach(address)
 
 
+def after_steps(systemd):
+    """Return what systemd hears after the signs of life of a start."""
+    while True:
+        said = systemd()
+        if not said.startswith(EXTEND_TIMEOUT):
+            return said
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_start_can_be_ended(serve, systemd, caplog, monkeypatch, signum):
+    """It takes as long as the imports of what forks, which never end here."""
+
+    def is_ready(server):
+        os.kill(os.getpid(), signum)
+        return False
+
+    monkeypatch.setattr(ForkServer, "is_ready", is_ready)
+    assert serve(lambda: None, signum=0, ready="") is ExitStatus.OK
+    assert not re.search("ready|cannot start a process", caplog.text)
+
+
 def test_a_disk_from_attach_to_detach(serve, host, libxl, image, systemd):
     def script():
-        assert "READY=1\nSTATUS=0 disks are served" == systemd()
+        assert f"{EXTEND_TIMEOUT}60000000" == systemd()
+        assert "READY=1\nSTATUS=0 disks are served" == after_steps(systemd)
         address = libxl.attach(image)
         assert "STATUS=1 disk is served" == systemd()
         frontend = host.frontend(address)

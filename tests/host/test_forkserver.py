@@ -20,8 +20,11 @@ sys.path.insert(0, {package!r})
 from xen_disk_py.host.forkserver import Forked, serve
 shared = object()
 before = os.getpid()
+def step():  # as long as the machine takes
+    if len(sys.argv) > 1:
+        os.read(int(sys.argv[1]), 1) or sys.exit(9)
 try:
-    serve(" ".join)
+    serve(" ".join, [step, step])
 except Forked as forked:
     words = forked.words
     if words[0] == "write":
@@ -44,6 +47,23 @@ def server():
     server = ForkServer(command, os.environ)
     yield server
     server.close()
+
+
+@pytest.fixture
+def slow():
+    """Return a server whose start takes two steps, and what lets it do one more."""
+    package = str(Path(xen_disk_py.__file__).parents[1])
+    reader, writer = os.pipe()
+    command = [sys.executable, "-I", "-c", PROGRAM.format(package=package), str(reader)]
+    server = ForkServer(command, os.environ, [reader])
+    os.close(reader)
+    with open(writer, "wb", buffering=0) as file:
+        yield server, file
+    server.close()
+
+
+def heard(server):
+    return bool(select.select([server], [], [], 30)[0])
 
 
 def end_of(process, server):
@@ -83,6 +103,32 @@ def test_processes_outlive_the_server(server):
         assert select.select([pidfd], [], [], 30)[0]
     finally:
         os.close(pidfd)
+
+
+def test_a_start_may_last_and_each_of_its_steps_is_heard(slow):
+    server, steps = slow
+    assert not server.is_ready()
+    steps.write(b"1")
+    assert heard(server)
+    assert not server.is_ready()
+    steps.write(b"2")
+    while not server.is_ready():
+        assert heard(server)
+    assert 3 == end_of(server.start(["exit", "3"]), server)
+
+
+def test_a_process_that_is_asked_for_too_early_waits(slow):
+    server, steps = slow
+    steps.write(b"12")
+    assert 3 == end_of(server.start(["exit", "3"]), server)
+
+
+def test_a_server_that_ends_while_it_starts(slow):
+    server, steps = slow
+    steps.close()
+    with pytest.raises(ConnectionResetError, match="does not answer"):
+        server.start(["exit", "0"])
+    assert server.is_lost
 
 
 def test_a_server_that_has_died(server):

@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
+from functools import partial
 
 from ..errors import XenDiskError
 from ..exit_status import ExitStatus
@@ -31,10 +32,8 @@ _USED = (
 
 def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
     """Import what a disk needs, and fork for each."""
-    for name in _USED:
-        importlib.import_module(f"xen_disk_py.{name}")
-    _warm_up()
-    forkserver.serve(_title)
+    steps = [partial(importlib.import_module, f"xen_disk_py.{name}") for name in _USED]
+    forkserver.serve(_title, [*steps, _warm_up])
     return ExitStatus.OK
 
 

@@ -13,7 +13,7 @@ from ..errors import XenDiskError, XenUnavailable
 from ..exit_status import ExitStatus
 from ..host.forkserver import ForkServer, Process
 from ..host.program import own_command
-from ..host.systemd import NOTIFY_SOCKET, notify
+from ..host.systemd import NOTIFY_SOCKET, notify, notify_starting
 from ..libxl.attachment import FIRST_XEN
 from ..libxl.daemon import Supervisor
 from ..session import Interrupts
@@ -43,9 +43,11 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
     with ExitStack() as stack:
         store = stack.enter_context(env.open_store())
         interrupts = stack.enter_context(Interrupts().installed())
-        starter = _Starter(debug)
+        starter = _Starter(debug, interrupts)
         stack.callback(starter.close)
         starter.prepare()
+        if interrupts.asked:
+            return ExitStatus.OK
         supervisor = Supervisor(store, env.record_directory, starter.start)
         supervisor.watch()
         _supervise(store, supervisor, interrupts, starter)
@@ -55,7 +57,8 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
 class _Starter:
     """Starts what serves a disk; no signal to us or our terminal reaches it."""
 
-    def __init__(self, options: Sequence[str]) -> None:
+    def __init__(self, options: Sequence[str], interrupts: Interrupts) -> None:
+        self._interrupts = interrupts
         self._command = own_command(*options, "fork-server")
         self._environment = {n: value for n, value in os.environ.items() if n != NOTIFY_SOCKET}
         self._server: ForkServer | None = None
@@ -64,7 +67,7 @@ class _Starter:
         """Start the process of a disk.
 
         Raises:
-            OSError: that is not possible.
+            OSError: that is not possible; or we are asked to end.
         """
         return self._ready().start(["adopt", str(address.frontend_domid), str(address.devid)])
 
@@ -72,12 +75,25 @@ class _Starter:
         """Import what disks need, so that the first one need not wait for that."""
         try:
             self._ready()
+        except InterruptedError:
+            pass
         except OSError as error:
             log.warning("cannot start a process: %s", error)  # the next disk tries again
 
     def _ready(self) -> ForkServer:
         if self._server is None or self._server.is_lost:
             self._server = ForkServer(self._command, self._environment)
+            notify_starting()
+        poller = select.poll()
+        poller.register(self._interrupts.fileno(), select.POLLIN)
+        poller.register(self._server.fileno(), select.POLLIN)
+        # However slow the machine is: one that hangs is for the user to end, or for systemd.
+        while not self._server.is_ready():
+            poller.poll()
+            self._interrupts.drain()
+            if self._interrupts.asked:
+                raise InterruptedError("xen-disk serve was told to end")
+            notify_starting()
         return self._server
 
     def fileno(self) -> int:

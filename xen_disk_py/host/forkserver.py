@@ -5,9 +5,9 @@ But what a thread holds, and what a library has opened, does not survive one. So
 process of its own, which imports, and does nothing else: no thread, no handle, no file.
 
 It talks with whoever started it over a socket that keeps messages apart, a JSON object each:
-``{}`` from it when all is imported, ``{"words": […]}`` there, ``{"pid": 5}`` or ``{"error": "…"}``
-back, and ``{"pid": 5, "status": 0}`` when that process has ended. It ends when the socket is
-closed; its children stay.
+``{"step": 1}`` and so on from it while it imports, ``{}`` when that is done; ``{"words": […]}``
+there, ``{"pid": 5}`` or ``{"error": "…"}`` back; and ``{"pid": 5, "status": 0}`` when that process
+has ended. It ends when the socket is closed; its children stay.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import os
 import select
 import signal
 import socket
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any, Callable
 
@@ -26,7 +26,8 @@ from .immortal import immortalize
 from .process import CommandLine
 
 _MESSAGE = 1 << 16  # bytes
-_PATIENCE = 30.0  # seconds to import everything, or for a fork: a tenth, and milliseconds
+_SILENT = "the process that forks does not answer"
+_PATIENCE = 30.0  # seconds for a fork, which takes milliseconds; for imports, as long as it lives
 
 
 class Forked(BaseException):
@@ -40,11 +41,12 @@ class Forked(BaseException):
         self.words = words
 
 
-def serve(name: Callable[[Sequence[str]], str]) -> None:
+def serve(name: Callable[[Sequence[str]], str], steps: Iterable[Callable[[], object]] = ()) -> None:
     """Fork as stdin, a socket, asks for it, until that is closed.
 
     Args:
         name: what ``ps`` shows of a process with these arguments.
+        steps: what is done first, once for all; whoever waits for that hears of each.
 
     Raises:
         Forked: in each new process, in a session of its own and with nothing to read on stdin.
@@ -54,6 +56,10 @@ def serve(name: Callable[[Sequence[str]], str]) -> None:
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         os.dup2(null, 0)
         os.close(null)
+        for number, step in enumerate(steps, start=1):
+            step()
+            with suppress(OSError):  # whoever started us has gone, as we shall see
+                asked.send(json.dumps({"step": number}).encode())
         wake, woken = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         stack.callback(os.close, wake)
         stack.callback(os.close, woken)
@@ -132,6 +138,8 @@ class Process:
 class ForkServer:
     """Starts processes by means of another process, and learns how they end.
 
+    That one imports first, which takes a minute on a very slow machine: see :meth:`is_ready`.
+
     Args:
         command: the command line of a process that calls :func:`serve`.
         environment: its environment, and that of all processes that it starts.
@@ -151,6 +159,7 @@ class ForkServer:
 
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._running: dict[int, Process] = {}
+        self._has_started = False
         try:
             with theirs:
                 self._server = subprocess.Popen(
@@ -163,7 +172,23 @@ class ForkServer:
         except BaseException:
             self._socket.close()
             raise
-        self._answer()
+
+    def is_ready(self) -> bool:
+        """Tell, without waiting, whether it forks already.
+
+        Until then, ``fileno`` becomes readable after each step of its start.
+
+        Raises:
+            ConnectionResetError: it has ended.
+        """
+        with suppress(BlockingIOError):
+            while not self._has_started:
+                told = self._receive(socket.MSG_DONTWAIT)
+                if told is None:
+                    self.close()
+                    raise ConnectionResetError(_SILENT)
+                self._has_started = "step" not in told
+        return self._has_started
 
     def fileno(self) -> int:
         """Return a descriptor that becomes readable when a process has ended."""
@@ -180,11 +205,13 @@ class ForkServer:
         return self._socket.fileno() < 0
 
     def start(self, words: Sequence[str]) -> Process:
-        """Start the program with other arguments.
+        """Start the program with other arguments, as soon as the server is ready.
 
         Raises:
             OSError: that is not possible; or the server has gone.
         """
+        while not self.is_lost and not self.is_ready():
+            select.select([self], [], [])
         with suppress(OSError):  # then there is no answer
             self._socket.send(json.dumps({"words": list(words)}).encode())
         answer = self._answer()
@@ -211,7 +238,7 @@ class ForkServer:
             answer = None
         if answer is None:
             self.close()
-            raise ConnectionResetError("the process that forks does not answer")
+            raise ConnectionResetError(_SILENT)
         return answer
 
     def collect(self) -> None:
