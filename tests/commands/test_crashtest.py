@@ -193,11 +193,41 @@ def test_what_is_not_there(crashtest, options, words):
     assert words in err
 
 
-@pytest.mark.parametrize("option", ["--limit", "--timeout"])
+@pytest.mark.parametrize(
+    ("state", "option"),
+    [(state, option) for state in ("0.0", "0:0") for option in ("limit", "from", "jobs", "reduce")]
+    + [("0:0", "seed")],
+)
+def test_one_state_and_what_is_for_many(crashtest, state, option):
+    status, out, err = crashtest(GOOD, ": {}", "--state", state, f"--{option}", "1")
+    assert (ExitStatus.USAGE, "") == (status, out)
+    assert f"--state is one state, --{option} is for many" in err
+
+
+def test_a_base_that_was_written_meanwhile_is_told(tmp_path, crashtest, base):
+    status, out, err = crashtest(GOOD, f": {{}}; touch {base}", "--limit", "2")
+    assert (ExitStatus.ERROR, "") == (status, out)
+    assert "was written meanwhile" in err
+
+
+@pytest.mark.parametrize(("most", "steady"), [("0", None), ("1", True)])
+def test_a_slow_check_need_not_be_run_for_the_least(crashtest, tmp_path, most, steady):
+    ran = tmp_path / "ran"
+    check = f"echo >> {ran}; {MARK}"
+    options = ("--jobs", "1", "--limit", "60", "--json", "--reduce", most)
+    found = json.loads(crashtest(BAD, check, *options)[1])
+    assert len(ran.read_text()) == found["tried"] + int(most)
+    failure = found["failure"]
+    assert steady is failure["steady"]
+    assert ExitStatus.ERROR == crashtest(BAD, MARK, "--state", failure["least"])[0]
+
+
+@pytest.mark.parametrize("option", ["--limit", "--timeout", "--jobs"])
 def test_nothing_to_try_and_no_time_are_refused(crashtest, option):
     status, out, err = crashtest(GOOD, ": {}", option, "0")
     assert (ExitStatus.USAGE, "") == (status, out)
-    assert f"argument {option}: '0'" in err
+    assert f"argument {option}" in err
+    assert ": '0' is no" in err
 
 
 def test_a_directory_that_is_not_there(tmp_path, crashtest):

@@ -56,6 +56,10 @@ def test_on_the_terminal(run, trace):
         assert sorted(starts, reverse=True) == starts
 
 
+def test_nothing_is_replaced_on_the_terminal(run, trace):
+    assert "--force is for -o NEW" in run("plot", trace, "--force", status=ExitStatus.USAGE)[1]
+
+
 def test_of_one_request(run, tmp_path):
     path = make(tmp_path / "one.xdt", Record(0, WRITE, 5, 0, 0, 512))
     assert "1 writes" in run("plot", path)[0]

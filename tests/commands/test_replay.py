@@ -97,3 +97,17 @@ def test_comparing_needs_data(run, image, tmp_path):
 
 def test_a_speed_is_a_number_or_asap(run, trace):
     assert "asap" in run(trace, "--speed=0", status=ExitStatus.USAGE)[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ((), "give --backend raw"),
+        (("--backend=cow",), "with --backend cow no write reaches the image"),
+        (("--backend=raw", "--read-only"), "with --read-only no write reaches the image"),
+    ],
+)
+def test_what_is_to_be_overwritten_is_written(run, trace, image, options, words):
+    argv = ("--path", image, "--overwrite", *options)
+    assert words in run(trace, *argv, status=ExitStatus.USAGE)[1]
+    assert b"i" * SIZE == image.read_bytes()

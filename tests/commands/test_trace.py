@@ -178,7 +178,10 @@ def test_fio_replays_it(run, trace, tmp_path):
 
 
 def test_fio_takes_no_white_space(run, trace):
-    assert "white space" in run("trace", trace, "--fio-path", "/a b", status=ExitStatus.USAGE)[1]
+    assert (
+        "white space"
+        in run("trace", trace, "--fio", "--fio-path", "/a b", status=ExitStatus.USAGE)[1]
+    )
 
 
 @pytest.mark.parametrize(
@@ -188,3 +191,10 @@ def test_one_form_at_a_time(run, trace, forms):
     out, err = run("trace", trace, *forms, status=ExitStatus.USAGE)
     assert "" == out
     assert "one of them" in " ".join(err.split())
+
+
+def test_a_path_for_fio_goes_with_fio(run, trace):
+    assert (
+        "--fio-path is for --fio"
+        in run("trace", trace, "--fio-path=/a", status=ExitStatus.USAGE)[1]
+    )

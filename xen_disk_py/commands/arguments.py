@@ -562,21 +562,18 @@ def _add_crashtest(commands: argparse._SubParsersAction[Parser]) -> None:
     crashtest.add_argument(
         "--limit",
         type=_positive,
-        default=1000,
         metavar="N",
         help="try N states at most (default: 1000)",
     )
     crashtest.add_argument(
         "--seed",
         type=_count,
-        default=0,
         metavar="N",
         help="another N tries other states (default: 0)",
     )
     crashtest.add_argument(
         "--from",
         dest="since",
-        default="flush:0",
         metavar="MOMENT",
         help="only power cuts after flush:N, or after a time as for rewind --at: when the guest "
         "had made its file system, say",
@@ -590,9 +587,16 @@ def _add_crashtest(commands: argparse._SubParsersAction[Parser]) -> None:
     crashtest.add_argument(
         "--jobs",
         "-j",
-        type=_count,
+        type=_positive,
         metavar="N",
         help="run N checks at a time (default: one for each CPU)",
+    )
+    crashtest.add_argument(
+        "--reduce",
+        type=_count,
+        metavar="N",
+        help="run at most N checks to find the smallest part of a state that still fails; 0: do "
+        "not look for it (default: 200)",
     )
     crashtest.add_argument(
         "--timeout",

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..backends.at import check_stays, open_base
 from ..crashtest.search import (
+    REDUCE,
     Failure,
     Progress,
     Result,
@@ -24,6 +25,7 @@ from ..crashtest.states import Plan, State, name_of, ranges
 from ..crashtest.trial import Outcome
 from ..errors import ImageError, UsageError
 from ..exit_status import ExitStatus
+from ..text import printable
 from ..trace.moment import Moment
 from ..trace.powercut import Choice
 from ..trace.reader import TraceReader
@@ -32,18 +34,23 @@ from .orphaned import not_of_orphans
 from .progress import ProgressLine
 from .signals import interruptible
 
+LIMIT = 1000
+"""States that are tried, unless it is said how many."""
+
 
 def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
     """Try, and say which state failed; the status is 1 then."""
     if "{}" not in args.check:
         raise UsageError("--check: has no {}, where the image's name belongs: 'e2fsck -fn {}'")
+    _check_choice(args)
     jobs = args.jobs or len(os.sched_getaffinity(0))
     with ExitStack() as stack:
         stack.enter_context(interruptible())
         reader = stack.enter_context(TraceReader(args.trace))
         base = stack.enter_context(open_base(reader, args.base))
         not_of_orphans(env)(base.path, False)
-        plan = Plan(reader, args.seed, args.limit, Moment.parse(args.since))
+        since = Moment.parse(args.since or "flush:0")
+        plan = Plan(reader, args.seed or 0, args.limit or LIMIT, since)
         check_stays(reader)
         for note in plan.notes:
             env.tell(note)
@@ -52,6 +59,7 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
         try:
             directory, kept = stack.enter_context(temporary(args.directory))
             setting = Setting(reader, base, args.check, args.timeout, directory)
+            before = os.fstat(base.fd).st_mtime_ns
             check_space(setting, plan.written, 1 if args.state is not None else jobs)
             if args.state is not None:
                 return _one(args, env, setting, plan, kept)
@@ -66,13 +74,39 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
                         ProgressLine(env, "checks, at most", quiet=args.quiet)
                     )
 
-                result = search(setting, plan, jobs, progress, found)
+                most = REDUCE if args.reduce is None else args.reduce
+                result = search(setting, plan, jobs, progress, found, most)
         except OSError as error:
             where = args.directory or "temporary directory"
             raise ImageError(f"{where}: {error.strerror or error}") from error
+        if before != os.fstat(base.fd).st_mtime_ns and not base.is_block_device:
+            raise ImageError(
+                f"{printable(base.path)}: was written meanwhile, so nothing is certain: have the "
+                "command use {} alone, and no disk the image"
+            )
         if result.failure is not None and args.keep:
             kept.append(result.failure.kept)
     return _tell(args, env, plan, result, reader.header.sector_size)
+
+
+def _check_choice(args: argparse.Namespace) -> None:
+    """See that nothing is given that would have no effect.
+
+    Raises:
+        UsageError: so it is.
+    """
+    if args.state is None:
+        return
+    others = {
+        "--limit": args.limit,
+        "--from": args.since,
+        "--jobs": args.jobs,
+        "--reduce": args.reduce,
+        "--seed": args.seed if ":" in args.state else None,
+    }
+    for name, value in others.items():
+        if value is not None:
+            raise UsageError(f"--state is one state, {name} is for many: leave out one of them")
 
 
 def _one(
@@ -128,7 +162,7 @@ def _tell(
 def _of_failure(args: argparse.Namespace, failure: Failure, unit: int) -> Iterator[str]:
     state = failure.state
     yield f"state {state.name} fails: {failure.outcome.text}"
-    if not failure.is_steady:
+    if failure.is_steady is False:
         yield "  the same state did not fail a second time: the check is not deterministic"
     yield from _lines(state, failure.outcome, failure.least, unit)
     seed = f" --seed {args.seed}" if args.seed else ""

@@ -35,6 +35,8 @@ _SHADES = " ░▒▓█"
 
 def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
     """Make the picture, in a file or on the terminal; status 1 if the trace is damaged."""
+    if args.force and args.output is None:
+        raise UsageError("--force is for -o NEW: give that, too, or leave it out")
     form = _format(args.output)
     if form is not None and not args.force and os.path.lexists(args.output):
         raise ImageError(f"{args.output}: exists: give another name, or --force")

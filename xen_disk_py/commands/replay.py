@@ -39,6 +39,14 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
         spec = spec_from(args)
         is_new = spec.overlay is not None and not os.path.lexists(spec.overlay)
         keeps_out = spec.backend_name in ("cow", "discard") or is_new
+        if args.overwrite and (keeps_out or spec.read_only) and not is_new:
+            raise UsageError(
+                f"--overwrite: with --{'read-only' if spec.read_only else 'backend cow'} no write "
+                "reaches the image: leave out one of them"
+                if spec.read_only or spec.backend is not None
+                else "--overwrite: writes stay in memory unless a backend keeps them: give "
+                "--backend raw, or leave it out"
+            )
         if not (keeps_out or spec.read_only or args.overwrite) and _writes(reader):
             raise UsageError(
                 f"the writes in {printable(args.trace)} would change "

@@ -23,6 +23,8 @@ _BATCH = 1000  # lines that are printed at once
 
 def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
     """Print it; status 1 if the trace is damaged, after all that can be read."""
+    if args.fio_path is not None and not args.fio:
+        raise UsageError("--fio-path is for --fio: give that, too, or leave it out")
     name = args.fio_path or "/dev/xvda"
     if any(letter.isspace() for letter in name) or not name.startswith("/"):
         raise UsageError(f"--fio-path {name!r}: fio takes an absolute path without white space")

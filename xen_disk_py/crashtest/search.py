@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -27,8 +28,10 @@ from .views import View, can_clone
 
 _PREFIX = "xen-disk-crashtest-"
 _LOCK = "lock"
-_CHECKS = 200  # of parts of what failed
 _STEP = 0.1  # seconds
+
+REDUCE = 200
+"""Checks of what failed and of parts of it, unless it is said how many."""
 
 Progress = Callable[[int, int], None]
 
@@ -42,7 +45,7 @@ class Failure(NamedTuple):
         least: the least of it that fails.
         name: what names that.
         kept: the file that has it, unless that is removed at the end.
-        is_steady: whether the same state failed a second time.
+        is_steady: whether the same state failed a second time; None: it was not tried.
     """
 
     state: State
@@ -50,7 +53,7 @@ class Failure(NamedTuple):
     least: Choice
     name: str
     kept: str
-    is_steady: bool
+    is_steady: bool | None
 
 
 class Result(NamedTuple):
@@ -99,7 +102,7 @@ class Setting:
         try:
             return View(self.directory, name, self.base, self.reader.fileno(), self.unit)
         except OSError as error:
-            raise ImageError(f"{self.directory}: {error.strerror}") from error
+            raise _no_image(self.directory, error) from error
 
     def check(self, view: View, state: State, is_over: Callable[[], bool]) -> Outcome | None:
         """Run the check of what a view shows."""
@@ -123,6 +126,13 @@ class Setting:
                 over.set()
         assert outcome is not None
         return outcome
+
+
+def _no_image(directory: str, error: OSError) -> ImageError:
+    hint = ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        hint = ": name another --directory, or give fewer --jobs"
+    return ImageError(f"{os.path.dirname(directory)}: {error.strerror}{hint}")
 
 
 def _seconds(nanoseconds: int) -> str:
@@ -263,7 +273,12 @@ class _Search:
 
 
 def search(
-    setting: Setting, plan: Plan, jobs: int, progress: Progress, found: Callable[[str], Progress]
+    setting: Setting,
+    plan: Plan,
+    jobs: int,
+    progress: Progress,
+    found: Callable[[str], Progress],
+    most: int,
 ) -> Result:
     """Try the states of a plan, and stop at the first that fails.
 
@@ -274,6 +289,7 @@ def search(
         progress: told how many of them were tried.
         found: told the name of the one that fails; returns what is told how many checks the search
             for the least of it has made.
+        most: how many that may make.
 
     Raises:
         ImageError: there is no room, or the like.
@@ -299,13 +315,13 @@ def search(
                 thread.join()
     if shared.error is not None:
         if isinstance(shared.error, OSError):
-            raise ImageError(f"{setting.directory}: {shared.error.strerror}") from shared.error
+            raise _no_image(setting.directory, shared.error) from shared.error
         raise shared.error
     if not shared.failures:
         return Result(shared.tried, shared.same, None)
     digest = min(shared.failures, key=lambda digest: shared.first[digest])
     state, outcome = shared.names[shared.first[digest]], shared.failures[digest]
-    failure = reduce(setting, shared.stored, state, outcome, found(state.name))
+    failure = reduce(setting, shared.stored, state, outcome, found(state.name), most)
     return Result(shared.tried, shared.same, failure)
 
 
@@ -353,8 +369,12 @@ def reduce(
     state: State,
     outcome: Outcome,
     progress: Progress,
+    most: int,
 ) -> Failure:
-    """Look for the least of a state that fails; its image is left in the directory."""
+    """Look for the least of a state that fails; its image is left in the directory.
+
+    After ``most`` checks what was found by then is returned.
+    """
     epoch: Epoch = state.epoch
     unit = setting.unit
     checks = 0
@@ -364,7 +384,9 @@ def reduce(
 
         def fails(chosen: Choice) -> bool:
             nonlocal checks
-            progress(min(checks, _CHECKS), _CHECKS)
+            if checks == most:
+                return False
+            progress(checks, most)
             checks += 1
             view.restore()
             view.show(extents_of(epoch, chosen, unit))
@@ -376,10 +398,10 @@ def reduce(
             return tuple(mask if at in part else 0 for at, mask in enumerate(state.chosen))
 
         least = state.chosen
-        is_steady = fails(state.chosen)
+        is_steady = fails(state.chosen) if most else None
         if is_steady:
             items = [at for at, mask in enumerate(state.chosen) if mask]
-            least = only(minimize(items, lambda part: fails(only(list(part))), _CHECKS))
+            least = only(minimize(items, lambda part: fails(only(list(part))), most))
             for at, pending in enumerate(epoch.pending):
                 whole = (1 << pending.units(unit)) - 1
                 if least[at] not in (0, whole):  # it need not be torn
