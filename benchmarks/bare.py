@@ -10,9 +10,11 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Callable
 
 from xen_disk_py.blkif import WRITE
+from xen_disk_py.host.process import end_with_parent
 from xen_disk_py.hypervisor import PAGE_SIZE
 
 from .workload import SLOTS, Sample, cpu_seconds
@@ -71,7 +73,11 @@ def ping_pong() -> Iterator[Loop]:
     there, here = pair
     one, two = ((number).to_bytes(8, sys.byteorder) for number in (1, 2))
     command = [sys.executable, "-c", _ECHO, *map(str, pair)]
-    process = subprocess.Popen(command, pass_fds=pair)
+    process = subprocess.Popen(
+        command,
+        pass_fds=pair,
+        preexec_fn=partial(end_with_parent, os.getpid()),  # noqa: PLW1509 we have no threads
+    )
 
     def once() -> int:
         for _ in range(100):

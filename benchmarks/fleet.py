@@ -60,10 +60,10 @@ def fleet(count: int, image: str, *, forks: bool, idle: float = 0.0) -> Fleet:
             _Disks(stack, range(first, min(first + CHANNELS, count)), image, forks=forks)
             for first in range(0, count, CHANNELS)
         ]
+        stack.callback(_kill, hosts)
         begun = time.perf_counter()
         for host in hosts:
             host.start()
-        stack.callback(_kill, hosts)
         for host in hosts:
             host.connect()
         seconds = time.perf_counter() - begun

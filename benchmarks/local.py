@@ -33,7 +33,7 @@ from xen_disk_py.trace.reader import TraceReader
 from . import bare, ceph, nbdkit
 from .fleet import fleet
 from .results import BYTES, CPU, RATE, Results, about, number, tell
-from .workload import Sample, ServedDisk, drive, served
+from .workload import Sample, ServedDisk, drive, served, terminable
 
 KIB, MIB = 1 << 10, 1 << 20
 DISK = 64 * MIB
@@ -704,7 +704,11 @@ def main(arguments: Sequence[str]) -> int:
     command = f"python -m benchmarks.local {shlex.join(arguments)}".strip()
     facts = about(command, nbdkit=nbdkit.version(), images=args.directory)
     results = Results({**facts, "rounds": str(args.rounds), "seconds": str(args.seconds)})
-    with tempfile.TemporaryDirectory(prefix="xen_disk_py-bench-", dir=args.directory) as directory:
+    with ExitStack() as stack:
+        stack.enter_context(terminable())
+        directory = stack.enter_context(
+            tempfile.TemporaryDirectory(prefix="xen_disk_py-bench-", dir=args.directory)
+        )
         bench = Bench(results, Path(directory), args.seconds, args.rounds, args.before)
         for name in args.only or TABLES:
             (core if name == "core" else TABLES[name])(bench)

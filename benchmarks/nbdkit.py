@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Callable
 
 from xen_disk_py.blkif import WRITE
+from xen_disk_py.host.process import end_with_parent
 
 from .results import output
 from .workload import Sample, cpu_seconds
@@ -90,7 +93,10 @@ def _served(*command: str) -> Iterator[Server]:
     with tempfile.TemporaryDirectory(prefix="nbd-") as directory:
         socket = Path(directory) / "socket"
         words = [str(socket) if word == _SOCKET else word for word in command]
-        process = subprocess.Popen(words)
+        process = subprocess.Popen(
+            words,
+            preexec_fn=partial(end_with_parent, os.getpid()),  # noqa: PLW1509 we have no threads
+        )
         try:
             while not socket.exists():
                 if process.poll() is not None:

@@ -34,7 +34,7 @@ from xen_disk_py.hypervisor import PAGE_SIZE
 from . import loop
 from .loop import DEPTH, SIZE, image_in
 from .results import CPU, RATE, Results, about
-from .workload import Lane, send, served
+from .workload import Lane, send, served, terminable
 
 TABLE = "queues"
 COUNTS = (1, 2, 4)
@@ -169,6 +169,7 @@ def main(arguments: Sequence[str]) -> int:
     measure = threads_at_once if args.threads else at_once
     results = Results(about(f"python -m benchmarks.queues {shlex.join(arguments)}".strip()))
     with ExitStack() as stack:
+        stack.enter_context(terminable())
         directory = stack.enter_context(
             tempfile.TemporaryDirectory(prefix="xen_disk_py-bench-", dir="/dev/shm")
         )

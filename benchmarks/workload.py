@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Callable, NamedTuple, TextIO
 
 from xen_disk_py.blkif import (
@@ -364,6 +365,20 @@ def simulated_host(stack: ExitStack) -> Host:
     program = [sys.executable, "-m", "benchmarks.serve"]
     program += [machine.address, xenstored.socket_path(0), records]
     return Host(machine, guest, store, records, program)
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Have SIGTERM end what is done in between as Ctrl-C does: images and processes go with it."""
+
+    def end(signum: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + signum)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
+import select
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from time import monotonic, thread_time
@@ -178,6 +182,39 @@ def test_a_report_fills_the_document(tmp_path, document):
     plot = (tmp_path / "benchmarks-xen-pv-1-dom0-2.svg").read_text()
     assert 2 == plot.count("<circle")
     assert "4 KiB random read, depth 32" in plot
+
+
+def test_what_is_measured_with_goes_when_a_benchmark_is_told_to_end():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit, match="143"), workload.terminable():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert before == signal.getsignal(signal.SIGTERM)
+
+
+_FLEET = """
+import sys, time
+from benchmarks import fleet
+def idle(pids, seconds):
+    print("pids", *pids, flush=True)
+    time.sleep(1000)
+fleet._idle = idle
+fleet.fleet(2, sys.argv[1], forks=True)
+"""
+
+
+def test_a_fleet_ends_with_a_benchmark_that_is_killed(tmp_path):
+    image = tmp_path / "image.raw"
+    image.write_bytes(bytes(1 << 20))
+    command = [sys.executable, "-c", _FLEET, str(image)]
+    root = Path(__file__).parents[1]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) as benchmark:
+        line = next(line for line in benchmark.stdout if line.startswith("pids "))
+        handles = [os.pidfd_open(int(pid)) for pid in line.split()[1:]]
+        benchmark.kill()
+    assert 3 == len(handles)  # two disks, and what forks them
+    for handle in handles:
+        assert select.select([handle], [], [], 30)[0]
+        os.close(handle)
 
 
 def test_a_goal_is_found_again_by_its_words():
