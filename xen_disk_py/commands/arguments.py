@@ -378,7 +378,7 @@ def _add_trace_commands(commands: argparse._SubParsersAction[Parser]) -> None:
     trace = commands.add_parser(
         "trace",
         help="show what a guest asked of its disk",
-        description="Print the requests in FILE, which --filter record:file=FILE has made, in the "
+        description="Print the requests in FILE, made by record or --filter record:file=FILE, in the "
         "order in which the storage completed them; or, with --summary, statistics. Of a trace "
         "that is cut off or damaged, what comes before that is shown, and the exit status is 1. "
         "Changes nothing; the disk may still be recorded.",
@@ -465,9 +465,8 @@ def _add_image_commands(commands: argparse._SubParsersAction[Parser]) -> None:
     create = commands.add_parser(
         "create",
         help="make an empty VHD, or one that holds the changes to another image",
-        description="Make FILE, a VHD: an empty one of --size, or one that reads as --parent and "
-        "keeps what is written, while the parent is not changed; with both, one that is larger "
-        "than its parent. Only the owner can read FILE (mode 0600).",
+        description="Make FILE, a VHD: an empty one of --size, or a differencing one, which holds "
+        "the changes to --parent; with both, one that is larger than its parent. Only the owner can read FILE (mode 0600).",
     )
     create.add_argument("file", metavar="FILE", type=_name, help="the image to make")
     create.add_argument("--size", type=size, help="size of the disk: bytes, or 512M, 10G, 2T")
@@ -512,9 +511,9 @@ def _add_rewind_commands(commands: argparse._SubParsersAction[Parser]) -> None:
         "rewind",
         help="make an image of a recorded disk as it was at a moment",
         description="Make a sparse image, or an overlay, of a disk as it was at a moment of TRACE, "
-        "which --filter record:file=TRACE,data=yes has made. This takes the image as it was when "
-        "recording began, too. Neither TRACE nor that image is changed; the disk may still be "
-        "recorded. Only the owner can read what is made (mode 0600).",
+        "made by record --data or --filter record:file=TRACE,data=yes. This takes the image as it "
+        "was when recording began, too. Neither TRACE nor that image is changed; the disk may "
+        "still be recorded. Only the owner can read what is made (mode 0600).",
     )
     _add_trace_arguments(rewind)
     rewind.add_argument(
@@ -542,8 +541,8 @@ def _add_crashtest(commands: argparse._SubParsersAction[Parser]) -> None:
         "crashtest",
         help="try what a power cut could have left of a recorded disk",
         description="Run a command on states of a disk that a power cut could have left, made of "
-        "TRACE, which --filter record:file=TRACE,data=yes has made, and of the image as it was "
-        "when recording began. A state has all that was flushed, and of the later writes none, "
+        "TRACE, made by record --data or --filter record:file=TRACE,data=yes, and of the image as "
+        "it was when recording began. A state has all that was flushed, and of the later writes none, "
         "some, or parts. The first state for which the command fails is printed, with the smallest "
         "set of those writes for which it does, and the exit status is 1. The command may write to "
         "its image, which is a copy.",
@@ -639,8 +638,9 @@ def _add_connect(commands: argparse._SubParsersAction[Parser]) -> None:
         usage="%(prog)s [OPTIONS] VM\n       %(prog)s --adopt [OPTIONS] VM VDEV",
         description="Give the running guest VM a disk and serve it until Ctrl-C. The guest sees "
         "the disk appear as /dev/xvdb or the like. Ctrl-C asks the guest to release the disk; a "
-        "second Ctrl-C does not wait for the guest. SIGTERM does the same. So does SIGHUP if stdin "
-        "or stderr is a terminal; otherwise SIGHUP gives the disk the current size of its image."
+        "second Ctrl-C does not wait for the guest. SIGTERM acts like Ctrl-C. So does SIGHUP if "
+        "stdin or stderr is a terminal; otherwise SIGHUP gives the disk the current size of its "
+        "image, unless that is smaller."
         + _EXAMPLES,
     )
     connect.add_argument("vm", metavar="VM", help="the guest's domain id, UUID or name")
@@ -805,8 +805,8 @@ def _add_record(commands: argparse._SubParsersAction[Parser]) -> None:
         "record",
         help="record what a guest asks of its disk",
         description="Start or stop recording the requests to a disk that is in use, or print "
-        "whether they are recorded. The guest notices nothing. Who takes the disk over continues "
-        "the recording.",
+        "whether they are recorded. The guest notices nothing. A process that takes the disk "
+        "over continues the recording.",
     )
     _add_disk_of_a_guest(record)
     record.add_argument(
@@ -850,7 +850,7 @@ def _add_list_and_top(commands: argparse._SubParsersAction[Parser]) -> None:
         "which takes root; locks and changes nothing.",
     )
     top.add_argument(
-        "vm", metavar="VM", nargs="?", help="only the disks of this guest, by its id or name"
+        "vm", metavar="VM", nargs="?", help="only the disks of this guest"
     )
     top.add_argument(
         "--interval",
@@ -903,8 +903,8 @@ def _add_metrics(commands: argparse._SubParsersAction[Parser]) -> None:
         "--listen",
         type=_address,
         metavar="ADDR:PORT",
-        help="serve them there until a signal; without ADDR on 127.0.0.1, whose users all may "
-        "read them",
+        help="serve them by HTTP until Ctrl-C; without ADDR on 127.0.0.1, where every user of "
+        "this host can read them",
     )
 
 
