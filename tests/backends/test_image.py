@@ -11,7 +11,7 @@ import pytest
 from backends.blocks import buffers, drop_from_cache, is_cut_short
 from xen_disk_py.backends import image as image_module
 from xen_disk_py.backends import locks as locks_module
-from xen_disk_py.backends.image import Image, MappedImage, transfer_all
+from xen_disk_py.backends.image import Image, MappedImage, open_file_or_disk, transfer_all
 from xen_disk_py.errors import ImageError
 
 LOCK = """
@@ -509,3 +509,25 @@ def test_an_image_that_is_opened_once_more_stays_locked(image):
         assert opened.write([memoryview(b"new" + bytes(509))], 0) == 512
         assert "in use by" in refused(image, writable=True)
     Image.open(image, writable=True).close()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "directory"])
+def test_what_is_no_file_or_disk_is_not_even_opened(kind, tmp_path, monkeypatch):
+    path = tmp_path / "it"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/full")
+    else:
+        path.mkdir()
+    real, opened = os.open, []
+
+    def spy(path, flags, *rest, **named):
+        if not flags & os.O_PATH:
+            opened.append(path)
+        return real(path, flags, *rest, **named)
+
+    monkeypatch.setattr(os, "open", spy)
+    with pytest.raises(ImageError, match=r"it: (a directory|neither a file nor a block device)"):
+        open_file_or_disk(str(path), os.O_RDONLY)
+    assert [] == opened

@@ -17,7 +17,7 @@ from xen_disk_py.backends.loader import open_backend
 from xen_disk_py.backends.nbd.libnbd import NBD
 from xen_disk_py.backends.overlay import maintenance
 from xen_disk_py.backends.overlay.backend import OverlayBackend
-from xen_disk_py.backends.vhd.create import create
+from xen_disk_py.backends.vhd.create import create, create_child
 from xen_disk_py.cli import main
 from xen_disk_py.commands.environment import Environment
 from xen_disk_py.errors import XenUnavailable
@@ -157,6 +157,16 @@ def test_a_vhd_and_its_parents(told, tmp_path, image):
     assert ("raw", str(image)) == tuple(
         found["parent"]["parent"][name] for name in ("format", "path")
     )
+
+
+def test_a_parent_that_is_neither_file_nor_disk_is_not_opened(told, tmp_path):
+    """To open a watchdog's device is to start it."""
+    child, parent = tmp_path / "child.vhd", tmp_path / "parent.vhd"
+    create(str(parent), SIZE)
+    create_child(str(child), str(parent))
+    parent.unlink()
+    parent.symlink_to("/dev/full")
+    assert "neither a file nor a block device" in told(child)["parent"]["error"]
 
 
 def test_it_takes_no_lock_and_changes_nothing(told, image, overlay, monkeypatch):

@@ -135,12 +135,9 @@ class Image(Closing):
             OSError: it cannot be opened.
             ImageError: it is neither a file nor a block device.
         """
-        _check_kind(path, os.stat(path).st_mode)  # first, since opening a pipe waits
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        fd = open_file_or_disk(path, os.O_RDONLY | os.O_NONBLOCK)
         try:
-            mode = os.fstat(fd).st_mode
-            _check_kind(path, mode)
-            is_block_device = stat.S_ISBLK(mode)
+            is_block_device = stat.S_ISBLK(os.fstat(fd).st_mode)
             own = _logical_block_size(fd) if is_block_device else SECTOR
             return cls(
                 fd,
@@ -376,6 +373,29 @@ def file_system(fd: int) -> str | None:
     except (OSError, ValueError, IndexError):
         pass
     return None
+
+
+def open_file_or_disk(path: str, flags: int, name: str | None = None) -> int:
+    """Open a file or block device, and nothing else that may come to have that name.
+
+    To open a device of another kind may be all that it takes: a watchdog begins to count, a tape is
+    rewound. So what the name leads to is looked at before it is opened, not afterwards.
+
+    Args:
+        path: what.
+        flags: as of open(2).
+        name: what to call it in messages.
+
+    Raises:
+        OSError: it cannot be opened.
+        ImageError: it is something else.
+    """
+    found = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        _check_kind(name or path, os.fstat(found).st_mode)
+        return os.open(f"/proc/self/fd/{found}", flags | os.O_CLOEXEC)
+    finally:
+        os.close(found)
 
 
 def _check_kind(path: str, mode: int) -> None:

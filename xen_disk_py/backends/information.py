@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import ImageError, UsageError, XenDiskError
 from . import qemu_img, qemu_locks
-from .image import Image, reason_of
+from .image import Image, open_file_or_disk, reason_of
 from .loader import QEMU_FORMATS, choose, is_file
 from .locks import holders
 from .offered import offered
@@ -145,7 +145,7 @@ def _overlay(path: str, depth: int) -> dict[str, Any]:
 
 def _vhd(path: str, depth: int) -> dict[str, Any]:
     """Describe a VHD; ``kind``: fixed, dynamic or differencing."""
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    fd = open_file_or_disk(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
         vhd = examine(fd, os.path.abspath(path))
         found = _common(fd, path, "vhd", vhd.size, 512)

@@ -378,8 +378,8 @@ def _add_trace_commands(commands: argparse._SubParsersAction[Parser]) -> None:
     trace = commands.add_parser(
         "trace",
         help="show what a guest asked of its disk",
-        description="Print the requests in FILE, made by record or --filter record:file=FILE, in the "
-        "order in which the storage completed them; or, with --summary, statistics. Of a trace "
+        description="Print the requests in FILE, made by record or --filter record:file=FILE, in "
+        "the order in which the storage completed them; or, with --summary, statistics. Of a trace "
         "that is cut off or damaged, what comes before that is shown, and the exit status is 1. "
         "Changes nothing; the disk may still be recorded.",
     )
@@ -466,7 +466,8 @@ def _add_image_commands(commands: argparse._SubParsersAction[Parser]) -> None:
         "create",
         help="make an empty VHD, or one that holds the changes to another image",
         description="Make FILE, a VHD: an empty one of --size, or a differencing one, which holds "
-        "the changes to --parent; with both, one that is larger than its parent. Only the owner can read FILE (mode 0600).",
+        "the changes to --parent; with both, one that is larger than its parent. Only the owner "
+        "can read FILE (mode 0600).",
     )
     create.add_argument("file", metavar="FILE", type=_name, help="the image to make")
     create.add_argument("--size", type=size, help="size of the disk: bytes, or 512M, 10G, 2T")
@@ -542,8 +543,8 @@ def _add_crashtest(commands: argparse._SubParsersAction[Parser]) -> None:
         help="try what a power cut could have left of a recorded disk",
         description="Run a command on states of a disk that a power cut could have left, made of "
         "TRACE, made by record --data or --filter record:file=TRACE,data=yes, and of the image as "
-        "it was when recording began. A state has all that was flushed, and of the later writes none, "
-        "some, or parts. The first state for which the command fails is printed, with the smallest "
+        "it was when recording began. A state has all that was flushed, and of the later writes "
+        "none, some, or parts. The first state for which the command fails is printed, with the smallest "
         "set of those writes for which it does, and the exit status is 1. The command may write to "
         "its image, which is a copy.",
         epilog="  xen-disk crashtest disk.xdt --base before.raw --check 'e2fsck -fn {}'",

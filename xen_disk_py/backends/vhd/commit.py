@@ -16,7 +16,7 @@ from contextlib import suppress
 
 from ...errors import ImageError
 from ..exporting import Check, Progress
-from ..image import Image
+from ..image import Image, open_file_or_disk
 from .blocks import BlockLayer
 from .chain import Committed, candidates, open_chain, open_parent, roots_of
 from .create import create_child
@@ -219,8 +219,8 @@ def _other_children(child: Vhd, parent: Vhd | Image) -> Iterator[str]:
         for name in sorted(names)[:_MOST_FILES]:
             path = os.path.join(directory, name)
             try:
-                fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-            except OSError:
+                fd = open_file_or_disk(path, os.O_RDONLY | os.O_NONBLOCK)
+            except (OSError, ImageError):
                 continue
             try:
                 if any(os.path.samestat(os.fstat(fd), each) for each in ours):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ...errors import ImageError
 from .. import sharing
-from ..image import check_writable, reason_of
+from ..image import check_writable, open_file_or_disk, reason_of
 from ..locks import claim
 from .layout import (
     DIFFERENCING,
@@ -121,7 +121,7 @@ def open_file(path: str, *, writable: bool, name: str | None = None) -> int:
     try:
         if writable and not sharing.is_forced() and stat.S_ISBLK(os.stat(path).st_mode):
             flags |= os.O_EXCL  # the kernel then refuses a device that is mounted
-        fd = os.open(path, flags)
+        fd = open_file_or_disk(path, flags, name)
     except OSError as error:
         hint = ""
         if isinstance(error, FileNotFoundError):
@@ -133,11 +133,7 @@ def open_file(path: str, *, writable: bool, name: str | None = None) -> int:
             reason = reason_of(error, path, writable)
         raise ImageError(f"{name}: {reason}{hint}") from error
     try:
-        mode = os.fstat(fd).st_mode
-        if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
-            what = "a directory" if stat.S_ISDIR(mode) else "neither a file nor a block device"
-            raise ImageError(f"{name}: {what}: it cannot be a VHD")  # noqa: TRY301 - closed below
-        if writable and stat.S_ISBLK(mode):
+        if writable and stat.S_ISBLK(os.fstat(fd).st_mode):
             check_writable(fd, name)
         for other in claim(fd, name, writable=writable):
             os.close(other)  # of a device's other names; who comes by them looks for users of it
