@@ -544,9 +544,9 @@ def _add_crashtest(commands: argparse._SubParsersAction[Parser]) -> None:
         description="Run a command on states of a disk that a power cut could have left, made of "
         "TRACE, made by record --data or --filter record:file=TRACE,data=yes, and of the image as "
         "it was when recording began. A state has all that was flushed, and of the later writes "
-        "none, some, or parts. The first state for which the command fails is printed, with the smallest "
-        "set of those writes for which it does, and the exit status is 1. The command may write to "
-        "its image, which is a copy.",
+        "none, some, or parts. The first state for which the command fails is printed, with the "
+        "smallest set of those writes for which it does, and the exit status is 1. The command may "
+        "write to its image, which is a copy.",
         epilog="  xen-disk crashtest disk.xdt --base before.raw --check 'e2fsck -fn {}'",
     )
     _add_trace_arguments(crashtest)
@@ -641,8 +641,7 @@ def _add_connect(commands: argparse._SubParsersAction[Parser]) -> None:
         "the disk appear as /dev/xvdb or the like. Ctrl-C asks the guest to release the disk; a "
         "second Ctrl-C does not wait for the guest. SIGTERM acts like Ctrl-C. So does SIGHUP if "
         "stdin or stderr is a terminal; otherwise SIGHUP gives the disk the current size of its "
-        "image, unless that is smaller."
-        + _EXAMPLES,
+        "image, unless that is smaller." + _EXAMPLES,
     )
     connect.add_argument("vm", metavar="VM", help="the guest's domain id, UUID or name")
     connect.add_argument(
@@ -850,9 +849,7 @@ def _add_list_and_top(commands: argparse._SubParsersAction[Parser]) -> None:
         "Elsewhere each interval is printed below the last. Reads the records of the processes, "
         "which takes root; locks and changes nothing.",
     )
-    top.add_argument(
-        "vm", metavar="VM", nargs="?", help="only the disks of this guest"
-    )
+    top.add_argument("vm", metavar="VM", nargs="?", help="only the disks of this guest")
     top.add_argument(
         "--interval",
         type=_seconds,
