@@ -93,6 +93,19 @@ def describe(path: str, image_format: str) -> list[dict[str, Any]]:
     return found
 
 
+def names_another_file(path: str, image_format: str) -> bool:
+    """Tell whether QEMU reads another file, too: a backing file, or where an image's extents are.
+
+    Raises:
+        UsageError: ``qemu-img`` is not installed.
+        ImageError: it fails; the message says why.
+    """
+    image, *others = describe(path, image_format)
+    extents = image.get("format-specific", {}).get("data", {}).get("extents", [])
+    own = os.path.abspath(path)
+    return bool(others) or any(each.get("filename", own) != own for each in extents)
+
+
 def is_stream_optimized(path: str) -> bool:
     """Tell whether a VMDK is compressed, as for a transfer; False if that is not to be known."""
     try:

@@ -29,8 +29,9 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def make(path, format_, size="8M"):
-    subprocess.run(["qemu-img", "create", "-q", "-f", format_, str(path), size], check=True)
+def make(path, format_, *options, size="8M"):
+    words = ["qemu-img", "create", "-q", "-f", format_, *options, str(path), size]
+    subprocess.run(words, check=True)
     return str(path)
 
 
@@ -116,6 +117,35 @@ def test_a_backing_file_that_is_missing_or_the_image_itself(tmp_path):
         with pytest.raises(BackendError, match=says) as caught:
             QemuBackend(path, "qcow2")
         assert "\n" not in str(caught.value)
+
+
+def refers(tmp_path, how):
+    """An image that has what a guest reads in another file."""
+    path, other = tmp_path / "disk", tmp_path / "other.raw"
+    other.write_bytes(b"secret" + bytes(8 * MIB - 6))
+    if how == "backing":
+        make(path, "qcow2", "-b", str(other), "-F", "raw", size="8M")
+    elif how == "data":
+        make(path, "qcow2", "-o", f"data_file={tmp_path / 'data'}")
+    elif how == "extents":
+        make(path, "vmdk", "-o", "subformat=monolithicFlat")
+    else:
+        make(tmp_path / "other", "vmdk")
+        make(path, "vmdk", "-b", str(tmp_path / "other"), "-F", "vmdk", size="8M")
+    return str(path), "qcow2" if how in ("backing", "data") else "vmdk"
+
+
+@pytest.mark.parametrize("how", ["backing", "data", "extents", "parent"])
+def test_a_stranger_names_no_other_file(tmp_path, how):
+    """Root would read it for a guest of his."""
+    path, format_ = refers(tmp_path, how)
+    QemuBackend(path, format_).close()  # ours
+    os.chmod(path, 0o666)
+    with pytest.raises(ImageError, match=r"names another file .* can be written by everybody: see"):
+        QemuBackend(path, format_)
+    alone = make(tmp_path / "alone", format_)
+    os.chmod(alone, 0o666)
+    QemuBackend(alone, format_).close()
 
 
 def test_an_image_that_qemu_uses_already(tmp_path):

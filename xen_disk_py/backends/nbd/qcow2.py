@@ -1,4 +1,6 @@
-"""Whether a qcow2 was cut short: QEMU reads what is beyond the end of its file as zeros.
+"""What a qcow2 says of itself: was it cut short, does it name another file?
+
+QEMU reads what is beyond the end of its file as zeros.
 
 Layout as in QEMU's ``docs/interop/qcow2.txt``. Nothing is believed that would read more than the
 tables take in the largest image.
@@ -33,10 +35,8 @@ def is_cut_short(fd: int) -> bool:
         return False
     head = os.pread(fd, 112, 0)
     magic, version, _, _, bits, _, _, entries, l1, counts, clusters, _ = _HEADER.unpack_from(head)
-    features, order = (0, 4)
-    if version >= 3:
-        features = int.from_bytes(head[72:80], "big")
-        order = int.from_bytes(head[96:100], "big")
+    features = _features(head, version)
+    order = int.from_bytes(head[96:100], "big") if version >= 3 else 4
     if magic != _MAGIC or not 9 <= bits <= 21 or order > 6 or features & _EXTERNAL:
         return False  # QEMU says what is wrong
     cluster = 1 << bits
@@ -59,10 +59,27 @@ def is_cut_short(fd: int) -> bool:
     return _points_beyond(fd, roots, cluster, length, 16 if features & _EXTENDED else 8)
 
 
+def names_another_file(fd: int) -> bool:
+    """Tell whether it has a backing file, or its data in a file of their own.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    head = os.pread(fd, 112, 0)
+    if len(head) < _HEADER.size:
+        return False  # none that QEMU opens
+    _, version, backing, *_ = _HEADER.unpack_from(head)
+    return backing != 0 or bool(_features(head, version) & _EXTERNAL)
+
+
+def _features(head: bytes, version: int) -> int:
+    """Return the incompatible features."""
+    return int.from_bytes(head[72:80], "big") if version >= 3 else 0
+
+
 def _points_beyond(fd: int, roots: tuple[int, ...], cluster: int, length: int, width: int) -> bool:
     bits = 62 - (cluster.bit_length() - 1 - 8)
-    for root in roots:
-        at = root & _OFFSET
+    for at in sorted({root & _OFFSET for root in roots}):  # each once, whoever wrote the table
         if not at:
             continue
         content = _read(fd, at, cluster, length)

@@ -14,9 +14,11 @@ from contextlib import suppress
 
 from ...errors import BackendError, ImageError, UsageError
 from .. import qemu_img, qemu_locks, sharing
+from ..image import open_file_or_disk
 from ..loader import QEMU_FORMATS
+from ..overlay.trust import distrust
 from .backend import NbdBackend
-from .qcow2 import is_cut_short
+from .qcow2 import is_cut_short, names_another_file
 
 _PATIENCE = 5.0  # seconds
 _OURS = re.compile("xen.disk")  # in our command lines
@@ -105,25 +107,36 @@ def _check(path: str, image_format: str, *, writable: bool) -> None:
     """See what QEMU would take, and a guest had better not.
 
     Raises:
-        ImageError: of a qcow2 that was cut short QEMU reads zeros; into some kinds of VMDK it
-            writes only what is not there yet.
+        ImageError: somebody else chose which other files QEMU opens, as root; of a qcow2 that was
+            cut short QEMU reads zeros; into some kinds of VMDK it writes only what is not there
+            yet.
     """
-    if image_format == "qcow2":
-        try:
-            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        except OSError as error:
-            raise ImageError(f"{path}: {error.strerror}") from error
-        try:
-            is_short = is_cut_short(fd)
-        except OSError as error:
-            raise ImageError(f"{path}: cannot be read: {error.strerror}") from error
-        finally:
-            os.close(fd)
-        if is_short:
-            raise ImageError(
-                f"{path}: cut short: some of its data lies beyond its end, and QEMU would read "
-                "zeros there: restore a copy (qemu-img check -f qcow2 lists what is lost)"
-            )
+    try:
+        fd = open_file_or_disk(path, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError as error:
+        raise ImageError(f"{path}: {error.strerror}") from error
+    try:
+        stranger = distrust(os.fstat(fd), "it")
+        names_another = is_short = False
+        if image_format == "qcow2":
+            names_another, is_short = names_another_file(fd), is_cut_short(fd)
+    except OSError as error:
+        raise ImageError(f"{path}: cannot be read: {error.strerror}") from error
+    finally:
+        os.close(fd)
+    if stranger is not None and image_format == "vmdk":
+        names_another = qemu_img.names_another_file(path, "vmdk")
+    if stranger is not None and names_another:
+        raise ImageError(
+            f"{path}: names another file that QEMU would read for the guest, and {stranger}: see "
+            f"which (qemu-img info {path}), and if that is right: chown root {path} && "
+            f"chmod go-w {path}"
+        )
+    if is_short:
+        raise ImageError(
+            f"{path}: cut short: some of its data lies beyond its end, and QEMU would read "
+            "zeros there: restore a copy (qemu-img check -f qcow2 lists what is lost)"
+        )
     if image_format == "vmdk" and writable and qemu_img.is_stream_optimized(path):
         raise ImageError(
             f"{path}: a streamOptimized VMDK, whose data QEMU does not overwrite: add --read-only, "
