@@ -157,6 +157,21 @@ def test_a_check_that_takes_too_long_has_failed_and_is_gone(crashtest, tmp_path)
     os.close(alive)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount")
+def test_what_a_check_has_mounted_goes_with_it(crashtest, tmp_path):
+    place, mounted = tmp_path / "mnt", tmp_path / "mounted"
+    place.mkdir()
+    check = f": {{}}; mount -t tmpfs none {place} && echo >> {mounted}; exit 1"
+    try:
+        crashtest(GOOD, check, "--limit", "1", "--reduce", "0")
+        if not mounted.exists():
+            pytest.skip("nothing can be mounted here")
+        assert not os.path.ismount(place)
+    finally:
+        if os.path.ismount(place):
+            subprocess.run(["umount", place], check=True)
+
+
 def _gone(fd):
     poller = select.poll()
     poller.register(fd, 0)

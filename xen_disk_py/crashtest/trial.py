@@ -1,17 +1,20 @@
 """Runs a check of one state, for a bounded time.
 
-Everything that it starts ends with it, and with this process, however that ends.
+Everything that it starts ends with it, and with this process, however that ends; so does what it
+has mounted, where a mount namespace is to be had.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import select
 import shlex
+import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Callable, NamedTuple
 
@@ -24,8 +27,11 @@ _STEP = 0.05  # seconds between two looks at whether it has ended
 _WITH_GUARD = """\
 exec 3<&0 < /dev/null
 { read -r _ <&3; kill -9 0; } > /dev/null 2>&1 &
-exec /bin/sh -c "$1" 3<&-
+command=$1
+shift
+exec "$@" /bin/sh -c "$command" 3<&-
 """
+_DIRECTORIES = "/usr/bin:/bin"
 
 
 class Outcome(NamedTuple):
@@ -72,7 +78,7 @@ def run(
         UsageError: there is no such command.
     """
     process = subprocess.Popen(
-        ["/bin/sh", "-c", _WITH_GUARD, "sh", command.replace("{}", shlex.quote(path))],
+        ["/bin/sh", "-c", _WITH_GUARD, "sh", command.replace("{}", shlex.quote(path)), *_apart()],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -112,6 +118,23 @@ def run(
     if process.returncode in (126, 127) and not is_late:
         raise UsageError(f"--check: the command cannot be run: {text.strip()}")
     return Outcome(None if is_late else process.returncode, text)
+
+
+@functools.cache
+def _apart() -> Sequence[str]:
+    """What runs a command in a mount namespace of its own: its mounts end with it, however it does.
+
+    Nothing, where that is not to be had: without root, or in a container.
+    """
+    program = shutil.which("unshare", path=_DIRECTORIES)  # $PATH and what is here are not asked
+    if program is None:
+        return ()
+    words = (program, "--mount", "--")
+    quiet = subprocess.DEVNULL
+    done = subprocess.run(
+        [*words, "/bin/true"], stdin=quiet, stdout=quiet, stderr=quiet, check=False
+    )
+    return () if done.returncode else words
 
 
 def _has_ended(pid: int) -> bool:
