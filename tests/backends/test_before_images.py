@@ -188,6 +188,50 @@ def test_an_exporter_that_takes_nothing_keeps_no_end_waiting(stopped):
     assert kept.ended.wait(30)
 
 
+def test_once_the_copy_is_there_nothing_more_is_kept(tmp_path, monkeypatch):
+    """A guest that never stops waits for nobody, and keeps no export from its end."""
+    monkeypatch.setattr(before_images, "WAIT", 60.0)
+    ours, theirs = socket.socketpair()
+    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+    kept = Kept(theirs, room=CHUNK)
+    then = bytes(kept.disk)
+    kept.write(0, b"x" * 512)  # takes all the room
+    more = threading.Thread(target=kept.write, args=(CHUNK, b"y" * (SIZE - CHUNK)))
+    finish = threading.Thread(target=kept.images.finish, args=(60.0,))
+    more.start()
+    finish.start()
+    more.join(30)
+    assert not more.is_alive()
+    with ours, open(tmp_path / "images", "w+b", buffering=0) as file:
+        here = receive(ours, SIZE, file.fileno())
+        assert bytearray(b"\1\0\0\0\0\0") == here
+        assert then[:CHUNK] == os.pread(file.fileno(), SIZE, 0)
+    finish.join()
+    assert "" == kept.images.failure
+    kept.write(CHUNK, b"z" * 512)
+    assert kept.ended.wait(30)
+
+
+def test_what_is_needed_no_more_is_not_missed(exporter):
+    """Its read fails when the copy is there."""
+    go, reading = threading.Event(), threading.Event()
+
+    def read(buffers, offset):
+        reading.set()
+        assert go.wait(30)
+        raise OSError(5, "Input/output error")
+
+    kept = Kept(exporter.disk, read=read)
+    thread = threading.Thread(target=kept.write, args=(0, b"x"))
+    thread.start()
+    assert reading.wait(30)
+    kept.images.finish(30)
+    go.set()
+    thread.join()
+    assert kept.ended.wait(30)
+    assert "" == kept.images.failure
+
+
 def test_a_request_waits_no_longer_for_another_that_reads(exporter, monkeypatch):
     monkeypatch.setattr(before_images, "WAIT", 0.01)
     go, reading = threading.Event(), threading.Event()
@@ -297,7 +341,7 @@ def test_what_changes_at_any_moment_of_an_export_is_not_in_it(tmp_path, monkeypa
 
 def test_one_that_is_not_complete_is_tried_again_and_then_none(tmp_path, monkeypatch):
     monkeypatch.setattr(exporting, "_clone", lambda fd, path: None)
-    monkeypatch.setattr(exporting, "_SETTLING", 0.0)
+    monkeypatch.setattr(exporting, "_SETTLING", 0.015)  # more than a step of times
     disk, export = overlay(tmp_path)
     tried = []
 

@@ -91,18 +91,19 @@ class BeforeImages:
         """Save what the bytes from ``start`` to ``stop`` have, which are about to change.
 
         Never raises; waits for the disk's own storage, and else no longer than :data:`WAIT`, or
-        until ``deadline``, by the monotonic clock.
+        until ``deadline``, by the monotonic clock. From :meth:`finish` on nothing is saved: the
+        copy is there, so a guest that never stops does not keep the export from its end.
         """
         first, last = start // CHUNK, -(-stop // CHUNK)
-        if self._failure or self._saved.find(b"\0", first, last) < 0:
+        if self._failure or self._is_finishing or self._saved.find(b"\0", first, last) < 0:
             return
         if deadline is None:
             deadline = time.monotonic() + WAIT
         if not self._saving.acquire(timeout=max(0.0, deadline - time.monotonic())):
-            self.fail("the storage is too slow")
+            self._miss("the storage is too slow")
             return
         try:
-            while not self._failure:
+            while not (self._failure or self._is_finishing):
                 first = self._saved.find(b"\0", first, last)
                 if first < 0:
                     return
@@ -110,7 +111,7 @@ class BeforeImages:
                 self._put(at, self._before(at, min(CHUNK, self._size - at)), deadline)
                 self._saved[first] = 1
         except Exception as error:  # noqa: BLE001 - the guest's request has nothing to do with it
-            self.fail(f"the disk cannot be read: {error}")
+            self._miss(f"the disk cannot be read: {error}")
         finally:
             self._saving.release()
 
@@ -118,6 +119,12 @@ class BeforeImages:
         """Give up: nobody waits any more."""
         with self._condition:
             self._fail(reason)
+
+    def _miss(self, reason: str) -> None:
+        """Give up for want of a before-image, if it is needed still."""
+        with self._condition:
+            if not self._is_finishing:
+                self._fail(reason)
 
     def _fail(self, reason: str) -> None:
         self._failure = self._failure or reason
@@ -153,12 +160,16 @@ class BeforeImages:
     def _put(self, at: int, data: memoryview, deadline: float) -> None:
         with self._condition:
             has_room = self._condition.wait_for(
-                lambda: self._failure or self._queued + len(data) <= self._room,
+                lambda: (
+                    self._failure or self._is_finishing or self._queued + len(data) <= self._room
+                ),
                 max(0.0, deadline - time.monotonic()),
             )
+            if self._failure or self._is_finishing:
+                return
             if not has_room or time.monotonic() > deadline:
                 self._fail("the guest overwrites more than the exporter takes")
-            elif not self._failure:
+            else:
                 self._queue.append((at, data))
                 self._queued += len(data)
                 self._condition.notify_all()
