@@ -53,3 +53,20 @@ def test_the_directory_of_another_file_stays(memory):
     (memory / "mine/changes.overlay").touch()
     temporary.remove(str(memory / "mine/changes.overlay"))
     assert ["mine"] == os.listdir(memory)
+
+
+def test_nothing_else_is_removed(memory, tmp_path):
+    """A record says what; whoever has got into a process without privileges can write that."""
+    others = [
+        tmp_path / "shadow",
+        memory / "changes.overlay",
+        memory / "mine" / "changes.overlay",
+        memory / "xen_disk_py-1" / "shadow",
+        memory / "xen_disk_py-1" / "deeper" / "changes.overlay",
+    ]
+    for path in others:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+        temporary.remove(str(path))
+    temporary.remove(str(memory / "xen_disk_py-1" / ".." / "mine" / "changes.overlay"))
+    assert [True] * len(others) == [path.exists() for path in others]

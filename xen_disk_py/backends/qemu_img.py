@@ -18,6 +18,7 @@ _DIRECTORIES = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _PERCENT = re.compile(rb"\(([0-9.]+)/100%\)")
 _REPEATED = re.compile(r"(Could not open '[^']*': )(?=\1)")
 _LONGEST = 2000  # characters of what it says
+_PATIENCE = 60.0  # seconds: a backing file may be a pipe, or on a server that does not answer
 
 
 def find() -> str:
@@ -78,14 +79,21 @@ def describe(path: str, image_format: str) -> list[dict[str, Any]]:
     """
     path = os.path.abspath(path)
     words = ["info", "--force-share", "--backing-chain", "--output=json", "-f", image_format]
-    done = subprocess.run(
-        [find(), *words, "--", path],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        cwd="/",
-        env={"PATH": _DIRECTORIES, "LC_ALL": "C"},
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            [find(), *words, "--", path],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            cwd="/",
+            env={"PATH": _DIRECTORIES, "LC_ALL": "C"},
+            check=False,
+            timeout=_PATIENCE,
+        )
+    except subprocess.TimeoutExpired:
+        raise ImageError(
+            f"{path}: qemu-img has not answered for {_PATIENCE:g} s: is a backing file on storage "
+            f"that hangs? (qemu-img info -f {image_format} {path} names it)"
+        ) from None
     if done.returncode:
         said = _in_one_line(done.stderr) or "qemu-img does not say why"
         raise ImageError(f"{path}: {_explained(said, path, image_format)}")

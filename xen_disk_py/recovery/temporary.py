@@ -27,10 +27,16 @@ def new_path() -> str:
 
 
 def remove(path: str) -> None:
-    """Remove such a file, and its directory; what is gone, or not ours to remove, is passed by."""
-    with suppress(OSError):
+    """Remove such a file, and its directory; what is gone, or no such file, is passed by.
+
+    The path comes from a record, which whoever has got into a process without privileges can write,
+    and root is asked to remove it.
+    """
+    directory, name = os.path.split(path)
+    memory, own = os.path.split(directory)
+    if name != _NAME or memory != _MEMORY or not own.startswith(_PREFIX):
+        return
+    with suppress(OSError):  # it was never made, say
         os.unlink(path)
-    directory = os.path.dirname(path)
-    if os.path.basename(path) == _NAME and os.path.basename(directory).startswith(_PREFIX):
-        with suppress(OSError):
-            os.rmdir(directory)
+    with suppress(OSError):
+        os.rmdir(directory)

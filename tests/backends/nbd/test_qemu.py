@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from backends.blocks import read, write
-from xen_disk_py.backends import StorageError
+from xen_disk_py.backends import StorageError, qemu_img
 from xen_disk_py.backends.conformance import BackendConformance
 from xen_disk_py.backends.loader import QEMU_FORMATS
 from xen_disk_py.backends.nbd import qemu
@@ -146,6 +146,15 @@ def test_a_stranger_names_no_other_file(tmp_path, how):
     alone = make(tmp_path / "alone", format_)
     os.chmod(alone, 0o666)
     QemuBackend(alone, format_).close()
+
+
+def test_qemu_img_is_not_waited_for_without_end(tmp_path, monkeypatch):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    path = make(tmp_path / "disk", "qcow2", "-u", "-b", str(pipe), "-F", "raw")
+    monkeypatch.setattr(qemu_img, "_PATIENCE", 0.2)
+    with pytest.raises(ImageError, match=r"disk: qemu-img has not answered for 0\.2 s"):
+        qemu_img.describe(path, "qcow2")
 
 
 def test_an_image_that_qemu_uses_already(tmp_path):
