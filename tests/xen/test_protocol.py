@@ -25,7 +25,9 @@ from xen_disk_py.blkif import (
     X86_32,
     X86_64,
     Abi,
+    Connection,
 )
+from xen_disk_py.simulated.frontend import Frontend
 
 from .disk import Disk, mapped_grants, xen_disk, xenstore_snapshot
 from .driver import Driver, drivers
@@ -375,6 +377,47 @@ def test_a_flush_with_data(
             assert image.read_bytes() == expected, disk.describe()
     assert (tmp_path / "trace").read_text().count("fdatasync(") >= 3
     frontend.disconnect()
+    assert disk.disconnect() == 0, disk.describe()
+
+
+class NumberedRing(Frontend):
+    """A driver that writes ``ring-ref0`` also where there is one page, as older ones did."""
+
+    def _keys(self, connection: Connection) -> dict[str, str]:
+        keys = super()._keys(connection)
+        return {"ring-page-order": "0", "ring-ref0": keys.pop("ring-ref"), **keys}
+
+
+def test_the_other_name_of_a_ring_of_one_page(
+    connect: Connect, driver: Driver, image: Path, dom0: Dom0
+) -> None:
+    """``ring-ref0`` instead of ``ring-ref``, which no Linux writes: by a driver of ours."""
+    disk = connect(dom0, "--path", image, "--backend", "raw", wait=False)
+    frontend = driver(disk, NumberedRing)
+    keys = published(disk)
+    assert "ring-ref" not in keys
+    assert int(keys["ring-ref0"]) > 0
+    assert frontend.read(0, MIB) == image.read_bytes()[:MIB]
+    frontend.disconnect()
+    assert disk.disconnect() == 0, disk.describe()
+
+
+def test_a_driver_that_begins_anew(
+    connect: Connect, driver: Driver, image: Path, dom0: Dom0
+) -> None:
+    """As after a crash or kexec, of which the lab's guests have none: it has not closed before."""
+    disk = connect(dom0, "--path", image, "--backend", "raw", wait=False)
+    mapped = []
+    for number in range(4):
+        begun = driver(disk)
+        data = bytes([number]) * 4096
+        begun.write(PART, data)  # one request at a time: one buffer, and the same pages each time
+        assert begun.read(PART, 4096) == data
+        mapped.append(mapped_grants(disk.pid))
+    assert mapped == [mapped[0]] * 4, "what a driver before had is still mapped"
+    assert begun.read(0, MIB) == image.read_bytes()[:MIB]
+    begun.disconnect()
+    assert mapped_grants(disk.pid) == 0
     assert disk.disconnect() == 0, disk.describe()
 
 

@@ -124,7 +124,7 @@ class Frontend(Closing):
             self._rings.append(FrontRing(pages.view, self._abi.slot_size, self._guest.fence))
             self._channels.append(self._guest.bind_unbound(domid))
             rings.append(Ring(tuple(pages.refs), self._channels[-1].port))
-        keys = Connection(tuple(rings), self._abi.name, self._persistent).to_keys()
+        keys = self._keys(Connection(tuple(rings), self._abi.name, self._persistent))
 
         def publish(transaction: Store) -> None:
             for name, value in keys.items():
@@ -139,6 +139,10 @@ class Frontend(Closing):
         self._make_buffer()  # of the others each when it is needed: most guests are small
         self._switch(State.CONNECTED)
         return self.features
+
+    def _keys(self, connection: Connection) -> dict[str, str]:
+        """Return what to publish; another kind of driver may spell it in another way."""
+        return connection.to_keys()
 
     def _make_buffer(self) -> bool:
         """Have one buffer more, unless there are as many as requests may be in flight."""
