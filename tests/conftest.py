@@ -482,6 +482,11 @@ def pytest_runtest_logreport(report):
             file.write(f"{report.nodeid} (Python {version}), {report.when}:\n{why}\n")
 
 
+def pytest_terminal_summary(terminalreporter):
+    """Say what processor time all this took, so that growth is seen."""
+    terminalreporter.write_line(long_run.note_time(sum(os.times()[:4])))
+
+
 def pytest_collection_modifyitems(config, items):
     """Have this Python run its share of the tests, where several run them."""
     chosen = long_run.of_this_python(items)

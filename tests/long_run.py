@@ -82,3 +82,16 @@ def of_this_python(tests: Sequence[pytest.Function]) -> list[bool]:
 def stride(step: int) -> tuple[int, int]:
     """Return where to begin and how far to go; by chance, others each time."""
     return (1, 1) if LONG else (random.randint(1, step), step)
+
+
+def note_time(seconds: float) -> str:
+    """Return what to say of a run's processor time; note it in the file XEN_DISK_TIMES, if any.
+
+    Args:
+        seconds: of this process and of all those that ended and were waited for.
+    """
+    version = ".".join(map(str, sys.version_info[:2]))
+    if name := os.environ.get("XEN_DISK_TIMES"):
+        with open(name, "a", encoding="utf-8") as file:
+            file.write(f"Python {version}: {seconds:.0f} s\n")
+    return f"processor time on Python {version}: {seconds:.0f} s"

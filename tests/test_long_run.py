@@ -53,3 +53,16 @@ def test_a_run_on_one_python_is_whole(of, monkeypatch):
     monkeypatch.setenv("XEN_DISK_SHARE", "1")
     monkeypatch.setattr(long_run, "LONG", True)
     assert {True} == set(of(13))
+
+
+def test_the_processor_time_of_each_python_is_noted(tmp_path, monkeypatch):
+    times = tmp_path / "times"
+    monkeypatch.setenv("XEN_DISK_TIMES", str(times))
+    for version in [(3, 9, 18), (3, 13, 0)]:
+        monkeypatch.setattr(sys, "version_info", version)
+        text = f"processor time on Python 3.{version[1]}: 50 s"
+        assert text == long_run.note_time(49.7)
+    assert ["Python 3.9: 50 s", "Python 3.13: 50 s"] == times.read_text().splitlines()
+    monkeypatch.delenv("XEN_DISK_TIMES")
+    long_run.note_time(1)
+    assert 2 == len(times.read_text().splitlines())
