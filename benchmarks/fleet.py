@@ -98,6 +98,7 @@ class _Disks:
             command = [*self._program, "fork-server"]
             self.server = ForkServer(command, os.environ, self._machine.descriptors)
             stack.callback(self.server.close)
+            self.server.wait()  # what is measured is disks, not imports
 
     def start(self) -> None:
         """Start the processes."""

@@ -190,6 +190,15 @@ class ForkServer:
                 self._has_started = "step" not in told
         return self._has_started
 
+    def wait(self) -> None:
+        """Wait until it forks.
+
+        Raises:
+            ConnectionResetError: it has ended.
+        """
+        while not self.is_ready():
+            select.select([self], [], [])
+
     def fileno(self) -> int:
         """Return a descriptor that becomes readable when a process has ended."""
         return self._socket.fileno()
@@ -210,8 +219,8 @@ class ForkServer:
         Raises:
             OSError: that is not possible; or the server has gone.
         """
-        while not self.is_lost and not self.is_ready():
-            select.select([self], [], [])
+        if not self.is_lost:
+            self.wait()
         with suppress(OSError):  # then there is no answer
             self._socket.send(json.dumps({"words": list(words)}).encode())
         answer = self._answer()
