@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from xen_disk_py.backends.loader import builtin_names
+from xen_disk_py.backends.finding import builtin_names
 from xen_disk_py.commands.arguments import build_parser, commands_of
 
 ROOT = Path(__file__).parents[1]

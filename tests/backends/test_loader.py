@@ -7,18 +7,12 @@ from pathlib import Path
 import pytest
 
 from backends.blocks import read
-from xen_disk_py.backends import Backend, loader
+from xen_disk_py.backends import Backend, finding
 from xen_disk_py.backends.cow import CowBackend
 from xen_disk_py.backends.discard import DiscardBackend
+from xen_disk_py.backends.finding import choose, is_file, user_line
 from xen_disk_py.backends.image import Image
-from xen_disk_py.backends.loader import (
-    check,
-    choose,
-    is_file,
-    open_backend,
-    parse_options,
-    user_line,
-)
+from xen_disk_py.backends.loader import check, open_backend, parse_options
 from xen_disk_py.backends.mmap import MmapBackend
 from xen_disk_py.backends.overlay.backend import OverlayBackend
 from xen_disk_py.backends.raw import RawBackend
@@ -133,12 +127,12 @@ def test_a_module_and_class():
 
 
 def test_an_entry_point(monkeypatch):
-    point = importlib.metadata.EntryPoint("memory", f"{HERE}Memory", loader.ENTRY_POINTS)
-    broken = importlib.metadata.EntryPoint("broken", "no.such:Thing", loader.ENTRY_POINTS)
+    point = importlib.metadata.EntryPoint("memory", f"{HERE}Memory", finding.ENTRY_POINTS)
+    broken = importlib.metadata.EntryPoint("broken", "no.such:Thing", finding.ENTRY_POINTS)
 
     def entry_points(**group):
         points = [point, broken]
-        return points if group else {loader.ENTRY_POINTS: points}
+        return points if group else {finding.ENTRY_POINTS: points}
 
     monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
     assert type(open_backend("memory", {})) is Memory

@@ -54,7 +54,8 @@ except ModuleNotFoundError:
 from ..errors import UsageError, XenDiskError
 from ..units import parse_size
 from . import Backend
-from .loader import QEMU_FORMATS, builtin_names, check, choose, is_file, open_backend
+from .finding import QEMU_FORMATS, builtin_names, choose, is_file
+from .loader import check, open_backend
 
 PAGE = 4096
 MOST_BUFFERS = 256

@@ -9,8 +9,8 @@ from typing import Any
 
 from ..errors import ImageError, UsageError, XenDiskError
 from . import qemu_img, qemu_locks
+from .finding import QEMU_FORMATS, choose, is_file
 from .image import Image, open_file_or_disk, reason_of
-from .loader import QEMU_FORMATS, choose, is_file
 from .locks import holders
 from .offered import offered
 from .overlay.file import OverlayFile

@@ -10,7 +10,8 @@ from typing import Any
 from ..blkif import MAX_QUEUES
 from . import Backend, sharing
 from .filter import Filter
-from .loader import QEMU_FORMATS, choose, is_file, open_backend, wrap
+from .finding import QEMU_FORMATS, choose, is_file
+from .loader import open_backend, wrap
 from .overlay.file import image_path
 from .stack import describe, filters_of
 

@@ -9,7 +9,8 @@ from typing import Any
 from ..errors import BackendError, UsageError, XenDiskError
 from . import Backend
 from .filter import Filter
-from .loader import filter_arguments, filter_options, filter_parameters, user_line
+from .finding import user_line
+from .loader import filter_arguments, filter_options, filter_parameters
 
 
 def filters_of(disk: Backend, count: int) -> list[Filter]:

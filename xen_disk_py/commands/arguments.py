@@ -12,7 +12,7 @@ import textwrap
 from typing import Any, NoReturn
 
 from .. import __version__
-from ..backends.loader import QEMU_FORMATS
+from ..backends.finding import QEMU_FORMATS
 from ..errors import UsageError
 from ..recovery.role import OPTION as ROLE
 from ..recovery.role import Role

@@ -7,7 +7,7 @@ import os
 from dataclasses import replace
 
 from ..backends import Backend
-from ..backends.loader import QEMU_FORMATS, choose
+from ..backends.finding import QEMU_FORMATS, choose
 from ..errors import UsageError
 from ..recovery.spec import DiskSpec, current_directory
 

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from ..backends.loader import builtin_names
+from ..backends.finding import builtin_names
 from ..errors import XenDiskError
 from ..exit_status import ExitStatus
 from ..text import printable

@@ -9,7 +9,8 @@ from contextlib import closing
 
 from ..backends import Backend, qemu_img
 from ..backends.exporting import Convert, Progress, export_disk
-from ..backends.loader import QEMU_FORMATS, choose, is_file, open_backend
+from ..backends.finding import QEMU_FORMATS, choose, is_file
+from ..backends.loader import open_backend
 from ..backends.overlay import maintenance
 from ..backends.overlay.file import image_path
 from ..backends.signatures import recognise

@@ -16,7 +16,7 @@ from typing import Callable, NamedTuple, Protocol
 
 from ..backends import Backend, asynchronous
 from ..backends.filter import Noting, direct, outermost
-from ..backends.loader import user_line
+from ..backends.finding import user_line
 from ..blkif import (
     DISCARD,
     EOPNOTSUPP,

@@ -37,7 +37,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Callable, NamedTuple
 
 from ..backends.asynchronous import Asynchronous
-from ..backends.loader import user_line
+from ..backends.finding import user_line
 from ..backends.queues import here
 from ..blkif import (
     ERROR,

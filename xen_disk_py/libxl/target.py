@@ -16,7 +16,7 @@ of ``connect``.
 
 from __future__ import annotations
 
-from ..backends.loader import choose, is_file
+from ..backends.finding import choose, is_file
 from ..errors import UsageError
 
 # What libxl makes of format=raw and format=vhd (libxl__device_disk_string_of_format)

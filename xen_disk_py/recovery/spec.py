@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..backends import Backend
-from ..backends.loader import check_wanted, choose, is_file, open_backend
+from ..backends.finding import choose, is_file
+from ..backends.loader import check_wanted, open_backend
 from ..datapath.disk import Disk
 from ..datapath.grants import Grants
 from ..datapath.queue import Options

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Callable
 
-from ..backends.loader import find_class
+from ..backends.finding import find_class
 from ..errors import DeviceError
 from ..exit_status import ExitStatus
 from ..host.program import own_command

@@ -17,7 +17,7 @@ import pytest
 from backends.blocks import read, write
 from xen_disk_py.backends import StorageError, qemu_img
 from xen_disk_py.backends.conformance import BackendConformance
-from xen_disk_py.backends.loader import QEMU_FORMATS
+from xen_disk_py.backends.finding import QEMU_FORMATS
 from xen_disk_py.backends.nbd import qemu
 from xen_disk_py.backends.nbd.qemu import QemuBackend
 from xen_disk_py.errors import BackendError, ImageError, UsageError

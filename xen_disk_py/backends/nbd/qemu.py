@@ -14,8 +14,8 @@ from contextlib import suppress
 
 from ...errors import BackendError, ImageError, UsageError
 from .. import qemu_img, qemu_locks, sharing
+from ..finding import QEMU_FORMATS
 from ..image import open_file_or_disk
-from ..loader import QEMU_FORMATS
 from ..overlay.trust import distrust
 from .backend import NbdBackend
 from .qcow2 import is_cut_short, names_another_file
