@@ -483,9 +483,6 @@ class TestWatches:
 
 
 class TestDomains:
-    def test_have_a_path(self, store):
-        assert "/local/domain/7" == store.domain_path(7)
-
     def test_are_introduced_or_not(self, store):
         assert store.is_introduced(0)
         assert not store.is_introduced(32000)

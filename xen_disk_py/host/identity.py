@@ -122,10 +122,20 @@ def is_known(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     )
 
 
+def boot_id() -> str:
+    """Return what is another text each time that the host is started (random(4)).
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return file.read().strip()
+
+
 @cache
 def _boot() -> str:
-    with suppress(OSError), open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-        return file.read().strip()
+    with suppress(OSError):
+        return boot_id()
     return ""
 
 

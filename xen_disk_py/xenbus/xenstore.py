@@ -266,11 +266,6 @@ class Store(Closing):
 
     # -- domains -----------------------------------------------------------------------
 
-    def domain_path(self, domid: int) -> str:
-        """Return ``/local/domain/<domid>``, whether there is such a domain or not."""
-        what = f"cannot find the path of domain {domid}"
-        return _text(self._ask(what, self._client.get_domain_path, domid))
-
     def is_introduced(self, domid: int) -> bool:
         """Tell whether xenstore knows the domain: it was started and is not gone."""
         what = f"cannot look for domain {domid}"

@@ -18,11 +18,11 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Callable, Optional
 from zlib import crc32
 
 from ...errors import ImageError, UsageError
+from ...host.identity import boot_id
 from ...trace.batch import BatchNotes
 from ...trace.claims import Claims
 from ...trace.format import (
@@ -498,5 +498,5 @@ def samples_of(source: Backend) -> Iterator[tuple[int, int]]:
 
 def _boot() -> str:
     with suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return boot_id()
     return ""

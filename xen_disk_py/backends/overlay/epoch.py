@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from ...host.identity import boot_id
 from ...host.mounts import mount_of, superblock_of
 from ..image import file_system
 
@@ -38,9 +39,3 @@ class Epoch(NamedTuple):
             (self.mount is not None and self.mount == now.mount)
             or (self.superblock is not None and self.superblock == now.superblock)
         )
-
-
-def boot_id() -> str:
-    """Return what is another text each time that the host is started (random(4))."""
-    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-        return file.read().strip()

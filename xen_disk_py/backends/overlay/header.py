@@ -15,11 +15,11 @@ import zlib
 from dataclasses import asdict, dataclass, replace
 
 from ...errors import ImageError
-from ...host.identity import Identity, difference, identity_of_descriptor, is_known
+from ...host.identity import Identity, boot_id, difference, identity_of_descriptor, is_known
 from ...text import printable
 from ..image import Image
 from ..signatures import OVERLAY
-from .epoch import Epoch, boot_id
+from .epoch import Epoch
 
 BLOCK = 4096
 COPY = 2048
