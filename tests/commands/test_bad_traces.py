@@ -13,6 +13,7 @@ from recorded import SIZE, flush, header, make, stopped, write
 from xen_disk_py.cli import main
 from xen_disk_py.commands.environment import Environment
 from xen_disk_py.exit_status import ExitStatus
+from xen_disk_py.trace.writer import TraceWriter
 
 RECORDS = [write(0, 1, 0, b"a" * 1024), flush(2, 3), write(4, 5, 4096, b"b" * 512), stopped(9)]
 
@@ -91,11 +92,51 @@ def test_a_replay_of_what_is_left_has_not_passed(run):
     assert "what was recorded later is not read" in err
 
 
+@pytest.mark.parametrize("name", ["rewind", "overlay", "crashtest", "export"])
+def test_an_image_that_is_not_there(run, tmp_path, name):
+    """Nobody is told to make an empty one."""
+    (tmp_path / "base.raw").unlink()
+    status, out, err = run(name)
+    assert (ExitStatus.ERROR, "", ["t.xdt"]) == (status, out, os.listdir(tmp_path))
+    assert "no such file: name the image as it was when t.xdt was begun (--base" in err
+
+
+@pytest.mark.parametrize("name", ["trace", "plot"])
+def test_what_is_left_is_shown_and_that_it_is_not_all(run, tmp_path, name, monkeypatch):
+    monkeypatch.setitem(COMMANDS, "plot", ["plot", "t.xdt"])
+    with TraceWriter.create("two.xdt", header(tmp_path / "base.raw")) as writer:
+        writer.append(RECORDS[:2])
+        writer.append(RECORDS[2:])
+    os.rename("two.xdt", "t.xdt")
+    status, out, err = run(name, lambda data: data[:-1])
+    assert (ExitStatus.ERROR, True) == (status, bool(out))
+    assert "what was recorded later is not read" in err
+
+
+@pytest.mark.parametrize("name", ["rewind", "overlay", "crashtest", "export"])
+def test_what_is_left_is_used_and_that_it_is_not_all_is_said(run, name):
+    status, _, err = run(name, lambda data: data[:-1])
+    assert ExitStatus.OK == status
+    assert "what was recorded later is not read" in err
+
+
 @pytest.mark.parametrize("name", ["rewind", "overlay", "export"])
+def test_a_moment_that_is_cut_off(refused, monkeypatch, name):
+    later = [word.replace("end", "flush:1") for word in COMMANDS[name]]
+    monkeypatch.setitem(COMMANDS, name, later)
+    assert "ends before that moment" in refused(name, lambda data: data[:4200])
+
+
+@pytest.mark.parametrize("name", ["plot", "rewind", "overlay", "crashtest", "export"])
 def test_no_space(refused, monkeypatch, name):
+    if name == "plot":
+        pytest.importorskip("matplotlib", reason="needs matplotlib")
+
     def full(*_arguments):
         raise OSError(28, os.strerror(28))
 
+    real = os.write
+    monkeypatch.setattr(os, "write", lambda fd, data: full() if fd > 2 else real(fd, data))
     monkeypatch.setattr(os, "pwritev", full)
     monkeypatch.setattr(os, "pwrite", full)
     monkeypatch.setattr(os, "copy_file_range", full, raising=False)

@@ -13,6 +13,7 @@ from ..trace.moment import Moment, check_base, check_usable, rewind
 from ..trace.powercut import ZEROS
 from ..trace.reader import TraceReader
 from . import Backend
+from .filter import Filter
 from .image import Image
 from .overlay.trust import require_trusted
 from .sharing import Storage, storage_of
@@ -129,6 +130,11 @@ def open_base(trace: TraceReader, path: str | None) -> Image:
             f"{printable(trace.path)}: names no image: give the one that the disk was when "
             "recording began"
         )
+    if not os.path.lexists(path):
+        raise ImageError(
+            f"{printable(path)}: no such file: name the image as it was when "
+            f"{printable(trace.path)} was begun (--base, or --option base=)"
+        )
     image = Image.open(path, writable=False, sector_size=header.sector_size)
     try:
         check_base(header, image.fd, image.size, path, trace.path)
@@ -136,6 +142,13 @@ def open_base(trace: TraceReader, path: str | None) -> Image:
         image.close()
         raise
     return image
+
+
+def notes_of(disk: Backend) -> Sequence[str]:
+    """Return lines for a person of such a disk, also below filters: that its trace was cut, say."""
+    while isinstance(disk, Filter):
+        disk = disk.source
+    return disk.found.notes if isinstance(disk, AtBackend) else ()
 
 
 def check_stays(trace: TraceReader) -> None:

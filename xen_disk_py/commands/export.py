@@ -8,6 +8,7 @@ import os
 from contextlib import closing
 
 from ..backends import Backend, qemu_img
+from ..backends.at import notes_of
 from ..backends.exporting import Convert, Progress, export_disk
 from ..backends.finding import QEMU_FORMATS, choose, is_file
 from ..backends.loader import open_backend
@@ -36,6 +37,8 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
             if _is_image(args.overlay) and args.format is None and not is_vhd(args.overlay):
                 _refuse_other_formats(args.overlay)
             with closing(_open(args)) as disk:
+                for note in notes_of(disk):
+                    env.tell(note)
                 if is_file(args.overlay):
                     check(args.overlay, False)
                 size = export_disk(

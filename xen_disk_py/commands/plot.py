@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ..backends.newfile import NewFile
+from ..backends.newfile import NewFile, why
 from ..errors import ImageError, UsageError, XenUnavailable
 from ..exit_status import ExitStatus
 from ..text import printable
@@ -87,7 +87,7 @@ def _write(path: str, content: bytes, *, force: bool) -> None:
     except FileExistsError:
         raise ImageError(f"{path}: exists: give another name, or --force") from None
     except OSError as error:
-        raise ImageError(f"{path}: {error.strerror}") from error
+        raise ImageError(f"{path}: {why(error, path)}; nothing was changed") from error
 
 
 # -- with matplotlib ---------------------------------------------------------------------------
