@@ -65,6 +65,10 @@ with contextlib.suppress(ImportError):  # dom0 of the lab has none
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
+# A guest, a queue and a test are threads of one process that wait for each other: with the usual
+# 5 ms whoever polls keeps the rest waiting, and the tests take a sixth longer.
+sys.setswitchinterval(0.5e-3)
+
 DOMID = 5
 PATIENCE = 30.0  # seconds for what must happen to happen
 
@@ -430,6 +434,15 @@ def one_parser():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(arguments, "build_parser", functools.cache(arguments.build_parser))
         yield
+
+
+@pytest.fixture
+def switch_often():
+    """Have threads that race take turns all the time: more orders of things, in less time."""
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(50e-6)
+    yield
+    sys.setswitchinterval(usual)
 
 
 @pytest.fixture

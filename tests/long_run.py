@@ -22,7 +22,8 @@ SHARED = {
     *("backends", "commands", "crashtest", "host", "hostile", "libxl"),
     *("recovery", "reliability", "simulated", "trace", "xenbus"),
     *("test_benchmarks.py", "test_blkif.py", "test_docs.py", "test_json_page.py"),
-    *("test_layers.py", "test_words.py"),
+    *("test_lab_bootstrap.py", "test_lab_peer.py", "test_lab_progress.py"),
+    *("test_layers.py", "test_nbdkit_plugin.py", "test_words.py"),
 }
 _RUNS_ALL = 11  # Python 3.11
 _SHARE = 4

@@ -22,6 +22,8 @@ from xen_disk_py.recovery.record import find
 from xen_disk_py.simulated.frontend import RequestFailed
 from xen_disk_py.xenbus.states import Address, State
 
+pytestmark = pytest.mark.shared  # of forks and signals more than of Python
+
 ADDRESS = Address(0, 5, 51728, "vbd3")
 PAGE = 4096
 QUEUES = ("--vdev=xvdb", "--queues=2", "--queues-in=processes")

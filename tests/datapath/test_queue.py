@@ -1132,7 +1132,7 @@ def test_a_producer_index_out_of_bounds(host, caplog, start, ahead):
     assert line.queue.stop(PATIENCE)
 
 
-def test_segments_that_change_while_they_are_read(host):
+def test_segments_that_change_while_they_are_read(host, switch_often):
     """XSA-155: what is decided upon is a private copy."""
     backend = host.memory(SIZE)
     line = host.line(backend)

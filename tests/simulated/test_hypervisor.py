@@ -204,7 +204,9 @@ class TestRevoking:
         mapping.close()
         guest.close()
 
-    def test_a_page_is_never_mapped_after_its_revocation_succeeded(self, backend, guest):
+    def test_a_page_is_never_mapped_after_its_revocation_succeeded(
+        self, backend, guest, switch_often
+    ):
         stop = threading.Event()
         held = []  # not empty: surely mapped
         outcomes = set()
