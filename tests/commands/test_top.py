@@ -19,7 +19,7 @@ from xen_disk_py.commands import rates as rates_module
 from xen_disk_py.commands import top
 from xen_disk_py.commands.arguments import build_parser, commands_of
 from xen_disk_py.commands.rates import SORTS, in_order, rates
-from xen_disk_py.commands.top_table import COLUMNS, drawing, fitting
+from xen_disk_py.commands.top_table import COLUMNS, DEAD, drawing, fitting
 from xen_disk_py.datapath.latency import Latency, bucket_of
 from xen_disk_py.datapath.statistics import BYTES_READ, ERRORS, READS, REQUESTS
 from xen_disk_py.exit_status import ExitStatus
@@ -263,6 +263,29 @@ def test_on_a_terminal_keys_sort_and_end_it(host, served, drawn):
     assert ["other", "guest"] == names[1]  # by errors
     assert "MEMORY" not in screens[0][2]
     assert "ERRORS" in screens[0][2]
+
+
+def test_disks_for_which_there_is_no_room_are_counted(host, served, drawn):
+    for domid in range(5, 13):
+        served(domid=domid, domain=f"guest{domid}")
+    (screen,) = Terminal(80, b"q").run(host.environment(), "--interval=1000")
+    assert 10 == len(screen)
+    assert ["guest10", "guest11", "guest12", "guest5"] == [line.split()[0] for line in screen[3:7]]
+    assert "4 more: sort, or make the terminal larger" == screen[7].rstrip()
+
+
+def test_a_name_is_shortened_where_there_is_no_room(host, served, drawn):
+    served(domain="a guest of a long name")
+    (screen,) = Terminal(36, b"q").run(host.environment(), "--interval=1000")
+    assert all(len(line.rstrip()) < 36 for line in screen)
+    assert "a guest" in screen[3]
+    assert "…" in screen[3]
+
+
+def test_that_a_process_has_died_is_shown_on_a_narrow_terminal():
+    cells = [COLUMNS, ("guest", "xvdb", DEAD, *["0"] * 9)]
+    for sort in range(len(COLUMNS)):
+        assert 2 in fitting(cells, sort, 30)
 
 
 def test_what_does_not_fit_is_left_out_but_not_what_disks_are_sorted_by():

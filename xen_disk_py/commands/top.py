@@ -23,7 +23,7 @@ from ..units import format_size
 from .environment import Environment
 from .rates import in_order, is_of, rates
 from .signals import interruptible
-from .top_table import COLUMNS, Draw, drawing, fitting, plainly
+from .top_table import COLUMNS, DEAD, Draw, drawing, fitting, narrowed, plainly, shortened
 
 _SORT_KEYS = {
     "g": "guest",
@@ -39,7 +39,8 @@ _HELP = (
     "q quit, space now; sort: < >, or g guest, i IOPS, m MB/s, l p99, d depth, f in flight, "
     "e errors, M memory"
 )
-_ENTER, _LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"  # another screen, no cursor
+# another screen, no cursor, and what is too long is cut, not wrapped
+_ENTER, _LEAVE = "\x1b[?1049h\x1b[?25l\x1b[?7l", "\x1b[?7h\x1b[?25h\x1b[?1049l"
 _NAME = 20  # columns of a guest's name at most
 _SORTED = {
     "guest": "GUEST",
@@ -172,8 +173,12 @@ def _draw(stdout: TextIO, rows: list[dict[str, Any]], sort: int, draw: Draw) -> 
     most = max(1, width - 1)
     cells = [COLUMNS, *map(_cells, rows)]
     kept = fitting(cells, sort, most)
-    table = draw(cells, rows, kept, sort)
-    shown = [_summary(rows)[:most], "", *table[: max(1, height - 4)], "", _HELP[:most]]
+    table = draw(narrowed(cells, kept, most), rows, kept, sort)
+    space = max(2, height - 4)
+    if len(table) > space:
+        hidden = len(table) - space + 1
+        table[space - 1 :] = [f"{hidden} more: sort, or make the terminal larger"[:most]]
+    shown = [_summary(rows)[:most], "", *table, "", _HELP[:most]]
     text = "\r\n".join(f"{line}\x1b[K" for line in shown[: max(1, height)])
     encoding = stdout.encoding or "utf-8"
     text = text.encode(encoding, "replace").decode(encoding)
@@ -198,9 +203,9 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     name = printable(row["domain"] or str(row["domid"]))  # whatever the guest is called
     return (
-        name if len(name) <= _NAME else f"{name[: _NAME - 1]}…",
+        shortened(name, _NAME),
         printable(row["vdev"]),
-        printable(row["backend"] or "-") if row["alive"] else "(dead)",
+        printable(row["backend"] or "-") if row["alive"] else DEAD,
         f"{row['iops']:.0f}",
         f"{row['bytes_per_second'] / 1e6:.1f}",
         *(_time(row[f"latency_{name}"]) for name in ("p50", "p99", "max")),

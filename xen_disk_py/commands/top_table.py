@@ -14,7 +14,9 @@ COLUMNS = (
     *("DEPTH", "FLIGHT", "ERRORS", "MEMORY"),
 )
 TEXT = 3  # columns that are text
-_ERRORS = COLUMNS.index("ERRORS")
+DEAD = "(dead)"
+"""Stands in the place of the backend: the process that serves the disk has died."""
+_ERRORS, _BACKEND = COLUMNS.index("ERRORS"), COLUMNS.index("BACKEND")
 _SPARED = ("MEMORY", "max", "p50", "FLIGHT", "DEPTH", "MB/s", "BACKEND", "ERRORS", "p99")
 _GAP = 2  # columns of the terminal between two
 
@@ -34,12 +36,28 @@ def fitting(cells: Cells, sort: int, width: int) -> list[int]:
     """
     widths = [max(map(len, column)) for column in zip(*cells)]
     kept = list(range(len(COLUMNS)))
+    needed = {sort, _BACKEND} if DEAD in [row[_BACKEND] for row in cells] else {sort}
     for name in _SPARED:
         if sum(widths[each] + _GAP for each in kept) - _GAP <= width:
             break
-        if COLUMNS.index(name) != sort:
+        if COLUMNS.index(name) not in needed:
             kept.remove(COLUMNS.index(name))
     return kept
+
+
+def narrowed(cells: Cells, kept: Sequence[int], width: int) -> Cells:
+    """Shorten the guests' names, if the columns that are shown have no room otherwise."""
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    excess = sum(widths[each] + _GAP for each in kept) - _GAP - width
+    if excess <= 0:
+        return cells
+    room = max(len(COLUMNS[0]), widths[0] - excess)
+    return [(shortened(row[0], room), *row[1:]) for row in cells]
+
+
+def shortened(name: str, most: int) -> str:
+    """Return so much of a name as fits in ``most`` columns of a terminal."""
+    return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
 def plainly(
