@@ -18,6 +18,7 @@ import json
 import mmap
 import os
 import random
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -214,6 +215,83 @@ def check_commit(top: Path, noted: list[tuple[str, int]], kind: str) -> None:
     assert copy.read_bytes() == after, "not the new content"
 
 
+MADE = {  # how our program makes each image, in this order
+    "empty.vhd": ("create", "empty.vhd", "--size", str(_IMAGE)),
+    "child.vhd": ("create", "child.vhd", "--parent", "image.raw", "--parent-format", "raw"),
+    "copy.raw": ("export", "--format", "raw", "image.raw", "copy.raw"),
+    "copy.vhd": ("export", "--format", "raw", "--output-format", "vhd", "image.raw", "copy.vhd"),
+    "copy.qcow2": (
+        *("export", "--format", "raw", "--output-format", "qcow2"),
+        *("image.raw", "copy.qcow2"),
+    ),
+    "again.raw": ("export", "--format", "vhd", "--force", "child.vhd", "again.raw"),
+}
+QEMU_IMG = shutil.which("qemu-img")
+
+
+def load_make(top: Path, note: Notes) -> None:
+    """Make images of all kinds; the last in the place of another."""
+    os.chdir(top)
+    before, after = _contents()
+    Path("image.raw").write_bytes(after)
+    Path("again.raw").write_bytes(before)
+    for name in ("image.raw", "again.raw", "."):
+        _sync(Path(name))
+    note("given", 0)
+    for number, (name, words) in enumerate(MADE.items()):
+        if name.endswith(".qcow2") and QEMU_IMG is None:
+            continue
+        _ours(*words)
+        note(name, number)
+    os.chdir("/")
+
+
+def check_make(top: Path, noted: list[tuple[str, int]]) -> None:
+    """See that each is whole if it is there, and that it is there once it was made."""
+    told = [what for what, _ in noted]
+    if "given" not in told:
+        return
+    before, after = _contents()
+    for name in MADE:
+        path = top / name
+        if not path.exists():
+            assert name not in told, f"{name} was made and is not there"
+            continue
+        content = _content_of(path)
+        if name == "again.raw" and name not in told:
+            assert content in (before, after), f"{name} is neither the old one nor the new one"
+        else:
+            assert content == (bytes(_IMAGE) if name == "empty.vhd" else after), name
+
+
+def _content_of(path: Path) -> bytes:
+    """Read an image; other programs find nothing wrong with it."""
+    if path.suffix == ".raw":
+        return path.read_bytes()
+    if path.suffix == ".vhd":
+        from xen_disk_py.backends.vhd import VhdBackend
+        from xen_disk_py.backends.vhd.check import check
+
+        assert not [each for each in check(str(path)) if each.is_error], path.name
+        page = memoryview(bytearray(_IMAGE))
+        with closing(VhdBackend(str(path), read_only=True)) as disk:
+            done = 0
+            while done < _IMAGE:
+                done += disk.read([page[done:]], done)
+        if path.name == "child.vhd" or QEMU_IMG is None:  # QEMU knows no VHD with a parent
+            return bytes(page)
+    form = "qcow2" if path.suffix == ".qcow2" else "vpc"
+    with tempfile.NamedTemporaryFile() as raw:
+        assert QEMU_IMG is not None
+        if form == "qcow2":
+            subprocess.run([QEMU_IMG, "check", "-q", "-f", form, path], check=True)
+        words = ("convert", "-U", "-f", form, "-O", "raw", path, raw.name)
+        subprocess.run([QEMU_IMG, *words], check=True)
+        found = raw.read()[:_IMAGE]
+    assert path.suffix == ".qcow2" or found == bytes(page), path.name
+    return found
+
+
 def start_anew() -> None:
     """Have the host look as if it had been started once more; in a namespace of its own."""
     other = tempfile.NamedTemporaryFile("w", delete=False)  # noqa: SIM115
@@ -225,11 +303,16 @@ def start_anew() -> None:
 
 
 def load(kind: str, directory: str, path: str, device: str, offset: str) -> None:
-    """Do a load of a kind: ``files``, ``sqlite JOURNAL SYNCHRONOUS`` or ``commit FORMAT``."""
+    """Do a load: ``files``, ``sqlite JOURNAL SYNCHRONOUS``, ``commit FORMAT``, or ``make``."""
     note = Notes(path, device, int(offset))
     name, *options = kind.split()
-    does = {"files": load_files, "sqlite": load_sqlite, "commit": load_commit}[name]
-    does(Path(directory), note, *options)
+    loads = {
+        "files": load_files,
+        "sqlite": load_sqlite,
+        "commit": load_commit,
+        "make": load_make,
+    }
+    loads[name](Path(directory), note, *options)
 
 
 def check(kind: str, image: str, path: str) -> None:
@@ -250,6 +333,8 @@ def check(kind: str, image: str, path: str) -> None:
                 check_files(Path(directory), noted, begun)
             elif name == "sqlite":
                 check_sqlite(Path(directory), noted)
+            elif name == "make":
+                check_make(Path(directory), noted)
             else:
                 start_anew()
                 check_commit(Path(directory), noted, *options)

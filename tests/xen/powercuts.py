@@ -92,7 +92,7 @@ class Recorded:
         Where a fault is to be found, the least that shows it does so again.
         """
         since: tuple[str, ...] = ()
-        if self.case.kind.startswith("commit"):  # what came before has tests of its own
+        if self.case.kind.startswith(("commit", "make")):  # what came before has tests of its own
             made, *_ = json.loads(self.notes.read_text().splitlines()[0])
             since = ("--from", f"flush:{made}")
         most = str(min(limit, 200))  # in the lab a check takes some 20 seconds

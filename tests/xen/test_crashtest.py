@@ -107,6 +107,8 @@ CASES = [
     # The storage of our own files: the next commit finishes the first.
     Case("ext4", "commit overlay"),
     Case("ext4", "commit vhd"),
+    # What our program makes is whole when it has its name.
+    Case("ext4", "make"),
 ]
 
 
@@ -116,7 +118,7 @@ def test_all_states_are_good_or_the_fault_is_found(
     case: Case, request: pytest.FixtureRequest, connect: Connect, tmp_path: Path
 ) -> None:
     recording = Recording(tmp_path, case)
-    is_ours = case.kind.startswith("commit")
+    is_ours = case.kind.startswith(("commit", "make"))
     recording.run(request.getfixturevalue("dom0" if is_ours else "guest"), connect)
     states = request.config.getoption("--states", 12)
     if not states:
