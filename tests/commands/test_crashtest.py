@@ -357,6 +357,21 @@ def test_a_check_reads_nothing_and_has_no_more_files_than_it_is_given(crashtest)
     assert (ExitStatus.OK, True) == (status, out.startswith("1 states tried"))
 
 
+def test_one_that_begins_as_another_sweeps_has_a_directory(directory, monkeypatch):
+    real, sweeps = search.fcntl.flock, [search._sweep]
+
+    def flock(fd, operation):
+        if sweeps:
+            sweeps.pop()(str(directory))
+        real(fd, operation)
+
+    monkeypatch.setattr(search.fcntl, "flock", flock)
+    with search.temporary(str(directory)) as (path, _):
+        assert [] == sweeps
+        assert os.path.isdir(path)
+    assert [] == os.listdir(directory)
+
+
 def test_what_one_that_was_killed_has_left_goes_with_the_next(crashtest, directory):
     child = os.fork()
     if not child:

@@ -148,11 +148,9 @@ def temporary(directory: str | None) -> Iterator[tuple[str, list[str]]]:
     """
     directory = tempfile.gettempdir() if directory is None else directory
     _sweep(directory)
-    path = tempfile.mkdtemp(prefix=_PREFIX, dir=directory)
+    path, lock = _make_locked(directory)
     kept: list[str] = []
-    lock = os.open(os.path.join(path, _LOCK), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
         yield path, kept
     finally:
         for name in os.listdir(path) if kept else ():
@@ -161,6 +159,18 @@ def temporary(directory: str | None) -> Iterator[tuple[str, list[str]]]:
         if not kept:
             shutil.rmtree(path, ignore_errors=True)
         os.close(lock)
+
+
+def _make_locked(directory: str) -> tuple[str, int]:
+    """Make a directory with a file that is locked; return its path, and that file's descriptor."""
+    while True:
+        path = tempfile.mkdtemp(prefix=_PREFIX, dir=directory)
+        name = os.path.join(path, _LOCK)
+        lock = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if os.path.exists(name):
+            return path, lock
+        os.close(lock)  # another one, who sweeps, found it before it was locked
 
 
 def _sweep(directory: str) -> None:
