@@ -1,7 +1,8 @@
 """``python -m benchmarks.queues``: what queues in processes of their own are worth.
 
-First, ``connect --queues-in processes`` as it is, next to threads and to a single queue: a process
-sends to all rings, 32 requests of 4 KiB on each, and needs some of the processors itself.
+First, ``connect --queues-in processes`` as it is, next to one thread for all queues and to a single
+queue: a process sends to all rings, 32 requests of 4 KiB on each, and needs some of the processors
+itself.
 
 Then what they could be worth at most. One image, opened once; each process, a fork, has a ring and
 a frontend of its own and calls the queue's loop by hand, as :mod:`.loop` does. No process is woken
@@ -42,7 +43,7 @@ SERVED = "served queues"
 ONE = "1 queue"
 WAYS = {
     ONE: (1, ()),
-    "4 threads": (4, ("--queues", "4")),
+    "4 in one thread": (4, ("--queues", "4")),
     "2 processes": (2, ("--queues", "2", "--queues-in", "processes")),
     "4 processes": (4, ("--queues", "4", "--queues-in", "processes")),
 }
@@ -126,7 +127,7 @@ def tell(results: Results, table: str, workload: str, base: str) -> None:
     for contender, series in results.tables[table][workload].items():
         ratio = results.ratio(table, workload, RATE, contender, base)
         rate, cpu = median(series[RATE]), median(series[CPU])
-        print(f"{workload}: {contender:11} {rate:10,.0f}/s {cpu * 1e6:6.2f} µs  x {ratio}")
+        print(f"{workload}: {contender:15} {rate:10,.0f}/s {cpu * 1e6:6.2f} µs  x {ratio}")
 
 
 def threads_at_once(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import itertools
 import math
 import os
@@ -1056,15 +1057,16 @@ class CutShortError(BaseException):
     """What a signal's handler may raise anywhere."""
 
 
-@pytest.mark.parametrize("where", ["_ended.wait", "_thread.join"])
+@pytest.mark.parametrize("where", ["_ended.wait", "_thread.thread.join"])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_stop_that_is_cut_short(host, monkeypatch, where, when):
     """It can be done again from wherever it was."""
     line = host.line(host.memory(SIZE), persistent=True)
     pages = host.share()
     line.ask(one(1, READ, 0, pages.refs[0]))
-    part, name = where.split(".")
-    done = getattr(getattr(line.queue, part), name)
+    *path, name = where.split(".")
+    part = functools.reduce(getattr, path, line.queue)
+    done = getattr(part, name)
 
     def interrupted(*args):
         if when == "after":
@@ -1072,7 +1074,7 @@ def test_a_stop_that_is_cut_short(host, monkeypatch, where, when):
         monkeypatch.undo()
         raise CutShortError
 
-    monkeypatch.setattr(getattr(line.queue, part), name, interrupted)
+    monkeypatch.setattr(part, name, interrupted)
     with pytest.raises(CutShortError):
         line.queue.stop()
     assert line.queue.stop(PATIENCE)
@@ -1081,7 +1083,7 @@ def test_a_stop_that_is_cut_short(host, monkeypatch, where, when):
 
 def test_everything_is_unmapped_where_no_signal_is_handled(host, monkeypatch):
     line = host.line(host.memory(SIZE), persistent=True)
-    threads = []
+    thread, threads = line.queue._thread.thread, []
     for part in (line.queue._pages, line.queue._ring, line.queue._channel):
         done = part.close
 
@@ -1091,7 +1093,7 @@ def test_everything_is_unmapped_where_no_signal_is_handled(host, monkeypatch):
 
         monkeypatch.setattr(part, "close", close)
     assert line.queue.stop(PATIENCE)
-    assert [line.queue._thread] * 3 == threads
+    assert [thread] * 3 == threads
 
 
 # -- guests that misbehave -----------------------------------------------------------------
@@ -1124,7 +1126,7 @@ def test_a_producer_index_out_of_bounds(host, caplog, start, ahead):
         indices[0] = start + 32 + ahead & 2**32 - 1
         line.channel.notify()
         host.until(lambda: "not served any longer" in caplog.text)
-        host.until(lambda: not line.queue._thread.is_alive())  # it costs nothing now
+        host.until(line.queue._ended.is_set)  # it costs nothing now
         line.channel.notify()
         assert indices[2] == start + 32 & 2**32 - 1
     assert calls == len(backend.calls)
@@ -1249,7 +1251,7 @@ def flood(host, monkeypatch):
         return not select.select([line.queue._channel.fileno()], [], [], 0)[0]
 
     host.until(quiet)
-    line.queue._idle.spurious = 0  # the request may have been found before its event
+    line.queue.wakeups.spurious = 0  # the request may have been found before its event
 
     def rage(events=idle._FLOOD):
         for _ in range(events):
@@ -1852,9 +1854,9 @@ def test_where_the_guest_is_quick_the_thread_busy_polls(
     busy_poll()
     sleep, sleeps = idler.sleep, []
 
-    def sleeping(milliseconds):
+    def sleeping(milliseconds, **options):
         sleeps.append(idler._pace.is_quick)  # an event that came late may end it at once
-        sleep(milliseconds)
+        sleep(milliseconds, **options)
 
     monkeypatch.setattr(idler, "sleep", sleeping)
     for id_ in range(50):
@@ -1896,7 +1898,7 @@ def test_the_frontend_is_notified_only_if_it_asks(host):
     assert [1, 2, 3] == [answer.id for answer in line.responses(3)]
 
 
-@pytest.mark.parametrize("wrong", ["ring", "channel", "first pipe", "second pipe"])
+@pytest.mark.parametrize("wrong", ["ring", "channel", "pipe"])
 def test_a_queue_that_cannot_be_made(host, monkeypatch, wrong):
     """Nothing of it is left."""
     pages, channel = host.share(2), host.guest.bind_unbound(0)
@@ -1908,13 +1910,9 @@ def test_a_queue_that_cannot_be_made(host, monkeypatch, wrong):
         port = 9999
     else:
         error = OSError
-        pipe, left = os.pipe2, [0] if wrong == "first pipe" else [1]
 
         def full(flags):
-            if not left[0]:
-                raise OSError(errno.EMFILE, "too many")
-            left[0] -= 1
-            return pipe(flags)
+            raise OSError(errno.EMFILE, "too many")
 
         monkeypatch.setattr(os, "pipe2", full)
     with pytest.raises(error):
@@ -2139,18 +2137,17 @@ def test_a_barrier_queued_for_retry_sleeps_though_it_is_asked_to_drain(host, mon
     polls = []
 
     class Poll:
-        def __init__(self):
-            self._poll = poll()
-            self.register = self._poll.register
-
         def poll(self, timeout=None):
             polls.append(timeout)
-            return self._poll.poll(timeout)
+            return sleeper.poll(timeout)
 
-    poll = select.poll
+        def __getattr__(self, name):
+            return getattr(sleeper, name)
+
     backend = Ailing(threads, "flush")
     line = host.line(Disk(backend, holds=True))
-    monkeypatch.setattr(queue_module.select, "poll", Poll)
+    sleeper = line.queue._idle._sleeper
+    monkeypatch.setattr(line.queue._idle, "_sleeper", Poll())
     line.put(flush(0, WRITE_BARRIER))
     line.kick()
     host.until(lambda: counted(line, "held") == (1,))
@@ -3058,16 +3055,16 @@ def test_known_requests_that_a_broken_backend_has_are_answered_with_errors(known
 def test_who_asks_while_another_is_answered_leaves_nothing_that_wakes_it_again_and_again(
     host, monkeypatch
 ):
-    queue = host.line(host.memory()).queue
+    thread = host.line(host.memory()).queue._thread
     read, asked = os.read, []
 
     def read_and_be_asked(fd, count):
         found = read(fd, count)
-        if fd == queue._wake_read and not asked:
+        if fd == thread._wake_read and not asked:
             asked.append(True)
-            queue._ask()
+            thread.wake()
         return found
 
     monkeypatch.setattr(os, "read", read_and_be_asked)
-    queue._ask()
-    host.until(lambda: asked and not select.select([queue._wake_read], [], [], 0)[0])
+    thread.wake()
+    host.until(lambda: asked and not select.select([thread._wake_read], [], [], 0)[0])

@@ -189,7 +189,7 @@ class Wire:
 
     def cpu(self):
         """Return the seconds of processor time that the queue's thread has had."""
-        return time.clock_gettime(time.pthread_getcpuclockid(self.queue._thread.ident))
+        return time.clock_gettime(time.pthread_getcpuclockid(self.queue._thread.thread.ident))
 
     def close(self):
         assert self.queue.stop(PATIENCE), "the queue does not stop"

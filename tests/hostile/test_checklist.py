@@ -81,7 +81,7 @@ def test_cve_2010_4247_a_producer_index_that_overflows(host, wire, caplog, order
         indices[0] = answered + slots + beyond & 0xFFFF_FFFF
         attacked.channel.notify()
         until(lambda: "not served any longer" in caplog.text)
-        until(lambda: not attacked.queue._thread.is_alive())
+        until(attacked.queue._ended.is_set)
         assert answered == indices[2]
     assert calls == len(disk.backend.calls)
     for line in (sibling, other):
@@ -106,7 +106,7 @@ def test_a_ring_that_the_guest_has_overwritten_with_data(host, wire, persistent,
     until(lambda: line.disk.statistics.as_dict()["requests"] >= 4)
     line.channel.notify()
     if not first:  # the indices, too: that is more requests than there can be
-        until(lambda: not line.queue._thread.is_alive())
+        until(line.queue._ended.is_set)
     assert line.queue.stop(5)
     assert [(2, READ, OKAY)] == other.ask(direct(X86_64, READ, 2, 0, [(ref, 0, 7)]))
     assert not line.failures

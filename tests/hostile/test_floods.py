@@ -111,7 +111,7 @@ def test_xsa_332_events_after_the_ring_is_dead_cost_nothing(host, wire, caplog):
         indices[0] = 1000
     line.channel.notify()
     until(lambda: "not served any longer" in caplog.text)
-    until(lambda: not line.queue._thread.is_alive())
+    until(line.queue._ended.is_set)
     for _ in range(10_000):
         line.channel.notify()
     assert line.queue.stop(PATIENCE)

@@ -21,11 +21,12 @@ import select
 import signal
 import struct
 import sys
+import threading
 
 from xen_disk_py import ring
 from xen_disk_py.backends import Backend
 from xen_disk_py.blkif import X86_32, X86_64, Ring, decode_response
-from xen_disk_py.datapath import double_buffer, grants, journal, queue
+from xen_disk_py.datapath import double_buffer, grants, journal, queue, queue_thread
 from xen_disk_py.datapath.disk import Disk
 from xen_disk_py.datapath.grants import Grants
 from xen_disk_py.datapath.journal import SIZE, Journal
@@ -36,7 +37,9 @@ from xen_disk_py.simulated.hypervisor import SimulatedGuest, SimulatedHypervisor
 DOMID = 5
 PAGE = 4096
 READ, WRITE, BARRIER, FLUSH, DISCARD, INDIRECT = 0, 1, 2, 3, 5, 6
-TRACED = {module.__file__ for module in (queue, ring, journal, double_buffer, grants)} | {__file__}
+TRACED = {
+    module.__file__ for module in (queue, queue_thread, ring, journal, double_buffer, grants)
+} | {__file__}
 PATIENCE = 60.0  # seconds; a busy machine may stop a backend for many
 
 
@@ -184,7 +187,11 @@ class Frontend:
             statistics=disk.statistics.of_queue(0),
             on_failure=lambda error: print(f"failed: {error!r}", file=sys.stderr) or os._exit(3),
         )
-        served._run()
+        start, threading.Thread.start = threading.Thread.start, lambda thread: None
+        served.start()  # in this thread, which may be the only one to be had
+        threading.Thread.start = start
+        served._thread.thread = threading.current_thread()
+        served._thread._run()
 
     def generation(self, setting, number, cut):
         """Have a backend work until it dies, or until all is answered; True if it died."""

@@ -727,7 +727,7 @@ def _add_connect(commands: argparse._SubParsersAction[Parser]) -> None:
         "--queues-in",
         choices=("threads", "processes"),
         default="threads",
-        help="serve the queues in threads, or each in a process of its own: on a host with "
+        help="serve all queues in one thread, or each in a process of its own: on a host with "
         "processors to spare, faster for a guest that does many small requests on several queues; "
         "raw and mmap only (default: threads)",
     )

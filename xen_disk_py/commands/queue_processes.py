@@ -32,7 +32,7 @@ def start(
     user: User | None = None,
     crash: Callable[[Exception], object] | None = None,
 ) -> QueueProcesses | None:
-    """Make them, before there is a thread; None where the queues are to be threads.
+    """Make them, before there is a thread; None where one thread is to serve them.
 
     Args:
         env: opens a hypervisor in each.

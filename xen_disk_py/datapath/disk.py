@@ -38,6 +38,7 @@ from ..ration import Ration
 from . import statistics as count
 from .drained import DrainedSection
 from .durability import Durability, Move, passes
+from .queue_thread import QueueThreads
 from .statistics import Statistics
 
 log = logging.getLogger("xen_disk_py")
@@ -105,6 +106,7 @@ class Disk:
         """What a queue does reads and writes by itself, at first (see :meth:`serve_read`); to be
         asked for anew each time: it changes."""
         self.drained = DrainedSection()
+        self.threads = QueueThreads(self.drained)
         self.elsewhere: Elsewhere | None = None
         """The processes that serve it, where this one does not."""
         self._changing = threading.Lock()

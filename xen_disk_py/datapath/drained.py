@@ -1,7 +1,7 @@
 """A drained section: no request is under way while what is below the queues changes.
 
-Each queue has a thread, which looks here between two batches if it is asked to. It finishes what it
-has begun, waits until the disk has been changed, and takes the next requests. What waits on the
+A thread that serves queues looks here between two batches if it is asked to. It finishes what they
+have begun, waits until the disk has been changed, and takes the next requests. What waits on the
 ring, or for a retry, has not been begun.
 """
 
@@ -26,35 +26,35 @@ class DrainedSection:
     def __init__(self) -> None:
         self.is_wanted = False
         self._changed = threading.Condition()
-        self._queues: dict[object, Callable[[], None]] = {}
+        self._threads: dict[object, Callable[[], None]] = {}
         self._drained: set[object] = set()
 
-    def enter(self, queue: object, ask: Callable[[], None]) -> None:
+    def enter(self, thread: object, ask: Callable[[], None]) -> None:
         """Begin to serve; waits while the disk is being changed.
 
         Args:
-            queue: one of the disk's.
-            ask: has its thread call :meth:`wait` when nothing of it is under way.
+            thread: serves queues of the disk.
+            ask: has it call :meth:`wait` when nothing of theirs is under way.
         """
         with self._changed:
             while self.is_wanted:
                 self._changed.wait()
-            self._queues[queue] = ask
+            self._threads[thread] = ask
 
-    def leave(self, queue: object) -> None:
+    def leave(self, thread: object) -> None:
         """Serve no longer."""
         with self._changed:
-            self._queues.pop(queue, None)
+            self._threads.pop(thread, None)
             self._changed.notify_all()
 
-    def wait(self, queue: object) -> None:
+    def wait(self, thread: object) -> None:
         """Take nothing until the disk has been changed, or nobody wants to change it any longer."""
         with self._changed:
-            self._drained.add(queue)
+            self._drained.add(thread)
             self._changed.notify_all()
             while self.is_wanted:
                 self._changed.wait()
-            self._drained.discard(queue)
+            self._drained.discard(thread)
 
     @contextmanager
     def entered(self, timeout: float) -> Iterator[None]:
@@ -65,7 +65,7 @@ class DrainedSection:
         """
         with self._changed:
             self.is_wanted = True
-            for ask in self._queues.values():
+            for ask in self._threads.values():
                 ask()
         try:
             self._await(timeout)
@@ -74,11 +74,13 @@ class DrainedSection:
             with self._changed:
                 self.is_wanted = False
                 self._changed.notify_all()
+                for ask in self._threads.values():
+                    ask()  # it may wait for a request of its own yet
 
     def _await(self, timeout: float) -> None:
         deadline = time.monotonic() + timeout
         with self._changed:
-            while not self._queues.keys() <= self._drained:
+            while not self._threads.keys() <= self._drained:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise DeviceError(

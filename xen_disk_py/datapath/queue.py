@@ -1,10 +1,12 @@
-"""One queue: a ring, its event channel, and the thread that serves them.
+"""One queue: a ring, its event channel, and what is done in one turn.
 
-The loop is the whole data path::
+That is the whole data path::
 
     take all requests ─ for each: decode, check, borrow its pages, do it, give them back
     publish the responses, some at a time ─ notify if the frontend asked for it
-    nothing more to take? busy-poll for a moment, ask for a notification, look once more, sleep
+
+Turns follow one another in a :class:`~xen_disk_py.datapath.queue_thread.QueueThread`, which sleeps
+when there is nothing more to take.
 
 Two ways lead through it. :meth:`Queue._begin` does any request, whatever it asks for and
 however wrong it is. Reads and writes whose segment descriptors were seen before, nearly all
@@ -25,8 +27,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import select
 import threading
 import traceback
 from collections import deque
@@ -66,7 +66,7 @@ from . import statistics as count
 from .disk import RETRY, Disk, Moves
 from .durability import Move
 from .grants import PERSISTENT_LIMIT, Grants, GuestBuffers, GuestPages, key_of
-from .idle import Idle
+from .idle import Wakeups
 from .joining import LARGE, Run
 from .journal import Journal
 from .latency import histogram_of
@@ -204,7 +204,7 @@ class Queue:
         self._statistics = statistics
         self._stopwatch = Stopwatch(statistics, is_on=options.latency, clock=perf_counter)
         self._on_failure = on_failure
-        self._number = number
+        self.number = number
         self._pages = GuestPages(
             hypervisor,
             domid,
@@ -236,7 +236,6 @@ class Queue:
             self._workers: Workers[_Begun] = undo.enter_context(
                 Workers(workers, complain, self._begin_thread)
             )
-            self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
             undo.pop_all()
         self._with_backend = 0  # requests that an asynchronous backend has begun
         self._joined = Run()
@@ -249,16 +248,20 @@ class Queue:
         ] = {}  # in the order in which they were begun, by id()
         self._retries: RetryQueue[_Begun] = RetryQueue()  # of these, what the storage failed at
         self._stall = StallDetector(is_asynchronous=self._many is not None)
-        self._idle = Idle(self._channel, [*self._ends(), self._wake_read], statistics)
+        ends = [each.fileno() for each in (self._workers, self._many) if each is not None]
+        self.wakeups = Wakeups(self._channel, ends, statistics)
+        self._has_room = True
         self._looked_at = coarse()  # when last published for being late, by the coarse clock
         self._look = 1  # requests until the clock is looked at
         self._is_slow = False  # the disk was, in the last batch that was timed
-        self._stopping = False
-        self._asked = False  # to stop, or to drain
+        self.is_stopping = False
         # What was queued for retry: then all that is behind a barrier is given up, too.
         self._has_given_up = False
+        self._thread = disk.threads.of(number)
+        self._idle = self._thread.idle
+        self._has_started = self._is_closed = False
         self._ended = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._last_of: threading.Thread | None = None
 
     def _recall(self, ring: Ring) -> Sequence[bytes] | None:
         """Put the ring to where the journal says; the requests to do again, or None."""
@@ -273,16 +276,15 @@ class Queue:
         Returns:
             False if the system gives no thread: nothing is served yet. To be called again.
         """
-        thread = threading.Thread(target=self._run, name="queue", daemon=True)
         try:
-            thread.start()
-        except RuntimeError as error:
+            self._thread.serve(self)
+        except (RuntimeError, OSError) as error:
             self._disk.say(
                 logging.ERROR,
                 f"a ring is not served yet, since there is no thread to be had ({error}): {MORE}",
             )
             return False
-        self._thread = thread
+        self._has_started = True
         return True
 
     @property
@@ -294,21 +296,17 @@ class Queue:
         return self._stall.stalled_for(list(self._unanswered.values()), len(self._ring.unpublished))
 
     def ask_to_stop(self) -> None:
-        """Have the thread come to its end; :meth:`stop` waits for that."""
-        if self._wake_read >= 0 and not self._stopping:
-            self._stopping = True
-            self._ask()
+        """Have it come to its end; :meth:`stop` waits for that."""
+        if not (self._is_closed or self.is_stopping):
+            self.is_stopping = True
+            self._thread.wake()
 
     def pause_retries(self, paused: bool) -> None:
         """Try none of what is queued for retry, or try it again; for one other thread to call."""
-        if self._wake_read >= 0 and self._retries.is_paused is not paused:
+        if not self._is_closed and self._retries.is_paused is not paused:
             self._retries.is_paused = paused
             if not paused:
-                self._ask()
-
-    def _ask(self) -> None:
-        os.write(self._wake_write, b"x")
-        self._asked = True  # behind it, as _is_over looks: no byte stays that nobody takes
+                self._thread.wake()
 
     def stop(self, timeout: float | None = None) -> bool:
         """Finish the requests taken so far, refuse those that wait, unmap and unbind everything.
@@ -317,49 +315,109 @@ class Queue:
             False if the backend did not return within ``timeout`` seconds; then everything
             stays as it is and ``stop`` may be called again.
         """
-        if self._wake_read < 0:
-            return True  # stopped already
-        if self._thread is None:
+        if self._is_closed:
+            return True
+        if not self._has_started:
             self._release()
         else:
             self.ask_to_stop()
-            # Not join(): cut short by an exception, it takes a thread that runs for one that
+            # Not join() alone: cut short by an exception, it takes a thread that runs for one that
             # has ended (Python before 3.13).
             if not self._ended.wait(timeout):
                 return False
-            self._thread.join()
-        descriptors = self._wake_read, self._wake_write
-        self._wake_read = -1
-        for descriptor in descriptors:
-            os.close(descriptor)
+            if self._last_of is not None:
+                self._last_of.join()
+        self._is_closed = True
         return True
 
-    # -- the thread --------------------------------------------------------------------
+    # -- what its thread calls ---------------------------------------------------------
 
-    def _begin_thread(self) -> None:
-        here.number = self._number
+    def begin(self) -> bool:
+        """Do what a predecessor has left."""
+        self.recomposed()
+        if self._resumes:
+            self._resume()
+        return True
 
-    def _run(self) -> None:
-        self._begin_thread()
-        self._disk.drained.enter(self, self._ask)
+    def turn(self, *, is_alone: bool) -> bool:
+        """Do what there is to do, but one batch at most; False if there is nothing.
+
+        Args:
+            is_alone: no other queue's turn comes between this one and the next.
+        """
+        ring = self._ring
+        finished = self.is_any_elsewhere and self.end_finished()
+        if self._retries.is_due:
+            self._retry()
+        room = self._most - len(self._unanswered)
+        self._has_room = room > 0
+        slots = ring.take(room) if room > 0 else b""
+        if slots:
+            if is_alone:
+                self._serve(slots)
+            else:
+                self._stopwatch.look()  # others have had their turns
+                self._serve(slots)
+                self.publish()  # and have them now
+        elif ring.unpublished:
+            self.publish()  # no more can be taken, whatever the ring has shown
+        else:
+            return finished
+        return True
+
+    @property
+    def open_ring(self) -> BackRing | None:
+        """The ring, unless so much is under way that no more is taken."""
+        return self._ring if self._has_room else None
+
+    @property
+    def retry_in(self) -> float | None:
+        """Milliseconds until something is tried again; None if there is nothing."""
+        return self._retries.milliseconds
+
+    @property
+    def is_any_elsewhere(self) -> bool:
+        """Whether something that was begun is done elsewhere."""
+        return bool(self._workers.unfinished or self._with_backend)
+
+    def idled(self) -> None:
+        """Note that time has passed."""
+        self._stopwatch.look()
+
+    def recomposed(self) -> None:
+        """Note that the disk may have been changed."""
+        self._stopwatch.look()
         self._many = self._disk.backend.asynchronous
-        try:
-            self._loop()
-        except GuestMisbehaved as error:
+
+    def fail(self, error: Exception) -> None:
+        """Tell of what has ended this queue."""
+        if isinstance(error, GuestMisbehaved):
             # The guest hurts nobody but itself: its ring is dead, the disk stays detachable.
             self._disk.say(logging.ERROR, f"the guest's ring is not served any longer: {error}")
-        except Exception as error:
-            log.debug("the queue's thread stopped", exc_info=True)
-            traceback.clear_frames(error.__traceback__)  # no buffer is kept in there
-            self._on_failure(error)
-        finally:
-            self._stopping = True  # nothing is held any longer
-            self._finish()
-            self._attempt(self._refuse_the_rest)
-            self._journal.clear()  # a queue that never ran leaves it to the next
-            self._attempt(self._release)
-            self._disk.drained.leave(self)
-            self._ended.set()
+            return
+        log.debug("a queue is served no longer", exc_info=error)
+        traceback.clear_frames(error.__traceback__)  # no buffer is kept in there
+        self._on_failure(error)
+
+    def end(self) -> None:
+        """Finish what was begun, refuse the rest, release everything."""
+        self.is_stopping = True  # nothing is held any longer
+        self._finish()
+        self._attempt(self._refuse_the_rest)
+        self._journal.clear()  # a queue that never ran leaves it to the next
+        self._attempt(self._release)
+
+    def over(self, last_of: threading.Thread | None) -> None:
+        """Note that all that is done.
+
+        Args:
+            last_of: the thread that ends with it, if any does.
+        """
+        self._last_of = last_of
+        self._ended.set()
+
+    def _begin_thread(self) -> None:
+        here.number = self.number
 
     def _attempt(self, step: Callable[[], None]) -> bool:
         try:
@@ -404,52 +462,6 @@ class Queue:
         self._channel.close()
         self._mapping.close()
 
-    def _loop(self) -> None:
-        ring = self._ring
-        idle, retries = self._idle, self._retries
-        self._stopwatch.look()
-        if self._resumes:
-            self._resume()
-        while not (self._asked and self._is_over()):
-            finished = self._is_any_elsewhere and self._end_finished()
-            if retries.is_due:
-                self._retry()
-            room = self._most - len(self._unanswered)
-            slots = ring.take(room) if room > 0 else b""
-            if slots:
-                self._serve(slots)
-            elif ring.unpublished:
-                self._publish()  # no more can be taken, whatever the ring has shown
-            elif finished:
-                pass
-            elif room <= 0:
-                self._await_workers()
-            else:
-                # What is done elsewhere wakes poll when it ends, and must not wait for a busy-poll.
-                if (self._is_any_elsewhere or not idle.busy_poll(ring)) and not ring.arm():
-                    idle.sleep(retries.milliseconds)
-                self._stopwatch.look()
-        self._publish()
-
-    def _is_over(self) -> bool:
-        """Tell whether to stop; else drain, and have the disk be changed."""
-        self._asked = self._stopping
-        with contextlib.suppress(BlockingIOError):
-            os.read(self._wake_read, 4096)
-        if self._stopping:
-            self._asked = True  # it may have been set since
-            return True
-        drained = self._disk.drained
-        while self._is_any_elsewhere and drained.is_wanted and not self._stopping:
-            if not self._end_finished():
-                self._await_workers()
-        self._publish()
-        if not self._is_any_elsewhere:
-            drained.wait(self)
-            self._stopwatch.look()
-            self._many = self._disk.backend.asynchronous
-        return False
-
     def _resume(self) -> None:
         """Do what another has not answered; reads, writes and flushes can be repeated."""
         inherited, words = self._inherited, self._statistics.words
@@ -460,7 +472,7 @@ class Queue:
                 self._drain()  # as long as the journal has it among those that are not begun
             self._begin(inherited.popleft(), None, waits=False)
             self._publish_if_late()
-        self._publish()
+        self.publish()
         words[count.IN_FLIGHT] = len(self._unanswered)
         self._channel.notify()  # it may have been killed before it did
 
@@ -504,7 +516,7 @@ class Queue:
                 moved = bytes_read + bytes_written + bytes_joined
                 if moved >= publish_at:
                     publish_at = moved + _PUBLISH
-                    self._publish()
+                    self.publish()
                 elif ring.unpublished:
                     self._look = 1 if self._publish_if_late() else min(2 * self._look, _LOOK)
                 look_at = at + self._look * size
@@ -588,7 +600,7 @@ class Queue:
         if self._notes is not None:
             self._notes.put()
         if len(ring.unpublished) >= _FEW or not ring.has_requests:
-            self._publish()
+            self.publish()
         else:
             self._publish_if_late()
         statistics.count_batch(requests)
@@ -603,7 +615,7 @@ class Queue:
         if self._is_slow:
             self._look = 1
         stall.is_amid = False
-        self._idle.spurious = 0
+        self.wakeups.spurious = 0
         self._idle.worked()
 
     def _follow(self, moves: Moves) -> tuple[Move, Move]:
@@ -614,7 +626,7 @@ class Queue:
             self._moves, self._notes = moves, None
             self._reading, self._writing = moves.read, moves.write
             if moves.noting is not None:
-                self._notes = notes = moves.noting(self._number, self._is_concurrent)
+                self._notes = notes = moves.noting(self.number, self._is_concurrent)
                 self._reading = notes.reading(moves.read)
                 self._writing = notes.writing(moves.write)
         return self._reading, self._writing
@@ -647,7 +659,8 @@ class Queue:
         run.clear()
         return length
 
-    def _publish(self) -> None:
+    def publish(self) -> bool:
+        """Publish what is answered; tell if that is anything."""
         ring = self._ring
         responses = ring.unpublished
         if responses:
@@ -663,6 +676,8 @@ class Queue:
             if ring.push():
                 self._channel.notify()
             self._stopwatch.published()
+            return True
+        return False
 
     def _publish_if_late(self) -> bool:
         """Publish if that was not done for the time's sake lately, or always; tell if so.
@@ -675,7 +690,7 @@ class Queue:
             if now - self._looked_at < _LATE:
                 return False
             self._looked_at = now
-        self._publish()
+        self.publish()
         return True
 
     # -- one request -------------------------------------------------------------------
@@ -770,7 +785,7 @@ class Queue:
     def _end(self, begun: _Begun, status: int) -> None:
         """Give a request's pages back, count it, and put its answer; or queue it for retry."""
         if status == RETRY:
-            if not self._stopping:
+            if not self.is_stopping:
                 self._retry_later(begun)
                 return
             self._disk.statistics.add(count.ERRORS)
@@ -792,7 +807,7 @@ class Queue:
             self._disk.count_memory()
         self._ring.respond(encode_response(request.id, request.operation, status))
 
-    def _end_finished(self) -> bool:
+    def end_finished(self) -> bool:
         """Answer what the workers have done; False if that is nothing."""
         before = len(self._unanswered)
         finished = self._workers.collect() if self._is_concurrent else []
@@ -801,7 +816,7 @@ class Queue:
         for begun, status in finished:
             self._end(begun, status)
         done = before - len(self._unanswered)
-        self._publish()
+        self.publish()
         self._statistics.words[count.IN_FLIGHT] -= done  # a batch may be under way
         return bool(finished or done)
 
@@ -851,11 +866,11 @@ class Queue:
         """Try again what failed; if we are to stop, that is answered with errors."""
         retries = self._retries
         taken = retries.take()
-        self._has_given_up |= self._stopping
+        self._has_given_up |= self.is_stopping
         before = len(self._unanswered)
         while taken:
             begun = taken.pop(0)
-            status = RETRY if self._stopping else self._do(begun)
+            status = RETRY if self.is_stopping else self._do(begun)
             if status is not None:
                 self._end(begun, status)
                 self._publish_if_late()
@@ -865,39 +880,20 @@ class Queue:
         words = self._statistics.words
         words[count.HELD] = len(retries)
         words[count.IN_FLIGHT] -= before - len(self._unanswered)
-        self._publish()
+        self.publish()
 
     # -- waiting -----------------------------------------------------------------------
-
-    def _ends(self) -> list[int]:
-        """What polls readable when a request ends that is not done in this thread."""
-        return [each.fileno() for each in (self._workers, self._many) if each is not None]
-
-    @property
-    def _is_any_elsewhere(self) -> bool:
-        return bool(self._workers.unfinished or self._with_backend)
-
-    def _await_workers(self) -> None:
-        poller = select.poll()
-        for descriptor in self._ends():
-            poller.register(descriptor, select.POLLIN)
-        if not self._stopping:
-            poller.register(self._wake_read, select.POLLIN)
-        ready = poller.poll(self._retries.milliseconds)
-        if any(descriptor == self._wake_read for descriptor, _ in ready):
-            os.read(self._wake_read, 4096)  # else it polls readable until the loop comes round
-            self._asked = True
-        self._stopwatch.look()
 
     def _drain(self) -> None:
         """Wait until the workers have done what they were given, and nothing is held."""
         stall, retries = self._stall, self._retries
         is_amid, stall.is_amid = stall.is_amid, False  # what is under way counts by itself
-        while self._is_any_elsewhere or retries:
-            if retries and (self._stopping or retries.is_due):
+        while self.is_any_elsewhere or retries:
+            if retries and (self.is_stopping or retries.is_due):
                 self._retry()
-            elif not self._end_finished():
-                self._await_workers()
+            elif not self.end_finished():
+                self._thread.wait(self)
+                self._stopwatch.look()
         stall.is_amid = is_amid
 
     def _refuse_the_rest(self) -> None:
@@ -908,14 +904,14 @@ class Queue:
         """
         ring, abi = self._ring, self._abi
         try:
-            self._publish()  # what was done, whatever the ring has shown since
+            self.publish()  # what was done, whatever the ring has shown since
             slots = b"".join(self._inherited) + ring.take()
             self._inherited.clear()
             for at in range(0, len(slots), abi.slot_size):
                 request = abi.decode(slots[at : at + abi.slot_size], self._max_indirect_segments)
                 status = failure(request.operation)
                 ring.respond(encode_response(request.id, request.operation, status))
-            self._publish()
+            self.publish()
         except (GuestMisbehaved, HypervisorError) as error:
             log.debug("%s", error)
         except ValueError:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import sys
 
-_HAS_GIL = bool(getattr(sys, "_is_gil_enabled", lambda: True)())
+HAS_GIL = bool(getattr(sys, "_is_gil_enabled", lambda: True)())
+"""Whether threads of this interpreter run one at a time."""
 
 
 def synchronize() -> None:
@@ -16,5 +17,5 @@ def synchronize() -> None:
     processor may do a load before an earlier store of the same thread. A collection stops all
     threads, which orders both, and sums the references up; it takes milliseconds.
     """
-    if not _HAS_GIL:
+    if not HAS_GIL:
         gc.collect()

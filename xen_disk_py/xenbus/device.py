@@ -2,7 +2,7 @@
 
 The device reads both ends' states from xenstore, asks :func:`~xen_disk_py.xenbus.states.react`
 what follows, and does it. It is driven from outside: whoever owns it waits for xenstore to
-have something to say and calls :meth:`Device.update`. Requests are served by the queue's own
+have something to say and calls :meth:`Device.update`. Requests are served by another
 thread meanwhile and never wait for xenstore.
 """
 
