@@ -231,19 +231,17 @@ QEMU_IMG = shutil.which("qemu-img")
 
 def load_make(top: Path, note: Notes) -> None:
     """Make images of all kinds; the last in the place of another."""
-    os.chdir(top)
     before, after = _contents()
-    Path("image.raw").write_bytes(after)
-    Path("again.raw").write_bytes(before)
+    (top / "image.raw").write_bytes(after)
+    (top / "again.raw").write_bytes(before)
     for name in ("image.raw", "again.raw", "."):
-        _sync(Path(name))
+        _sync(top / name)
     note("given", 0)
     for number, (name, words) in enumerate(MADE.items()):
         if name.endswith(".qcow2") and QEMU_IMG is None:
             continue
-        _ours(*words)
+        _ours(*(top / word if "." in word else word for word in words))
         note(name, number)
-    os.chdir("/")
 
 
 def check_make(top: Path, noted: list[tuple[str, int]]) -> None:
