@@ -186,7 +186,7 @@ def test_each_request_is_noted_once_as_it_was_done(
     if room == "little":
         monkeypatch.setattr(sinks, "MAX_DATA", 96 << 10)
         for each in (sinks, batches):
-            monkeypatch.setattr(each, "CHUNK", 64 << 10)
+            monkeypatch.setattr(each, "CHUNK", 96 << 10)
         if data:
             monkeypatch.setattr(sinks, "MAX_RECORDS", 40)
     path = str(tmp_path / "t.xdt")
@@ -353,7 +353,7 @@ def test_of_overlapping_writes_of_several_queues_the_trace_has_the_last_one_last
     if room == "little":
         monkeypatch.setattr(sinks, "MAX_DATA", 96 << 10)
         for each in (sinks, batches):
-            monkeypatch.setattr(each, "CHUNK", 64 << 10)
+            monkeypatch.setattr(each, "CHUNK", 96 << 10)
     path = str(tmp_path / "t.xdt")
     backend = Hasty(threads=12, seed=1)
     disk = wrap(backend, [f"record:file={path},data=yes"])

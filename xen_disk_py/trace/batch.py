@@ -12,7 +12,7 @@ from typing import Callable, Optional
 
 from .claims import GRAIN
 from .format import READ, WRITE, status_of
-from .sink import CHUNK, Sink
+from .sink import CHUNK, Chunk, Sink
 
 Move = Callable[["Sequence[memoryview]", int], Optional[int]]
 
@@ -40,7 +40,8 @@ class BatchNotes:
         self._noted: list[tuple[int, int, int, int]] = []
         self._began = 0  # when the first of them was
         # Where writes are copied to, and what of that is noted and not put.
-        self._chunk = memoryview(b"")
+        self._chunk: Chunk | None = None
+        self._memory = memoryview(b"")  # its
         self._start = self._used = self._room = 0
         self._claims = sink.claims if only_whole and sink.has_data else None
         self._mine: set[int] = set()
@@ -86,32 +87,27 @@ class BatchNotes:
         if not self._sink.has_data:
             return self.reading(call, WRITE)
         noted, note = self._noted, self._noted.append
-        mine, claims = self._mine, self._claims
-        claim = None if claims is None else claims.owners.setdefault
+        has_claims = self._claims is not None
 
         def move(buffers: Sequence[memoryview], offset: int) -> int | None:
             length = len(buffers[0]) if len(buffers) == 1 else sum(map(len, buffers))
-            if self._used + length > self._room and not self._make_room(length):
-                return call(buffers, offset)
-            if claim is not None:
-                place, last = offset >> GRAIN, offset + length - 1 >> GRAIN
-                while True:
-                    if claim(place, mine) is not mine:
-                        return 0  # whoever does the request then waits for the other
-                    mine.add(place)
-                    if place == last:
-                        break
-                    place += 1
+            if self._used + length > self._room:
+                if length > CHUNK:
+                    return self._write_large(call, buffers, offset, length)
+                if not self._make_room():
+                    return call(buffers, offset)
+            if has_claims and not self._claim(offset, length):
+                return 0  # whoever does the request then waits for the other
             at = to = self._used
             if len(buffers) == 1:
                 to += length
-                data = self._chunk[at:to]
+                data = self._memory[at:to]
                 data[:] = buffers[0]
             else:
                 for buffer in buffers:
                     begin, to = to, to + len(buffer)
-                    self._chunk[begin:to] = buffer
-                data = self._chunk[at:to]
+                    self._memory[begin:to] = buffer
+                data = self._memory[at:to]
             if not noted:
                 self._began = now()
             try:
@@ -128,6 +124,34 @@ class BatchNotes:
 
         return move
 
+    def _write_large(
+        self, call: Move, buffers: Sequence[memoryview], offset: int, length: int
+    ) -> int | None:
+        """Write what fits into no chunk, and note that by itself."""
+        if self._claims is not None and not self._claim(offset, length):
+            return 0
+        data = memoryview(b"".join(buffers))
+        if not self._noted:
+            self._began = now()
+        try:
+            done = call((data,), offset)
+        except BaseException as error:
+            self._note_alone(WRITE, offset, length, status_of(error), data)
+            raise
+        if done is None or done == length or (done > 0 and not self._only_whole):
+            self._note_alone(WRITE, offset, length if done is None else done, data=data)
+        return done
+
+    def _claim(self, offset: int, length: int) -> bool:
+        """Claim an extent until :meth:`put`; False: a part of it is another's."""
+        assert self._claims is not None
+        claim, mine = self._claims.owners.setdefault, self._mine
+        for place in range(offset >> GRAIN, (offset + length - 1 >> GRAIN) + 1):
+            if claim(place, mine) is not mine:
+                return False
+            mine.add(place)
+        return True
+
     def put(self) -> None:
         """Hand on what is noted. If that cannot be, the recording ends: it never has a hole."""
         if self._noted:
@@ -142,7 +166,8 @@ class BatchNotes:
                 claims.tell()
 
     def _hand_on(self) -> None:
-        data = (self._chunk, self._start, self._used) if self._used > self._start else None
+        chunk, start, end = self._chunk, self._start, self._used
+        data = (chunk, start, end) if chunk is not None and end > start else None
         try:
             self._sink.put_batch(self._began, self._noted, data, self._queue)
         except Exception as error:  # noqa: BLE001 - the guest's request was done, and is answered
@@ -170,12 +195,17 @@ class BatchNotes:
             at = began - sink.clock
             sink.note((at, took, offset, length, 0, status, self._queue, operation))
 
-    def _make_room(self, length: int) -> bool:
-        """Have memory for a copy of so many bytes; False if nothing is recorded any longer."""
+    def _make_room(self) -> bool:
+        """Have memory for copies; False if nothing is recorded any longer."""
         if self._noted:
             self._hand_on()
-        chunk = self._sink.exchange(self._chunk, max(length, CHUNK))
-        self._chunk = chunk
+        chunk, self._chunk = self._chunk, None
+        self._chunk = self._sink.exchange(chunk)
+        self._memory = memoryview(b"") if self._chunk is None else self._chunk.memory
         self._start = self._used = 0
-        self._room = len(chunk)
-        return bool(chunk)
+        self._room = len(self._memory)
+        return self._chunk is not None
+
+    def __del__(self) -> None:
+        if self._chunk is not None:
+            self._sink.give_back(self._chunk)

@@ -4,7 +4,8 @@ What is noted goes into a :class:`Page`, ready to be written: a record, or a bat
 (:mod:`.batch`), is packed where it stays. Data stays where the write's only copy is. The thread
 writes what pages hold, without looking at single records; all that takes long there (checksums,
 ``pwritev``) is done without Python's lock. The sink's own lock is held for moments, and never while
-a disk is asked for anything.
+a disk is asked for anything. Pages and copies are in :mod:`.shared` memory: if the whole process is
+killed, another one, which waits for that, writes what is left.
 
 Nothing depends on the file: if it cannot be written, the recording ends, with a line in the log.
 """
@@ -13,13 +14,14 @@ from __future__ import annotations
 
 import errno
 import logging
-import mmap
+import os
+import subprocess
 import threading
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from time import perf_counter_ns
-from typing import Union
+from typing import Callable, NamedTuple
 
 from .claims import Claims
 from .format import (
@@ -37,6 +39,7 @@ from .format import (
     pack_batch_into,
     pack_record_into,
 )
+from .shared import IS_OVER, PAGE_WORDS, PIECES, SERIAL, USED, Shared, pieces_at
 from .writer import TraceWriter, event, fields_of
 
 log = logging.getLogger("xen_disk_py")
@@ -53,7 +56,19 @@ _EMPTY = (0, 0, 0, 0)
 CHUNK = 1 << 20
 """Bytes of memory for copies of what is written."""
 
-Piece = tuple[Union[memoryview, bytes], int, int]
+Starter = Callable[[int, int, int, str], None]
+"""Starts the process that waits for the end of this one: takes descriptors of the memory, of the
+trace and of a pipe that is closed then, and the file's name."""
+
+
+class Chunk(NamedTuple):
+    """Memory for copies of what is written: that, and where it is in what is shared."""
+
+    memory: memoryview
+    at: int
+
+
+Piece = tuple[Chunk, int, int]
 """Data: where it is, from what byte on, and up to what byte."""
 
 
@@ -69,23 +84,46 @@ class Page:
         written: how much of it is in the file.
     """
 
-    __slots__ = ("chunks", "done", "pieces", "records", "written")
+    __slots__ = ("_places", "chunks", "done", "pieces", "records", "words", "written")
 
-    def __init__(self, records: int) -> None:
-        self.records = memoryview(bytearray(records))
+    def __init__(self, memory: memoryview, records: int) -> None:
+        self.records = memory[PAGE_WORDS : PAGE_WORDS + records]
+        self.words = memory[:PAGE_WORDS].cast("Q")
+        self._places = memory[pieces_at(records) :].cast("Q")
         self.pieces: list[Piece] = []
-        self.chunks: list[memoryview] = []
+        self.chunks: list[Chunk] = []
         self.done = self.written = _EMPTY
 
-    def add(self, data: Piece) -> None:
+    def begin(self, serial: int) -> None:
+        """Begin anew, as the page of that number."""
+        self.done = self.written = _EMPTY
+        self.words[USED] = self.words[PIECES] = 0
+        self.words[SERIAL] = serial
+
+    def put(
+        self, used: int, filled: int, requests: int, flushes: int, data: Piece | None = None
+    ) -> None:
+        """Have records count that were packed behind the others, and their data."""
+        if data is not None:
+            self._add(data)
+        before = self.done
+        self.done = before[0] + used, before[1] + filled, before[2] + requests, before[3] + flushes
+        self.words[USED] = self.done[0]
+
+    def _add(self, data: Piece) -> None:
         """Put data behind the rest; a batch's is often contiguous with that of the one before."""
-        pieces = self.pieces
-        if pieces:
-            memory, start, end = pieces[-1]
-            if memory is data[0] and end == data[1]:
-                pieces[-1] = (memory, start, data[2])
-                return
-        pieces.append(data)
+        chunk, start, end = data
+        words, places, pieces = self.words, self._places, self.pieces
+        number = words[PIECES]
+        if number and places[2 * number - 1] == chunk.at + start:
+            places[2 * number - 1] = chunk.at + end
+        else:
+            places[2 * number], places[2 * number + 1] = chunk.at + start, chunk.at + end
+            words[PIECES] = number + 1
+        if pieces and pieces[-1][0] is chunk and pieces[-1][2] == start:
+            pieces[-1] = chunk, pieces[-1][1], end
+        else:
+            pieces.append(data)
 
 
 class Sink:
@@ -98,6 +136,7 @@ class Sink:
         writer: of the file; None: nothing is recorded.
         name: of the file, for the log.
         claims: of those who write at once, if several threads do.
+        start: starts the process that writes what is left when this one is killed.
 
     Attributes:
         page: where the next record goes.
@@ -106,10 +145,26 @@ class Sink:
         is_awake: nobody needs to :meth:`rouse` the thread.
         recorded: requests that are in the file.
         lost: requests that were not recorded.
+
+    Raises:
+        OSError: there is no memory to be had.
     """
 
-    def __init__(self, writer: TraceWriter | None, name: str, claims: Claims | None = None) -> None:
+    def __init__(
+        self,
+        writer: TraceWriter | None,
+        name: str,
+        claims: Claims | None = None,
+        *,
+        start: Starter | None = None,
+    ) -> None:
         self.writer = writer
+        self._start = start
+        self._alive = -1  # of a pipe: open as long as this process lives
+        self._shared = None if writer is None else Shared(writer)
+        self._serial = 0
+        self._mine: Chunk | None = None  # for what :meth:`wrote` takes
+        self._used = 0
         self.claims = claims
         self.clock = writer.header.clock if writer is not None else 0
         self.has_data = writer is not None and writer.header.data
@@ -118,12 +173,12 @@ class Sink:
         self.recorded = self.lost = 0
         self._name = name
         # No room in it: the next request calls _turn().
-        self._nothing = Page(0)
+        self._nothing = Page(memoryview(bytearray(pieces_at(0))), 0)
         self._nothing.done = self._nothing.written = (self._capacity, MAX_DATA + 1, 0, 0)
         self.page = self._filling = self._nothing
         self._full: deque[Page] = deque()
         self._free: list[Page] = []
-        self._spare: list[memoryview] = []  # chunks
+        self._spare: list[Chunk] = []
         self._pages = 0  # how many there are
         waiting, size = MAX_RECORDS * RECORD_SIZE, self._capacity
         if self.has_data:
@@ -185,13 +240,27 @@ class Sink:
             return
         begun = start - self.clock
         with self.lock:
-            for at in range(0, len(data), MAX_DATA):
-                end = min(at + MAX_DATA, len(data))
-                length = end - at
+            most = min(MAX_DATA, CHUNK)
+            for at in range(0, len(data), most):
+                part = data[at : at + most]
+                place = self._copy(part)
+                if place is None:
+                    return
+                length = len(part)
                 fields = (begun, took, offset + at, length, length, status, queue, WRITE)
-                self._put(fields, (data, at, end))
+                self._put(fields, place)
         if not self.is_awake:
             self.rouse()
+
+    def _copy(self, data: bytes) -> Piece | None:
+        if self._mine is None or self._used + len(data) > CHUNK:
+            mine, self._mine = self._mine, None  # another thread may come while we wait
+            self._mine, self._used = self.exchange(mine), 0
+        if self._mine is None:
+            return None
+        start, self._used = self._used, self._used + len(data)
+        self._mine.memory[start : self._used] = data
+        return self._mine, start, self._used
 
     def _put(self, fields: Fields, data: Piece | None = None) -> None:
         """Put a record, and its data, behind the others; the lock is held."""
@@ -199,16 +268,8 @@ class Sink:
         requests, flushes = operation < EVENTS, operation == FLUSH and not status
         page = self._with_room_for(RECORD_SIZE, fields[4], requests)
         if page is not None:
-            used, filled, others, earlier = page.done
-            pack_record_into(page.records, used, *fields)
-            if data is not None:
-                page.add(data)
-            page.done = (
-                used + RECORD_SIZE,
-                filled + fields[4],
-                others + requests,
-                earlier + flushes,
-            )
+            pack_record_into(page.records, page.done[0], *fields)
+            page.put(RECORD_SIZE, fields[4], requests, flushes, data)
 
     def put_batch(
         self,
@@ -237,11 +298,10 @@ class Sink:
             else:
                 page = self._with_room_for(RECORD_SIZE + count * BATCHED_SIZE, size, count)
                 if page is not None:
-                    used, filled, requests, flushes = page.done
                     ends, lengths, offsets, operations = zip(*noted)
                     packed = pack_batch_into(
                         page.records,
-                        used,
+                        page.done[0],
                         began,
                         self.clock,
                         ends,
@@ -251,37 +311,40 @@ class Sink:
                         size,
                         queue,
                     )
-                    if data is not None:
-                        page.add(data)
-                    page.done = (used + packed, filled + size, requests + count, flushes)
+                    page.put(packed, size, count, 0, data)
         if not self.is_awake:
             self.rouse()
 
-    def exchange(self, chunk: memoryview, size: int) -> memoryview:
-        """Return a piece of memory of so many bytes, of :data:`CHUNK` at least.
+    def exchange(self, chunk: Chunk | None) -> Chunk | None:
+        """Return :data:`CHUNK` bytes of memory.
 
         Args:
             chunk: what is given back for it: all data there that is noted was put.
-            size: bytes.
 
         Returns:
-            Nothing if that cannot be had, or nothing is recorded any longer.
+            None if that cannot be had, or nothing is recorded any longer.
         """
         with self.lock:
-            if self._over:
-                return memoryview(b"")
-            if len(chunk) == CHUNK:
-                page = self._filling
-                if page is self._nothing and self._full:
-                    page = self._full[-1]
-                (self._spare if page is self._nothing else page.chunks).append(chunk)
-            if size == CHUNK and self._spare:
+            if chunk is not None:
+                self.give_back(chunk)
+            if self._over or self._shared is None:
+                return None
+            if self._spare:
                 return self._spare.pop()
             try:
-                return memoryview(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+                at, memory = self._shared.more(CHUNK)
             except (MemoryError, OSError):
                 self.end("there is no memory to be had")
-                return memoryview(b"")
+                return None
+            return Chunk(memory, at)
+
+    def give_back(self, chunk: Chunk) -> None:
+        """Have a chunk be free when what is noted of it is in the file."""
+        with self.lock:
+            page = self._filling
+            if page is self._nothing and self._full:
+                page = self._full[-1]
+            (self._spare if page is self._nothing else page.chunks).append(chunk)
 
     def _with_room_for(self, size: int, length: int, requests: int) -> Page | None:
         """The page where records of that size go, with their data; None: do without."""
@@ -336,8 +399,11 @@ class Sink:
         if self._free:
             page = self._free.pop()
         else:
+            assert self._shared is not None
+            page = Page(self._shared.page(self._capacity), self._capacity)
             self._pages += 1
-            page = Page(self._capacity)
+        self._serial += 1
+        page.begin(self._serial)
         if self._gap:
             lost, self._gap = self._gap, 0
             now = perf_counter_ns() - self.clock
@@ -373,6 +439,7 @@ class Sink:
     # -- the thread ------------------------------------------------------------------------
 
     def _run(self) -> None:
+        self._begin_standby()
         while True:
             self._wake.wait()
             self._wake.clear()
@@ -420,7 +487,7 @@ class Sink:
                 self._moves += 1
                 if is_full and self._full:
                     self._full.popleft()
-                    page.done = page.written = _EMPTY
+                    page.begin(0)
                     self._spare += page.chunks
                     page.chunks = []
                     self._free.append(page)
@@ -433,7 +500,7 @@ class Sink:
         first, _, before, earlier = page.written
         last, _, requests, flushes = done
         body = page.records[first:last]
-        data = [memoryview(memory)[start:end] for memory, start, end in pieces]
+        data = [chunk.memory[start:end] for chunk, start, end in pieces]
         requests -= before
         try:
             writer.write_packed(body, data, requests=requests, flushes=flushes - earlier)
@@ -441,6 +508,8 @@ class Sink:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 self._write_what_fits(writer, body, memoryview(b"".join(data)))
             raise
+        if self._shared is not None:
+            self._shared.reached(writer, page.words[SERIAL], last, done[1])
         self.recorded += requests
 
     def _write_what_fits(self, writer: TraceWriter, body: memoryview, data: memoryview) -> None:
@@ -482,6 +551,32 @@ class Sink:
                 writer.append([event(STOPPED, now, text=why)])
                 writer.sync()
             writer.close()
+            self._end_standby()
+
+    def _begin_standby(self) -> None:
+        if self._start is None or self.writer is None or self._shared is None:
+            return
+        try:
+            ended, self._alive = os.pipe2(os.O_CLOEXEC)
+            try:
+                self._start(self._shared.fd, self.writer.fd, ended, self._name)
+            finally:
+                os.close(ended)
+        except (OSError, subprocess.SubprocessError) as error:
+            log.warning(
+                "%s: what is not written will be lost if this process is killed: "
+                "another one cannot be started (%s)",
+                self._name,
+                error,
+            )
+
+    def _end_standby(self) -> None:
+        if self._shared is not None:
+            self._shared.words[IS_OVER] = 1
+            os.close(self._shared.fd)
+        if self._alive >= 0:
+            os.close(self._alive)
+            self._alive = -1
 
     def close(self) -> None:
         """Write the rest, within :data:`PATIENCE` seconds."""
@@ -521,6 +616,5 @@ class Sink:
 
 def _append(page: Page, fields: Fields) -> None:
     """Put the record of an event into a page that has room."""
-    used, filled, requests, flushes = page.done
-    pack_record_into(page.records, used, *fields)
-    page.done = (used + RECORD_SIZE, filled, requests, flushes)
+    pack_record_into(page.records, page.done[0], *fields)
+    page.put(RECORD_SIZE, 0, 0, 0)

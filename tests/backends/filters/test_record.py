@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
+import subprocess
+import sys
 import threading
 from zlib import crc32
 
@@ -36,6 +39,10 @@ from xen_disk_py.trace.reader import TraceReader
 
 
 class TestConformance(BackendConformance):
+    @pytest.fixture(autouse=True)
+    def _no_process_for_each_of_many(self, monkeypatch):
+        monkeypatch.setattr(sinks.Sink, "_begin_standby", lambda _: None)
+
     def open_disk(self, tmp_path):
         path = tmp_path / "disk"
         if not path.exists():
@@ -135,13 +142,16 @@ def test_a_file_that_exists_is_refused(path, tmp_path):
         recorded(str(tmp_path / "ring"), ",ring=1M")
 
 
-def test_a_successor_continues_and_says_that_something_may_be_missing(path):
+def test_a_successor_continues_and_says_that_something_may_be_missing(path, monkeypatch):
+    monkeypatch.setattr(sinks.Sink, "rouse", lambda _: None)  # nor the process that would write all
     first = recorded(path, ",data=yes")
     write(first, 0, b"1" * 512)
     first._sink._write()  # as its thread does; then it is killed
     os.close(first._sink.writer.fd)
+    os.close(first._sink._shared.fd)
     first._sink.writer.fd = -1
     first._sink._over = True
+    monkeypatch.undo()
     with succeeding():
         second = recorded(path, ",data=yes")
     write(second, 512, b"2" * 512)
@@ -150,6 +160,61 @@ def test_a_successor_continues_and_says_that_something_may_be_missing(path):
     assert [WRITE, RESUMED, GAP, RESIZED, WRITE, STOPPED] == [each.operation for each in found]
     assert [0, 1, 1, 1, 1, 2] == [each.number for each in found]
     assert found[0].end < found[1].start
+    assert ending.is_complete
+
+
+KILLED = """
+import os, signal, sys
+from backends.blocks import write
+from backends.filters.test_record import recorded
+from xen_disk_py.trace.sink import Sink
+
+begin = Sink._begin_standby
+
+
+def begin_and_be_killed(sink):
+    begin(sink)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+if sys.argv[2] == "before anything is written":
+    Sink._begin_standby = begin_and_be_killed
+    Sink.rouse, rouse = lambda _: None, Sink.rouse
+    disk = recorded(sys.argv[1], ",data=yes")
+    for number in range(100):
+        write(disk, number * 512, bytes([number]) * 512)
+    rouse(disk._sink)
+else:
+    disk = recorded(sys.argv[1], ",data=yes")
+    for number in range(100):
+        write(disk, number * 512, bytes([number]) * 512)
+        if number == 50:
+            while disk._sink.recorded < 51:  # its thread has begun the other process before
+                pass
+    os.kill(os.getpid(), signal.SIGKILL)
+signal.pause()
+"""
+
+
+@pytest.mark.parametrize("when", ["before anything is written", "amid that"])
+def test_what_a_process_that_was_killed_had_noted_is_written_and_its_successor_misses_nothing(
+    path, when
+):
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, path, when],
+        check=False,
+        env=env,
+    )
+    assert -signal.SIGKILL == killed.returncode
+    with succeeding():
+        second = recorded(path, ",data=yes")
+    write(second, 512, b"2" * 512)
+    second.close()
+    found, ending = trace(path)
+    assert [bytes([number]) * 512 for number in range(100)] == [each.data for each in found[:100]]
+    assert [STOPPED, RESUMED, RESIZED, WRITE, STOPPED] == [each.operation for each in found[100:]]
+    assert b"the disk's process ended" == found[100].data
     assert ending.is_complete
 
 

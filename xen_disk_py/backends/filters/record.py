@@ -6,7 +6,8 @@
   works as before. The log has a line, and the trace can be read up to there.
 * If the trace's storage is too slow, a trace without data leaves requests out and says how many. A
   trace with data would be useless then, so the guest waits as long as the storage makes progress;
-  after :data:`PATIENCE` seconds without any, the recording ends.
+  after ``trace.sink.PATIENCE`` seconds without any, the recording ends.
+* If the process is killed, another one writes what was noted.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from typing import Any, Callable, Optional
 from zlib import crc32
 
 from ...errors import ImageError, UsageError
+from ...host import trace_writer
 from ...host.identity import boot_id
+from ...trace import sink as sinks
 from ...trace.batch import BatchNotes
 from ...trace.claims import Claims
 from ...trace.format import (
@@ -39,6 +42,7 @@ from ...trace.format import (
     status_of,
 )
 from ...trace.reader import TraceReader
+from ...trace.shared import ORPHANED
 from ...trace.sink import Sink
 from ...trace.writer import TraceWriter, event, fields_of
 from ...units import format_size, parse_size
@@ -114,7 +118,7 @@ class Recorder(Filter):
         if on and not sharing.is_looking():
             writer = _open(self.source, file, data=data, ring=size, in_use=self._is_in_use)
         source, before = self.source, self._sink
-        sink = Sink(writer, file, Claims() if data and source.threads > 1 else None)
+        sink = _sink(writer, file, Claims() if data and source.threads > 1 else None)
         self._sink = sink
         self._settings = settings
         self._describe()
@@ -416,6 +420,16 @@ class _Noted:
         self.start = start
 
 
+def _sink(writer: TraceWriter | None, file: str, claims: Claims | None) -> Sink:
+    if writer is None:
+        return Sink(None, "")
+    try:
+        return Sink(writer, file, claims, start=trace_writer.start)
+    except OSError as error:
+        writer.close()
+        raise ImageError(f"{file}: not recorded: {error.strerror}") from error
+
+
 def _open(source: Backend, file: str, *, data: bool, ring: int, in_use: bool) -> TraceWriter | None:
     """Create the file; a successor continues the one that exists, or records nothing."""
     if is_succeeding() and not in_use:
@@ -434,16 +448,16 @@ def _open(source: Backend, file: str, *, data: bool, ring: int, in_use: bool) ->
 def _continue(source: Backend, file: str, *, data: bool) -> TraceWriter:
     fd = os.open(file, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(fd)
         with TraceReader(file) as reader:
             header = reader.header
             writer = TraceWriter.resume(fd, reader)
+            ending = reader.ending
             _check(reader, data=data)
             at = _now() - header.clock
+        missing = [] if ending is not None and ending.text == ORPHANED else [event(GAP, at)]
         try:
-            writer.append(
-                [event(RESUMED, at), event(GAP, at), event(RESIZED, at, size=source.size)]
-            )
+            writer.append([event(RESUMED, at), *missing, event(RESIZED, at, size=source.size)])
         except OSError as error:
             raise ImageError(f"{file}: {why(error, file)}") from error
     except BaseException:
@@ -452,12 +466,27 @@ def _continue(source: Backend, file: str, *, data: bool) -> TraceWriter:
     return writer
 
 
+def _lock(fd: int) -> None:
+    """Have the trace for us alone, when the earlier process's writer has written all it had."""
+    until = time.monotonic() + sinks.PATIENCE
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise ImageError("another process still writes its trace") from None
+            time.sleep(0.01)
+        else:
+            return
+
+
 def _check(reader: TraceReader, *, data: bool) -> None:
     """Check that a trace, read to its end, can be continued."""
     if reader.header.boot != _boot() or reader.header.data != data:
         raise ImageError(f"{reader.path}: the trace of another disk")
-    if reader.ending is not None and reader.ending.is_complete:
-        raise ImageError(f"{reader.path}: its recording has ended: {reader.ending.text}")
+    ending = reader.ending
+    if ending is not None and ending.is_complete and ending.text != ORPHANED:
+        raise ImageError(f"{reader.path}: its recording has ended: {ending.text}")
 
 
 def _describe(source: Backend, *, data: bool, ring: int, in_use: bool) -> Header:
