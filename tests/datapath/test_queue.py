@@ -1856,7 +1856,7 @@ def test_where_the_guest_is_quick_the_thread_busy_polls(
 
     def sleeping(milliseconds, **options):
         sleeps.append(idler._pace.is_quick)  # an event that came late may end it at once
-        sleep(milliseconds, **options)
+        return sleep(milliseconds, **options)
 
     monkeypatch.setattr(idler, "sleep", sleeping)
     for id_ in range(50):

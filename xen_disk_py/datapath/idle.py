@@ -99,12 +99,15 @@ class Idle:
                 self._now = now
                 return False
 
-    def sleep(self, milliseconds: float | None, *, is_idle: bool = True) -> None:
+    def sleep(self, milliseconds: float | None, *, is_idle: bool = True) -> bool:
         """Sleep until something wakes us, or for so long; events are acknowledged.
 
         Args:
             milliseconds: at most; None for any time.
             is_idle: nothing that was begun is waited for: that is no measure of a guest's pace.
+
+        Returns:
+            Whether something has woken us that is no queue's.
         """
         if is_idle:
             was_timed, self.is_timed = self.is_timed, self._pace.is_to_be_timed()
@@ -114,10 +117,11 @@ class Idle:
         if is_idle and self.is_timed:
             began, self._now = self._now, perf_counter()
             self._pace.slept(self._now - began)
-        queues, put_off, is_counted = self._queues, 0, False
+        queues, put_off, is_counted, is_other = self._queues, 0, False, False
         for descriptor in woken:
             queue = queues.get(descriptor)
             if queue is None:
+                is_other = True
                 continue
             if not is_counted:
                 is_counted = True
@@ -130,6 +134,7 @@ class Idle:
                     queue.channel.acknowledge()
         if put_off:
             self._put_off(is_alone=put_off == len(woken))
+        return is_other
 
     def _put_off(self, *, is_alone: bool) -> None:
         """Keep the ports of queues that have nothing but events masked for a while.

@@ -218,8 +218,8 @@ class QueueThread:
             is_more = False
             for ring in rings:
                 is_more = ring.arm() or is_more
-            if not is_more:
-                idle.sleep(milliseconds, is_idle=not waiting)
+            if not is_more and idle.sleep(milliseconds, is_idle=not waiting):
+                self._hear()  # at once, or it polls readable until whoever asks is through
         for queue in queues:
             queue.idled()
 
@@ -272,7 +272,7 @@ class QueueThread:
                 self._drain()
 
     def _hear(self) -> None:
-        """Take the byte that may have woken us; what it is for is looked at later."""
+        """Take the byte that has woken us; what it is for is looked at later."""
         with suppress(BlockingIOError):
             os.read(self._wake_read, 4096)
             self._asked = True
@@ -288,7 +288,6 @@ class QueueThread:
             ):
                 if not self._all(lambda queue: queue.end_finished()):
                     self._rest()
-                    self._hear()
             self._all(lambda queue: queue.publish())
             if not any(queue.is_any_elsewhere for queue in self._queues):
                 self._drained.wait(threading.current_thread())
