@@ -31,7 +31,7 @@ from xen_disk_py.datapath.double_buffer import DoubleBuffer
 from xen_disk_py.errors import ImageError
 from xen_disk_py.exit_status import ExitStatus
 from xen_disk_py.host import process
-from xen_disk_py.recovery import orphans, record
+from xen_disk_py.recovery import orphans, record, temporary
 from xen_disk_py.recovery.facts import Facts
 from xen_disk_py.recovery.record import Record, find
 from xen_disk_py.recovery.role import Role
@@ -451,9 +451,11 @@ def test_an_image_that_has_become_longer(host, adopt, orphan, image):
 
 @pytest.mark.parametrize("vm", ["5", "guest"])
 @pytest.mark.parametrize("gone", ["domain", "introduced"])
-def test_the_guest_was_destroyed(host, run, orphan, image, tmp_path, vm, gone):
+def test_the_guest_was_destroyed(host, run, orphan, image, tmp_path, monkeypatch, vm, gone):
     """Its id, which a supervisor knows, is enough to clean up by; its name is gone with it."""
-    orphan("--path", image, temporary=str(tmp_path / "changes"))
+    monkeypatch.setattr(temporary, "_MEMORY", str(tmp_path))
+    changes = temporary.new_path()
+    orphan("--path", image, temporary=changes)
     if gone == "domain":
         host.xenstored.remove_domain(5)
     else:
@@ -465,7 +467,7 @@ def test_the_guest_was_destroyed(host, run, orphan, image, tmp_path, vm, gone):
     assert (ExitStatus.OK, "", "xvdb: the guest has gone\n") == (status, out, err)
     assert ADDRESS.backend not in host.tree()
     assert [] == os.listdir(host.records)
-    assert not (tmp_path / "changes").exists()
+    assert not os.path.exists(changes)
 
 
 def test_changes_in_memory_that_nobody_could_remove_at_the_end(
