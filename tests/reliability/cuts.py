@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import logging
 import mmap
 import os
 import random
@@ -30,7 +31,9 @@ from xen_disk_py.datapath import double_buffer, grants, journal, queue, queue_th
 from xen_disk_py.datapath.disk import Disk
 from xen_disk_py.datapath.grants import Grants
 from xen_disk_py.datapath.journal import SIZE, Journal
+from xen_disk_py.datapath.processes import QueueProcesses
 from xen_disk_py.datapath.queue import Options, Queue
+from xen_disk_py.exit_status import ExitStatus
 from xen_disk_py.ring import FrontRing
 from xen_disk_py.simulated.hypervisor import SimulatedGuest, SimulatedHypervisor, SimulatedMachine
 
@@ -40,6 +43,7 @@ READ, WRITE, BARRIER, FLUSH, DISCARD, INDIRECT = 0, 1, 2, 3, 5, 6
 TRACED = {
     module.__file__ for module in (queue, queue_thread, ring, journal, double_buffer, grants)
 } | {__file__}
+CRASHED = int(ExitStatus.CRASHED)
 PATIENCE = 60.0  # seconds; a busy machine may stop a backend for many
 
 
@@ -69,13 +73,23 @@ class FileDisk(Backend):
 
 
 class Frontend:
-    """The guest: a list of requests, each on a place of its own, and what they must do."""
+    """The guest: a list of requests, each on a place of its own, and what they must do.
+
+    With several ``queues`` there is one for each; the first knows the others.
+    """
 
     SECTORS = 2048
 
-    def __init__(self, setting, stack):
+    def __init__(self, setting, stack, first=None, number=0):
         self.abi = {"x86_64": X86_64, "x86_32": X86_32}[setting["abi"]]
-        self.machine = stack.enter_context(SimulatedMachine(domid=DOMID, pages=256))
+        self.lanes = [self]
+        self.first_sector = number * 1024
+        if first is None:
+            self.machine = stack.enter_context(SimulatedMachine(domid=DOMID, pages=256))
+            self.file = os.memfd_create("disk")
+            stack.callback(os.close, self.file)
+        else:
+            self.machine, self.file = first.machine, first.file
         self.guest = stack.enter_context(SimulatedGuest(self.machine))
         order = setting["order"]
         self.pages = stack.enter_context(self.guest.share_pages(0, 1 << order, writable=True))
@@ -85,8 +99,6 @@ class Frontend:
         start = setting["start"]
         self.ring = FrontRing(self.pages.view, self.abi.slot_size, self.guest.fence, start)
         stack.callback(self.ring.close)
-        self.file = os.memfd_create("disk")
-        stack.callback(os.close, self.file)
         self.before = b"".join(n.to_bytes(4, "big") for n in range(128 * self.SECTORS))
         os.pwrite(self.file, self.before, 0)
         self.after = bytearray(self.before)
@@ -95,6 +107,8 @@ class Frontend:
         self.slots = list(self._requests(setting["requests"]))
         self.answers = []
         self.sent = 0
+        for more in range(1, setting.get("queues", 1) if first is None else 1):
+            self.lanes.append(Frontend(setting, stack, self, more))
 
     def _lay_out(self, operation, id_, sector, segments):
         pad = self.abi.slot_size - 20 - 88
@@ -107,7 +121,7 @@ class Frontend:
         kinds = WRITE, READ, DISCARD, FLUSH, INDIRECT, WRITE, BARRIER, READ
         for id_ in range(count):
             kind = kinds[id_ % len(kinds)]
-            sector = 24 * id_  # three pages apart: nothing overlaps
+            sector = self.first_sector + 24 * id_  # three pages apart: nothing overlaps
             where, at = 512 * sector, PAGE * id_
             segments = [(self.data.refs[id_], 0, 7)]
             if kind == FLUSH:
@@ -145,22 +159,25 @@ class Frontend:
 
     @property
     def done(self):
-        return len(self.answers) >= len(self.slots)
+        return all(len(lane.answers) >= len(lane.slots) for lane in self.lanes)
 
     def check(self):
         """Compare all with what must be."""
+        for lane in self.lanes[1:]:
+            lane.check()
         assert list(range(len(self.slots))) == sorted(a.id for a in self.answers), self.answers
         assert {0} == {answer.status for answer in self.answers}, self.answers
         for at, content in self.checks:
             assert content == self.data.view[at : at + PAGE], f"what was read into {at}"
-        assert self.after == os.pread(self.file, len(self.after), 0), "the disk"
+        at, length = 512 * self.first_sector, 512 * (1024 if self.first_sector else self.SECTORS)
+        if len(self.lanes) > 1:
+            length //= 2
+        assert self.after[at : at + length] == os.pread(self.file, length, at), "the disk"
 
     def backend(self, setting, cut):
         """Be a backend, in a process of its own, until line ``cut``; or indefinitely."""
         hypervisor = SimulatedHypervisor(self.machine)
         disk = Disk(FileDisk(self.file, 512 * self.SECTORS, setting["threads"]))
-        noted = Journal(memoryview(self.journal))
-        shape = Ring(tuple(self.pages.refs), self.channel.port)
         lines = 0
 
         def trace(frame, event, arg):
@@ -173,57 +190,92 @@ class Frontend:
                     os.kill(os.getpid(), signal.SIGKILL)
             return trace
 
-        if cut:
+        def prepare(number):
+            if cut and number == setting["victim"]:
+                threading.settrace(trace)  # the queue's, which begins later
+            return SimulatedHypervisor(self.machine)
+
+        options = Options(8, Grants(setting["grants"]))
+        journals = [Journal(memoryview(lane.journal)) for lane in self.lanes]
+        open_queue = Queue
+        if setting.get("victim") is not None:
+            logging.disable()  # each time it would say that a process has ended
+            open_queue = QueueProcesses(disk, options, journals, prepare).open_queue
+        elif cut:
             sys.settrace(trace)
-        served = Queue(
-            hypervisor,
-            DOMID,
-            shape,
-            self.abi,
-            disk,
-            options=Options(8, Grants(setting["grants"])),
-            persistent=setting["persistent"],
-            journal=noted,
-            statistics=disk.statistics.of_queue(0),
-            on_failure=lambda error: print(f"failed: {error!r}", file=sys.stderr) or os._exit(3),
-        )
+        queues = [
+            open_queue(
+                hypervisor,
+                DOMID,
+                Ring(tuple(lane.pages.refs), lane.channel.port),
+                self.abi,
+                disk,
+                options=options,
+                persistent=setting["persistent"],
+                sharers=len(self.lanes),
+                number=number,
+                journal=journals[number],
+                statistics=disk.statistics.of_queue(number),
+                on_failure=lambda error: (
+                    print(f"failed: {error!r}", file=sys.stderr) or os._exit(3)
+                ),
+            )
+            for number, lane in enumerate(self.lanes)
+        ]
+        if open_queue is not Queue:
+            for queue in queues:
+                queue.start()
+            while True:
+                signal.pause()
         start, threading.Thread.start = threading.Thread.start, lambda thread: None
-        served.start()  # in this thread, which may be the only one to be had
+        for queue in queues:
+            queue.start()  # in this thread, which may be the only one to be had
         threading.Thread.start = start
-        served._thread.thread = threading.current_thread()
-        served._thread._run()
+        queues[0]._thread.thread = threading.current_thread()
+        queues[0]._thread._run()
 
     def generation(self, setting, number, cut):
         """Have a backend work until it dies, or until all is answered; True if it died."""
+        ended, lives = os.pipe()  # of all its processes
         pid = os.fork()
         if not pid:
+            os.close(ended)
             try:
                 self.backend(setting, cut)
             finally:
                 os._exit(4)
+        os.close(lives)
         poll = select.poll()
-        ended = os.pidfd_open(pid)
         poll.register(ended, select.POLLIN)
-        poll.register(self.channel.fileno(), select.POLLIN)
+        for lane in self.lanes:
+            poll.register(lane.channel.fileno(), select.POLLIN)
         status = None
         try:
             while not self.done and status is None:
-                self.step()
-                if not self.done and not self.ring.arm():
+                for lane in self.lanes:
+                    lane.step()
+                if not self.done and not any(lane.ring.arm() for lane in self.lanes):
                     ready = dict(poll.poll(1000 * PATIENCE))
                     assert ready, f"{len(self.answers)} answers, and no event"
                     if ended in ready:
                         status = os.waitpid(pid, 0)[1]
-                    self.channel.acknowledge()
+                    for lane in self.lanes:
+                        if lane.channel.fileno() in ready:
+                            lane.channel.acknowledge()
         finally:
-            os.close(ended)
             if status is None:
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
+            os.read(ended, 1)  # its forks have ended
+            os.close(ended)
             self.machine.bury_backend()
         died = status is not None
-        assert not died or os.WIFSIGNALED(status), f"backend {number} ended with {status}"
-        self.step()
+        if died and setting.get("victim") is None:
+            assert os.WIFSIGNALED(status), f"backend {number} ended with {status}"
+        elif died:  # the other processes end with the one that was killed
+            assert os.waitstatus_to_exitcode(status) == CRASHED, f"{number} ended with {status}"
+        for lane in self.lanes:
+            lane.step()
         return died
 
 
@@ -235,7 +287,8 @@ def main(setting):
     while not survived:
         with contextlib.ExitStack() as stack:
             frontend = Frontend(setting, stack)
-            frontend.step()
+            for lane in frontend.lanes:
+                lane.step()
             if frontend.generation(setting, 0, cut):
                 cuts += 1
                 if dice.random() < 0.3:

@@ -66,3 +66,23 @@ def test_rings_that_go_round(setting):
     figures = cut(**setting, requests=60, step=11 if LONG else 1500, seed=random.randrange(1 << 30))
     assert figures["lines"] > 4000
     assert figures["cuts"] > 1
+
+
+@pytest.mark.timeout(600)
+def test_two_queues_in_one_thread():
+    """Wherever one is, the other is somewhere, too; both are taken over."""
+    step = 7 if LONG else 300
+    figures = cut(queues=2, threads=4, step=step, seed=random.randrange(1 << 30))
+    assert figures["lines"] > 1500
+    assert figures["cuts"] >= figures["lines"] // step - 1
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("victim", [0, 1])
+def test_two_queues_in_processes(victim):
+    """One is killed at a line, with a flush of either under way or not; the other ends with it."""
+    step = 5 if LONG else 150
+    dice = random.randrange(1 << 30)
+    figures = cut(queues=2, victim=victim, threads=4, step=step, seed=dice)
+    assert figures["lines"] > 500
+    assert figures["cuts"] >= figures["lines"] // step - 1
