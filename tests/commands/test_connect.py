@@ -273,7 +273,7 @@ def test_another_user(host, connect, monkeypatch):
     somebody = Somebody(monkeypatch, host)
     status, _, _ = connect(session, "guest", "--user", "somebody")
     assert status is ExitStatus.OK
-    assert ["forbid", ("somebody", 3, 2)] == somebody.seen  # the record, and its socket
+    assert ["forbid", ("somebody", 3, 3)] == somebody.seen  # the record, its socket, the seal
     assert [(host.DOMID, 1)] == somebody.reserved
 
 

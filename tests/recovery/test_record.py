@@ -16,6 +16,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import storage
@@ -844,3 +845,99 @@ def test_nobody_waits_for_a_process_that_has_ended_because_nobody_else_has(direc
         mine.describe(Facts(pid=999_999_999, queues=((queue.pid, start_time(queue.pid)),)))
         mine.leave()
         record.await_end(directory, ADDRESS)
+
+
+class TestSealed:
+    """What counts of a record whose process has given its privileges up, and may be another's."""
+
+    SPEC = MappingProxyType(
+        {"path": "/images/a", "user": "nobody", "filters": ["log:file=/l", "delay:read=1ms"]}
+    )
+    SERVED = replace(FACTS, pid=7, process_started=1, files={"/images/a": 1}, disk=dict(SPEC))
+
+    def leave(self, directory, *described, seal=SERVED):
+        mine = Record(directory, ADDRESS)
+        mine.seal(seal)
+        for facts in (seal, *described):
+            mine.describe(facts)
+        mine.leave()
+
+    @pytest.mark.parametrize(
+        "forged",
+        [
+            {"path": "/etc/shadow", "user": "nobody", "filters": SPEC["filters"]},
+            {"path": "/images/a"},
+            {**SPEC, "filters": ["log:file=/etc/cron.d/log", "delay:read=1ms"]},
+            {**SPEC, "filters": ["log:file=/l,file=/other", "delay:read=1ms"]},
+            {**SPEC, "filters": ["log:file=/l", "/tmp/evil.py"]},
+            {**SPEC, "filters": ["log:file=/l", "delay:/tmp/evil.py:read=1"]},
+            {**SPEC, "filters": ["log:file=/l", "delay:read=1ms", "record:file=/etc/cron.d/t"]},
+            {**SPEC, "filters": ["log:file=/l"]},
+            {**SPEC, "filters": ["log:file=/l", 7]},
+            {**SPEC, "filters": "log"},
+            None,
+        ],
+    )
+    def test_a_process_without_privileges_names_nothing_that_is_opened(self, directory, forged):
+        self.leave(
+            directory,
+            replace(self.SERVED, disk=forged, pid=1, process_started=2, files={}, storage=()),
+        )
+        assert self.SERVED == find(directory, ADDRESS).facts
+        with Record.adopt(directory, ADDRESS) as mine:
+            assert self.SERVED == mine.facts
+
+    def test_how_things_are_with_the_disk_is_what_it_says(self, directory):
+        filters = ["log:file=/l,format=json", "delay:read=9ms,write=1ms"]
+        now = replace(
+            self.SERVED,
+            size=7,
+            resizing=8,
+            connected=True,
+            pause=1.5,
+            started=2.5,
+            disk={**self.SPEC, "filters": filters},
+        )
+        self.leave(directory, now)
+        assert now == find(directory, ADDRESS).facts
+
+    def test_an_author_s_filter_keeps_the_options_that_it_had(self, directory):
+        served = replace(self.SERVED, disk={**self.SPEC, "filters": ["/my.py:at=/a"]})
+        forged = {**self.SPEC, "filters": ["/my.py:at=/b"]}
+        self.leave(directory, replace(served, disk=forged), seal=served)
+        assert served == find(directory, ADDRESS).facts
+
+    @pytest.mark.parametrize("text", [b"", b"{", b'{"format": 99}'])
+    def test_what_was_sealed_cannot_be_read(self, directory, text):
+        self.leave(directory)
+        Path(f"{path_in(directory)}.sealed").write_bytes(text)
+        with pytest.raises(DeviceError, match="another version wrote it"):
+            Record.adopt(directory, ADDRESS)
+        assert not find(directory, ADDRESS).is_orphan
+
+    def test_it_goes_with_the_record_and_is_its_own(self, directory):
+        with Record(directory, ADDRESS) as mine:
+            mine.seal(self.SERVED)
+            assert 0o600 == stat.S_IMODE(os.stat(f"{mine.path}.sealed").st_mode)
+            mine.describe(self.SERVED)
+        assert [] == os.listdir(directory)
+        Path(f"{path_in(directory)}.sealed").write_bytes(self.SERVED.encode())  # of one before
+        with Record(directory, ADDRESS) as mine:
+            mine.describe(FACTS)
+            assert FACTS == find(directory, ADDRESS).facts
+
+    def test_a_record_that_its_process_emptied_goes_with_it(self, directory):
+        self.leave(directory)
+        with Record.adopt(directory, ADDRESS) as mine:
+            mine._facts.clear()
+            mine.leave()
+        record.sweep(directory)
+        assert [] == os.listdir(directory)
+
+    def test_no_room_for_it(self, directory):
+        with Record(directory, ADDRESS) as mine:
+            os.mkdir(f"{mine.path}.sealed")
+            with pytest.raises(XenUnavailable, match=r"5-51728\.sealed: Is a directory: see"):
+                mine.seal(FACTS)
+            os.rmdir(f"{mine.path}.sealed")
+            assert [os.path.basename(mine.path)] == os.listdir(directory)

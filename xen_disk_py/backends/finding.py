@@ -106,6 +106,11 @@ def find_class(name: str) -> tuple[type[Backend], str]:
     return _from_entry_point(name), f"the {name} backend"
 
 
+def is_own_filter(name: str) -> bool:
+    """Tell whether a filter's name is one of this package's."""
+    return name in _FILTERS
+
+
 def find_filter(name: str) -> type[Filter]:
     """Find the class of a filter: one of ours, or ``file.py[:Class]``.
 

@@ -192,6 +192,18 @@ def _put_over(source: Backend, wanted: _Wanted) -> Filter:
     return disk
 
 
+def filter_parts(text: str) -> tuple[str, list[str]]:
+    """Return the name in a ``--filter``, and its options as they are written.
+
+    Raises:
+        UsageError: it has no such parts.
+    """
+    match = _FILTER.fullmatch(text)
+    if match is None:
+        raise UsageError(f"--filter {text}: write it as NAME, or NAME:key=value,key=value")
+    return match["name"], list(filter(None, (match["options"] or "").split(",")))
+
+
 def _read_filter(text: str) -> _Wanted:
     """Find the class of a ``--filter``, and read its options.
 
@@ -199,15 +211,12 @@ def _read_filter(text: str) -> _Wanted:
         UsageError: there is no such filter, or it takes no such option.
         BackendError: it cannot be loaded.
     """
-    match = _FILTER.fullmatch(text)
-    if match is None:
-        raise UsageError(f"--filter {text}: write it as NAME, or NAME:key=value,key=value")
-    name = match["name"]
+    name, options = filter_parts(text)
     try:
         cls = find_filter(name)
     except UsageError as error:
         raise UsageError(f"--filter {text}: {error}") from None
-    given = filter_options(cls, name, filter(None, (match["options"] or "").split(",")))
+    given = filter_options(cls, name, options)
     return _Wanted(text, name, cls, given, filter_arguments(cls, name, given))
 
 

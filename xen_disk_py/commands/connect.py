@@ -345,9 +345,10 @@ class _Connection:
         is_known = before is not None and before.connected
         released_at = before.released_at if before is not None else None
         queues = processes.identities if processes is not None else ()
-        record.describe(
-            Facts.about(spec, self._domain, vdev, disk, connected=is_known, queues=queues)
-        )
+        facts = Facts.about(spec, self._domain, vdev, disk, connected=is_known, queues=queues)
+        if self._user is not None:
+            record.seal(facts)
+        record.describe(facts)
         device = Device(
             self._store,
             self._hypervisor,

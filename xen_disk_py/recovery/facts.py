@@ -6,13 +6,15 @@ import json
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
+from ..backends.finding import is_own_filter
+from ..backends.loader import filter_parts
 from ..backends.sharing import Storage
 from ..datapath.disk import Disk
-from ..errors import DeviceError
+from ..errors import DeviceError, UsageError
 from ..host.identity import identity_of
 from ..host.process import start_time
 from ..xenbus.vdev import VirtualDevice
@@ -29,6 +31,16 @@ FORMATS = (2, FORMAT)
 
 TOLD = ("domid", "domain", "vdev", "number", "device", "size", "backend", "path", "mode", "pid")
 """Those of the facts that are for scripts, as they are; the others are for a successor."""
+
+_CHANGING = (
+    "size",
+    "resizing",
+    "connected",
+    "started",
+    "pause",
+    "released_at",
+    "not_upgraded",
+)
 
 
 @dataclass(frozen=True)
@@ -154,10 +166,38 @@ class Facts:
         """The ids of the processes of its queues; none where they are threads."""
         return [pid for pid, _ in self.queues]
 
+    def believed(self, shown: Facts) -> Facts:
+        """Return these facts with what of ``shown`` whoever has no privileges may say.
+
+        Args:
+            shown: what a process says that gave its privileges up when these were written: how
+                things are with the disk, and other settings of its filters. Not what would be
+                opened for it, nor which processes there are.
+        """
+        changed = {name: getattr(shown, name) for name in _CHANGING}
+        before = (self.disk or {}).get("filters")
+        now = (shown.disk or {}).get("filters")
+        if isinstance(before, (list, tuple)) and isinstance(now, (list, tuple)):
+            now = now[: len(before)]  # a recorder that was put over them since is left out
+            if list(map(_opened_by, before)) == list(map(_opened_by, now)):
+                changed["disk"] = {**(self.disk or {}), "filters": now}
+        return replace(self, **changed)
+
     def told(self) -> Mapping[str, Any]:
         """Return what is for scripts."""
         told = {name: getattr(self, name) for name in TOLD}
         return {**told, "queue_pids": self.queue_pids}
+
+
+def _opened_by(text: object) -> object:
+    """Return what of a ``--filter`` says which code and which file there are."""
+    try:
+        name, options = filter_parts(text) if isinstance(text, str) else ("", [])
+    except UsageError:
+        return text
+    if not is_own_filter(name):
+        return text  # an author's own: nobody knows what its options mean
+    return name, [item for item in options if item.startswith("file=")]
 
 
 def _identities(spec: DiskSpec, disk: Disk) -> dict[str, Any]:

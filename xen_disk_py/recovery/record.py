@@ -13,7 +13,9 @@ of the process has ended and all its memory is unmapped, so that nothing that it
 after what its successor does.
 
 A process that has become another user cannot remove its file; it clears the facts, and its
-supervisor, or whoever makes a record next, removes what is empty.
+supervisor, or whoever makes a record next, removes what is empty. It keeps the record open for
+writing, though, and a successor is root. So what the successor is to open is sealed before: a
+second file, which only root can write, and which counts wherever it and the record differ.
 
 Beside it is the socket of :mod:`.control`, which goes with it.
 """
@@ -53,6 +55,9 @@ DIRECTORY = "/run/xen_disk_py"
 SOCKET = ".control"
 """What the name of the process's socket ends with; see :mod:`.control`."""
 
+SEALED = ".sealed"
+"""What the name of the file ends with that says what to believe of a record; see above."""
+
 _FACTS = 32 << 10  # bytes
 _COUNTERS = 4096
 HEAD = _FACTS + _COUNTERS
@@ -87,6 +92,23 @@ def _facts_in(data: bytes) -> Facts | None:
     return Facts.parse(DoubleBuffer(memoryview(bytearray(data[:_FACTS]))).read() or b"")
 
 
+def _believed_in(data: bytes, path: str) -> Facts | None:
+    """Read the beginning of the record of that name, and what was sealed of it."""
+    facts = _facts_in(data)
+    return facts if facts is None else _believed(facts, path)
+
+
+def _believed(facts: Facts, path: str) -> Facts:
+    try:
+        with open(f"{path}{SEALED}", "rb") as file:
+            sealed = Facts.parse(file.read())
+    except FileNotFoundError:
+        return facts
+    except OSError:
+        sealed = None
+    return sealed.believed(facts) if sealed is not None else Facts(format=0)
+
+
 def queues_in(size: int) -> int:
     """Tell from the length of a record for how many queues it is; 0 for none that there can be.
 
@@ -119,9 +141,14 @@ def _unlink(fd: int, path: str) -> None:
     """Remove the locked file, unless somebody who asks for no lock was quicker."""
     with contextlib.suppress(FileNotFoundError):
         if _is_at(fd, path):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(f"{path}{SOCKET}")
+            _remove_beside(path)
             os.unlink(path)
+
+
+def _remove_beside(path: str) -> None:
+    for name in (SOCKET, SEALED):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(f"{path}{name}")
 
 
 def _lock(path: str, flags: int) -> int | None:
@@ -207,7 +234,7 @@ class Record(Closing):
                 f"({from_number(address.devid)}): choose another --vdev"
             )
         try:
-            before = _facts_in(os.pread(fd, _FACTS, 0))
+            before = _believed_in(os.pread(fd, _FACTS, 0), path)
             if before is not None and is_attached():
                 self._refuse(address)
         except BaseException:
@@ -218,6 +245,7 @@ class Record(Closing):
         try:
             size = HEAD + queues * (JOURNAL_SIZE + LATENCIES_SIZE)
             os.ftruncate(fd, 0)
+            _remove_beside(path)
             os.posix_fallocate(fd, 0, size)  # not sparse: a full /run is an error now, not later
             self._open(fd, path, queues)
         except BaseException as error:
@@ -262,6 +290,8 @@ class Record(Closing):
                 with contextlib.suppress(OSError):  # no room: a disk matters more than histograms
                     os.posix_fallocate(fd, 0, size)
                 record._open(fd, path, queues)
+                if record.facts.format in FORMATS:
+                    record.facts = _believed(record.facts, path)
                 if record.facts.format in FORMATS:
                     return record
         except BaseException:
@@ -315,6 +345,27 @@ class Record(Closing):
             except ValueError as error:
                 raise DeviceError(f"the arguments are too long to be noted: {error}") from error
             self.facts = facts
+
+    def seal(self, facts: Facts) -> None:
+        """Write down, where only root can, what a successor is to believe of what we describe.
+
+        For a process that is about to give its privileges up: whoever gets into it can write the
+        record, whose file it has open.
+
+        Raises:
+            XenUnavailable: it cannot be written.
+        """
+        path = f"{self.path}{SEALED}"
+        new = f"{path}.new"
+        try:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+            with open(os.open(new, flags, 0o600), "wb") as file:
+                file.write(facts.encode())
+            os.replace(new, path)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.unlink(new)
+            raise _unavailable(path, error) from error
 
     def update(self, **changed: Any) -> None:
         """Write some of the facts anew; raises as :meth:`describe` does."""
@@ -412,8 +463,9 @@ def refuse_orphan(directory: str, address: Address) -> None:
 
 def find(directory: str, address: Address) -> Found | None:
     """Read the record of a device; None if there is none."""
+    path = path_of(directory, address)
     try:
-        fd = os.open(path_of(directory, address), os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return None
     facts: Facts | None = None
@@ -425,7 +477,7 @@ def find(directory: str, address: Address) -> Found | None:
             if alive and os.pread(fd, _FACTS, 0) != data[:_FACTS]:
                 time.sleep(_PAUSE)  # it is being written, and may be a mixture
                 continue
-            facts = _facts_in(data)
+            facts = _believed_in(data, path)
             # Not of one without a lock: it has ended, though it may be a zombie still.
             is_ending = alive and facts is not None and _is_ending(facts)
             if is_ending:
