@@ -12,6 +12,8 @@ from datapath.test_queue import queue_of
 from xen_disk_py.blkif import FLUSH, OKAY, READ, WRITE_BARRIER, Transfer
 from xen_disk_py.datapath import idle, queue_thread
 from xen_disk_py.datapath.disk import Disk
+from xen_disk_py.datapath.drained import DrainedSection
+from xen_disk_py.datapath.queue import Queue
 from xen_disk_py.errors import DeviceError
 from xen_disk_py.host.synchronizing import HAS_GIL
 
@@ -233,3 +235,158 @@ def test_an_error_of_the_thread_itself_ends_all_queues(host, several, monkeypatc
     two.channel.notify()
     host.until(lambda: one.failures and two.failures)
     assert [True, True] == [line.queue.stop(PATIENCE) for line in (one, two)]
+
+
+def test_a_queue_resumes_what_a_predecessor_left_before_its_first_turn(host, several, monkeypatch):
+    """Also where another waits for a barrier that it resumes with: the others have turns then."""
+    done, begin, turn = [], Queue.begin, Queue.turn
+
+    def beginning(queue):
+        if not queue.number:
+            while "turn" not in done:
+                queue._thread.wait(queue)
+            return True
+        done.append("begin")
+        return begin(queue)
+
+    def turning(queue, **options):
+        if queue.number:
+            done.append("turn")
+        return turn(queue, **options)
+
+    monkeypatch.setattr(Queue, "begin", beginning)
+    monkeypatch.setattr(Queue, "turn", turning)
+    disk = Disk(host.memory(threads=4))
+    page = host.share().refs[0]
+    with disk.drained.entered(PATIENCE):  # both have started when the thread begins
+        one, two = several(disk)
+        two.put(request(1, READ, 0, page))
+        two.kick()
+    assert OKAY == two.responses(1)[0].status
+    assert OKAY == one.ask(request(1, READ, 0, page)).status
+    assert ["begin", "turn"] == done[:2]
+
+
+@only_with_the_lock
+def test_a_queue_that_starts_amid_the_only_one_s_turn_has_turns(host, several):
+    """The first was alone when its turn began, waits amid it, and never runs out of requests."""
+    entered, allowed, other = threading.Event(), threading.Event(), threading.Event()
+    served = []
+
+    class Busy(type(host.memory())):
+        def read(self, buffers, offset):
+            if not offset:
+                entered.set()
+                assert allowed.wait(PATIENCE)
+            super().read(buffers, offset)
+
+        def read_nowait(self, buffers, offset):
+            if not offset:
+                return 0  # would wait
+            self.read(buffers, offset)
+            served.append(offset)
+            if offset == 4096 and not other.is_set():
+                one.put(request(0, READ, 8, page))
+                one.kick()
+                one.ring.take()
+                if len(served) == 100:
+                    two.put(request(7, READ, 16, page))
+                    two.kick()
+                assert len(served) < 100 + 2 * one.ring.slots
+            elif offset == 8192:
+                other.set()
+            return sum(map(len, buffers))
+
+    page = host.share().refs[0]
+    disk = Disk(Busy(threads=4))
+    (one,) = several(disk, 1)
+    one.put(
+        request(1, READ, 0, page), request(2, WRITE_BARRIER, 8, page), request(3, READ, 8, page)
+    )
+    one.kick()
+    assert entered.wait(PATIENCE)
+    two = host.line(disk, number=1)
+    host.until(lambda: len(one.queue._thread._queues) == 2)
+    allowed.set()
+    assert 7 == two.responses(1)[0].id
+    assert other.is_set()
+
+
+def test_a_barrier_that_takes_long_makes_no_other_queue_wait(host, several):
+    entered, allowed = threading.Event(), threading.Event()
+
+    class Slow(type(host.memory())):
+        def flush(self):
+            entered.set()
+            assert allowed.wait(PATIENCE)
+
+    one, two = several(Disk(Slow(threads=4)))
+    page = host.share().refs[0]
+    one.put(request(1, WRITE_BARRIER, 0, page), request(2, READ, 0, page))
+    one.kick()
+    assert entered.wait(PATIENCE)
+    assert [OKAY] * 3 == [two.ask(request(n, READ, 256, page)).status for n in range(3)]
+    assert [] == one.ring.take()
+    allowed.set()
+    assert [(1, OKAY), (2, OKAY)] == [(each.id, each.status) for each in one.responses(2)]
+
+
+def test_a_queue_that_cannot_end_takes_no_other_with_it(host, several, monkeypatch):
+    one, two = several(Disk(host.memory(threads=4)))
+    page = host.share().refs[0]
+    end = one.queue.end
+
+    def broken():
+        end()
+        raise RuntimeError("no idea")
+
+    monkeypatch.setattr(one.queue, "end", broken)
+    assert one.queue.stop(PATIENCE)
+    assert OKAY == two.ask(request(2, READ, 0, page)).status
+    assert [1, 0] == [len(line.failures) for line in (one, two)]
+
+
+@only_with_the_lock
+def test_a_queue_that_starts_as_the_thread_fails_ends_as_well(host, several, monkeypatch):
+    disk = Disk(host.memory(threads=4))
+    (one,) = several(disk, 1)
+    page = host.share().refs[0]
+    assert OKAY == one.ask(request(1, READ, 0, page)).status
+    late = []
+
+    def broken(*args, **options):
+        late.append(host.line(disk, number=1))
+        raise OSError(12, "no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(one.queue._idle, "sleep", broken)
+        one.channel.notify()
+        host.until(lambda: one.failures and late and late[0].failures)
+    assert [True, True] == [line.queue.stop(PATIENCE) for line in (one, *late)]
+    assert [] == queue_threads()
+    line = host.line(disk, number=2)
+    assert OKAY == line.ask(request(1, READ, 0, page)).status
+
+
+def test_a_retry_that_has_to_wait_for_another_queue_wakes_nobody():
+    """It is overdue as long as the other takes: the thread would poll a thousand times a second."""
+
+    class Waiting:
+        is_any_elsewhere = False
+        open_ring = None
+
+        def __init__(self, retry_in):
+            self.retry_in = retry_in
+
+        def idled(self):
+            pass
+
+    thread, slept = queue_thread.QueueThread(DrainedSection()), []
+    thread.idle.sleep = lambda milliseconds, **_: slept.append(milliseconds)
+    overdue, last = Waiting(1.0), Waiting(5000.0)
+    thread._queues = overdue, last
+    thread._waiting = [overdue, last]
+    thread._rest()
+    thread._waiting.pop()
+    thread._rest()
+    assert [5000.0, 1.0] == slept

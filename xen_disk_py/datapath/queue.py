@@ -741,7 +741,7 @@ class Queue:
                 return None
         except Exception as error:  # noqa: BLE001 - whatever an author's code raises
             return disk.outcome(request, error)
-        if not self._is_concurrent or request.operation == WRITE_BARRIER:
+        if not self._is_concurrent:
             return call()
         begun.since = inf  # until there is a thread for it
         pause, later = disk.pause(request, call)

@@ -11,7 +11,7 @@ has a thread of its own.
 
 No queue waits for another's requests: what takes waiting is done elsewhere, by workers or by the
 backend. A barrier, and a queue that ends, wait for what they have begun; the others have their
-turns then (:meth:`QueueThread.wait`).
+turns then (:meth:`QueueThread.wait`). Of several that wait, the last to begin continues first.
 """
 
 from __future__ import annotations
@@ -155,9 +155,12 @@ class QueueThread:
             while self.thread is me:
                 self._turn()
         except Exception as error:  # noqa: BLE001 - the queues tell of it
-            for queue in (*self._queues, *self._starting):
-                queue.fail(error)
-                self._end(queue)
+            while self.thread is me:  # with those that start meanwhile
+                with self._lock:
+                    self._queues += tuple(self._starting)
+                    self._starting = []
+                self._queues[0].fail(error)
+                self._end(self._queues[0])
         finally:
             self._drained.leave(me)
 
@@ -177,7 +180,7 @@ class QueueThread:
             here.number = queue.number
             try:
                 is_more = queue.turn(is_alone=is_alone)
-                while is_more and is_alone and not self._asked:
+                while is_more and is_alone and not self._asked and self._queues is queues:
                     is_more = queue.turn(is_alone=True)
                 is_idle = is_idle and not is_more
                 continue
@@ -209,7 +212,11 @@ class QueueThread:
         for queue in queues:
             is_any_elsewhere = is_any_elsewhere or queue.is_any_elsewhere
             ring, retry_in = queue.open_ring, queue.retry_in
-            if ring is not None and queue not in waiting:
+            if queue in waiting:
+                ring = None
+                if queue is not waiting[-1]:  # which has to return first
+                    retry_in = None
+            if ring is not None:
                 rings.append(ring)
             if retry_in is not None and (milliseconds is None or retry_in < milliseconds):
                 milliseconds = retry_in
@@ -237,15 +244,16 @@ class QueueThread:
         here.number = queue.number
         try:
             queue.end()
-        finally:
-            self.idle.forget(queue.wakeups)
-            with self._lock:
-                self._queues = tuple(each for each in self._queues if each is not queue)
-                thread = None
-                if not (self._queues or self._starting):
-                    thread = self.thread
-                    self._close()
-            queue.over(thread)
+        except Exception as error:  # noqa: BLE001 - no other queue's
+            queue.fail(error)
+        self.idle.forget(queue.wakeups)
+        with self._lock:
+            self._queues = tuple(each for each in self._queues if each is not queue)
+            thread = None
+            if not (self._queues or self._starting):
+                thread = self.thread
+                self._close()
+        queue.over(thread)
 
     def _close(self) -> None:
         self.idle.forget_descriptor(self._wake_read)
@@ -260,8 +268,10 @@ class QueueThread:
         with suppress(BlockingIOError):
             os.read(self._wake_read, 4096)
         with self._lock:
-            starting, self._starting = self._starting, []
+            # One at a time: none has a turn before it has begun, and that may wait.
+            starting, self._starting = self._starting[:1], self._starting[1:]
             self._queues += tuple(starting)
+            self._asked = self._asked or bool(self._starting)
         for queue in starting:
             self.idle.watch(queue.wakeups)
             self._do(queue, queue.begin)
@@ -289,7 +299,7 @@ class QueueThread:
                 if not self._all(lambda queue: queue.end_finished()):
                     self._rest()
             self._all(lambda queue: queue.publish())
-            if not any(queue.is_any_elsewhere for queue in self._queues):
+            if self._queues and not any(queue.is_any_elsewhere for queue in self._queues):
                 self._drained.wait(threading.current_thread())
                 for queue in self._queues:
                     queue.recomposed()
