@@ -101,17 +101,24 @@ def describe(path: str, image_format: str) -> list[dict[str, Any]]:
     return found
 
 
-def names_another_file(path: str, image_format: str) -> bool:
-    """Tell whether QEMU reads another file, too: a backing file, or where an image's extents are.
+def naming_others(path: str, image_format: str) -> list[str]:
+    """Tell which image of a chain names another file that QEMU reads, too; the first is the image.
+
+    That is a backing file, or where an image's data or extents are.
 
     Raises:
         UsageError: ``qemu-img`` is not installed.
         ImageError: it fails; the message says why.
     """
-    image, *others = describe(path, image_format)
-    extents = image.get("format-specific", {}).get("data", {}).get("extents", [])
-    own = os.path.abspath(path)
-    return bool(others) or any(each.get("filename", own) != own for each in extents)
+    chain = describe(path, image_format)
+    found = []
+    for number, image in enumerate(chain, 1):
+        data = image.get("format-specific", {}).get("data", {})
+        own = image["filename"]
+        extents = any(each.get("filename", own) != own for each in data.get("extents", []))
+        if number < len(chain) or extents or "data-file" in data:
+            found.append(own)
+    return found
 
 
 def is_stream_optimized(path: str) -> bool:

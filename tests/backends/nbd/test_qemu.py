@@ -148,6 +148,21 @@ def test_a_stranger_names_no_other_file(tmp_path, how):
     QemuBackend(alone, format_).close()
 
 
+@pytest.mark.parametrize("how", ["backing", "data", "extents"])
+def test_nor_does_one_whose_image_is_the_backing_file(tmp_path, how):
+    path, format_ = refers(tmp_path, how)
+    mine = make(tmp_path / "mine", format_, "-b", path, "-F", format_, size="8M")
+    QemuBackend(mine, format_).close()
+    os.chmod(path, 0o666)
+    said = r"mine: its backing file .*/disk names another file .* can be written by everybody: see"
+    with pytest.raises(ImageError, match=said):
+        QemuBackend(mine, format_)
+    alone = make(tmp_path / "alone", format_)
+    os.chmod(alone, 0o666)
+    mine = make(tmp_path / "over", format_, "-b", alone, "-F", format_, size="8M")
+    QemuBackend(mine, format_).close()
+
+
 def test_qemu_img_is_not_waited_for_without_end(tmp_path, monkeypatch):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)

@@ -13,6 +13,7 @@ import time
 from contextlib import suppress
 
 from ...errors import BackendError, ImageError, UsageError
+from ...text import printable
 from .. import qemu_img, qemu_locks, sharing
 from ..finding import QEMU_FORMATS
 from ..image import open_file_or_disk
@@ -84,12 +85,14 @@ class QemuBackend(NbdBackend):
                 timeout=timeout,
             )
         except BackendError as error:
-            raise BackendError(
-                f"{path}: qemu-nbd does not serve it as {format}: {_reason(path, format, error)}"
-            ) from error
+            raise _not_served(path, format, _reason(path, format, error)) from error
 
     def __str__(self) -> str:
         return f"{self._format} {self._image_path}"
+
+
+def _not_served(path: str, image_format: str, reason: str) -> BackendError:
+    return BackendError(f"{path}: qemu-nbd does not serve it as {image_format}: {reason}")
 
 
 def _reason(path: str, image_format: str, error: BackendError) -> str:
@@ -116,22 +119,15 @@ def _check(path: str, image_format: str, *, writable: bool) -> None:
     except OSError as error:
         raise ImageError(f"{path}: {error.strerror}") from error
     try:
-        stranger = distrust(os.fstat(fd), "it")
-        names_another = is_short = False
+        is_chain, is_short = image_format == "vmdk", False
         if image_format == "qcow2":
-            names_another, is_short = names_another_file(fd), is_cut_short(fd)
+            is_chain, is_short = names_another_file(fd), is_cut_short(fd)
     except OSError as error:
         raise ImageError(f"{path}: cannot be read: {error.strerror}") from error
     finally:
         os.close(fd)
-    if stranger is not None and image_format == "vmdk":
-        names_another = qemu_img.names_another_file(path, "vmdk")
-    if stranger is not None and names_another:
-        raise ImageError(
-            f"{path}: names another file that QEMU would read for the guest, and {stranger}: see "
-            f"which (qemu-img info {path}), and if that is right: chown root {path} && "
-            f"chmod go-w {path}"
-        )
+    if is_chain:
+        _check_chain(path, image_format)
     if is_short:
         raise ImageError(
             f"{path}: cut short: some of its data lies beyond its end, and QEMU would read "
@@ -141,6 +137,33 @@ def _check(path: str, image_format: str, *, writable: bool) -> None:
         raise ImageError(
             f"{path}: a streamOptimized VMDK, whose data QEMU does not overwrite: add --read-only, "
             f"or convert it: qemu-img convert -f vmdk -O qcow2 {path} NEW"
+        )
+
+
+def _check_chain(path: str, image_format: str) -> None:
+    """See that no stranger has written an image that names another, be it a backing file.
+
+    Raises:
+        ImageError: one may have.
+        BackendError: QEMU does not open them all.
+    """
+    try:
+        names = qemu_img.naming_others(path, image_format)
+    except ImageError as error:
+        raise _not_served(path, image_format, str(error).partition(f"{path}: ")[2]) from error
+    for name in names:
+        try:
+            stranger = distrust(os.stat(name), "it")
+        except OSError:
+            stranger = "it is no file of this host"
+        if stranger is None:
+            continue
+        whose = "" if name == os.path.abspath(path) else f"its backing file {printable(name)} "
+        raise ImageError(
+            f"{path}: {whose}names another file that QEMU would read for the guest, and "
+            f"{stranger}: see which (qemu-img info --backing-chain {path}), and if that is right: "
+            f"chown root {printable(name)} && chmod go-w {printable(name)}; or, where its owner "
+            f"must stay, by a command of your own: --path '[ qemu-nbd -f {image_format} {path} ]'"
         )
 
 
