@@ -111,3 +111,21 @@ def test_what_is_to_be_overwritten_is_written(run, trace, image, options, words)
     argv = ("--path", image, "--overwrite", *options)
     assert words in run(trace, *argv, status=ExitStatus.USAGE)[1]
     assert b"i" * SIZE == image.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--backend=raw",), "--backend cow"),
+        (("--backend=mmap",), "--backend cow"),
+        (("--overlay={here}/changes",), "--overlay with a new name"),
+        (("--format=vhd",), "--overlay NEW.vhd"),
+        (("--format=qcow2",), "replay to a copy of it"),
+    ],
+)
+def test_how_writes_are_kept_out_of_a_disk(run, trace, image, tmp_path, options, says):
+    (tmp_path / "changes").touch()
+    argv = [option.format(here=tmp_path) for option in options]
+    _, err = run(trace, "--path", image, *argv, status=ExitStatus.USAGE)
+    assert f"to keep them out: {says} (try: xen-disk replay --help)" in err
+    assert b"i" * SIZE == image.read_bytes()

@@ -219,7 +219,8 @@ class Terminal:
 
     def __init__(self, columns, keys):
         self._master, self._slave = pty.openpty()
-        fcntl.ioctl(self._slave, termios.TIOCSWINSZ, struct.pack("HHHH", 10, columns, 0, 0))
+        size = struct.pack("HHHH", 10 if columns else 0, columns, 0, 0)
+        fcntl.ioctl(self._slave, termios.TIOCSWINSZ, size)
         self._settings = termios.tcgetattr(self._slave)
         self._keys = keys
         self._out = bytearray()
@@ -247,6 +248,15 @@ class Terminal:
         assert text.startswith("\x1b[?1049h\x1b[?25l")
         shown = re.sub("\x1b\\[[0-9;]*m|\x1b\\[K", "", text)
         return [screen.split("\r\n") for screen in re.findall("\x1b\\[H(.*?)\x1b\\[J", shown, re.S)]
+
+
+def test_a_terminal_that_does_not_know_its_size(host, served, drawn):
+    """A serial console's is 0 by 0."""
+    served()
+    screens = Terminal(0, b"q").run(host.environment(), "--interval=1000")
+    assert "1 disk, 0 IOPS" in screens[0][0]
+    assert screens[0][2].startswith("GUEST  VDEV  BACKEND  IOPS")
+    assert all(len(line) < 80 for line in screens[0])
 
 
 def test_on_a_terminal_keys_sort_and_end_it(host, served, drawn):

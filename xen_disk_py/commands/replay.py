@@ -13,6 +13,7 @@ from ..backends.replay import Replay
 from ..errors import ImageError, UsageError
 from ..exit_status import ExitStatus
 from ..recovery import orphans
+from ..recovery.spec import DiskSpec
 from ..text import printable
 from ..trace.format import DISCARD, DISCARD_SECURELY, OPERATIONS, READ, WRITE, Record
 from ..trace.histogram import Histogram
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
             raise UsageError(
                 f"the writes in {printable(args.trace)} would change "
                 f"{printable(spec.overlay or spec.path or spec.backend_name)}: to allow that: "
-                "--overwrite; to keep them out: --backend cow"
+                f"--overwrite; to keep them out: {_keeping_out(spec)}"
             )
         if spec.path is not None and _is_missing(spec.path):
             raise ImageError(
@@ -88,6 +89,17 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
     else:
         env.say("\n".join(_lines(facts)) + (", as far as it is" if ending.is_damaged else ""))
     return ExitStatus.OK if facts["passed"] and not ending.is_damaged else ExitStatus.ERROR
+
+
+def _keeping_out(spec: DiskSpec) -> str:
+    """Say how writes would be kept out of a disk."""
+    if spec.overlay is not None:
+        return "--overlay with a new name"
+    if spec.backend_name in ("raw", "mmap"):
+        return "--backend cow"
+    if spec.backend_name == "vhd":
+        return "--overlay NEW.vhd"
+    return "replay to a copy of it"
 
 
 def _is_missing(path: str) -> bool:

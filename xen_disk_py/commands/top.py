@@ -41,6 +41,7 @@ _HELP = (
 )
 # another screen, no cursor, and what is too long is cut, not wrapped
 _ENTER, _LEAVE = "\x1b[?1049h\x1b[?25l\x1b[?7l", "\x1b[?7h\x1b[?25h\x1b[?1049l"
+_UNKNOWN = (80, 24)  # columns and lines, where the terminal does not say
 _NAME = 20  # columns of a guest's name at most
 _SORTED = {
     "guest": "GUEST",
@@ -170,6 +171,8 @@ def _next(sort: str, key: str) -> str:
 
 def _draw(stdout: TextIO, rows: list[dict[str, Any]], sort: int, draw: Draw) -> None:
     width, height = os.get_terminal_size(stdout.fileno())
+    if not (width and height):  # as of a serial console, which does not know
+        width, height = _UNKNOWN
     most = max(1, width - 1)
     cells = [COLUMNS, *map(_cells, rows)]
     kept = fitting(cells, sort, most)
