@@ -229,6 +229,23 @@ def test_a_successor_that_cannot_continue_serves_all_the_same(path, caplog):
     assert 1 == len(trace(path)[0])
 
 
+def test_a_successor_that_has_no_memory_for_a_trace_serves_all_the_same(path, caplog, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "memfd_create", full)
+        with pytest.raises(ImageError, match="not recorded: Cannot allocate memory"):
+            recorded(path)
+        with succeeding():
+            disk = recorded(path)
+    write(disk, 0, b"x" * 512)
+    assert b"x" * 512 == read(disk, 0, 512)
+    assert disk.file is None
+    disk.close()
+    assert "not recorded any longer" in caplog.text
+
+
 def test_no_space_ends_the_recording_and_not_the_disk(path, caplog, monkeypatch):
     disk = recorded(path)
     ended = threading.Event()

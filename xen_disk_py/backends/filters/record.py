@@ -118,7 +118,8 @@ class Recorder(Filter):
         if on and not sharing.is_looking():
             writer = _open(self.source, file, data=data, ring=size, in_use=self._is_in_use)
         source, before = self.source, self._sink
-        sink = _sink(writer, file, Claims() if data and source.threads > 1 else None)
+        claims = Claims() if data and source.threads > 1 else None
+        sink = _sink(writer, file, claims, in_use=self._is_in_use)
         self._sink = sink
         self._settings = settings
         self._describe()
@@ -420,13 +421,16 @@ class _Noted:
         self.start = start
 
 
-def _sink(writer: TraceWriter | None, file: str, claims: Claims | None) -> Sink:
+def _sink(writer: TraceWriter | None, file: str, claims: Claims | None, *, in_use: bool) -> Sink:
     if writer is None:
         return Sink(None, "")
     try:
         return Sink(writer, file, claims, start=trace_writer.start)
     except OSError as error:
         writer.close()
+        if is_succeeding() and not in_use:
+            log.error("not recorded any longer: %s: %s; the disk is served on", file, error)
+            return Sink(None, "")
         raise ImageError(f"{file}: not recorded: {error.strerror}") from error
 
 
