@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import random
 
@@ -67,8 +68,6 @@ def test_what_was_not_written_is(sink, tmp_path, seed):
             sink._write(only_full=dice.random() < 0.5)
     finish(sink._shared.fd, sink.writer.fd)
     assert (expected, ORPHANED.encode()) == noted(tmp_path / "t.xdt")
-    finish(sink._shared.fd, sink.writer.fd)  # has its end
-    assert (expected, ORPHANED.encode()) == noted(tmp_path / "t.xdt")
 
 
 def test_a_trace_that_was_closed_stays_as_it_is(sink, tmp_path):
@@ -81,3 +80,22 @@ def test_a_trace_that_was_closed_stays_as_it_is(sink, tmp_path):
         os.close(memory)
         os.close(trace)
     assert ([(WRITE, 512, b"x" * 512)], None) == noted(tmp_path / "t.xdt")
+
+
+def test_nobody_else_writes_into_what_goes_to_the_disk(sink):
+    """Another process of the same user may get at the descriptor of the one that waits."""
+    chunk = sink.exchange(None)
+    chunk.memory[:4] = b"data"
+    fd = os.open(f"/proc/self/fd/{sink._shared.fd}", os.O_RDWR)
+    try:
+        for attempt in (
+            lambda: os.pwrite(fd, b"evil", chunk.at),
+            lambda: mmap.mmap(fd, 4096),
+            lambda: os.ftruncate(fd, 0),
+        ):
+            with pytest.raises(PermissionError):
+                attempt()
+    finally:
+        os.close(fd)
+    chunk.memory[4:8] = b"more"
+    assert b"datamore" == os.pread(sink._shared.fd, 8, chunk.at)

@@ -100,10 +100,19 @@ def become(user: User) -> None:
     except OSError as error:
         raise PrivilegeError(f"cannot become {user.name}: {error.strerror}") from error
     _drop_capabilities()
-    _prctl(_PR_SET_DUMPABLE, 0)
+    hide()
     remaining = _remaining(user)
     if remaining is not None:
         raise PrivilegeError(f"not everything was given up on becoming {user.name}: {remaining}")
+
+
+def hide() -> None:
+    """Have no other process of this user look into this one, but into the programs it starts.
+
+    Raises:
+        PrivilegeError: the system refuses.
+    """
+    _prctl(_PR_SET_DUMPABLE, 0)
 
 
 def _prctl(option: int, value: int) -> None:

@@ -1,6 +1,7 @@
 """The process that writes what is left of a trace when a disk's process was killed.
 
-It takes a few megabytes, and sleeps until then.
+It takes a few megabytes, and sleeps until then. Of what it is given, another process of the same
+user gets nothing, but for the moment that Python takes to start.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import sys
 from contextlib import suppress
 
 from ..trace.shared import finish
+from .process import set_name
 
 _PLACE = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 _PATIENCE = 1.0  # seconds for its start; it does no harm if it takes longer
 # Isolated, and without what is installed besides: it starts in a third of the time.
 _CODE = (
     "import sys; sys.path.insert(0, sys.argv[1]); "
+    "from xen_disk_py.host.privileges import hide; hide(); "
     "from xen_disk_py.host.trace_writer import main; main()"
 )
 
@@ -56,8 +59,7 @@ def main() -> None:
         os._exit(0)
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, signal.SIG_IGN)
-    with suppress(OSError), open("/proc/self/comm", "w", encoding="ascii") as comm:
-        comm.write("xen-disk-trace")
+    set_name("xen-disk-trace")
     memory, trace, alive = map(int, sys.argv[2:5])
     os.read(alive, 1)  # its end
     finish(memory, trace)

@@ -13,15 +13,20 @@ then, as needed    pages: :data:`PAGE_WORDS`, the records, and where their data 
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 import struct
+from contextlib import suppress
 from time import perf_counter_ns
 
 from .format import MAX_DATA, STOPPED, Header, entries
 from .writer import TraceWriter, event
 
 _SIZE = 256 << 20  # more than the sink ever asks for
+# Nobody else writes there, whoever gets at the file: what is copied there goes to the disk.
+# F_SEAL_FUTURE_WRITE (linux/fcntl.h) is not in Python's.
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL | 0x10
 HEADER_SIZE = 4096
 ID, CLOCK, RING, IS_OVER, PAGES, SELECTED = 0, 2, 3, 4, 5, 6
 """Words: 16 bytes of the id, ``Header.clock`` and ``.ring``; whether the trace has its end; how
@@ -58,10 +63,12 @@ class Shared:
     """
 
     def __init__(self, writer: TraceWriter) -> None:
-        self.fd = os.memfd_create("xen_disk_py-trace", os.MFD_CLOEXEC)
+        self.fd = os.memfd_create("xen_disk_py-trace", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(self.fd, _SIZE)  # it takes as much as is used
             self._memory = memoryview(mmap.mmap(self.fd, _SIZE))
+            with suppress(OSError):  # before Linux 5.1
+                fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
         except BaseException:
             os.close(self.fd)
             raise
@@ -110,7 +117,7 @@ def pieces_at(records: int) -> int:
 
 
 def finish(memory: int, trace: int) -> None:
-    """Write what the disk's process had not written when it was killed.
+    """Write what the disk's process had not written when it was killed, once.
 
     Args:
         memory: descriptor of the memory.
@@ -119,7 +126,7 @@ def finish(memory: int, trace: int) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    all_ = memoryview(mmap.mmap(memory, os.fstat(memory).st_size))
+    all_ = memoryview(mmap.mmap(memory, os.fstat(memory).st_size, prot=mmap.PROT_READ))
     words = all_.cast("Q")
     if words[IS_OVER]:
         return
@@ -149,7 +156,6 @@ def finish(memory: int, trace: int) -> None:
     writer.cut()
     writer.append([event(STOPPED, perf_counter_ns() - words[CLOCK], text=why)])
     writer.sync()
-    words[IS_OVER] = 1
 
 
 def _write(writer: TraceWriter, body: memoryview, data: memoryview) -> None:
