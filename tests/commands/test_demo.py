@@ -318,6 +318,15 @@ def test_a_disk_that_fails(demo, disk_file, caplog):
     assert "mine.py:14: ValueError: on purpose" in caplog.text
 
 
+def test_a_flush_that_fails(demo, tmp_path):
+    disk = tmp_path / "disk.raw"
+    disk.write_bytes(bytes(1 << 20))
+    argv = ("--path", disk, "--backend=raw", "--overwrite", "--filter=error:operations=flush")
+    status, _, err = demo(*argv)
+    assert status is ExitStatus.ERROR
+    assert "error: the guest says: I/O error: a flush failed (-5)" in err
+
+
 @pytest.mark.parametrize(
     ("argv", "status"),
     [

@@ -19,6 +19,7 @@ from ..blkif import (
     EOPNOTSUPP,
     ERROR,
     FLUSH,
+    FLUSH_FAILED,
     MAX_SEGMENTS,
     OKAY,
     READ,
@@ -43,7 +44,11 @@ from ..ring import FrontRing
 from ..xenbus.states import State
 from ..xenbus.xenstore import Store
 
-_STATUSES = {ERROR: "I/O error: BLKIF_RSP_ERROR", EOPNOTSUPP: "BLKIF_RSP_EOPNOTSUPP"}
+_STATUSES = {
+    ERROR: "I/O error: BLKIF_RSP_ERROR",
+    EOPNOTSUPP: "BLKIF_RSP_EOPNOTSUPP",
+    FLUSH_FAILED: "I/O error: a flush failed",
+}
 
 
 class RequestFailed(OSError):
