@@ -5,6 +5,8 @@ from __future__ import annotations
 import mmap
 import os
 import random
+import resource
+from contextlib import suppress
 
 import pytest
 
@@ -99,3 +101,21 @@ def test_nobody_else_writes_into_what_goes_to_the_disk(sink):
         os.close(fd)
     chunk.memory[4:8] = b"more"
     assert b"datamore" == os.pread(sink._shared.fd, 8, chunk.at)
+
+
+def test_where_there_is_no_room_for_all_what_fits_is_written(sink, tmp_path):
+    expected = [(WRITE, 512 * number, bytes([number]) * 512) for number in range(20)]
+    for _, offset, data in expected:
+        sink.wrote(1, 1, offset, data)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (sink.writer.at + 6000, before[1]))
+    try:
+        with suppress(OSError):  # as its end may not fit
+            finish(sink._shared.fd, sink.writer.fd)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with TraceReader(str(tmp_path / "t.xdt")) as reader:
+        found = [(each.operation, each.offset, each.data) for each in reader.records(data=True)]
+    found = [each for each in found if each[0] == WRITE]
+    assert 5 < len(found) < 12
+    assert expected[: len(found)] == found

@@ -162,9 +162,9 @@ def _write(writer: TraceWriter, body: memoryview, data: memoryview) -> None:
     """Write what a page has."""
     found = list(entries(body))
     length = sum(each[1] for each in found)  # what came into the memory after them has no record
-    writer.write_packed(
-        body,
-        [data[:length]],
-        requests=sum(each[2] for each in found),
-        flushes=sum(each[3] for each in found),
-    )
+    requests, flushes = sum(each[2] for each in found), sum(each[3] for each in found)
+    try:
+        writer.write_packed(body, [data[:length]], requests=requests, flushes=flushes)
+    except OSError as error:
+        writer.write_what_fits(error, body, [data[:length]])
+        raise

@@ -12,7 +12,6 @@ Nothing depends on the file: if it cannot be written, the recording ends, with a
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import subprocess
@@ -35,7 +34,6 @@ from .format import (
     STOPPED,
     WRITE,
     Fields,
-    entries,
     pack_batch_into,
     pack_record_into,
 )
@@ -505,22 +503,13 @@ class Sink:
         try:
             writer.write_packed(body, data, requests=requests, flushes=flushes - earlier)
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                self._write_what_fits(writer, body, memoryview(b"".join(data)))
+            before = writer.requests
+            writer.write_what_fits(error, body, data)
+            self.recorded += writer.requests - before
             raise
         if self._shared is not None:
             self._shared.reached(writer, page.words[SERIAL], last, done[1])
         self.recorded += requests
-
-    def _write_what_fits(self, writer: TraceWriter, body: memoryview, data: memoryview) -> None:
-        """Write a block's records each by itself, up to where there is no room."""
-        first = start = 0
-        with suppress(OSError):
-            for size, length, requests, flushes in entries(body):
-                part, written = body[first : first + size], data[start : start + length]
-                writer.write_packed(part, [written], requests=requests, flushes=flushes)
-                self.recorded += requests
-                first, start = first + size, start + length
 
     # -- its end ---------------------------------------------------------------------------
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 
 from ..errors import ImageError
 from ..hypervisor import Closing
@@ -19,6 +21,7 @@ from .format import (
     Fields,
     Header,
     Record,
+    entries,
     pack_block,
     pack_head,
 )
@@ -171,6 +174,26 @@ class TraceWriter(Closing):
         """
         head = pack_head(self.header.id, self.sequence, self.requests, self.flushes, body, data)
         self._append([head, body, *data], requests, flushes)
+
+    def write_what_fits(
+        self, error: OSError, body: bytes | memoryview, data: Sequence[bytes | memoryview]
+    ) -> None:
+        """Write the records of a block that could not be written, up to where there is no room.
+
+        Args:
+            error: why it could not; nothing is written if that was not for want of room.
+            body: as for :meth:`write_packed`.
+            data: the same.
+        """
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return
+        first = start = 0
+        written = memoryview(b"".join(data))
+        with suppress(OSError):
+            for size, length, requests, flushes in entries(body):
+                part, its = body[first : first + size], written[start : start + length]
+                self.write_packed(part, [its], requests=requests, flushes=flushes)
+                first, start = first + size, start + length
 
     def describe(self, header: Header) -> None:
         """Write the header anew, which says more than it did; from any thread.
