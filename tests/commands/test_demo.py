@@ -321,7 +321,7 @@ def test_a_disk_that_fails(demo, disk_file, caplog):
 def test_a_flush_that_fails(demo, tmp_path):
     disk = tmp_path / "disk.raw"
     disk.write_bytes(bytes(1 << 20))
-    argv = ("--path", disk, "--backend=raw", "--overwrite", "--filter=error:operations=flush")
+    argv = ("--path", str(disk), "--backend=raw", "--overwrite", "--filter=error:operations=flush")
     status, _, err = demo(*argv)
     assert status is ExitStatus.ERROR
     assert "error: the guest says: I/O error: a flush failed (-5)" in err
