@@ -770,6 +770,53 @@ _EXAMPLES = """
   xen-disk connect myvm --path gold.raw --overlay web.changes --supervise"""
 
 
+def _add_disconnect(commands: argparse._SubParsersAction[Parser]) -> None:
+    disconnect = commands.add_parser(
+        "disconnect",
+        help="take a disk away from a guest",
+        description="Take a disk away from a guest and wait until it is gone. This also cleans up "
+        "after a process that was killed. From an HVM guest on Xen before 4.19, xl block-detach "
+        "cannot take it.",
+    )
+    _add_disk_of_a_guest(disconnect)
+    disconnect.add_argument(
+        "--force", action="store_true", help="even if the guest still uses the disk"
+    )
+    disconnect.add_argument(
+        "--timeout",
+        type=_seconds,
+        default=30,
+        metavar="SECONDS",
+        help="how long the guest may take to release the disk (default: 30)",
+    )
+
+
+def _add_resize(commands: argparse._SubParsersAction[Parser]) -> None:
+    resize = commands.add_parser(
+        "resize",
+        help="change the size of a disk while the guest uses it",
+        description="Change the size of a disk while the guest uses it: to SIZE, or, without SIZE, "
+        "to the current size of its image. With SIZE, the image file of a raw or mmap disk is "
+        "made that long. A cow disk keeps its size. SIGHUP to the process that serves the disk "
+        "does the same as this command without SIZE, unless that process has a terminal.",
+    )
+    _add_disk_of_a_guest(resize)
+    resize.add_argument(
+        "size", metavar="SIZE", nargs="?", type=size, help="bytes, or 512M, 10G, 2T"
+    )
+    resize.add_argument(
+        "--force", action="store_true", help="allow a smaller size: the data beyond it is lost"
+    )
+    resize.add_argument(
+        "--timeout",
+        type=_seconds,
+        default=30,
+        metavar="SECONDS",
+        help="how long the process that serves the disk may take (default: 30)",
+    )
+    resize.add_argument("--json", action="store_true", help="print the new size as JSON")
+
+
 def _add_filter(commands: argparse._SubParsersAction[Parser]) -> None:
     changing = commands.add_parser(
         "filter",
@@ -959,53 +1006,10 @@ def build_parser() -> Parser:
         dest="command", metavar="COMMAND", required=True, title="commands", prog=PROGRAM
     )
     _add_connect(commands)
-
     _add_list_and_top(commands)
     _add_metrics(commands)
-
-    disconnect = commands.add_parser(
-        "disconnect",
-        help="take a disk away from a guest",
-        description="Take a disk away from a guest and wait until it is gone. This also cleans up "
-        "after a process that was killed. From an HVM guest on Xen before 4.19, xl block-detach "
-        "cannot take it.",
-    )
-    _add_disk_of_a_guest(disconnect)
-    disconnect.add_argument(
-        "--force", action="store_true", help="even if the guest still uses the disk"
-    )
-    disconnect.add_argument(
-        "--timeout",
-        type=_seconds,
-        default=30,
-        metavar="SECONDS",
-        help="how long the guest may take to release the disk (default: 30)",
-    )
-
-    resize = commands.add_parser(
-        "resize",
-        help="change the size of a disk while the guest uses it",
-        description="Change the size of a disk while the guest uses it: to SIZE, or, without SIZE, "
-        "to the current size of its image. With SIZE, the image file of a raw or mmap disk is "
-        "made that long. A cow disk keeps its size. SIGHUP to the process that serves the disk "
-        "does the same as this command without SIZE, unless that process has a terminal.",
-    )
-    _add_disk_of_a_guest(resize)
-    resize.add_argument(
-        "size", metavar="SIZE", nargs="?", type=size, help="bytes, or 512M, 10G, 2T"
-    )
-    resize.add_argument(
-        "--force", action="store_true", help="allow a smaller size: the data beyond it is lost"
-    )
-    resize.add_argument(
-        "--timeout",
-        type=_seconds,
-        default=30,
-        metavar="SECONDS",
-        help="how long the process that serves the disk may take (default: 30)",
-    )
-    resize.add_argument("--json", action="store_true", help="print the new size as JSON")
-
+    _add_disconnect(commands)
+    _add_resize(commands)
     _add_filter(commands)
     _add_upgrade(commands)
     _add_overlay_commands(commands)
