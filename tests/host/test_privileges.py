@@ -4,6 +4,7 @@ import grp
 import json
 import os
 import pwd
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -336,6 +337,8 @@ def play():
         frontend.flush()
         facts["read"].append(len(frontend.read(0, 65536)))
         facts["uid"] = os.geteuid()
+        with contextlib.suppress(PermissionError):
+            facts["sealed"] = os.stat(f"{records}/5-51712.sealed").st_uid
         if number == 0:  # the guest's driver is loaded again
             frontend.disconnect()
             frontend._switch(State.INITIALISING)
@@ -377,5 +380,7 @@ def test_a_disk_is_served_and_cleaned_up_by_nobody(roots_image, tmp_path, end, s
     assert [] == shown["left"]
     assert [] == shown["late"]
     assert not find(str(records), Address(0, 5, 51712, "vbd3")).alive
+    sealed = os.stat(records / "5-51712.sealed")
+    assert (0, 0o600, False) == (sealed.st_uid, stat.S_IMODE(sealed.st_mode), "sealed" in shown)
     with Record(str(records), Address(0, 5, 51728, "vbd3")):
         assert ["5-51728"] == os.listdir(records)

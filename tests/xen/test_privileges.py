@@ -111,8 +111,10 @@ def test_nobodys_disk_is_listed_resized_and_taken_away(
     assert gone.returncode == 0, gone.stderr + disk.describe()
     assert disk.wait() == 0, disk.describe()
     with connect(pv_guest):  # whoever comes next removes what nobody could not
-        records = os.listdir("/run/xen_disk_py")
-        assert len([name for name in records if name.startswith(f"{pv_guest.domid}-")]) == 1
+        names = os.listdir("/run/xen_disk_py")
+        names = [name for name in names if name.startswith(f"{pv_guest.domid}-")]
+        assert len({name.partition(".")[0] for name in names}) == 1, names
+        assert [name for name in names if name.endswith(".sealed")] == []
 
 
 @pytest.mark.smoke
