@@ -12,7 +12,6 @@ from datapath.test_queue import queue_of
 from xen_disk_py.blkif import FLUSH, OKAY, READ, WRITE_BARRIER, Transfer
 from xen_disk_py.datapath import idle, queue_thread
 from xen_disk_py.datapath.disk import Disk
-from xen_disk_py.datapath.drained import DrainedSection
 from xen_disk_py.datapath.queue import Queue
 from xen_disk_py.errors import DeviceError
 from xen_disk_py.host.synchronizing import HAS_GIL
@@ -368,25 +367,57 @@ def test_a_queue_that_starts_as_the_thread_fails_ends_as_well(host, several, mon
     assert OKAY == line.ask(request(1, READ, 0, page)).status
 
 
-def test_a_retry_that_has_to_wait_for_another_queue_wakes_nobody():
-    """It is overdue as long as the other takes: the thread would poll a thousand times a second."""
+@only_with_the_lock
+def test_a_queue_that_waits_within_another_s_wait_lets_it_answer(host, several):
+    """The inner one waits as long as the storage fails; what the outer has begun is no stall."""
+    entered, allowed, failed = threading.Event(), threading.Event(), threading.Event()
+    backend = slow(host, entered, allowed).backend
+    backend.is_broken = True
 
-    class Waiting:
-        is_any_elsewhere = False
-        open_ring = None
+    def flush():
+        if backend.is_broken:
+            failed.set()
+            raise OSError(errno.EIO, "broken")
 
-        def __init__(self, retry_in):
-            self.retry_in = retry_in
+    backend.flush = flush
+    one, two = several(Disk(backend, holds=True))
+    page = host.share().refs[0]
+    one.put(request(1, READ, 0, page), request(2, WRITE_BARRIER, 256, page))
+    one.kick()
+    assert entered.wait(PATIENCE)
+    two.put(request(3, WRITE_BARRIER, 256, page))
+    two.kick()
+    assert failed.wait(PATIENCE)
+    host.until(lambda: two.queue._thread._waiting == [one.queue, two.queue])
+    allowed.set()
+    assert [(1, OKAY)] == [(each.id, each.status) for each in one.responses(1)]
+    assert 0 == one.queue.stalled_for
+    backend.is_broken = False
+    assert [(3, OKAY)] == [(each.id, each.status) for each in two.responses(1)]
+    assert [(2, OKAY)] == [(each.id, each.status) for each in one.responses(1)]
 
-        def idled(self):
-            pass
 
-    thread, slept = queue_thread.QueueThread(DrainedSection()), []
-    thread.idle.sleep = lambda milliseconds, **_: slept.append(milliseconds)
-    overdue, last = Waiting(1.0), Waiting(5000.0)
-    thread._queues = overdue, last
-    thread._waiting = [overdue, last]
-    thread._rest()
-    thread._waiting.pop()
-    thread._rest()
-    assert [5000.0, 1.0] == slept
+@only_with_the_lock
+def test_an_error_of_a_queue_within_another_s_wait_is_its_own(host, several, monkeypatch):
+    entered, allowed = threading.Event(), threading.Event()
+    one, two, three = several(slow(host, entered, allowed), 3)
+    page = host.share().refs[0]
+    for line in (one, two):
+        line.put(request(1, READ, 0, page), request(2, WRITE_BARRIER, 256, page))
+        line.kick()
+        assert entered.wait(PATIENCE)
+        entered.clear()
+    thread = one.queue._thread
+    host.until(lambda: thread._waiting == [one.queue, two.queue])
+
+    def broken():
+        monkeypatch.undo()
+        raise RuntimeError("no idea")
+
+    monkeypatch.setattr(one.queue, "catch_up", broken)
+    assert OKAY == three.ask(request(1, READ, 256, page)).status
+    allowed.set()
+    assert {1: OKAY, 2: OKAY} == {each.id: each.status for each in two.responses(2)}
+    host.until(lambda: one.failures)
+    assert [1, 0, 0] == [len(line.failures) for line in (one, two, three)]
+    assert OKAY == two.ask(request(4, READ, 256, page)).status

@@ -851,6 +851,17 @@ class Queue:
             rest.append((begun, self._disk.outcome(begun.request, error)))
         return rest
 
+    def catch_up(self) -> bool:
+        """Answer what was done elsewhere, or try again what is due; False if there is nothing.
+
+        To be called while it waits, in its own turn or another queue's.
+        """
+        retries = self._retries
+        if retries and (self.is_stopping or retries.is_due):
+            self._retry()
+            return True
+        return self.end_finished()
+
     # -- requests that the storage could not do ----------------------------------------
 
     def _retry_later(self, begun: _Begun) -> None:
@@ -889,9 +900,7 @@ class Queue:
         stall, retries = self._stall, self._retries
         is_amid, stall.is_amid = stall.is_amid, False  # what is under way counts by itself
         while self.is_any_elsewhere or retries:
-            if retries and (self.is_stopping or retries.is_due):
-                self._retry()
-            elif not self.end_finished():
+            if not self.catch_up():
                 self._thread.wait(self)
                 self._stopwatch.look()
         stall.is_amid = is_amid

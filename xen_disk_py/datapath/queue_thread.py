@@ -11,7 +11,8 @@ has a thread of its own.
 
 No queue waits for another's requests: what takes waiting is done elsewhere, by workers or by the
 backend. A barrier, and a queue that ends, wait for what they have begun; the others have their
-turns then (:meth:`QueueThread.wait`). Of several that wait, the last to begin continues first.
+turns then (:meth:`QueueThread.wait`). Of several that wait, each answers what it has begun, and the
+last to begin continues first.
 """
 
 from __future__ import annotations
@@ -56,6 +57,9 @@ class Served(Protocol):
 
     def end_finished(self) -> bool:
         """Answer what was done elsewhere; False if that is nothing."""
+
+    def catch_up(self) -> bool:
+        """Do that amid a wait, or try again what is due; False if there is nothing."""
 
     def publish(self) -> bool:
         """Publish what is answered."""
@@ -114,6 +118,7 @@ class QueueThread:
         self._starting: list[Served] = []
         self._queues: tuple[Served, ...] = ()
         self._waiting: list[Served] = []  # of these: each is amid something, and has no turn
+        self._errors: dict[Served, Exception] = {}  # of these
         self._wake_read = self._wake_write = -1
         self._asked = False  # to look at what has changed
 
@@ -171,7 +176,10 @@ class QueueThread:
         is_idle, queues = True, self._queues
         is_alone = len(queues) == 1
         for queue in queues:
-            if queue in self._waiting or queue not in self._queues:  # another's turn may end it
+            if queue not in self._queues:  # another's turn may end it
+                continue
+            if queue in self._waiting:
+                is_idle = not self._catch_up(queue) and is_idle
                 continue
             if queue.is_stopping:
                 self._end(queue)
@@ -212,11 +220,7 @@ class QueueThread:
         for queue in queues:
             is_any_elsewhere = is_any_elsewhere or queue.is_any_elsewhere
             ring, retry_in = queue.open_ring, queue.retry_in
-            if queue in waiting:
-                ring = None
-                if queue is not waiting[-1]:  # which has to return first
-                    retry_in = None
-            if ring is not None:
+            if ring is not None and queue not in waiting:
                 rings.append(ring)
             if retry_in is not None and (milliseconds is None or retry_in < milliseconds):
                 milliseconds = retry_in
@@ -238,6 +242,20 @@ class QueueThread:
         finally:
             self._waiting.remove(queue)
             here.number = queue.number
+        error = self._errors.pop(queue, None)
+        if error is not None:
+            raise error
+
+    def _catch_up(self, queue: Served) -> bool:
+        """Have a queue that waits answer what it has; its error is raised where it waits."""
+        if queue is self._waiting[-1] or queue in self._errors:
+            return False
+        here.number = queue.number
+        try:
+            return queue.catch_up()
+        except Exception as error:  # noqa: BLE001 - as above
+            self._errors[queue] = error
+        return True
 
     def _end(self, queue: Served) -> None:
         """End a queue; the thread ends with the last."""
