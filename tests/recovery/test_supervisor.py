@@ -482,6 +482,16 @@ die()
     assert b"STATUS=mine" == systemd.recv(1000)
 
 
+@pytest.mark.parametrize(
+    "said", ["", "5", "5 xvdb --force", "-h xvdb", "5 --force", "5 xvd\u00e9", "5  xvdb", "5 xvdb "]
+)
+def test_a_worker_says_a_device_and_nothing_else(supervise, notes, said):
+    """Whoever has got into it, too: it becomes words of the next command."""
+    first = f"name()\nnotify({'X_DEVICE=' + said!r})\ndie()\n"
+    assert ExitStatus.OK is supervise(first, ENDS)
+    assert ["", f"adopts {DEVICE}"] == started(notes)
+
+
 def test_descriptors_of_others_do_not_stay(supervise, notes):
     """The fixture counts them."""
     first = """

@@ -19,6 +19,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import select
 import signal
 import socket
@@ -49,6 +50,7 @@ log = logging.getLogger("xen_disk_py")
 
 DEVICE = "X_DEVICE="
 """How a worker says which device it serves: ``X_DEVICE=5 xvdb``, domain id and name."""
+_A_DEVICE = re.compile("[0-9]{1,10} [A-Za-z0-9]{1,20}")
 NAME = "X_NAME="
 """How it says what people call it: ``X_NAME=myvm/xvdb``; for the log."""
 DELAYS = (0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 5.0, 5.0, 5.0)
@@ -286,7 +288,10 @@ class Supervisor:
                 continue
             for assignment in assignments:
                 if assignment.startswith(DEVICE):
-                    self._device = assignment[len(DEVICE) :]
+                    device = assignment[len(DEVICE) :]
+                    # It becomes words of our next command, and whoever got into the worker says it.
+                    if _A_DEVICE.fullmatch(device):
+                        self._device = device
                 elif assignment.startswith(NAME):
                     self._naming.close()
                     self._naming.enter_context(about(assignment[len(NAME) :]))
