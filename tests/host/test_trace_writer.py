@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
+
+from xen_disk_py.host import trace_writer
+from xen_disk_py.trace.shared import IS_OVER
 
 PATIENCE = 30.0
 START = """
@@ -61,3 +65,27 @@ def test_another_process_of_that_user_cannot_look_into_it(tmp_path):
         assert 0 == os.stat(f"/proc/{pid}/fd").st_gid  # of one that can be looked into, its own
         assert 65534 == os.stat(f"/proc/{pid}").st_gid
     until(lambda: not named(name))
+
+
+def test_one_that_starts_slowly_leaves_no_zombie(tmp_path, monkeypatch):
+    started, popen = [], subprocess.Popen
+
+    def starting(*args, **options):
+        started.append(popen(*args, **options))
+        return started[-1]
+
+    monkeypatch.setattr(trace_writer, "_PATIENCE", 0)
+    monkeypatch.setattr(subprocess, "Popen", starting)
+    memory = os.memfd_create("memory")
+    ended, alive = os.pipe()
+    try:
+        os.pwrite(memory, (1).to_bytes(8, sys.byteorder), 8 * IS_OVER)
+        os.ftruncate(memory, 4096)
+        trace_writer.start(memory, memory, ended, str(tmp_path / "a.xdt"))
+        until(lambda: started[0].returncode is not None)
+    finally:
+        for each in (memory, ended, alive):
+            os.close(each)
+    assert 0 == started[0].returncode
+    until(lambda: not named(str(tmp_path / "a.xdt")))
+    until(lambda: "trace-start" not in [each.name for each in threading.enumerate()])

@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from contextlib import suppress
 
 from ..trace.shared import finish
@@ -48,8 +49,13 @@ def start(memory: int, trace: int, alive: int, name: str) -> None:
         cwd="/",
         start_new_session=True,
     )
-    with suppress(subprocess.TimeoutExpired):
-        if process.wait(_PATIENCE):
+    try:
+        failed = process.wait(_PATIENCE)
+    except subprocess.TimeoutExpired:
+        with suppress(RuntimeError):  # without a thread it stays a zombie
+            threading.Thread(target=process.wait, name="trace-start", daemon=True).start()
+    else:
+        if failed:
             raise OSError(errno.ECHILD, "it does not start")
 
 
