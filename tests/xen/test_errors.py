@@ -187,12 +187,13 @@ def test_odd_size(refused: Refused, directory: Path) -> None:
 
 
 def test_file_without_permission(refused: Refused, directory: Path) -> None:
-    """An unprivileged user is told about the file before anything else."""
+    """Who may not talk to Xen is told to be root, and without Xen, about the file."""
     path = directory / "secret.raw"
     path.write_bytes(bytes(4096))
     path.chmod(0o600)
+    refused("connect", "0", "--path", path, prefix=NOBODY, says=["run this as root"])
     says = [str(path), "no permission to read", "run as its owner or root"]
-    refused("connect", "0", "--path", path, prefix=NOBODY, says=says)
+    refused("info", path, prefix=NOBODY, says=says)
 
 
 # -- a backend of one's own ------------------------------------------------------------------------
