@@ -231,7 +231,7 @@ def test_a_mounted_device_is_refused_to_writers(loop_device, tmp_path):
     try:
         message = refused(loop_device, writable=True)
     finally:
-        subprocess.run(["umount", str(tmp_path)], check=True)
+        subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
     assert "unmount or release it first" in message
 
 

@@ -226,7 +226,7 @@ def mounted(device, directory, *options):
     try:
         yield
     finally:
-        run("umount", str(directory))
+        run("umount", "--lazy", str(directory))
 
 
 @pytest.fixture
