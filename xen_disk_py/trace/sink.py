@@ -525,7 +525,7 @@ class Sink:
             self._free.clear()
             self._spare.clear()
             self._moved.notify_all()
-        log.error("%s: recording ended: %s; the disk is served on", self._name, why)
+        log.error("%s: recording ended: %s; the disk is still served", self._name, why)
         if self._thread is None or threading.current_thread() is self._thread:
             self._stop(why)
         self._hurry.set()

@@ -294,8 +294,8 @@ class Device:
     def store_reconnected(self) -> None:
         """Xenstore was away and is back; its watches are set again.
 
-        If it has forgotten our nodes (a xenstored that kept nothing), the disk is served on: that
-        is no reason to take a guest's disk away. Only :meth:`unplug` ends it then.
+        If it has forgotten our nodes (a xenstored that kept nothing), the disk is still served:
+        that is no reason to take a guest's disk away. Only :meth:`unplug` ends it then.
         """
         if self._adopts:
             self.update()  # the state that is shown is not ours yet

@@ -429,7 +429,7 @@ def _sink(writer: TraceWriter | None, file: str, claims: Claims | None, *, in_us
     except OSError as error:
         writer.close()
         if is_succeeding() and not in_use:
-            log.error("not recorded any longer: %s: %s; the disk is served on", file, error)
+            log.error("not recorded any longer: %s: %s; the disk is still served", file, error)
             return Sink(None, "")
         raise ImageError(f"{file}: not recorded: {error.strerror}") from error
 
@@ -442,7 +442,7 @@ def _open(source: Backend, file: str, *, data: bool, ring: int, in_use: bool) ->
         except FileNotFoundError:
             pass
         except (OSError, ImageError) as error:
-            log.error("not recorded any longer: %s; the disk is served on", error)
+            log.error("not recorded any longer: %s; the disk is still served", error)
             return None
     writer = TraceWriter.create(file, _describe(source, data=data, ring=ring, in_use=in_use))
     fcntl.flock(writer.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
