@@ -454,6 +454,15 @@ def processes(host, tmp_path):
 
 
 @pytest.fixture
+def queue_threads():
+    """Return a function that tells the threads of queues that this test has started."""
+    before = set(threading.enumerate())
+    return lambda: [
+        thread for thread in set(threading.enumerate()) - before if thread.name == "queue"
+    ]
+
+
+@pytest.fixture
 def host(tmp_path):
     """A simulated host. At the end nothing is left of what was done on it."""
     threads = set(threading.enumerate())

@@ -12,6 +12,7 @@ import select
 import struct
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from long_run import repeat
@@ -43,7 +44,7 @@ from xen_disk_py.blkif import (
     encode_segments,
 )
 from xen_disk_py.datapath import disk as disk_module
-from xen_disk_py.datapath import grants, idle, joining, polling, retry, stall
+from xen_disk_py.datapath import grants, idle, joining, polling, queue_thread, retry, stall
 from xen_disk_py.datapath import queue as queue_module
 from xen_disk_py.datapath.disk import Disk
 from xen_disk_py.datapath.grants import Grants
@@ -2157,6 +2158,36 @@ def test_a_barrier_queued_for_retry_sleeps_though_it_is_asked_to_drain(host, mon
     assert len(polls) < 20
     line.queue.pause_retries(True)
     backend.repair()
+    assert line.queue.stop(PATIENCE)
+    assert [FLUSH_FAILED] == [answer.status for answer in line.responses(1)]
+
+
+@pytest.mark.usefixtures("tried_once")
+@in_order_or_not
+def test_a_queue_amid_a_barrier_ends_though_another_has_just_woken_it(host, monkeypatch, threads):
+    """What wakes it to end may be taken together with what woke it before."""
+    backend = Ailing(threads, "flush")
+    line = host.line(Disk(backend, holds=True))
+    line.put(flush(0, WRITE_BARRIER))
+    line.kick()
+    host.until(lambda: counted(line, "held") == (1,))
+    line.queue.pause_retries(True)
+    thread = line.queue._thread
+    host.until(lambda: thread._waiting)
+    heed = thread._heed
+
+    def asked_again():
+        def read(*args):
+            line.queue.ask_to_stop()
+            return os.read(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(queue_thread, "os", SimpleNamespace(read=read, write=os.write))
+            return heed()
+
+    monkeypatch.setattr(thread, "_heed", asked_again)
+    thread.wake()
+    host.until(lambda: line.queue.is_stopping)
     assert line.queue.stop(PATIENCE)
     assert [FLUSH_FAILED] == [answer.status for answer in line.responses(1)]
 

@@ -20,10 +20,6 @@ PATIENCE = 30.0
 only_with_the_lock = pytest.mark.skipif(not HAS_GIL, reason="each queue has a thread of its own")
 
 
-def queue_threads():
-    return [thread for thread in threading.enumerate() if thread.name == "queue"]
-
-
 def request(id_, operation, sector, ref):
     return Transfer(id_, operation, sector, 8, (ref,), (0,), (7,))
 
@@ -52,7 +48,7 @@ def slow(host, entered, allowed):
 
 
 @only_with_the_lock
-def test_there_is_one_thread_as_long_as_there_is_a_queue(host, several):
+def test_there_is_one_thread_as_long_as_there_is_a_queue(host, several, queue_threads):
     disk = Disk(host.memory(threads=4))
     lines = several(disk, 3)
     page = host.share().refs[0]
@@ -66,7 +62,9 @@ def test_there_is_one_thread_as_long_as_there_is_a_queue(host, several):
     assert OKAY == line.ask(request(2, READ, 0, page)).status
 
 
-def test_a_thread_for_each_queue_where_threads_run_at_once(host, several, monkeypatch):
+def test_a_thread_for_each_queue_where_threads_run_at_once(
+    host, several, monkeypatch, queue_threads
+):
     monkeypatch.setattr(queue_thread, "HAS_GIL", False)
     lines = several(Disk(host.memory(threads=4)), 3)
     page = host.share().refs[0]
@@ -346,7 +344,9 @@ def test_a_queue_that_cannot_end_takes_no_other_with_it(host, several, monkeypat
 
 
 @only_with_the_lock
-def test_a_queue_that_starts_as_the_thread_fails_ends_as_well(host, several, monkeypatch):
+def test_a_queue_that_starts_as_the_thread_fails_ends_as_well(
+    host, several, monkeypatch, queue_threads
+):
     disk = Disk(host.memory(threads=4))
     (one,) = several(disk, 1)
     page = host.share().refs[0]

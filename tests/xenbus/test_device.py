@@ -862,7 +862,7 @@ def test_who_it_is_comes_from_us(host, guest):
 
 
 @pytest.mark.parametrize("threads", [1, 4])
-def test_random_states(host, make, threads):
+def test_random_states(host, make, threads, queue_threads):
     """Whatever the order, with slow requests under way: what is mapped fits the state."""
     dice = random.Random(5)
     backend = host.memory(threads=threads, read=lambda buffers, offset: time.sleep(0.0005))
@@ -885,7 +885,7 @@ def test_random_states(host, make, threads):
                 guest.channels[0].notify()
         if mapped == 0 and guest.device.state is S.INIT_WAIT and dice.random() < 0.3:
             guest.publish(persistent=dice.random() < 0.5)
-    assert not [thread for thread in threading.enumerate() if thread.name == "queue"][1:]
+    assert len(queue_threads()) <= 1
     guest.device.unplug()
     guest.switch(S.CLOSED)
     guest.device.update()

@@ -171,9 +171,9 @@ class QueueThread:
 
     def _turn(self) -> None:
         """Give each queue its turn; sleep if there is nothing to do for any."""
-        if self._asked:
-            self._heed()
-        is_idle, queues = True, self._queues
+        # What we were woken for may be for a queue that waits: that looks, before we sleep.
+        is_idle = not (self._asked and self._heed() and self._waiting)
+        queues = self._queues
         is_alone = len(queues) == 1
         for queue in queues:
             if queue not in self._queues:  # another's turn may end it
@@ -280,11 +280,15 @@ class QueueThread:
         self._wake_read = self._wake_write = -1
         self.thread = None
 
-    def _heed(self) -> None:
-        """Look at what has changed: there are more queues, or the disk is to be drained."""
-        self._asked = False  # before the byte is taken: who asks writes it first
+    def _heed(self) -> bool:
+        """Look at what has changed: there are more queues, or the disk is to be drained.
+
+        Returns:
+            Whether somebody has asked since we were woken.
+        """
+        self._asked = is_asked = False  # before the byte is taken: who asks writes it first
         with suppress(BlockingIOError):
-            os.read(self._wake_read, 4096)
+            is_asked = bool(os.read(self._wake_read, 4096))
         with self._lock:
             # One at a time: none has a turn before it has begun, and that may wait.
             starting, self._starting = self._starting[:1], self._starting[1:]
@@ -298,6 +302,7 @@ class QueueThread:
                 self._asked = True  # when they are through
             else:
                 self._drain()
+        return is_asked
 
     def _hear(self) -> None:
         """Take the byte that has woken us; what it is for is looked at later."""
