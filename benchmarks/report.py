@@ -352,6 +352,12 @@ GOALS = (
         _local("sleeping", "", RATE, "depth 32", "depth 1"),
     ),
     Goal(
+        "4 queues, one thread for all, 4 KiB, 32 in flight on each: of one queue's rate",
+        0.9,
+        True,
+        _local(queues.SERVED, "", RATE, "4 in one thread", queues.ONE),
+    ),
+    Goal(
         "4 queues, a process each, 2 processors, 4 KiB, 32 in flight on each: of one queue's rate",
         1.7,
         True,
