@@ -53,10 +53,14 @@ COMMON = (
     "util-linux",
 )
 TO_BUILD = (
+    "autoconf",
+    "automake",
     "dpkg-dev",
     "libffi-dev",
+    "libltdl-dev",  # a macro of libffi's configure
     "liblzma-dev",
     "libssl-dev",
+    "libtool",
     "make",
     "musl-tools",
     "pkg-config",
@@ -72,18 +76,24 @@ EXCLUDED_PATHS = (
     "/usr/share/locale/*",
 )
 
-# In a root, once: $1 is where it is installed. apt has checked what the sources are.
-UNPACK = """
+
+def build_step(source: str, commands: str, setup: str = "") -> str:
+    """Make a script that builds a source package in a root, to be installed in its ``$1``.
+
+    apt has checked what the source is. A command that fails ends it, so they are joined by ``&&``.
+    """
+    return f"""
 set -e
 export PREFIX=$1
 cd $(mktemp -d)
-for archive in /root/*.orig.tar.*z; do tar --extract --file $archive; done
+tar --extract --file /root/{source}_*.orig.tar.*z
+{setup}
+(cd */ && {commands.strip()}
+) >build.log 2>&1 || {{ tail -n 30 build.log; exit 1; }}
 """
-CLEAN = """
-rm -r $PWD
-$PREFIX/bin/python3 -c "import ctypes, hashlib, lzma, zlib"
-"""
-BUILD_MUSL = f"""{UNPACK}
+
+
+FOR_MUSL = """
 headers=/usr/include/x86_64-linux-musl  # without the kernel's, which musl leaves to others
 for directory in linux asm-generic mtd; do ln -sfn /usr/include/$directory $headers/$directory; done
 ln -sfn /usr/include/x86_64-linux-gnu/asm $headers/asm
@@ -96,35 +106,63 @@ END
 chmod +x musl-cc
 export CC=$PWD/musl-cc CFLAGS="-O2 -fPIC" CPPFLAGS=-I$PREFIX/include
 export LDFLAGS="-L$PREFIX/lib -Wl,-rpath,$PREFIX/lib"
-(
-    cd libffi-*/
-    ./configure -q --prefix=$PREFIX --disable-docs --disable-shared --disable-multi-os-directory
+"""
+CHECK = '$PREFIX/bin/python3 -c "import ctypes, hashlib, lzma, zlib"'
+MUSL = tuple(
+    build_step(source, commands, FOR_MUSL)
+    for source, commands in (
+        (
+            "libffi",
+            r"""
+    autoreconf -i &&
+    ./configure -q --prefix=$PREFIX --disable-docs --disable-shared \
+        --disable-multi-os-directory &&
     make -s -j2 && make -s install
-    cd ../zlib-*/
-    sh ./configure --static --prefix=$PREFIX
+""",
+        ),
+        (
+            "zlib",
+            """
+    sh ./configure --static --prefix=$PREFIX &&
     make -s libz.a && cp libz.a $PREFIX/lib && cp zlib.h zconf.h $PREFIX/include
-    cd ../xz-*/
-    ./configure -q --prefix=$PREFIX --disable-shared --disable-doc --disable-nls
+""",
+        ),
+        (
+            "xz-utils",
+            """
+    ./configure -q --prefix=$PREFIX --disable-shared --disable-doc --disable-nls &&
     make -s -j2 -C src/liblzma && make -s -C src/liblzma install
-    cd ../libnbd-*/
-    ./configure -q --prefix=$PREFIX --disable-static --disable-python --disable-ocaml \\
-        --disable-golang --disable-rust --disable-fuse --disable-ublk --without-libxml2 \\
-        --without-gnutls --without-bash-completions
+""",
+        ),
+        (
+            "libnbd",
+            r"""
+    ./configure -q --prefix=$PREFIX --disable-static --disable-python --disable-ocaml \
+        --disable-golang --disable-rust --disable-fuse --disable-ublk --without-libxml2 \
+        --without-gnutls --without-bash-completions &&
     make -s -j2 -C common && make -s -j2 -C lib && make -s -C lib install
-    cd ../Python-*/
-    ./configure -q --prefix=$PREFIX --with-ensurepip=no --disable-test-modules \\
-        LIBFFI_CFLAGS=" " LIBFFI_LIBS=-lffi ZLIB_CFLAGS=" " ZLIB_LIBS=-lz \\
-        LIBLZMA_CFLAGS=" " LIBLZMA_LIBS=-llzma
-    make -s -j2 && make -s install
-) >build.log 2>&1 || {{ tail -n 30 build.log; exit 1; }}
-{CLEAN}"""
-BUILD_FREE_THREADED = f"""{UNPACK}
-(
-    cd Python-*/
-    ./configure -q --prefix=$PREFIX --disable-gil --with-ensurepip=no --disable-test-modules
-    make -s -j2 && make -s install
-) >build.log 2>&1 || {{ tail -n 30 build.log; exit 1; }}
-{CLEAN}"""
+""",
+        ),
+        (
+            "python3.13",
+            rf"""
+    ./configure -q --prefix=$PREFIX --with-ensurepip=no --disable-test-modules \
+        LIBFFI_CFLAGS=" " LIBFFI_LIBS=-lffi ZLIB_CFLAGS=" " ZLIB_LIBS=-lz \
+        LIBLZMA_CFLAGS=" " LIBLZMA_LIBS=-llzma &&
+    make -s -j2 && make -s install && {CHECK}
+""",
+        ),
+    )
+)
+FREE_THREADED = (
+    build_step(
+        "python3.13",
+        f"""
+    ./configure -q --prefix=$PREFIX --disable-gil --with-ensurepip=no --disable-test-modules &&
+    make -s -j2 && make -s install && {CHECK}
+""",
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -155,12 +193,12 @@ class Python:
     Attributes:
         root: the system that has it.
         executable: in that.
-        build: what builds it there, if it is no package.
+        steps: what builds it there, if it is no package.
     """
 
     root: Root
     executable: str
-    build: str = ""
+    steps: tuple[str, ...] = ()
 
 
 NEWEST = ("3.14", "3.15")
@@ -168,8 +206,8 @@ TESTING = Root("forky", (*(f"python{version}-venv" for version in NEWEST), *COMM
 STABLE = Root("trixie", (*TO_BUILD, *COMMON), SOURCES)
 PYTHONS = {
     **{version: Python(TESTING, f"/usr/bin/python{version}") for version in NEWEST},
-    "3.13-musl": Python(STABLE, "/opt/3.13-musl/bin/python3", BUILD_MUSL),
-    "3.13t": Python(STABLE, "/opt/3.13t/bin/python3", BUILD_FREE_THREADED),
+    "3.13-musl": Python(STABLE, "/opt/3.13-musl/bin/python3", MUSL),
+    "3.13t": Python(STABLE, "/opt/3.13t/bin/python3", FREE_THREADED),
 }
 MIRROR = "http://deb.debian.org/debian"
 
@@ -272,16 +310,20 @@ def ensure_root(root: Root, *, new: bool) -> Path:
 
 
 def ensure_built(python: Python, root: Path) -> None:
-    """Have a Python built in a system, if it is not there."""
+    """Have a Python built in a system: those of its steps that are not done yet."""
     prefix = Path(python.executable).parents[1]
-    whole = root / "opt" / f"{prefix.name}-{hashlib.sha256(python.build.encode()).hexdigest()[:12]}"
-    if not python.build or whole.exists():
-        return
-    say(f"building {prefix.name} in {root}, once")
-    shutil.rmtree(root / prefix.relative_to("/"), ignore_errors=True)
-    words = [*NAMESPACES, "sh", "-c", BUILD, "enter", str(root), str(prefix), python.build]
-    subprocess.run(words, check=True)
-    whole.touch()
+    recipe = hashlib.sha256()  # up to a step, since that builds upon those before
+    for number, step in enumerate(python.steps, start=1):
+        recipe.update(step.encode())
+        done = root / "opt" / f"{prefix.name}-{recipe.hexdigest()[:12]}"
+        if done.exists():
+            continue
+        say(f"building {prefix.name} in {root}, once: step {number} of {len(python.steps)}")
+        if number == 1:
+            shutil.rmtree(root / prefix.relative_to("/"), ignore_errors=True)
+        words = [*NAMESPACES, "sh", "-c", BUILD, "enter", str(root), str(prefix), step]
+        subprocess.run(words, check=True)
+        done.touch()
 
 
 def copy_checkout(target: Path) -> None:
