@@ -7,6 +7,7 @@ most is measured by fio in the guest, and printed (``-rP`` shows it).
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import pwd
 import random
@@ -16,17 +17,21 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Callable
 
 import pytest
 
-from xen_disk_py.xenbus.states import State
+from xen_disk_py.datapath.double_buffer import DoubleBuffer
+from xen_disk_py.recovery import record
+from xen_disk_py.recovery.facts import Facts
+from xen_disk_py.xenbus.states import Address, State
 
-from .disk import Disk, block_nodes, mapped_grants, xen_disk
+from .disk import Disk, block_nodes, mapped_grants, open_files, xen_disk
 from .guest import PATIENCE, Guest, Job, no_errors, sh
 from .test_failures import records
-from .test_integrity import digest, leave, mounted_in
+from .test_integrity import digest, guest_digest, leave, mounted_in
 from .test_life import alive, wait_backend
 from .test_resize import resize, wait_for_size
 
@@ -239,6 +244,53 @@ def test_served_by_somebody_who_may_do_nothing(
     (ids,) = re.findall(r"Uid:\t(.*)", Path(f"/proc/{worker(disk)}/status").read_text())
     assert ids.split() == [str(nobody)] * 4
     print(load.end())
+    leave(quiet_guest, disk)
+
+
+def forge(disk: Disk, path: Path) -> None:
+    """Have a disk's record name another file, as its process, which has it open, could."""
+    address = Address(0, disk.guest.domid, disk.number, "vbd3")
+    name = record.path_of(record.DIRECTORY, address)
+    with open(name, "r+b") as file:
+        memory = memoryview(mmap.mmap(file.fileno(), record.HEAD))
+        buffer = DoubleBuffer(memory[: record.FACTS_SIZE])
+        told = Facts.parse(buffer.read() or b"")
+        assert told is not None
+        assert told.disk is not None
+        disk_of_it = {**told.disk, "path": str(path)}
+        buffer.write(replace(told, disk=disk_of_it, path=str(path)).encode())
+
+
+def test_a_successor_opens_what_was_sealed(
+    quiet_guest: Guest, connect: Connect, image: Path, tmp_path: Path
+) -> None:
+    """Whoever has got into the process that is nobody names another file: root does not open it."""
+    secret = tmp_path / "secret.raw"
+    for path in (image, secret):
+        path.write_bytes(os.urandom(SIZE))
+        path.chmod(0o600)
+    before = digest(secret)
+    disk = connect(
+        quiet_guest, *("--supervise", "--user", "nobody", "--path", image, "--backend", "raw")
+    )
+    load = Load(quiet_guest, disk)
+    for number in range(1, 3):
+        victim = worker(disk)
+        disk.process.send_signal(signal.SIGSTOP)
+        os.kill(victim, signal.SIGSTOP)  # so that it does not write its record anew
+        try:
+            forge(disk, secret)
+            assert facts(disk)["path"] == str(image)
+        finally:
+            os.kill(victim, signal.SIGKILL)
+            disk.process.send_signal(signal.SIGCONT)
+        taken_over(disk, number)
+        opened = open_files(worker(disk)).values()
+        assert str(image) in opened
+        assert str(secret) not in opened
+    print(load.end())
+    assert guest_digest(quiet_guest, disk.device) == digest(image)
+    assert before == digest(secret)
     leave(quiet_guest, disk)
 
 

@@ -58,9 +58,10 @@ SOCKET = ".control"
 SEALED = ".sealed"
 """What the name of the file ends with that says what to believe of a record; see above."""
 
-_FACTS = 32 << 10  # bytes
+FACTS_SIZE = 32 << 10
+"""Bytes at the beginning of a record, a double buffer with the facts."""
 _COUNTERS = 4096
-HEAD = _FACTS + _COUNTERS
+HEAD = FACTS_SIZE + _COUNTERS
 """Bytes of a record before the journals."""
 _TRIES = 50  # one who looks has the lock for a moment, one who ends has it until the very end
 _PAUSE = 0.01
@@ -87,9 +88,9 @@ def _prepare(directory: str) -> None:
 
 def _facts_in(data: bytes) -> Facts | None:
     """Read the beginning of a record; None for nothing, or nothing that can be read."""
-    if len(data) < _FACTS:
+    if len(data) < FACTS_SIZE:
         return None
-    return Facts.parse(DoubleBuffer(memoryview(bytearray(data[:_FACTS]))).read() or b"")
+    return Facts.parse(DoubleBuffer(memoryview(bytearray(data[:FACTS_SIZE]))).read() or b"")
 
 
 def _believed_in(data: bytes, path: str) -> Facts | None:
@@ -126,7 +127,7 @@ def read_head(data: bytes) -> tuple[Facts, dict[str, int]] | None:
     facts = _facts_in(data)
     if facts is None or len(data) < HEAD:
         return None
-    words = memoryview(data)[_FACTS : _FACTS + 8 * WORDS].cast("Q")
+    words = memoryview(data)[FACTS_SIZE : FACTS_SIZE + 8 * WORDS].cast("Q")
     return facts, Statistics(words).as_dict()
 
 
@@ -234,7 +235,7 @@ class Record(Closing):
                 f"({from_number(address.devid)}): choose another --vdev"
             )
         try:
-            before = _believed_in(os.pread(fd, _FACTS, 0), path)
+            before = _believed_in(os.pread(fd, FACTS_SIZE, 0), path)
             if before is not None and is_attached():
                 self._refuse(address)
         except BaseException:
@@ -321,9 +322,9 @@ class Record(Closing):
         journals = HEAD + queues * JOURNAL_SIZE
         size = os.fstat(fd).st_size
         whole = memoryview(mmap.mmap(fd, size))
-        self._facts = DoubleBuffer(whole[:_FACTS])
+        self._facts = DoubleBuffer(whole[:FACTS_SIZE])
         self.facts = Facts.parse(self._facts.read() or b"") or Facts(format=0)
-        words = whole[_FACTS : _FACTS + 8 * WORDS].cast("Q")
+        words = whole[FACTS_SIZE : FACTS_SIZE + 8 * WORDS].cast("Q")
         latencies = [
             whole[at : at + LATENCIES_SIZE].cast("Q")
             for at in range(journals, size, LATENCIES_SIZE)
@@ -411,8 +412,11 @@ def sweep(directory: str) -> None:
             if fd is None:
                 continue
             try:
-                data = os.pread(fd, _FACTS, 0)
-                if len(data) == _FACTS and DoubleBuffer(memoryview(bytearray(data))).read() is None:
+                data = os.pread(fd, FACTS_SIZE, 0)
+                if (
+                    len(data) == FACTS_SIZE
+                    and DoubleBuffer(memoryview(bytearray(data))).read() is None
+                ):
                     _unlink(fd, path)
             finally:
                 os.close(fd)
@@ -474,7 +478,7 @@ def find(directory: str, address: Address) -> Found | None:
         for _ in range(_TRIES):
             alive = _is_locked(fd)
             data = os.pread(fd, HEAD, 0)
-            if alive and os.pread(fd, _FACTS, 0) != data[:_FACTS]:
+            if alive and os.pread(fd, FACTS_SIZE, 0) != data[:FACTS_SIZE]:
                 time.sleep(_PAUSE)  # it is being written, and may be a mixture
                 continue
             facts = _believed_in(data, path)
@@ -491,7 +495,7 @@ def find(directory: str, address: Address) -> Found | None:
         os.close(fd)
     if len(data) < HEAD:
         return None
-    words = memoryview(data)[_FACTS : _FACTS + 8 * WORDS].cast("Q")
+    words = memoryview(data)[FACTS_SIZE : FACTS_SIZE + 8 * WORDS].cast("Q")
     return Found(facts, Statistics(words).as_dict(), alive, is_ending)
 
 
