@@ -90,7 +90,7 @@ def raw_indirect(abi, operation, count, id_, sector, refs):
     return head + struct.pack("<8I", *refs)
 
 
-def queue_of(host, refs, port, disk, on_failure=print, journal=None):
+def queue_of(host, refs, port, disk, on_failure=print, journal=None, number=0):
     """Make a queue that is not started."""
     return Queue(
         host.hypervisor,
@@ -100,8 +100,9 @@ def queue_of(host, refs, port, disk, on_failure=print, journal=None):
         disk,
         options=Options(),
         persistent=False,
+        number=number,
         journal=journal,
-        statistics=disk.statistics.of_queue(0),
+        statistics=disk.statistics.of_queue(number),
         on_failure=on_failure,
     )
 
@@ -2174,7 +2175,7 @@ def test_a_queue_amid_a_barrier_ends_though_another_has_just_woken_it(host, monk
     line.queue.pause_retries(True)
     thread = line.queue._thread
     host.until(lambda: thread._waiting)
-    heed = thread._heed
+    apply_changes = thread._apply_changes
 
     def asked_again():
         def read(*args):
@@ -2183,9 +2184,9 @@ def test_a_queue_amid_a_barrier_ends_though_another_has_just_woken_it(host, monk
 
         with monkeypatch.context() as patch:
             patch.setattr(queue_thread, "os", SimpleNamespace(read=read, write=os.write))
-            return heed()
+            return apply_changes()
 
-    monkeypatch.setattr(thread, "_heed", asked_again)
+    monkeypatch.setattr(thread, "_apply_changes", asked_again)
     thread.wake()
     host.until(lambda: line.queue.is_stopping)
     assert line.queue.stop(PATIENCE)

@@ -421,3 +421,29 @@ def test_an_error_of_a_queue_within_another_s_wait_is_its_own(host, several, mon
     host.until(lambda: one.failures)
     assert [1, 0, 0] == [len(line.failures) for line in (one, two, three)]
     assert OKAY == two.ask(request(4, READ, 256, page)).status
+
+
+@only_with_the_lock
+def test_the_thread_ends_with_an_only_queue_that_cannot_begin(host, monkeypatch, queue_threads):
+    def broken(queue):
+        raise RuntimeError("no idea")
+
+    monkeypatch.setattr(Queue, "begin", broken)
+    line = host.line(Disk(host.memory(threads=4)))
+    host.until(lambda: line.failures and not queue_threads())
+
+
+def test_who_asks_a_queue_to_stop_may_be_cut_short_by_a_signal(host, several, monkeypatch):
+    """And asks again: that wakes the thread, though it has been asked already."""
+    (line,) = several(Disk(host.memory(threads=4)), 1)
+    page = host.share().refs[0]
+    assert OKAY == line.ask(request(1, READ, 0, page)).status
+
+    def cut_short():
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(line.queue._thread, "wake", cut_short)
+        with pytest.raises(KeyboardInterrupt):
+            line.queue.ask_to_stop()
+    assert line.queue.stop(PATIENCE)

@@ -297,9 +297,9 @@ class Queue:
 
     def ask_to_stop(self) -> None:
         """Have it come to its end; :meth:`stop` waits for that."""
-        if not (self._is_closed or self.is_stopping):
+        if not self._is_closed:
             self.is_stopping = True
-            self._thread.wake()
+            self._thread.wake()  # whoever has asked before may have been cut short by a signal
 
     def pause_retries(self, paused: bool) -> None:
         """Try none of what is queued for retry, or try it again; for one other thread to call."""

@@ -149,7 +149,7 @@ class QueueThread:
             if self._wake_write >= 0:
                 with suppress(BlockingIOError):
                     os.write(self._wake_write, b"x")
-        self._asked = True  # behind it, as _heed looks: no byte stays that nobody takes
+        self._asked = True  # behind it, as _apply_changes looks: no byte stays that nobody takes
 
     # -- the thread --------------------------------------------------------------------
 
@@ -158,6 +158,9 @@ class QueueThread:
         self._drained.enter(me, self.wake)
         try:
             while self.thread is me:
+                # Asked amid a barrier, or when a queue had to end first: we can drain now.
+                if self._drained.is_wanted:
+                    self._asked = True
                 self._turn()
         except Exception as error:  # noqa: BLE001 - the queues tell of it
             while self.thread is me:  # with those that start meanwhile
@@ -171,8 +174,13 @@ class QueueThread:
 
     def _turn(self) -> None:
         """Give each queue its turn; sleep if there is nothing to do for any."""
-        # What we were woken for may be for a queue that waits: that looks, before we sleep.
-        is_idle = not (self._asked and self._heed() and self._waiting)
+        is_idle = True
+        if self._asked:
+            self._apply_changes()
+            if self.thread is not threading.current_thread():
+                return  # the last queue has ended; there may be another thread already
+            # It may be for a queue that waits: that looks, before we sleep.
+            is_idle = not self._waiting
         queues = self._queues
         is_alone = len(queues) == 1
         for queue in queues:
@@ -196,7 +204,7 @@ class QueueThread:
                 queue.fail(error)
             self._end(queue)  # with no error at hand, which keeps buffers
             is_idle = False
-        if is_idle:
+        if is_idle and not self._asked:
             self._rest()
 
     def _do(self, queue: Served, step: Callable[[], bool]) -> bool:
@@ -230,7 +238,7 @@ class QueueThread:
             for ring in rings:
                 is_more = ring.arm() or is_more
             if not is_more and idle.sleep(milliseconds, is_idle=not waiting):
-                self._hear()  # at once, or it polls readable until whoever asks is through
+                self._consume_wakeup()  # at once, or it polls readable until the caller is through
         for queue in queues:
             queue.idled()
 
@@ -280,31 +288,24 @@ class QueueThread:
         self._wake_read = self._wake_write = -1
         self.thread = None
 
-    def _heed(self) -> bool:
-        """Look at what has changed: there are more queues, or the disk is to be drained.
-
-        Returns:
-            Whether somebody has asked since we were woken.
-        """
-        self._asked = is_asked = False  # before the byte is taken: who asks writes it first
+    def _apply_changes(self) -> None:
+        """Look at what has changed: there are more queues, or the disk is to be drained."""
+        self._asked = False  # before the byte is taken: who asks writes it first
         with suppress(BlockingIOError):
-            is_asked = bool(os.read(self._wake_read, 4096))
+            os.read(self._wake_read, 4096)
         with self._lock:
             # One at a time: none has a turn before it has begun, and that may wait.
             starting, self._starting = self._starting[:1], self._starting[1:]
             self._queues += tuple(starting)
-            self._asked = self._asked or bool(self._starting)
+            if self._starting:
+                self._asked = True  # never computed from itself: others set it meanwhile
         for queue in starting:
             self.idle.watch(queue.wakeups)
             self._do(queue, queue.begin)
-        if self._drained.is_wanted and self._queues:
-            if self._waiting:
-                self._asked = True  # when they are through
-            else:
-                self._drain()
-        return is_asked
+        if self._drained.is_wanted and self._queues and not self._waiting:
+            self._drain()
 
-    def _hear(self) -> None:
+    def _consume_wakeup(self) -> None:
         """Take the byte that has woken us; what it is for is looked at later."""
         with suppress(BlockingIOError):
             os.read(self._wake_read, 4096)
