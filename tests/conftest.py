@@ -499,7 +499,7 @@ def pytest_runtest_logreport(report):
     """
     if report.outcome == "rerun" and "XEN_DISK_RERUNS" in os.environ:
         version = ".".join(map(str, sys.version_info[:2]))
-        why = textwrap.indent("\n".join(report.longreprtext.splitlines()[-40:]), "    ")
+        why = textwrap.indent(long_run.why(report), "    ")
         with open(os.environ["XEN_DISK_RERUNS"], "a", encoding="utf-8") as file:
             file.write(f"{report.nodeid} (Python {version}), {report.when}:\n{why}\n")
 

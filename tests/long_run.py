@@ -96,3 +96,16 @@ def note_time(seconds: float) -> str:
         with open(name, "a", encoding="utf-8") as file:
             file.write(f"Python {version}: {seconds:.0f} s\n")
     return f"processor time on Python {version}: {seconds:.0f} s"
+
+
+def why(report: pytest.TestReport) -> str:
+    """Return where a test failed, the lines that led there and what was said: ten lines at most.
+
+    Of a report in full the end may be nothing but local variables.
+    """
+    text = report.longreprtext.splitlines()
+    crash = getattr(report.longrepr, "reprcrash", None)
+    if crash is None:  # no exception of a test's
+        return "\n".join(text[-10:])
+    steps = [line for line in text if line.startswith(">")][-3:]
+    return "\n".join([f"{crash.path}:{crash.lineno}:", *steps, *crash.message.splitlines()[:6]])

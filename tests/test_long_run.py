@@ -66,3 +66,14 @@ def test_the_processor_time_of_each_python_is_noted(tmp_path, monkeypatch):
     monkeypatch.delenv("XEN_DISK_TIMES")
     long_run.note_time(1)
     assert 2 == len(times.read_text().splitlines())
+
+
+def test_why_a_test_failed_takes_ten_lines():
+    crash = SimpleNamespace(path="/t/test_a.py", lineno=7, message="first\n" + "more\n" * 90)
+    steps = [f">       call({number})" for number in range(9)]
+    text = "\n".join([*steps, *(f"local{number} = 0" for number in range(90))])
+    report = SimpleNamespace(longrepr=SimpleNamespace(reprcrash=crash), longreprtext=text)
+    expected = ["/t/test_a.py:7:", *steps[-3:], "first", *["more"] * 5]
+    assert expected == long_run.why(report).splitlines()
+    report = SimpleNamespace(longrepr=text, longreprtext=text)
+    assert text.splitlines()[-10:] == long_run.why(report).splitlines()

@@ -522,7 +522,7 @@ class Hanging(Backend):
 
 
 @pytest.mark.parametrize("closing", [False, True])
-def test_force_with_a_backend_that_hangs(connect, monkeypatch, caplog, closing):
+def test_force_with_a_backend_that_hangs(connect, monkeypatch, caplog, queue_threads, closing):
     """Also when the guest has released the disk and it is the backend alone that we wait for."""
     monkeypatch.setattr("xen_disk_py.xenbus.device.Device.force.__defaults__", (0.2,))
     monkeypatch.setattr(DiskSpec, "open_backend", lambda spec: Hanging())
@@ -553,7 +553,7 @@ def test_force_with_a_backend_that_hangs(connect, monkeypatch, caplog, closing):
         player.host.until(lambda: "reads" in player.env.stderr.getvalue())
         time.sleep(0.05)
         Hanging.allowed.set()
-        player.host.until(lambda: "queue" not in [t.name for t in threading.enumerate()])
+        player.host.until(lambda: not queue_threads())
         assert queues[0].stop(player.host.PATIENCE)
 
     status, _, err = connect(script, "guest")
@@ -615,10 +615,10 @@ def test_whoever_read_our_output_has_gone(connect, host):
     assert "cannot write to stdout: Broken pipe\n" in err
 
 
-def test_serving_fails(connect, monkeypatch):
+def test_serving_fails(connect, monkeypatch, queue_threads):
     def script(player):
         frontend = player.frontend()
-        (queue,) = [t for t in threading.enumerate() if t.name == "queue"]
+        (queue,) = queue_threads()
         monkeypatch.setattr("xen_disk_py.datapath.queue.encode_response", lambda *args: 1 / 0)
         frontend.submit(READ, 0, length=512)
         frontend.kick()
