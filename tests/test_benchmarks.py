@@ -192,10 +192,10 @@ def test_what_is_measured_with_goes_when_a_benchmark_is_told_to_end():
 
 
 _FLEET = """
-import sys, time
+import os, sys, time
 from benchmarks import fleet
 def idle(pids, seconds):
-    print("pids", *pids, flush=True)
+    os.write(int(sys.argv[2]), " ".join(map(str, pids)).encode())
     time.sleep(1000)
 fleet._idle = idle
 fleet.fleet(2, sys.argv[1], forks=True)
@@ -205,12 +205,17 @@ fleet.fleet(2, sys.argv[1], forks=True)
 def test_a_fleet_ends_with_a_benchmark_that_is_killed(tmp_path):
     image = tmp_path / "image.raw"
     image.write_bytes(bytes(1 << 20))
-    command = [sys.executable, "-c", _FLEET, str(image)]
+    told, tell = os.pipe()  # its own: the disks write to the standard output, too
+    command = [sys.executable, "-c", _FLEET, str(image), str(tell)]
     root = Path(__file__).parents[1]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) as benchmark:
-        line = next(line for line in benchmark.stdout if line.startswith("pids "))
-        handles = [os.pidfd_open(int(pid)) for pid in line.split()[1:]]
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, cwd=root, pass_fds=[tell]
+    ) as benchmark:
+        os.close(tell)
+        pids = os.read(told, 100).split()
+        handles = [os.pidfd_open(int(pid)) for pid in pids]
         benchmark.kill()
+    os.close(told)
     assert 3 == len(handles)  # two disks, and what forks them
     for handle in handles:
         assert select.select([handle], [], [], 30)[0]
