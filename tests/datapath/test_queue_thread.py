@@ -101,6 +101,48 @@ def test_a_queue_that_always_has_requests_lets_the_others_have_turns(host, sever
     assert other.is_set()
 
 
+@only_with_the_lock
+def test_a_queue_that_always_has_requests_is_drained_though_asked_amid_a_barrier(host, several):
+    entered, allowed, drained = threading.Event(), threading.Event(), threading.Event()
+    served = []
+
+    class Busy(type(slow(host, entered, allowed).backend)):
+        def read_nowait(self, buffers, offset):
+            if not offset:
+                return 0  # done in a thread, and the barrier waits for it
+            served.append(offset)
+            self.read(buffers, offset)
+            if not drained.is_set():  # one more for each that is done
+                flooding.put(request(0, READ, 256, page))
+                flooding.kick()
+                flooding.ring.take()
+            return sum(map(len, buffers))
+
+    disk = Disk(Busy(threads=4))
+    page = host.share().refs[0]
+    (flooding,) = several(disk, 1)
+
+    def change():
+        with disk.drained.entered(PATIENCE):
+            drained.set()
+
+    changer = threading.Thread(target=change)
+    flooding.put(request(1, READ, 0, page), request(2, WRITE_BARRIER, 256, page))
+    flooding.put(request(3, READ, 256, page))
+    flooding.kick()
+    assert entered.wait(PATIENCE)
+    changer.start()
+    thread = flooding.queue._thread
+    host.until(lambda: disk.drained.is_wanted and thread._waiting and not thread._asked)
+    before = len(served)
+    allowed.set()
+    host.until(lambda: drained.is_set() or len(served) > before + 1000)
+    was_drained = drained.is_set()
+    drained.set()
+    changer.join(PATIENCE)
+    assert was_drained
+
+
 @pytest.mark.parametrize("operation", [FLUSH, WRITE_BARRIER])
 def test_while_a_queue_waits_for_what_it_has_begun_the_others_are_served(host, several, operation):
     entered, allowed = threading.Event(), threading.Event()

@@ -196,7 +196,9 @@ class QueueThread:
             here.number = queue.number
             try:
                 is_more = queue.turn(is_alone=is_alone)
-                while is_more and is_alone and not self._asked and self._queues is queues:
+                while is_more and is_alone and self._queues is queues:
+                    if self._asked or self._drained.is_wanted:  # that may be seen amid a barrier
+                        break
                     is_more = queue.turn(is_alone=True)
                 is_idle = is_idle and not is_more
                 continue
