@@ -116,7 +116,7 @@ MUSL = tuple(
             r"""
     autoreconf -i &&
     ./configure -q --prefix=$PREFIX --disable-docs --disable-shared \
-        --disable-multi-os-directory &&
+        --disable-multi-os-directory --disable-builddir &&
     make -s -j2 && make -s install
 """,
         ),
