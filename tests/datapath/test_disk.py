@@ -799,6 +799,15 @@ def test_a_size_that_another_process_cannot_have_is_nobody_s():
     assert [("resize", 96, 96)] == elsewhere.told
 
 
+def test_no_request_goes_beyond_a_shorter_storage_though_another_process_fails():
+    disk = Disk(Growing())
+    elsewhere = Elsewhere(disk, refuses=True)
+    with pytest.raises(DeviceError, match="no memory"):
+        disk.resize(32 * 512, force=True)
+    assert 32 == disk.sectors
+    assert [("admit", 32, 64), ("resize", 32, 32)] == elsewhere.told
+
+
 def test_a_disk_of_several_processes_is_not_recomposed():
     disk = Disk(Growing())
     Elsewhere(disk)

@@ -294,7 +294,9 @@ class Disk:
             The new size, in bytes.
 
         Raises:
-            DeviceError, ImageError, BackendError: the disk is as it was; the message says why.
+            DeviceError, ImageError, BackendError: the disk is as it was, but a smaller one that
+                not every process could have, or whose backend says another size, stays small;
+                the message says why.
         """
         with self._changing:
             return self._resize(size, force=force, step=step, on_change=on_change)
@@ -321,13 +323,13 @@ class Disk:
             if sectors < before:
                 self._settle()
             done = self._resize_backend(wanted)
-            if self.elsewhere is not None:
-                self.elsewhere.resize(wanted)
         except XenDiskError:
             self.admit(before)
             raise
         if done != wanted:  # the rest may be gone nonetheless
             raise BackendError(f"resize of {self.backend} returned {done!r}, not {wanted}")
+        if self.elsewhere is not None:
+            self.elsewhere.resize(wanted)  # if it raises, the rest may be gone as well
         self.admit(sectors)
         return wanted
 
