@@ -64,10 +64,10 @@ class Notes:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Name the marks, for a run whose configuration does not know them."""
-    if config.getoption("--note"):
+    if note := config.getoption("--note", None):  # pytest 8 may read this file too late
         done = config.getoption("--done")
         names = Path(done).read_text().splitlines() if done else []
-        config.pluginmanager.register(Notes(config.getoption("--note"), set(names)))
+        config.pluginmanager.register(Notes(note, set(names)))
     config.addinivalue_line("markers", "xen: needs a real Xen dom0, which the lab boots")
     config.addinivalue_line("markers", "smoke: shows a feature once; what .ci/run runs")
     config.addinivalue_line("markers", "long: not in the ordinary run; with -m long")
