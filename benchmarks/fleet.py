@@ -43,7 +43,7 @@ class Fleet(NamedTuple):
     idle_cpu: float
 
 
-def fleet(count: int, image: str, *, forks: bool, idle: float = 0.0) -> Fleet:
+def fleet(count: int, image: str, *, forks: bool, idle: float = 0.0, tree: str = "") -> Fleet:
     """Connect many ``cow`` disks of an image at once.
 
     A simulated guest has no more than 8 event channels, and is alone on its host. So more disks
@@ -54,10 +54,11 @@ def fleet(count: int, image: str, *, forks: bool, idle: float = 0.0) -> Fleet:
         image: its path.
         forks: start each as ``serve`` does; otherwise as a shell would.
         idle: for how many seconds nobody asks for anything.
+        tree: the source that serves them, if it is not this one; it does not fork.
     """
     with ExitStack() as stack:
         hosts = [
-            _Disks(stack, range(first, min(first + CHANNELS, count)), image, forks=forks)
+            _Disks(stack, range(first, min(first + CHANNELS, count)), image, forks, tree)
             for first in range(0, count, CHANNELS)
         ]
         stack.callback(_kill, hosts)
@@ -86,10 +87,11 @@ class _Disks:
     """
 
     def __init__(
-        self, stack: ExitStack, numbers: Sequence[int], image: str, *, forks: bool
+        self, stack: ExitStack, numbers: Sequence[int], image: str, forks: bool, tree: str
     ) -> None:
         self._machine, self._guest, self._store, _, self._program = simulated_host(stack)
         self._image = image
+        self._tree = tree or Path(__file__).parents[1]
         self._numbers = [_EXTENDED | 256 * (_FIRST + number) for number in numbers]
         self._frontends: list[Frontend] = []
         self.processes: list[_Process] = []
@@ -115,7 +117,7 @@ class _Disks:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             pass_fds=self._machine.descriptors,
-            cwd=Path(__file__).parents[1],
+            cwd=self._tree,
         )
 
     def connect(self) -> None:

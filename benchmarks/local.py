@@ -466,11 +466,14 @@ def many(bench: Bench) -> None:
 def fleet_of(bench: Bench) -> None:
     """Compare many disks of one image as ``serve`` starts them with processes of their own."""
     table, image = "fleet", bench.image("fleet")
+    ways = {"process each": (False, ""), "fork each": (True, "")}
+    if bench.before:
+        ways[f"process each{BEFORE}"] = False, bench.before
     for count in FLEETS:
         workload = f"{count} cow disks at once"
         for _ in range(bench.rounds):
-            for name, forks in (("process each", False), ("fork each", True)):
-                found = fleet(count, image, forks=forks)
+            for name, (forks, tree) in random.sample(sorted(ways.items()), len(ways)):
+                found = fleet(count, image, forks=forks, tree=tree)
                 bench.results.add(
                     table,
                     workload,

@@ -107,10 +107,7 @@ class Libxl:
 
         def write(transaction):
             for path, permissions, keys in trees:
-                transaction.mkdir(path)
-                transaction.set_permissions(path, permissions)
-                for key, value in keys.items():
-                    transaction.write(f"{path}/{key}", value)
+                transaction.create(path, permissions, keys)
 
         self.store.transact(write)
         return address

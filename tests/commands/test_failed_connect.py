@@ -106,7 +106,7 @@ def a_name_that_is_none(store, words):
 
 
 def a_device_that_is_taken(store, words):
-    store.mkdir("/local/domain/5/device/vbd/51712")
+    store.write("/local/domain/5/device/vbd/51712", "")
     return ["guest", *words, "--vdev", "xvda"]
 
 

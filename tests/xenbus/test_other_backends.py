@@ -10,6 +10,7 @@ import pytest
 from xen_disk_py.backends.sharing import Storage, storage_of
 from xen_disk_py.errors import ImageError
 from xen_disk_py.simulated.xenstored import SimulatedXenstored
+from xen_disk_py.xenbus import xenstore
 from xen_disk_py.xenbus.other_backends import check
 from xen_disk_py.xenbus.toolstack import PID_KEY
 from xen_disk_py.xenbus.xenstore import Store
@@ -118,3 +119,19 @@ def test_force_is_a_warning(store, image, caplog):
     assert [f"{image}: in use as xvda of domain 5 (qdisk) (used all the same: --force)"] == (
         caplog.messages
     )
+
+
+def test_a_hundred_disks_of_ours_are_looked_at_in_few_exchanges(store, image, monkeypatch):
+    def exchange(router, packets):
+        exchanges.append(len(packets))
+        return real(router, packets)
+
+    for guest in range(1, 101):
+        home = serve(store, "vbd3", guest=guest, params=f"raw:{image}")
+        store.write(f"{home}/{PID_KEY}", "4711")
+    exchanges = []
+    real = xenstore._Router.exchange
+    monkeypatch.setattr(xenstore._Router, "exchange", exchange)
+    check(store, of(image, writable=True), force=False)
+
+    assert [1, 1, 1, 100, 100] == exchanges  # own domain; kinds; guests; devices; who serves them

@@ -13,7 +13,7 @@ import pytest
 
 from xen_disk_py.errors import DeviceError, DeviceTaken, GuestNotFound, StoreError
 from xen_disk_py.simulated.xenstored import SimulatedXenstored
-from xen_disk_py.xenbus import toolstack
+from xen_disk_py.xenbus import toolstack, xenstore
 from xen_disk_py.xenbus.states import Address, State
 from xen_disk_py.xenbus.toolstack import (
     Attached,
@@ -68,6 +68,23 @@ def observer(server):
     """Be somebody else in dom0, with a connection of its own."""
     with Store.open(server.socket_path()) as result:
         yield result
+
+
+@pytest.fixture
+def before_the_first(monkeypatch):
+    """Give a function that has another one called before the first request of a kind is sent."""
+
+    def arrange(kind, act):
+        def send(router, request):
+            if request.op == getattr(xenstore.Op, kind):
+                monkeypatch.undo()
+                act()
+            return post(router, request)
+
+        post = xenstore._Router._post
+        monkeypatch.setattr(xenstore._Router, "_post", send)
+
+    return arrange
 
 
 def plug(store, address=XVDB, **changes):
@@ -149,7 +166,7 @@ class TestDomains:
         assert [0, GUEST, OTHER] == [domain.domid for domain in domains(store)]
 
     def test_a_domain_may_have_neither_name_nor_uuid(self, store):
-        store.mkdir("/local/domain/9")
+        store.write("/local/domain/9", "")
         store.remove("/local/domain/0/name")
 
         assert Domain(9, "", "") == domains(store)[-1]
@@ -283,12 +300,12 @@ class TestDevices:
         assert parse("xvda") == free_device(store, GUEST)
 
     def test_what_either_side_knows_is_taken(self, store):
-        store.mkdir(f"/local/domain/{GUEST}/device/vbd/51712")
-        store.mkdir(f"/local/domain/{GUEST}/device/vbd/51728")
-        store.mkdir(f"/libxl/{GUEST}/device/vbd/51728")
-        store.mkdir(f"/libxl/{GUEST}/device/vbd/51760")
-        store.mkdir(f"/libxl/{GUEST}/device/vbd/nonsense")
-        store.mkdir(f"/local/domain/{OTHER}/device/vbd/51744")
+        store.write(f"/local/domain/{GUEST}/device/vbd/51712", "")
+        store.write(f"/local/domain/{GUEST}/device/vbd/51728", "")
+        store.write(f"/libxl/{GUEST}/device/vbd/51728", "")
+        store.write(f"/libxl/{GUEST}/device/vbd/51760", "")
+        store.write(f"/libxl/{GUEST}/device/vbd/nonsense", "")
+        store.write(f"/local/domain/{OTHER}/device/vbd/51744", "")
 
         assert {51712, 51728, 51760} == taken(store, GUEST)
         assert parse("xvdc") == free_device(store, GUEST)
@@ -351,7 +368,7 @@ class TestAttach:
             with contextlib.suppress(StoreError):
                 guest.remove(f"{XVDB.backend}/{name}")
         with contextlib.suppress(StoreError):
-            guest.set_permissions(XVDB.backend, ["b5"])
+            guest.create(XVDB.backend, ["b5"], {})
         assert before == tree_of(server)
         with pytest.raises(StoreError) as caught:
             guest.read(XVDB.toolstack)
@@ -367,33 +384,19 @@ class TestAttach:
                     stranger.read(path)
                 assert errno.EACCES == caught.value.errno
 
-    def test_nothing_shows_before_all_of_it_does(self, server):
-        class Slow(Store):
-            """Looks from outside before each change."""
+    def test_nothing_shows_before_all_of_it_does(self, server, store, monkeypatch):
+        def look(router, request):
+            sent.append(request)
+            assert before == tree_of(server)
+            return post(router, request)
 
-            changes = 0
-
-            def look(self):
-                type(self).changes += 1
-                assert before == tree_of(server)
-
-            def mkdir(self, path):
-                self.look()
-                super().mkdir(path)
-
-            def write(self, path, value):
-                self.look()
-                super().write(path, value)
-
-            def set_permissions(self, path, permissions):
-                self.look()
-                super().set_permissions(path, permissions)
-
+        sent = []
+        post = xenstore._Router._post
         before = tree_of(server)
-        with Slow.open(server.socket_path()) as store:
-            plug(store)
+        monkeypatch.setattr(xenstore._Router, "_post", look)
+        plug(store)
 
-        assert Slow.changes > 30
+        assert len(sent) > 30
         assert {**before, **nodes_of(XVDB, "xvdb")} == tree_of(server)
 
     def test_a_watcher_in_the_guest_finds_all_readable_as_soon_as_it_fires(self, store, guest):
@@ -422,37 +425,38 @@ class TestAttach:
         assert before == tree_of(server)
 
     @pytest.mark.parametrize("path", XVDB.directories)
-    @pytest.mark.parametrize("when", ["mkdir", "set_permissions", "write"])
+    @pytest.mark.parametrize("when", ["MKDIR", "SET_PERMS", "WRITE"])
     def test_one_who_is_quicker_keeps_the_device_and_nothing_of_ours_is_left(
-        self, server, store, observer, monkeypatch, path, when
+        self, server, store, observer, before_the_first, path, when
     ):
-        method = getattr(Store, when)
-
-        def meanwhile(self, *arguments):
-            monkeypatch.undo()
+        def meanwhile():
             observer.write(f"{path}/state", "1")
             expected.append(tree_of(server))
-            return method(self, *arguments)
 
         expected = []
-        monkeypatch.setattr(Store, when, meanwhile)
+        before_the_first(when, meanwhile)
         with pytest.raises(DeviceTaken):
             plug(store)
         assert expected == [tree_of(server)]
 
-    def test_other_changes_meanwhile_do_not_hinder(self, server, store, observer, monkeypatch):
-        mkdir = Store.mkdir
-
-        def meanwhile(self, path):
-            monkeypatch.undo()
-            plug(observer, Address(0, GUEST, 51744, "vbd3"))
-            return mkdir(self, path)
-
+    def test_other_changes_meanwhile_do_not_hinder(self, server, store, observer, before_the_first):
         before = tree_of(server)
-        monkeypatch.setattr(Store, "mkdir", meanwhile)
+        before_the_first("MKDIR", lambda: plug(observer, Address(0, GUEST, 51744, "vbd3")))
         plug(store)
         second = nodes_of(Address(0, GUEST, 51744, "vbd3"), "xvdc")
         assert {**before, **nodes_of(XVDB, "xvdb"), **second} == tree_of(server)
+
+    def test_few_answers_are_waited_for(self, store, monkeypatch):
+        def wait(router):
+            sleeps.append(router)
+            return exchange(router)
+
+        sleeps = []
+        exchange = xenstore._Router._exchange
+        monkeypatch.setattr(xenstore._Router, "_exchange", wait)
+        plug(store)
+
+        assert 6 == len(sleeps)  # begin; is it free; three trees; commit
 
     def test_a_guest_that_has_gone_gets_nothing(self, server, store):
         server.remove_domain(GUEST)
@@ -649,7 +653,7 @@ def test_a_disk_that_comes_or_goes_with_a_hundred_others(server, store, comes, m
 
         def ask_and_be_overtaken(self, what, call, *arguments):
             if self is store and what == "cannot commit a transaction" and others:
-                other.mkdir(f"{parent}/{others.pop()}")
+                other.write(f"{parent}/{others.pop()}", "")
             return ask(self, what, call, *arguments)
 
         monkeypatch.setattr(Store, "_ask", ask_and_be_overtaken)

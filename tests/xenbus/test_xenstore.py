@@ -53,10 +53,28 @@ def connect(request):
 def store(connect):
     result = connect()
     result.remove(ROOT)
-    result.mkdir(ROOT)
+    result.write(ROOT, "")
     yield result
     if not result.is_lost:
         result.remove(ROOT)
+
+
+@pytest.fixture
+def exchanged(monkeypatch):
+    """Give a list in which each request and each answer is noted."""
+
+    def note(name):
+        def call(*arguments):
+            noted.append(name)
+            return method(*arguments)
+
+        method = getattr(xenstore._Router, name)
+        monkeypatch.setattr(xenstore._Router, name, call)
+
+    noted = []
+    note("_post")
+    note("_answer")
+    return noted
 
 
 @pytest.fixture
@@ -148,13 +166,22 @@ class TestValues:
 
         assert store.exists(f"{ROOT}/a")
 
-    def test_mkdir_keeps_a_value(self, store):
-        store.write(f"{ROOT}/a", "1")
-        store.mkdir(f"{ROOT}/a")
-        store.mkdir(f"{ROOT}/b/c")
+    def test_what_is_created_has_its_values(self, store):
+        store.create(f"{ROOT}/a/b", ["n0"], {"c": "1", "d": ""})
 
-        assert "1" == store.read(f"{ROOT}/a")
-        assert "" == store.read(f"{ROOT}/b/c")
+        expected = {f"{ROOT}/a": "", f"{ROOT}/a/b": "", f"{ROOT}/a/b/c": "1", f"{ROOT}/a/b/d": ""}
+        assert {ROOT: "", **expected} == store.tree(ROOT)
+
+    def test_creating_what_exists_keeps_what_else_is_there(self, store):
+        store.write(f"{ROOT}/a", "1")
+        store.write(f"{ROOT}/a/b", "2")
+        store.create(f"{ROOT}/a", ["n5"], {"c": "3"})
+
+        expected = {f"{ROOT}/a": "1", f"{ROOT}/a/b": "2", f"{ROOT}/a/c": "3"}
+        assert expected == store.tree(f"{ROOT}/a")
+        assert ["n5"] == store.get_permissions(f"{ROOT}/a")
+        assert ["n0"] == store.get_permissions(f"{ROOT}/a/b")[:1]
+        assert ["n5"] == store.get_permissions(f"{ROOT}/a/c")
 
     def test_remove_takes_all_below(self, store):
         store.write(f"{ROOT}/a/b/c", "1")
@@ -180,6 +207,28 @@ class TestValues:
         assert [] == store.list(f"{ROOT}/a")
         assert [] == store.list(f"{ROOT}/absent")
 
+    def test_many_nodes_at_once_are_read_and_listed_like_each_of_them(self, store):
+        for number in range(100):
+            store.write(f"{ROOT}/{number}/x", str(number))
+        paths = [f"{ROOT}/{number}" for number in range(90, 110)]
+        paths += [f"{ROOT}/{number}/x" for number in range(110)]
+
+        assert [store.read(path) for path in paths] == list(store.read_all(paths))
+        assert [store.list(path) for path in paths] == list(store.list_all(paths))
+        assert [] == list(store.read_all([]))
+
+    def test_not_all_of_many_are_sent_before_the_first_answer(self, store, exchanged):
+        store.read_all([ROOT] * 70)
+
+        assert 32 * ["_post"] + 32 * ["_answer"] == exchanged[:64]
+        assert 6 * ["_post"] + 6 * ["_answer"] == exchanged[128:]
+
+    def test_one_of_many_that_is_no_path_is_refused(self, store):
+        for call in (store.read_all, store.list_all):
+            with refused(errno.EINVAL):
+                call([ROOT, "/a b"])
+        assert "" == store.read(ROOT)
+
     def test_tree_has_every_value(self, store):
         store.write(f"{ROOT}/a/x", "1")
         store.write(f"{ROOT}/b", "2")
@@ -202,7 +251,7 @@ class TestValues:
         ["", "/a/", "//a", "/a//b", "/a.b", "/a b", "/a\n", "/ü", "/" + "x" * 3072, "x" * 2049],
     )
     def test_what_is_no_path_is_refused(self, store, path):
-        for call in (store.read, store.mkdir, store.remove, store.list, store.watch):
+        for call in (store.read, store.remove, store.list, store.watch):
             with refused(errno.EINVAL):
                 call(path)
 
@@ -226,14 +275,12 @@ class TestValues:
 
 class TestPermissions:
     def test_are_what_was_set(self, store):
-        store.write(f"{ROOT}/a", "1")
-        store.set_permissions(f"{ROOT}/a", ["n0", "r5", "b7"])
+        store.create(f"{ROOT}/a", ["n0", "r5", "b7"], {})
 
         assert ["n0", "r5", "b7"] == store.get_permissions(f"{ROOT}/a")
 
     def test_pass_to_new_nodes_below(self, store):
-        store.mkdir(f"{ROOT}/a")
-        store.set_permissions(f"{ROOT}/a", ["n5", "r0"])
+        store.create(f"{ROOT}/a", ["n5", "r0"], {})
         store.write(f"{ROOT}/a/b/c", "1")
 
         assert ["n5", "r0"] == store.get_permissions(f"{ROOT}/a/b/c")
@@ -241,13 +288,11 @@ class TestPermissions:
     def test_of_an_absent_node_are_an_error(self, store):
         with refused(errno.ENOENT):
             store.get_permissions(f"{ROOT}/absent")
-        with refused(errno.ENOENT):
-            store.set_permissions(f"{ROOT}/absent", ["n0"])
 
     @pytest.mark.parametrize("permissions", [[], ["x0"], ["n"], ["n0", "r"], ["n-1"], ["n0\n"]])
     def test_that_make_no_sense_are_refused(self, store, permissions):
         with refused(errno.EINVAL):
-            store.set_permissions(ROOT, permissions)
+            store.create(ROOT, permissions, {})
 
 
 class TestTransactions:
@@ -368,7 +413,7 @@ class TestWatches:
         store.watch(ROOT)
         settle(store)
 
-        other.set_permissions(ROOT, ["n0", "r1"])
+        other.create(ROOT, ["n0", "r1"], {})
         assert [ROOT] == events(store)
 
     def test_events_of_a_path_become_one(self, store, other):
@@ -691,7 +736,7 @@ class TestLoss:
         assert not guest.has_pending
 
 
-READ, WATCH_EVENT, ERROR = 2, 15, 16
+READ, WRITE, MKDIR, SET_PERMS, WATCH_EVENT, ERROR = 2, 11, 12, 14, 15, 16
 
 
 def packet(operation, request, payload, size=None):
@@ -747,9 +792,9 @@ class TestHostileServer:
         assert errno.ECONNRESET == caught.value.errno
 
     def test_an_answer_that_is_not_ok_is_a_loss(self, peer):
-        peer.sendall(packet(12, 1, b"NO\0"))
+        peer.sendall(packet(WRITE, 1, b"NO\0"))
         with pytest.raises(StoreLost):
-            self.store.mkdir("/a")
+            self.store.write("/a", "")
         assert self.store.is_lost
 
     def test_an_answer_nobody_asked_for_is_a_loss(self, peer):
@@ -763,6 +808,36 @@ class TestHostileServer:
         with refused(errno.EIO):
             self.store.read("/a")
         assert not self.store.is_lost
+
+    @pytest.mark.parametrize("timeout", [30.0])
+    def test_what_is_created_is_sent_at_once(self, peer):
+        answers = packet(MKDIR, 1, b"OK\0") + packet(WATCH_EVENT, 0, b"/a\0none\0")
+        peer.sendall(answers + packet(SET_PERMS, 2, b"OK\0") + packet(WRITE, 3, b"OK\0"))
+        self.store.create("/a", ["n0", "r5"], {"b": "1"})
+
+        expected = packet(MKDIR, 1, b"/a\0") + packet(SET_PERMS, 2, b"/a\0n0\0r5\0")
+        assert expected + packet(WRITE, 3, b"/a/b\x001") == peer.recv(1000)
+
+    @pytest.mark.parametrize("timeout", [30.0])
+    def test_what_is_refused_of_many_is_an_error_and_the_rest_is_done(self, peer):
+        peer.sendall(packet(MKDIR, 1, b"OK\0") + packet(ERROR, 2, b"EACCES\0"))
+        peer.sendall(packet(ERROR, 3, b"EINVAL\0") + packet(READ, 4, b"1"))
+        with refused(errno.EACCES):
+            self.store.create("/a", ["n0"], {"b": "1"})
+        assert "1" == self.store.read("/a/b")
+
+    def test_one_answer_too_few_is_a_loss(self, peer):
+        peer.sendall(packet(MKDIR, 1, b"OK\0") + packet(SET_PERMS, 2, b"OK\0"))
+        with pytest.raises(StoreLost):
+            self.store.create("/a", ["n0"], {"b": "1"})
+        assert self.store.is_lost
+
+    @pytest.mark.parametrize("timeout", [30.0])
+    def test_one_of_many_answers_that_is_not_ok_is_a_loss(self, peer):
+        peer.sendall(packet(MKDIR, 1, b"OK\0") + packet(SET_PERMS, 2, b"NO\0"))
+        with pytest.raises(StoreLost):
+            self.store.create("/a", ["n0"], {})
+        assert self.store.is_lost
 
     @pytest.mark.parametrize("timeout", [30.0])
     def test_drops_within_the_deadline_are_read(self, peer, monkeypatch):
@@ -868,7 +943,7 @@ class TestOpening:
         with Store.open() as store:
             assert "Domain-0" == store.read("/local/domain/0/name")
 
-    def test_falls_back_to_the_device(self, nowhere, monkeypatch):
+    def test_falls_back_to_the_device(self, nowhere, exchanged):
         master, slave = os.openpty()  # a terminal is a device that can be read and written
         try:
             tty.setraw(slave)
@@ -880,6 +955,10 @@ class TestOpening:
                 while len(asked) < len(expected):  # a terminal gives what it has by then
                     asked += os.read(master, 100)
                 assert expected == asked
+                # Linux has one buffer for requests, and has sent from it when the answer is there.
+                os.write(master, packet(READ, 2, b"2") + packet(READ, 3, b"3"))
+                assert ["2", "3"] == list(store.read_all(["/a", "/b"]))
+                assert ["_post", "_answer"] * 3 == exchanged
             with Store.open(timeout=0.1) as hasty, pytest.raises(StoreLost, match="not answer"):
                 hasty.read("/a")
         finally:

@@ -59,10 +59,9 @@ def _ask(store: Store, disk: Attached, request: resize.ResizeRequest, timeout: f
     def leave(transaction: Store) -> None:
         if not transaction.exists(back):
             raise gone
-        transaction.mkdir(directory)
         # What is made in it is not the guest's to read either.
-        transaction.set_permissions(directory, [f"n{disk.address.backend_domid}"])
-        transaction.write(path, str(request))
+        permissions = [f"n{disk.address.backend_domid}"]
+        transaction.create(directory, permissions, {str(os.getpid()): str(request)})
 
     def answered() -> bool:
         answers[:] = [store.read(path) or ""]

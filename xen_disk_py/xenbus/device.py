@@ -205,18 +205,19 @@ class Device:
                 break
             if self.finished or self._is_orphaned:
                 return
-            asked = State.parse(self._store.read(f"{self.address.backend}/state"))
+            back, front = self.address.backend, self.address.frontend
+            paths = f"{back}/state", f"{back}/online", f"{front}/state"
+            shown, online, frontend = self._store.read_all(paths)
+            asked, self.frontend_state = State.parse(shown), State.parse(frontend)
             if asked is State.CLOSING and self.state in (State.INIT_WAIT, State.CONNECTED):
                 self.state = State.CLOSING  # the toolstack detaches
-            online = self._store.read(f"{self.address.backend}/online") == "1"
-            self.frontend_state = State.parse(self._store.read(f"{self.address.frontend}/state"))
             if self.frontend_state is None or self._guest_is_gone():
                 self.guest_gone = self._guest_is_gone()
                 self._do(Action.FINISH)
             elif asked is None:
                 self._do(Action.FINISH)
             else:
-                action = react(self.state, self.frontend_state, online)
+                action = react(self.state, self.frontend_state, online == "1")
                 if action is Action.STAY:
                     return
                 self._do(action)

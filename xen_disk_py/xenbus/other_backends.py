@@ -76,28 +76,40 @@ def others(store: Store) -> Iterator[Other]:
     """
     domid = own_domid(store)
     root = f"/local/domain/{domid}/backend"
-    for kind in store.list(root):
-        for guest in filter(str.isdigit, store.list(f"{root}/{kind}")):
-            for devid in filter(str.isdigit, store.list(f"{root}/{kind}/{guest}")):
-                address = Address(domid, int(guest), int(devid), kind)
-                other = _other(store, address)
-                if other is not None:
-                    yield other
+    guests = [
+        (kind, guest)
+        for kind in store.list(root)
+        for guest in _numbers(store.list(f"{root}/{kind}"))
+    ]
+    devices = store.list_all([f"{root}/{kind}/{guest}" for kind, guest in guests])
+    addresses = [
+        Address(domid, guest, devid, kind)
+        for (kind, guest), names in zip(guests, devices)
+        for devid in _numbers(names)
+    ]
+    pids = store.read_all([f"{address.backend}/{PID_KEY}" for address in addresses])
+    for address, pid in zip(addresses, pids):
+        other = None if pid else _other(store, address)
+        if other is not None:
+            yield other
+
+
+def _numbers(names: Sequence[str]) -> Iterator[int]:
+    return map(int, filter(str.isdigit, names))
 
 
 def _other(store: Store, address: Address) -> Other | None:
-    def key(name: str) -> str:
-        return store.read(f"{address.backend}/{name}") or ""
-
-    params = key("params")
-    number = _parse_number(key("physical-device"))
+    keys = ("params", "physical-device", "state", "online", "mode")
+    values = store.read_all([f"{address.backend}/{name}" for name in keys])
+    params, number_text, state, online, mode = (value or "" for value in values)
+    number = _parse_number(number_text)
     if number is None and "/" not in params:
         return None  # no disk
-    if key(PID_KEY) or is_from_libxl(store, address):
+    if is_from_libxl(store, address):
         return None
-    if State.parse(key("state")) is State.CLOSED and key("online") == "0":
+    if State.parse(state) is State.CLOSED and online == "0":
         return None  # it is over
-    return Other(address, not key("mode").startswith("r"), number, params)
+    return Other(address, not mode.startswith("r"), number, params)
 
 
 def _is_shared(ours: Storage, other: Other) -> bool:

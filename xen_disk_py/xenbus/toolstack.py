@@ -56,14 +56,15 @@ def disk_name(store: Store, address: Address) -> str:
 
 def domains(store: Store) -> list[Domain]:
     """List the running domains by id."""
-    found = []
-    for entry in store.list("/local/domain"):
-        if entry.isdigit():
-            home = f"/local/domain/{entry}"
-            vm = store.read(f"{home}/vm") or ""
-            name = store.read(f"{home}/name") or ("Domain-0" if entry == "0" else "")
-            found.append(Domain(int(entry), name, vm.rpartition("/")[2]))
-    return sorted(found)
+    entries = [entry for entry in store.list("/local/domain") if entry.isdigit()]
+    uuids = store.read_all([f"/local/domain/{entry}/vm" for entry in entries])
+    names = store.read_all([f"/local/domain/{entry}/name" for entry in entries])
+    return sorted(
+        Domain(
+            int(entry), name or ("Domain-0" if entry == "0" else ""), (vm or "").rpartition("/")[2]
+        )
+        for entry, vm, name in zip(entries, uuids, names)
+    )
 
 
 def find_domain(store: Store, text: str) -> Domain:
@@ -224,16 +225,13 @@ def attach(
     )
 
     def create(transaction: Store) -> None:
-        for path in address.directories:
-            if transaction.exists(path):
-                raise _taken(device, guest)
-        if not transaction.exists(f"/local/domain/{guest}"):
+        *there, home = transaction.read_all([*address.directories, f"/local/domain/{guest}"])
+        if there != [None] * len(there):
+            raise _taken(device, guest)
+        if home is None:
             raise DeviceError(f"domain {guest} has gone")
         for path, permissions, keys in trees:
-            transaction.mkdir(path)
-            transaction.set_permissions(path, permissions)
-            for name, value in keys.items():
-                transaction.write(f"{path}/{name}", value)
+            transaction.create(path, permissions, keys)
 
     store.transact(create, tries=_CROWD)
 
@@ -334,18 +332,16 @@ def is_from_libxl(store: Store, address: Address) -> bool:
 
 
 def _attached(store: Store, address: Address) -> Attached | None:
-    def key(name: str) -> str | None:
-        return store.read(f"{address.backend}/{name}")
-
-    pid = key(PID_KEY)
+    keys = [f"{address.backend}/{name}" for name in (PID_KEY, "dev", "params", "mode", "state")]
+    pid, dev, params, mode, state, frontend = store.read_all([*keys, f"{address.frontend}/state"])
     if pid is None or not pid.isdigit():
         return None
     return Attached(
         address,
-        VirtualDevice(address.devid, key("dev") or str(address.devid)),
+        VirtualDevice(address.devid, dev or str(address.devid)),
         int(pid),
-        unquote(key("params") or ""),
-        key("mode") == "r",
-        State.parse(key("state")),
-        State.parse(store.read(f"{address.frontend}/state")),
+        unquote(params or ""),
+        mode == "r",
+        State.parse(state),
+        State.parse(frontend),
     )

@@ -23,7 +23,7 @@ import socket
 import stat
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Callable, TypeVar
 
 from xen_disk_py.errors import StoreError, StoreLost, XenUnavailable
@@ -33,8 +33,9 @@ with warnings.catch_warnings():
     # In a dom0, pyxs leaves /proc/xen/capabilities open while it is imported (Client.SU).
     warnings.simplefilter("ignore", ResourceWarning)
     import pyxs
-    from pyxs.client import Op
+    from pyxs.client import Op, Packet
     from pyxs.connection import UnixSocketConnection, XenBusConnection
+    from pyxs.helpers import error as pyxs_error
 
 A = TypeVar("A")
 T = TypeVar("T")
@@ -45,6 +46,7 @@ _DEVICE = "/dev/xen/xenbus"
 _HYPERVISOR_TYPE = "/sys/hypervisor/type"
 _PAYLOAD_MAX = 4096  # XENSTORE_PAYLOAD_MAX, xen/include/public/io/xs_wire.h
 _TRANSACTION_TRIES = 25
+_AHEAD = 32  # requests before the first answer
 _EVENTS_PER_CALL = 1000  # a guest that never stops writing must not keep us in one call
 
 _PATH = re.compile(r"[A-Za-z0-9/_@-]+")
@@ -116,17 +118,45 @@ class Store(Closing):
                 return None
             raise
 
+    def read_all(self, paths: Sequence[str]) -> Sequence[str | None]:
+        """Return what :meth:`read` does of each path; through a socket, many at once."""
+        return [
+            None if payload is None else _text(payload.rstrip(b"\0"))
+            for payload in self._gather("cannot read nodes", Op.READ, paths)
+        ]
+
+    def list_all(self, paths: Sequence[str]) -> Sequence[Names]:
+        """Return what :meth:`list` does of each path; through a socket, many at once."""
+        return [
+            [_text(name) for name in (payload or b"").split(b"\0") if name]
+            for payload in self._gather("cannot list nodes", Op.DIRECTORY, paths)
+        ]
+
     def write(self, path: str, value: str) -> None:
         """Set the value, also to nothing; what is missing of the path is created."""
-        if not _VALUE.fullmatch(value):
-            raise StoreError(errno.EINVAL, f"{path} takes printable ASCII only, not {value!r}")
-        # In one argument, because pyxs 0.4.1 refuses an argument that is empty.
-        request = _path(path) + b"\0" + value.encode("ascii")
-        self._ask(f"cannot write {path}", self._client.ack, Op.WRITE, request)
+        self._ask(f"cannot write {path}", self._client.ack, Op.WRITE, _written(path, value))
 
-    def mkdir(self, path: str) -> None:
-        """Create an empty node, and its parents, unless it exists."""
-        self._ask(f"cannot create {path}", self._client.mkdir, _path(path))
+    def create(self, path: str, permissions: Sequence[str], values: Mapping[str, str]) -> None:
+        """Create a node with these permissions, and nodes with these values right under it.
+
+        Through a socket all of it is sent before the first answer is awaited. So, when
+        something is refused, what comes after it is done all the same: call this in a
+        transaction.
+
+        Args:
+            path: of the node; what is missing of it is created.
+            permissions: what :meth:`get_permissions` returns: letters n, r, w, b (both), and a
+                domid; the nodes under it inherit them.
+            values: by name.
+        """
+        requests = [
+            (Op.MKDIR, _path(path) + b"\0"),
+            (Op.SET_PERMS, _permissions(path, permissions)),
+            *((Op.WRITE, _written(f"{path}/{name}", value)) for name, value in values.items()),
+        ]
+        what = f"cannot create {path}"
+        for answer in self._answers(what, requests):
+            self._ask(what, _check, answer)
 
     def remove(self, path: str) -> None:
         """Remove the node and everything under it; absent already is fine."""
@@ -167,14 +197,6 @@ class Store(Closing):
         """Return the owner with everybody else's right, then other domains: ``n0``, ``r5``."""
         call = self._client.get_perms
         return [_text(entry) for entry in self._ask(f"cannot see into {path}", call, _path(path))]
-
-    def set_permissions(self, path: str, permissions: Sequence[str]) -> None:
-        """Set what :meth:`get_permissions` returns: letters n, r, w, b (both), and a domid."""
-        if not permissions or not all(map(_PERMISSION.fullmatch, permissions)):
-            raise StoreError(errno.EINVAL, f"these are no permissions: {list(permissions)}")
-        entries = [entry.encode("ascii") for entry in permissions]
-        what = f"cannot set the permissions of {path}"
-        self._ask(what, self._client.set_perms, _path(path), entries)
 
     def transact(self, change: Callable[[Store], T], *, tries: int = _TRANSACTION_TRIES) -> T:
         """Run ``change(self)`` in a transaction, and again if somebody else interfered.
@@ -331,6 +353,25 @@ class Store(Closing):
         del self._watched[token]
         return token
 
+    def _gather(self, what: str, operation: int, paths: Sequence[str]) -> Iterator[bytes | None]:
+        """Ask the same of many nodes; None of one that does not exist."""
+        for answer in self._answers(what, [(operation, _path(path) + b"\0") for path in paths]):
+            try:
+                yield self._ask(what, _payload, answer)
+            except StoreError as error:
+                if error.errno != errno.ENOENT:
+                    raise
+                yield None
+
+    def _answers(self, what: str, requests: Sequence[tuple[int, bytes]]) -> Sequence[Any]:
+        """Send requests, then return the packets that answer them."""
+        transaction = self._client.tx_id
+        try:
+            packets = [Packet(operation, data, 0, transaction) for operation, data in requests]
+        except pyxs.InvalidPayload as error:
+            raise StoreError(errno.E2BIG, what) from error
+        return self._router.exchange(packets)
+
     def _ask(self, what: str, call: Callable[..., Any], *arguments: Any) -> Any:
         """Call pyxs and turn its exceptions into ours, with ``what`` as the message."""
         try:
@@ -352,6 +393,34 @@ def _path(path: str) -> bytes:
     if not well_formed or (path != "/" and path.endswith("/")):
         raise StoreError(errno.EINVAL, f"this is no xenstore path: {path[:100]!r}")
     return path.encode("ascii")
+
+
+def _written(path: str, value: str) -> bytes:
+    """Return what a WRITE sends: in one piece, because pyxs 0.4.1 refuses one that is empty."""
+    if not _VALUE.fullmatch(value):
+        raise StoreError(errno.EINVAL, f"{path} takes printable ASCII only, not {value!r}")
+    return _path(path) + b"\0" + value.encode("ascii")
+
+
+def _permissions(path: str, permissions: Sequence[str]) -> bytes:
+    """Return what a SET_PERMS sends."""
+    if not permissions or not all(map(_PERMISSION.fullmatch, permissions)):
+        raise StoreError(errno.EINVAL, f"these are no permissions: {list(permissions)}")
+    return b"".join([_path(path) + b"\0", *(f"{entry}\0".encode("ascii") for entry in permissions)])
+
+
+def _payload(answer: Any) -> bytes:
+    """Return what an answer says, as ``Client.execute_command`` of pyxs does."""
+    if answer.op == Op.ERROR:
+        raise pyxs_error(answer.payload[:-1])
+    return bytes(answer.payload)
+
+
+def _check(answer: Any) -> None:
+    """See that it was done, as ``Client.ack`` of pyxs does."""
+    payload = _payload(answer)
+    if payload != b"OK\0":
+        raise pyxs.PyXSError(payload)
 
 
 def _text(value: bytes) -> str:
@@ -397,19 +466,40 @@ class _Router:
 
     def send(self, packet: Any) -> _Reply:
         """Exchange a request for its answer."""
+        return _Reply(self.exchange([packet])[0])
+
+    def exchange(self, packets: Sequence[Any]) -> list[Any]:
+        """Exchange requests for their answers, in the same order.
+
+        Through a socket many are sent before the first answer is awaited, but no more than
+        the socket takes while xenstored does not read. The device has one buffer, from which
+        Linux sends after ``write`` has returned (``xenbus_dev_request_and_reply``): there each
+        waits for its answer.
+        """
+        answers: list[Any] = []
+        ahead = _AHEAD if isinstance(self.connection, UnixSocketConnection) else 1
         with self._exchange() as transport:
-            transport.start_clock()
-            # An identifier of our own: the one of pyxs outgrows its 32 bits one day.
-            self._request = (self._request + 1) & 0xFFFFFFFF
-            self.connection.send(packet._replace(rq_id=self._request))
-            while True:
-                answer = self.connection.recv()
-                if answer.op == Op.WATCH_EVENT:
-                    self._keep(answer)
-                elif answer.rq_id == self._request:
-                    return _Reply(answer)
-                else:
-                    raise StoreLost(errno.EPROTO, "xenstore answered what nobody asked")
+            for first in range(0, len(packets), ahead):
+                transport.start_clock()
+                numbers = [self._post(packet) for packet in packets[first : first + ahead]]
+                answers += [self._answer(number) for number in numbers]
+        return answers
+
+    def _post(self, packet: Any) -> int:
+        # An identifier of our own: the one of pyxs outgrows its 32 bits one day.
+        self._request = (self._request + 1) & 0xFFFFFFFF
+        self.connection.send(packet._replace(rq_id=self._request))
+        return self._request
+
+    def _answer(self, number: int) -> Any:
+        while True:
+            answer = self.connection.recv()
+            if answer.op == Op.WATCH_EVENT:
+                self._keep(answer)
+            elif answer.rq_id == number:
+                return answer
+            else:
+                raise StoreLost(errno.EPROTO, "xenstore answered what nobody asked")
 
     def drain(self) -> None:
         """Keep the events that are here already."""
