@@ -19,6 +19,7 @@ from xen_disk_py.host.program import own_command
 PATIENT = """
 import xen_disk_py.xenbus.device
 import xen_disk_py.datapath.disk
+import xen_disk_py.datapath.processes
 import xen_disk_py.trace.sink
 import xen_disk_py.recovery.control
 import xen_disk_py.recovery.record
@@ -28,6 +29,7 @@ import xen_disk_py.xenbus.xenstore
 
 xen_disk_py.xenbus.device.Device.force.__defaults__ = (30.0,)
 xen_disk_py.datapath.disk.SETTLING = 30.0
+xen_disk_py.datapath.processes.ANSWER = 30.0
 xen_disk_py.trace.sink.PATIENCE = 30.0
 xen_disk_py.recovery.control._CLIENT = 30.0
 xen_disk_py.recovery.control._GRACE = 30.0

@@ -756,17 +756,24 @@ def test_a_flush_with_data_waits_for_both():
 class Elsewhere:
     """Other processes that serve a disk: notes what they are told, and what the storage was."""
 
-    def __init__(self, disk, refuses=False):
+    def __init__(self, disk, refuses=""):
         self.disk, self.refuses, self.told = disk, refuses, []
         disk.elsewhere = self
 
+    def note(self, what, *values):
+        self.told.append((what, *values, self.disk.backend.size // 512))
+        if what == self.refuses:
+            self.refuses = ""
+            raise DeviceError("no memory")
+
+    def check(self):
+        self.note("check")
+
     def admit(self, sectors):
-        self.told.append(("admit", sectors, self.disk.backend.size // 512))
+        self.note("admit", sectors)
 
     def resize(self, size):
-        self.told.append(("resize", size // 512, self.disk.backend.size // 512))
-        if self.refuses:
-            raise DeviceError("no memory")
+        self.note("resize", size // 512)
 
 
 class Growing(Recording):
@@ -778,8 +785,10 @@ class Growing(Recording):
 @pytest.mark.parametrize(
     ("sectors", "told"),
     [
-        (96, [("resize", 96, 96), ("admit", 96, 96)]),  # admitted when there is room everywhere
-        (32, [("admit", 32, 64), ("resize", 32, 32)]),  # refused before it is given up
+        # admitted when there is room everywhere
+        (96, [("check", 64), ("resize", 96, 96), ("admit", 96, 96)]),
+        # refused before it is given up
+        (32, [("check", 64), ("admit", 32, 64), ("resize", 32, 32)]),
     ],
 )
 def test_other_processes_follow_a_new_size(sectors, told):
@@ -790,22 +799,27 @@ def test_other_processes_follow_a_new_size(sectors, told):
     assert sectors == disk.sectors
 
 
-def test_a_size_that_another_process_cannot_have_is_nobody_s():
-    disk = Disk(Growing())
-    elsewhere = Elsewhere(disk, refuses=True)
+@pytest.mark.parametrize(
+    ("refuses", "sectors", "told", "is_left"),
+    [
+        ("check", 96, [], 64),
+        ("resize", 96, [("resize", 96, 96)], 64),
+        # one admits it already: what it has answered stays in the backend, which is that long
+        ("admit", 96, [("resize", 96, 96), ("admit", 96, 96), ("admit", 64, 96)], 64),
+        ("check", 32, [], 64),
+        # one refuses already what is there yet
+        ("admit", 32, [("admit", 32, 64), ("admit", 64, 64)], 64),
+        ("resize", 32, [("admit", 32, 64), ("resize", 32, 32)], 32),  # nothing is there any longer
+    ],
+)
+def test_a_size_that_another_process_cannot_have_is_nobody_s(refuses, sectors, told, is_left):
+    disk, noted = Disk(Growing()), []
+    elsewhere = Elsewhere(disk, refuses)
     with pytest.raises(DeviceError, match="no memory"):
-        disk.resize(96 * 512)
-    assert SECTORS == disk.sectors
-    assert [("resize", 96, 96)] == elsewhere.told
-
-
-def test_no_request_goes_beyond_a_shorter_storage_though_another_process_fails():
-    disk = Disk(Growing())
-    elsewhere = Elsewhere(disk, refuses=True)
-    with pytest.raises(DeviceError, match="no memory"):
-        disk.resize(32 * 512, force=True)
-    assert 32 == disk.sectors
-    assert [("admit", 32, 64), ("resize", 32, 32)] == elsewhere.told
+        disk.resize(sectors * 512, force=True, on_change=noted.append)
+    assert is_left == disk.sectors
+    assert [("check", 64), *told] == elsewhere.told
+    assert noted == ([] if refuses == "check" else [sectors * 512])
 
 
 def test_a_disk_of_several_processes_is_not_recomposed():

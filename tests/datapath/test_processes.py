@@ -81,6 +81,11 @@ class Served:
         self.host.until(lambda: not any(is_process(*each) for each in queues))
         self.host.machine.bury_backend()
 
+    def unplug_alone(self):
+        """Have it end where no guest has it."""
+        self.process.signal(signal.SIGINT)
+        return self.process.wait()
+
     def unplug(self):
         self.process.signal(signal.SIGINT)
         self.host.until(lambda: self.frontend.backend_state is State.CLOSING)
@@ -207,6 +212,155 @@ def test_whoever_of_them_is_killed_under_load_nothing_is_lost(served):
         os.kill(victim, signal.SIGKILL)
         served.frontend.drain()
         served.host.until(lambda pid=found.facts.pid: served.is_served_by_another_than(pid))
+    served.check()
+    assert ExitStatus.OK == served.unplug()
+
+
+STOPPING = """
+import signal
+from xen_disk_py.datapath import processes
+from xen_disk_py.datapath.disk import Disk
+
+processes.ANSWER = 1.0
+amid = {amid}
+be, admit, resize = processes._Server.be, Disk.admit, processes._Server._resize
+
+def stop(step, size):
+    if amid == [step, size]:
+        amid.clear()
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+def admit_and_stop(self, sectors):
+    admit(self, sectors)
+    stop("admit", sectors * 512)
+
+def stop_and_resize(self, *, size):
+    stop("resize", size)
+    resize(self, size=size)
+
+def be_one_that_stops(self, *arguments):
+    Disk.admit, processes._Server._resize = admit_and_stop, stop_and_resize
+    return be(self, *arguments)
+
+processes._Server.be = be_one_that_stops
+"""
+SIZE = 1 << 20  # of the image
+
+
+def resize(host, size):
+    env = host.environment()
+    return main(["resize", "5", "xvdb", str(size), "--force"], env), env.stderr.getvalue()
+
+
+def is_stopped(pid):
+    return status_of(pid, "State")[0] == "T"
+
+
+def stop(host, pid):
+    os.kill(pid, signal.SIGSTOP)
+    host.until(lambda: is_stopped(pid))
+
+
+def wake(served):
+    """Have those continue that are stopped; the result is how many are."""
+    stopped = [pid for pid, _ in served.queues if is_stopped(pid)]
+    for pid in stopped:
+        os.kill(pid, signal.SIGCONT)
+    return len(stopped)
+
+
+def assert_length(served, size):
+    """See that each queue admits requests up to there, and no others."""
+    for _ in served.queues:
+        served.frontend.read(size - PAGE, PAGE)
+    for _ in served.queues:
+        with pytest.raises(RequestFailed):
+            served.frontend.read(size, PAGE)
+
+
+@pytest.mark.parametrize("size", [SIZE // 2, 2 * SIZE])
+def test_while_a_queue_s_process_is_stopped_the_size_stays(served, host, size):
+    """The main process waits for it for a moment, and does its other duties."""
+    served.processes.install(STOPPING.format(amid=[]))
+    served.start()
+    pid = served.queues[1][0]
+    stop(host, pid)
+    for _ in range(2):
+        status, said = resize(host, size)
+        assert ExitStatus.ERROR == status
+        assert f"process {pid}, of a queue, has not answered within 1 s" in said
+        assert f"kill -CONT {pid}" in said
+    assert SIZE == served.image.stat().st_size
+    served.frontend.read(0, PAGE)  # on the other ring
+    os.kill(pid, signal.SIGCONT)
+    assert_length(served, SIZE)
+    host.until(lambda: resize(host, size) == (ExitStatus.OK, ""))
+    assert size == served.image.stat().st_size
+    assert_length(served, size)
+    assert ExitStatus.OK == served.unplug()
+
+
+@pytest.mark.parametrize(
+    ("step", "size", "stays"),
+    [
+        ("admit", SIZE // 2, SIZE),
+        ("resize", SIZE // 2, SIZE // 2),  # the rest of the image has gone already
+        ("resize", 2 * SIZE, SIZE),
+        ("admit", 2 * SIZE, SIZE),
+    ],
+)
+def test_all_queues_have_one_size_though_their_processes_are_stopped_amid_another(
+    served, host, step, size, stays
+):
+    served.processes.install(STOPPING.format(amid=[step, size]))
+    served.start()
+    host.until(lambda: "kill -CONT" in resize(host, size)[1])  # a busy machine may be slow, too
+    assert stays == served.record.facts.size
+    assert str(stays // 512) == host.store.read(f"{ADDRESS.backend}/sectors")
+    wake(served)
+    host.until(lambda: resize(host, stays) == (ExitStatus.OK, ""))  # they answer again
+    assert_length(served, stays)
+    host.until(lambda: resize(host, size) == (ExitStatus.OK, "") or wake(served) < 0)
+    assert_length(served, size)
+    assert ExitStatus.OK == served.unplug()
+
+
+def test_a_guest_that_connects_and_leaves_waits_for_a_process_that_is_stopped(served, host):
+    served.processes.install(STOPPING.format(amid=[]))
+    served.start()
+    pid = served.queues[1][0]
+    for _ in range(2):
+        served.frontend.disconnect()
+        stop(host, pid)
+        host.store.write(f"{ADDRESS.frontend}/state", "1")
+        served.frontend = host.frontend(ADDRESS, queues=2)
+        served.frontend.connect()
+        served.process.until("a ring is not served yet: process")
+        served.write(1, 2)
+        os.kill(pid, signal.SIGCONT)
+        served.frontend.drain()
+        served.check()
+    stop(host, pid)
+    host.store.write(f"{ADDRESS.frontend}/state", str(int(State.CLOSING)))
+    host.until(lambda: served.frontend.backend_state is State.CLOSING)
+    host.store.write(f"{ADDRESS.frontend}/state", str(int(State.CLOSED)))
+    assert ExitStatus.ERROR == resize(host, SIZE // 2)[0]
+    assert served.frontend.backend_state is State.CLOSING  # its pages are in use
+    os.kill(pid, signal.SIGCONT)
+    host.until(lambda: served.frontend.backend_state is State.CLOSED)
+    served.frontend.close()
+    assert ExitStatus.OK == served.unplug_alone()
+
+
+def test_a_watchdog_ends_a_disk_whose_queue_s_process_is_stopped(served, host):
+    served.processes.install(STOPPING.format(amid=[]))
+    served.start("--supervise", "--watchdog=3")
+    pid, queues = served.record.facts.pid, served.queues
+    stop(host, queues[0][0])
+    served.write(1, 2, 3, 4)
+    served.frontend.drain()
+    assert "a request has not returned" in served.process.err
+    host.until(lambda: served.is_served_by_another_than(pid))
     served.check()
     assert ExitStatus.OK == served.unplug()
 

@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Callable, NamedTuple, Protocol
 
@@ -63,10 +64,25 @@ class Moves(NamedTuple):
 
 
 class Elsewhere(Protocol):
-    """The same disk in other processes, which must follow when it changes its size."""
+    """The same disk in other processes, which must follow when it changes its size.
+
+    Each that is told something does it, though it may be after the error that it does not answer:
+    then in that order.
+    """
+
+    def check(self) -> None:
+        """See that all answer.
+
+        Raises:
+            XenDiskError: one does not.
+        """
 
     def admit(self, sectors: int) -> None:
-        """Have requests up to there admitted from now on, and no others."""
+        """Have requests up to there admitted from now on, and no others.
+
+        Raises:
+            XenDiskError: one does not answer.
+        """
 
     def resize(self, size: int) -> None:
         """Have the backend be ``size`` bytes long, as the storage is already.
@@ -317,20 +333,25 @@ class Disk:
                 f"{wanted} bytes is less than the disk has, {before * SECTOR}; what lies beyond "
                 "would be lost: make the file system in it smaller, then use --force"
             )
+        if self.elsewhere is not None:
+            self.elsewhere.check()
         on_change(wanted)
-        self.admit(min(before, sectors))  # whatever else is raised, this is safe
+        safe = before  # where requests may go to if this fails
         try:
+            self.admit(min(before, sectors))
             if sectors < before:
                 self._settle()
             done = self._resize_backend(wanted)
+            safe = min(before, sectors)  # the rest may be gone, whatever else is raised
+            if done != wanted:
+                raise BackendError(f"resize of {self.backend} returned {done!r}, not {wanted}")
+            if self.elsewhere is not None:
+                self.elsewhere.resize(wanted)
+            self.admit(sectors)
         except XenDiskError:
-            self.admit(before)
+            with suppress(XenDiskError):  # who does not answer has been told
+                self.admit(safe)
             raise
-        if done != wanted:  # the rest may be gone nonetheless
-            raise BackendError(f"resize of {self.backend} returned {done!r}, not {wanted}")
-        if self.elsewhere is not None:
-            self.elsewhere.resize(wanted)  # if it raises, the rest may be gone as well
-        self.admit(sectors)
         return wanted
 
     def admit(self, sectors: int) -> None:

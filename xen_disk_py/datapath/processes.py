@@ -10,6 +10,9 @@ They are forked before this process starts a thread, once; a guest that connects
 the same ones, and one that uses fewer queues leaves the rest asleep. A fork inherits the locks on
 record and image, and the record's memory, where journals and counters are each queue's own.
 
+One that gives no answer in time (SIGSTOP, storage that hangs) is asked nothing more until it has
+given it. What it was told it does then, in that order.
+
 They live and die together. A fork ends when its parent does: the kernel kills it, and its socket
 is closed. When one of them ends, this process does, at once and without cleaning up: that is what a
 successor can take over from, as soon as the last of them has given back the locks.
@@ -18,6 +21,7 @@ successor can take over from, as soon as the last of them has given back the loc
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import logging
 import os
@@ -33,7 +37,7 @@ from typing import Any, Callable, NoReturn
 from ..blkif import Abi, Ring, abi_named
 from ..errors import DeviceError, HypervisorError, XenDiskError
 from ..exit_status import ExitStatus
-from ..host.process import end_with_parent, start_time
+from ..host.process import end_with_parent, is_stopped, start_time
 from ..hypervisor import Closing, Hypervisor
 from .disk import Disk
 from .journal import Journal
@@ -46,6 +50,9 @@ log = logging.getLogger("xen_disk_py")
 _MESSAGE = 1 << 16  # bytes; none comes near
 _TEXT = 2000  # letters of a failure that is told
 _END = 5.0  # seconds until a fork that the kernel keeps is left to it
+ANSWER = 5.0
+"""Seconds that one may take to answer: it does at once, unless it is stopped or storage hangs."""
+_GLANCE = 0.05  # seconds that one which has taken longer is waited for, each time
 _OURS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
 """Signals that are for the session: a terminal and systemd send them to its forks, too."""
 
@@ -96,7 +103,7 @@ class QueueProcesses(Closing):
                     )
                 self._forks.append(fork)
             for fork in self._forks:
-                fork.call("ready")
+                fork.wait_for(fork.ask("ready"), None)  # it opens the image
             self._watcher.start()
         except BaseException as error:
             self.close()
@@ -132,38 +139,54 @@ class QueueProcesses(Closing):
         statistics: Counters,
         on_failure: Callable[[Exception], None],
     ) -> RemoteQueue:
-        """Have queue ``number`` opened in its process, which has the rest already.
+        """Return queue ``number``; its process, which has the rest, opens it."""
+        self._on_failure = on_failure
+        arguments = {
+            "domid": domid,
+            "refs": ring.refs,
+            "port": ring.event_channel,
+            "abi": abi.name,
+            "persistent": persistent,
+            "sharers": sharers,
+        }
+        return RemoteQueue(self._forks[number], disk, arguments)
+
+    def check(self) -> None:
+        """See that all of them answer.
 
         Raises:
-            XenDiskError: as :class:`Queue` does.
+            DeviceError: one does not.
         """
-        self._on_failure = on_failure
-        fork = self._forks[number]
-        fork.call(
-            "open",
-            domid=domid,
-            refs=ring.refs,
-            port=ring.event_channel,
-            abi=abi.name,
-            persistent=persistent,
-            sharers=sharers,
-            sectors=disk.sectors,
-        )
-        return RemoteQueue(fork)
+        for fork in self._forks:
+            fork.settle()
+        self._tell_all("check")
 
     def admit(self, sectors: int) -> None:
-        """Have all of them admit requests up to there, and no others."""
-        for fork in self._forks:
-            fork.call("admit", sectors=sectors)
+        """Have all of them admit requests up to there, and no others.
+
+        Raises:
+            DeviceError: one gives no answer; it does so later, before what it is told after this.
+        """
+        self._tell_all("admit", sectors=sectors)
 
     def resize(self, size: int) -> None:
         """Have all of them use the storage as it is now, ``size`` bytes long.
 
         Raises:
-            XenDiskError: one cannot.
+            XenDiskError: one cannot, or gives no answer.
         """
-        for fork in self._forks:
-            fork.call("resize", size=size)
+        self._tell_all("resize", size=size)
+
+    def _tell_all(self, do: str, **arguments: Any) -> None:
+        """Have all do something at once; each is told, whatever comes of it in the others."""
+        errors = []
+        for fork, number in [(fork, fork.ask(do, **arguments)) for fork in self._forks]:
+            try:
+                fork.wait_for(number)
+            except XenDiskError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
     def _watch(self) -> None:
         """Be told of failures, and of their end."""
@@ -176,7 +199,7 @@ class QueueProcesses(Closing):
                 fork = forks[descriptor]
                 try:
                     if message := fork.told.recv(_MESSAGE):
-                        self._heed(json.loads(message))
+                        self._dispatch(json.loads(message))
                         continue
                 except Exception:
                     log.exception("process %d, of a queue, says what makes no sense", fork.pid)
@@ -185,7 +208,7 @@ class QueueProcesses(Closing):
                 poller.unregister(descriptor)
                 del forks[descriptor]
 
-    def _heed(self, told: dict[str, str]) -> None:
+    def _dispatch(self, told: dict[str, str]) -> None:
         if "error" in told:
             self._disk.on_error(told["error"])
         else:
@@ -225,30 +248,60 @@ class QueueProcesses(Closing):
 
 
 class RemoteQueue:
-    """A queue in a process of its own, to be used as one that is here."""
+    """A queue in a process of its own, to be used as one that is here.
 
-    def __init__(self, fork: _Fork) -> None:
+    Args:
+        fork: the process.
+        disk: what it serves.
+        arguments: what the process does not know yet.
+    """
+
+    def __init__(self, fork: _Fork, disk: Disk, arguments: dict[str, Any]) -> None:
         self._fork = fork
+        self._disk = disk
+        self._arguments = arguments
 
     @property
     def stalled_for(self) -> float:
-        """For how many seconds a request has been under way and nothing moved; 0 if none is."""
-        return float(self._fork.call("stalled_for"))
+        """For how many seconds a request has been under way and nothing moved; 0 if none is.
+
+        As long as its process gives no answer, nothing moves.
+        """
+        try:
+            return float(self._fork.call("stalled_for"))
+        except _Unanswered:
+            return self._fork.silent_for
 
     def start(self) -> bool:
-        """Begin to serve; False if the system gives no thread."""
-        return bool(self._fork.call("start"))
+        """Begin to serve; False if the system gives no thread, or its process no answer.
+
+        Raises:
+            XenDiskError: as :class:`Queue` does.
+        """
+        try:
+            return bool(self._fork.call("start", sectors=self._disk.sectors, **self._arguments))
+        except _Unanswered as error:
+            self._disk.say(logging.ERROR, f"a ring is not served yet: {error}")
+            return False
 
     def ask_to_stop(self) -> None:
         """Have it come to its end."""
-        self._fork.call("ask_to_stop")
+        with suppress(_Unanswered):
+            self._fork.call("ask_to_stop")
 
     def stop(self, timeout: float | None = None) -> bool:
         """Wait for its end, so long at most; tell whether that has come."""
-        return bool(self._fork.call("stop", timeout=timeout))
+        try:
+            return bool(self._fork.call("stop", timeout, timeout=timeout))
+        except _Unanswered:
+            return False
 
     def pause_retries(self, paused: bool) -> None:
         """Do nothing: it queues nothing for retry."""
+
+
+class _Unanswered(DeviceError):
+    """A process gives no answer, for now."""
 
 
 class _Fork:
@@ -263,7 +316,9 @@ class _Fork:
     def __init__(self) -> None:
         pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(2)]
         self.is_watched = False
-        self._calls = 0
+        self._numbers = itertools.count(1)
+        self._asked = self._answered = 0  # the last number of each
+        self._silent_since = 0.0
         self._is_reaped = False
         try:
             self.pid = os.fork()
@@ -283,30 +338,86 @@ class _Fork:
                 os.kill(self.pid, signal.SIGKILL)
         self.commands.close()
 
-    def call(self, do: str, **arguments: Any) -> Any:
+    @property
+    def silent_for(self) -> float:
+        """For how many seconds it has owed an answer and given none; 0 if it owes none."""
+        return time.monotonic() - self._silent_since if self._answered < self._asked else 0.0
+
+    def call(self, do: str, patience: float | None = 0.0, /, **arguments: Any) -> Any:
         """Have something done there, and return what comes of it.
 
+        Args:
+            do: what.
+            patience: seconds that this may take there; None: however long.
+            arguments: of that.
+
         Raises:
+            _Unanswered: there is no answer in time.
             XenDiskError: what it raised there.
         """
-        self._calls += 1  # a signal may have cut an earlier one short, whose answer comes now
+        self.settle()
+        return self.wait_for(self.ask(do, **arguments), patience)
+
+    def ask(self, do: str, **arguments: Any) -> int:
+        """Have something done there; return the number of the answer."""
+        if self._answered >= self._asked:
+            self._silent_since = time.monotonic()
+        number = next(self._numbers)
         with suppress(BrokenPipeError, ConnectionResetError):
-            self.commands.send(json.dumps([self._calls, do, arguments]).encode())
+            self.commands.send(json.dumps([number, do, arguments]).encode())
+        self._asked = number
+        return number
+
+    def settle(self) -> None:
+        """Wait for the answers that it owes: a signal may have cut short whoever had asked.
+
+        Raises:
+            _Unanswered: they do not come in time.
+        """
+        try:
+            if self._answered < self._asked:
+                self.wait_for(self._asked)
+        except _Unanswered:
+            raise
+        except XenDiskError:
+            pass
+
+    def wait_for(self, wanted: int, patience: float | None = 0.0) -> Any:
+        """Return the answer of that number; those before it are nobody's any longer.
+
+        Raises:
+            as :meth:`call`.
+        """
+        poller = select.poll()
+        poller.register(self.commands, select.POLLIN)
         while True:
-            try:
-                message = self.commands.recv(_MESSAGE)
+            left = None
+            if patience is not None:
+                left = max(ANSWER - self.silent_for, _GLANCE) + patience
+            if not poller.poll(None if left is None else left * 1000):
+                raise _Unanswered(self._why())
+            try:  # it stays there until it is noted: a signal may raise anything anywhere
+                message = self.commands.recv(_MESSAGE, socket.MSG_PEEK)
             except ConnectionResetError:
                 message = b""
             if not message:
                 break
             number, answer, error, code = json.loads(message)
-            if number == self._calls:
+            self._answered, self._silent_since = number, time.monotonic()
+            self.commands.recv(_MESSAGE)
+            if number == wanted:
                 if error is None:
                     return answer
                 raise DeviceError(error) if code is None else _with_errno(code, error)
         while self.is_watched:
             time.sleep(1)  # this is the end; nothing may be cleaned up
         raise DeviceError("the process of a queue has ended")
+
+    def _why(self) -> str:
+        text = f"process {self.pid}, of a queue, has not answered within {ANSWER:g} s"
+        if is_stopped(self.pid):
+            return f"{text}, since it is stopped: kill -CONT {self.pid}"
+        return f"{text}: /proc/{self.pid}/stack shows what it waits for; try again"
 
     def reap(self, deadline: float | None) -> bool:
         """Wait for its end; False if the deadline is earlier."""
@@ -396,7 +507,10 @@ class _Server:
         self._hypervisor = self._prepare(self._number)
         end_with_parent(self._parent)
 
-    def _open(
+    def _check(self) -> None:
+        """Answer."""
+
+    def _start(
         self,
         *,
         domid: int,
@@ -406,27 +520,26 @@ class _Server:
         persistent: bool,
         sharers: int,
         sectors: int,
-    ) -> None:
+    ) -> bool:
+        """Serve a ring; it may be served already, if nobody waited for that answer."""
         assert self._hypervisor is not None
-        assert self._queue is None
-        self._disk.sectors = sectors
-        self._queue = Queue(
-            self._hypervisor,
-            domid,
-            Ring(tuple(refs), port),
-            abi_named(abi, ""),
-            self._disk,
-            options=self._options,
-            persistent=persistent,
-            sharers=sharers,
-            number=self._number,
-            journal=self._journal,
-            statistics=self._disk.statistics.of_queue(self._number),
-            on_failure=self._fail,
-        )
-
-    def _start(self) -> bool:
-        return self._queue is None or self._queue.start()
+        if self._queue is None:
+            self._disk.sectors = sectors
+            self._queue = Queue(
+                self._hypervisor,
+                domid,
+                Ring(tuple(refs), port),
+                abi_named(abi, ""),
+                self._disk,
+                options=self._options,
+                persistent=persistent,
+                sharers=sharers,
+                number=self._number,
+                journal=self._journal,
+                statistics=self._disk.statistics.of_queue(self._number),
+                on_failure=self._fail,
+            )
+        return self._queue.start()
 
     def _stalled_for(self) -> float:
         return 0.0 if self._queue is None else self._queue.stalled_for

@@ -271,11 +271,13 @@ class Queue:
         return None
 
     def start(self) -> bool:
-        """Begin to serve; requests that wait on the ring already are found.
+        """Begin to serve, unless it has begun; requests that wait on the ring already are found.
 
         Returns:
             False if the system gives no thread: nothing is served yet. To be called again.
         """
+        if self._has_started:
+            return True
         try:
             self._thread.serve(self)
         except (RuntimeError, OSError) as error:

@@ -19,11 +19,23 @@ def start_time(pid: int) -> int | None:
     With its id that names a process as long as the host runs (proc_pid_stat(5), field 22).
     """
     try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            fields = file.read().rpartition(b")")[2].split()
-        return int(fields[19])
+        return int(_stat(pid)[19])
     except (OSError, IndexError, ValueError):
         return None
+
+
+def is_stopped(pid: int) -> bool:
+    """Tell whether a process waits for SIGCONT, as far as this one may know."""
+    try:
+        return _stat(pid)[0] == b"T"
+    except (OSError, IndexError):
+        return False
+
+
+def _stat(pid: int) -> list[bytes]:
+    """Return what proc_pid_stat(5) has from field 3 on, the state."""
+    with open(f"/proc/{pid}/stat", "rb") as file:
+        return file.read().rpartition(b")")[2].split()
 
 
 def is_process(pid: object, started: object) -> bool:

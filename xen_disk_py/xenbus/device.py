@@ -45,7 +45,11 @@ class ServedQueue(Protocol):
         """Seconds that a request has been under way and nothing moved; 0 if none is."""
 
     def start(self) -> bool:
-        """Begin to serve; False: to be called again."""
+        """Begin to serve; False: to be called again.
+
+        Raises:
+            HypervisorError: the ring cannot be had.
+        """
 
     def ask_to_stop(self) -> None:
         """Have it come to its end."""
@@ -192,7 +196,7 @@ class Device:
         if not (self.finished or self._is_orphaned):
             self._answer_resize_requests()
         self._follow_states()
-        self._start_queues()
+        self._begin(self._start_queues)
         self._heed_migration()
 
     def _follow_states(self) -> None:
@@ -360,7 +364,7 @@ class Device:
         self._note_name()
         if self._waits and not self._migrated:
             self._waits = False
-            self._start_queues()
+            self._begin(self._start_queues)
         for queue in self._queues:
             queue.pause_retries(bool(self._migrated))
 
@@ -453,17 +457,20 @@ class Device:
 
     def _open_queues(self, state: State) -> None:
         """Begin to serve the rings that the frontend has published, and publish ``state``."""
+        if self._begin(self._make_queues) and self._begin(self._start_queues):
+            self._adopts = False  # if xenstore is lost from here on, it is not done again
+            self._publish(state)
+
+    def _begin(self, step: Callable[[], None]) -> bool:
+        """Do a step towards serving the rings; where that cannot be done, close."""
         try:
-            self._make_queues()
+            step()
         except (GuestMisbehaved, HypervisorError) as error:
             self._disk.say(logging.ERROR, f"cannot connect to the frontend: {error}")
             self._disconnect()
             self._publish(State.CLOSING)
-            return
-        self._unstarted = list(self._queues)
-        self._start_queues()
-        self._adopts = False  # if xenstore is lost from here on, it is not done again
-        self._publish(state)
+            return False
+        return True
 
     def _start_queues(self) -> None:
         """Have the rings served; those that the system gives no thread for, at another update."""
@@ -497,6 +504,7 @@ class Device:
                 on_failure=self._on_failure,
             )
             self._queues.append(queue)
+        self._unstarted = list(self._queues)
 
     def _disconnect(self) -> bool:
         """Finish the requests taken so far and unmap everything; before Closed is published.
