@@ -17,13 +17,12 @@ from pathlib import Path
 
 import pytest
 import storage
-from killing import everywhere
+from killing import at_every_effect
 from overlays import with_header
 
 from xen_disk_py.backends import newfile
 from xen_disk_py.backends.image import Image
 from xen_disk_py.backends.newfile import NewFile
-from xen_disk_py.backends.overlay import file as file_module
 from xen_disk_py.backends.overlay import maintenance
 from xen_disk_py.backends.overlay.backend import OverlayBackend
 from xen_disk_py.backends.overlay.file import OverlayFile
@@ -357,7 +356,7 @@ def small(tmp_path):
 
 
 @pytest.mark.parametrize("tmpfile", [True, False])
-def test_killed_at_any_line_the_next_commit_finishes_it(small, monkeypatch, tmpfile):
+def test_killed_anywhere_the_next_commit_finishes_it(small, monkeypatch, tmpfile):
     if not tmpfile:
         monkeypatch.setattr(newfile.os, "O_TMPFILE", os.O_DIRECTORY)  # no such thing
 
@@ -366,7 +365,7 @@ def test_killed_at_any_line_the_next_commit_finishes_it(small, monkeypatch, tmpf
         small.commit()
 
     replaced = []
-    for _ in everywhere(act, (maintenance, newfile), lines=80):
+    for _ in at_every_effect(act, effects=10):
         content = Path(small.image).read_bytes()
         replaced.append(content == small.merged)
         assert content in (small.before, small.merged)
@@ -393,7 +392,7 @@ def test_killed_once_the_image_is_replaced_the_overlay_is_emptied_later(small, m
         monkeypatch.setattr(maintenance, "_finish", finish)
         small.commit(keep=True)
 
-    for _ in everywhere(act, (maintenance, file_module, newfile), lines=40):
+    for _ in at_every_effect(act, effects=4):
         assert small.merged == Path(small.image).read_bytes()
         if then == "commit":
             small.commit(keep=True)

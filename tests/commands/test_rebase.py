@@ -8,7 +8,7 @@ import os
 import shutil
 
 import pytest
-from killing import everywhere
+from killing import at_every_effect
 
 from xen_disk_py.backends.overlay import file as file_module
 from xen_disk_py.backends.overlay import maintenance
@@ -147,7 +147,7 @@ def test_while_a_disk_uses_it(refused, overlay, image, copy):
     disk.close()
 
 
-def test_killed_at_any_line_it_lies_over_the_one_or_the_other(overlay, image, copy, merged):
+def test_killed_anywhere_it_lies_over_the_one_or_the_other(overlay, image, copy, merged):
     original = overlay.read_bytes()
 
     def act(count):
@@ -155,7 +155,7 @@ def test_killed_at_any_line_it_lies_over_the_one_or_the_other(overlay, image, co
         maintenance.rebase(str(overlay), str(copy), force=True, progress=lambda *_: None)
 
     done = []
-    for _ in everywhere(act, (maintenance, file_module), lines=30):
+    for _ in at_every_effect(act, effects=2):
         with file_module.OverlayFile.open(str(overlay), writable=False) as file:
             path = file.header.path
         assert path in (str(image), str(copy))

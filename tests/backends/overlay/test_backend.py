@@ -15,9 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-import killing
 import pytest
 import storage
+from killing import at_every_effect
 from overlays import with_header
 
 from backends.blocks import buffers, read, write
@@ -25,11 +25,9 @@ from backends.child import conformance_command
 from xen_disk_py.backends import newfile as newfile_module
 from xen_disk_py.backends.image import Image
 from xen_disk_py.backends.newfile import NewFile
-from xen_disk_py.backends.overlay import backend as overlay_module
 from xen_disk_py.backends.overlay import epoch as epoch_module
 from xen_disk_py.backends.overlay import file as file_module
 from xen_disk_py.backends.overlay import header as header_module
-from xen_disk_py.backends.overlay import unflushed as unflushed_module
 from xen_disk_py.backends.overlay.backend import OverlayBackend
 from xen_disk_py.backends.overlay.file import OverlayFile, data_extents, image_path
 from xen_disk_py.backends.overlay.header import Header
@@ -196,12 +194,6 @@ def test_closing_twice_does_no_harm(opened):
 # A process that is killed
 
 
-def everywhere(act, *, lines):
-    """Run ``act`` in children, each killed at another line of the backend's code."""
-    modules = (overlay_module, file_module, header_module, newfile_module, unflushed_module)
-    return killing.everywhere(act, modules, lines=lines)
-
-
 @pytest.mark.parametrize(
     ("offset", "length"),
     [
@@ -232,7 +224,7 @@ def test_a_write_that_is_killed_anywhere_is_done_or_not(make_image, overlay, off
         write(disk, offset, b"n" * length)
         disk.flush()
 
-    for _ in everywhere(act, lines=40):
+    for _ in at_every_effect(act, effects=1):
         disk = OverlayBackend(image, overlay=overlay)
         content = read(disk, 0, size)
         disk.close()
@@ -261,7 +253,7 @@ def test_a_discard_that_is_killed_anywhere_is_done_or_not(make_image, overlay):
         disk.discard(0, 16 * BLOCK)
         disk.flush()
 
-    for _ in everywhere(act, lines=30):
+    for _ in at_every_effect(act, effects=4):
         disk = OverlayBackend(image, overlay=overlay)
         content = read(disk, 0, 16 * BLOCK)
         disk.close()
@@ -278,7 +270,7 @@ def test_an_overlay_that_is_killed_while_it_is_made_is_there_whole_or_not_at_all
         OverlayBackend(image, overlay=overlay).close()
 
     made = 0
-    for _ in everywhere(act, lines=40):
+    for _ in at_every_effect(act, effects=3):
         if os.path.exists(overlay):
             made += 1
             OverlayBackend(image, overlay=overlay).close()
@@ -303,7 +295,7 @@ def test_an_overlay_that_is_killed_while_it_is_taken_up_after_a_crash(make_image
         trace()
         OverlayBackend(image, overlay=overlay)
 
-    for _ in everywhere(act, lines=60):
+    for _ in at_every_effect(act, effects=3):
         disk = OverlayBackend(image, overlay=overlay)
         content = read(disk, 0, 16 * BLOCK)
         kill(disk)
