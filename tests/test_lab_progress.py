@@ -63,6 +63,9 @@ def test_pytest_notes_each_test_and_leaves_out_what_is_done(tmp_path):
     names = ["good", "bad", "torn", "skipped", "done"]
     assert {"collected": [f"test_module.py::test_{name}" for name in names]} == lines[0]
     assert ["passed", "failed", "failed", "skipped"] == [each["outcome"] for each in lines[1:]]
+    assert [False, True, True, False] == ["why" in each for each in lines[1:]]
+    assert "\nE   assert False" in lines[2]["why"]
+    assert "OSError: at its end" in lines[3]["why"]
 
 
 def test_what_was_noted_is_kept_as_it_comes(tmp_path):
@@ -109,6 +112,26 @@ def test_the_last_outcome_counts(tmp_path):
         "  not run: 1 of t.py",
         "  not run: 1 of u.py",
     ] == list(report(tmp_path))
+
+
+def test_why_a_test_has_failed(tmp_path):
+    """Of the last time, and of one that has passed since nothing."""
+    path = tmp_path / "trixie-0123.jsonl"
+
+    def tried(name, outcome, **why):
+        return json.dumps({"test": name, "outcome": outcome, "seconds": 0, **why}) + "\n"
+
+    slow = ">  assert 12 < 10\nE  assert 12 < 10\nE   +  where\n\nt.py:1: AssertionError"
+    path.write_text(
+        noted(collected=["a", "b"])
+        + tried("a", "failed", why="E  died")
+        + tried("a", "failed", why=slow)
+        + tried("b", "failed", why=slow)
+        + tried("b", "passed")
+    )
+    _, failed, why, later = report(tmp_path)
+    assert ("  failed: a", "    assert 12 < 10") == (failed, why)
+    assert "  passed at a later try: b" == later
 
 
 def test_nothing_to_sum_up(tmp_path):

@@ -19,6 +19,8 @@ HERE = Path(__file__).resolve().parent
 IN_LAB = "XEN_LAB" in os.environ
 LONG = ("test_protocol.py", "test_life.py")
 """Modules whose cases in PVH guests are left to a long run."""
+WHY = 4000
+"""So many characters of the end of a test's traceback are noted."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -36,6 +38,7 @@ class Notes:
         self._done = done
         self._outcome = "passed"
         self._seconds = 0.0
+        self._why: dict[str, str] = {}
 
     def _write(self, **noted: Any) -> None:
         with open(self._path, "a", encoding="utf-8") as file:
@@ -54,12 +57,15 @@ class Notes:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Note a test when its fixtures are gone; the worst of its three parts counts."""
         if report.when == "setup":
-            self._outcome, self._seconds = "passed", 0.0
+            self._outcome, self._seconds, self._why = "passed", 0.0, {}
         self._seconds += report.duration
         if not report.passed and self._outcome != "failed":
             self._outcome = report.outcome
+            if report.failed:  # pytest tells it at the end of the run, which may not be reached
+                self._why = {"why": report.longreprtext[-WHY:]}
         if report.when == "teardown":
-            self._write(test=report.nodeid, outcome=self._outcome, seconds=round(self._seconds, 1))
+            seconds = round(self._seconds, 1)
+            self._write(test=report.nodeid, outcome=self._outcome, seconds=seconds, **self._why)
 
 
 def pytest_configure(config: pytest.Config) -> None:

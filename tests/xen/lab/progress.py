@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from collections import Counter
 from collections.abc import Iterator
@@ -47,6 +48,7 @@ class Progress:
     Attributes:
         collected: the tests there are, as the last run found them.
         outcomes: of each test that has ended, how it did each time.
+        reasons: the end of the traceback of each that has failed, the last time.
         seconds: how long all of that took.
     """
 
@@ -54,6 +56,7 @@ class Progress:
         self.path = path
         self.collected: list[str] = []
         self.outcomes: dict[str, list[str]] = {}
+        self.reasons: dict[str, str] = {}
         self.seconds = 0.0
         if path.exists():
             for line in path.read_text().splitlines(keepends=True):
@@ -74,6 +77,8 @@ class Progress:
         else:
             self.outcomes.setdefault(noted["test"], []).append(noted["outcome"])
             self.seconds += noted["seconds"]
+            if "why" in noted:
+                self.reasons[noted["test"]] = noted["why"]
         return True
 
     @property
@@ -147,7 +152,8 @@ def report(directory: Path) -> Iterator[str]:
     if not files:
         raise LabError(f"{directory} has nothing of a run with --continue")
     for path in files:
-        found = summary_of(Progress(path))
+        progress = Progress(path)
+        found = summary_of(progress)
         count = sum(map(len, found[:4]))
         counts = f"{len(found.passed)} passed, {len(found.skipped)} skipped, "
         counts += f"{len(found.failed)} failed, {len(found.not_run)} not run"
@@ -158,6 +164,9 @@ def report(directory: Path) -> Iterator[str]:
         )
         for name in found.failed:
             yield f"  failed: {name}"
+            said = re.search(r"^E +(.+)$", progress.reasons.get(name, ""), re.MULTILINE)
+            if said is not None:
+                yield f"    {said[1]}"
         for name in found.passed_later:
             yield f"  passed at a later try: {name}"
         for module, number in Counter(name.partition("::")[0] for name in found.not_run).items():
