@@ -38,19 +38,21 @@ from xen_disk_py.xenbus.states import Address
 from xen_disk_py.xenbus.vdev import parse
 from xen_disk_py.xenbus.xenstore import Store
 
-# Where several Pythons run the tests, one says how many need Xen.
-collect_ignore = [] if long_run.runs_all() else ["xen"]
+# Where several Pythons run the tests, the first says how many need Xen.
+OURS, PYTHONS = long_run.sharing()
+collect_ignore = ["xen"] if OURS else []
 
 with contextlib.suppress(ImportError):  # dom0 of the lab has none
     from hypothesis import HealthCheck, settings
 
-    # A busy machine may stop any example for seconds, and the ordinary run is the same each time.
+    # A busy machine may stop any example for seconds, and the ordinary run is the same each time:
+    # of one Python all examples by the name of the property, of several each by its own seed.
     settings.register_profile(
         "ordinary",
         deadline=None,
         database=None,
-        derandomize=not long_run.LONG,
-        max_examples=100 if long_run.runs_all() else 25,
+        derandomize=not long_run.LONG and PYTHONS == 1,
+        max_examples=100 if PYTHONS == 1 else 50,
         suppress_health_check=list(HealthCheck),
     )
     settings.load_profile("ordinary")
@@ -502,6 +504,12 @@ def pytest_runtest_logreport(report):
         why = textwrap.indent(long_run.why(report), "    ")
         with open(os.environ["XEN_DISK_RERUNS"], "a", encoding="utf-8") as file:
             file.write(f"{report.nodeid} (Python {version}), {report.when}:\n{why}\n")
+
+
+def pytest_configure(config):
+    """Have each Python that shares the tests try other examples of a property, always the same."""
+    if PYTHONS > 1 and hasattr(config.option, "hypothesis_seed"):
+        config.option.hypothesis_seed = OURS
 
 
 def pytest_terminal_summary(terminalreporter):

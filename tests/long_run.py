@@ -1,7 +1,8 @@
 """How much of what can be repeated is: with XEN_DISK_LONG=1 all of it, ordinarily a part.
 
-The ordinary run of all tests takes less than a minute of one processor; each value of each
-dimension, each kind of thing that can happen, is still in it.
+Each value of each dimension, each kind of thing that can happen, is in the ordinary run, too. Where
+several Pythons run the tests, they share them out: all of them together run every test, each of
+those that are shared on two Pythons, which are others from case to case; all others on each.
 """
 
 from __future__ import annotations
@@ -25,8 +26,6 @@ SHARED = {
     *("test_lab_bootstrap.py", "test_lab_peer.py", "test_lab_progress.py"),
     *("test_layers.py", "test_nbdkit_plugin.py", "test_words.py"),
 }
-_RUNS_ALL = 11  # Python 3.11
-_SHARE = 4
 
 
 def repeat(count: int, in_a_long_run: int) -> range:
@@ -45,29 +44,31 @@ def one_in(share: int, *indices: int) -> bool:
     return LONG or sum(n * index for n, index in enumerate(indices, 1)) % share == 0
 
 
-def runs_all() -> bool:
-    """Tell whether this Python runs every test: alone, or as 3.11 where several do."""
-    is_one = LONG or sys.version_info.minor == _RUNS_ALL
-    return is_one or not os.environ.get("XEN_DISK_SHARE")
+def sharing() -> tuple[int, int]:
+    """Return which of the Pythons that share the tests this is, and how many they are.
+
+    The environment names them, as in XEN_DISK_SHARE="3.9 3.11 3.13"; else this runs every test.
+    """
+    version = ".".join(map(str, sys.version_info[:2]))
+    pythons = os.environ.get("XEN_DISK_SHARE", "").split()
+    return (pythons.index(version), len(pythons)) if version in pythons and not LONG else (0, 1)
 
 
 def of_this_python(tests: Sequence[pytest.Function]) -> list[bool]:
     """Tell which tests run on this Python, where several Pythons share them out.
 
-    Python 3.11 runs all. Of each function that is shared every other Python runs one case in four,
-    so that each case runs on two Pythons. Shared are the tests in the directories and files SHARED
-    and those that are marked ``shared``: they depend on kernels, protocols, formats and other
-    programs more than on Python, and each Python still runs a part of every file. Of a property,
-    every other Python tries the first 25 examples of the 100 that 3.11 does. Without
-    XEN_DISK_SHARE=1, which says that several Pythons run the tests, this one runs everything.
+    Of each function that is shared, the first case runs on a Python that its name picks and on the
+    next one, the second case on those after them, and so on; with each round of all Pythons the two
+    lie farther apart, so that any two have cases in common. Shared are the tests in the directories
+    and files SHARED and those that are marked ``shared``: they depend on kernels, protocols,
+    formats and other programs more than on Python, and each Python still runs a part of every file.
 
     Args:
         tests: all of them, in order.
     """
-    if runs_all():
+    ours, pythons = sharing()
+    if pythons <= 2:
         return [True] * len(tests)
-    minor = sys.version_info.minor
-    number = minor - (minor > _RUNS_ALL)
     cases: Counter[str] = Counter()
     chosen = []
     for test in tests:
@@ -76,7 +77,8 @@ def of_this_python(tests: Sequence[pytest.Function]) -> list[bool]:
         case = cases[function] + zlib.crc32(function.encode())
         cases[function] += 1
         is_shared = path.split("/")[1] in SHARED or test.get_closest_marker("shared") is not None
-        chosen.append(not is_shared or (case - number) % _SHARE == 0)
+        distance = 1 + case // pythons % (pythons - 1)
+        chosen.append(not is_shared or ours in (case % pythons, (case + distance) % pythons))
     return chosen
 
 

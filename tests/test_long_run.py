@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
 import sys
 from types import SimpleNamespace
 
@@ -19,7 +21,7 @@ def case(name, *, marked=False, directory="datapath"):
 
 
 TESTS = [
-    *(case("test_many", marked=True) for _ in range(10)),
+    *(case("test_many", marked=True) for _ in range(20)),
     *(case(f"test_{number}", directory="backends") for number in range(20)),
     *(case("test_cheap") for _ in range(3)),
 ]
@@ -27,32 +29,40 @@ TESTS = [
 
 @pytest.fixture
 def of(monkeypatch):
-    """Return which tests a Python of that minor version runs."""
-    monkeypatch.setenv("XEN_DISK_SHARE", "1")
+    """Return which tests a Python of that minor version runs, where some share them out."""
     monkeypatch.setattr(long_run, "LONG", False)
 
-    def of(minor):
-        monkeypatch.setattr(sys, "version_info", SimpleNamespace(minor=minor))
+    def of(minor, *pythons):
+        monkeypatch.setenv("XEN_DISK_SHARE", " ".join(f"3.{each}" for each in pythons))
+        monkeypatch.setattr(sys, "version_info", (3, minor, 1))
         return long_run.of_this_python(TESTS)
 
     return of
 
 
-def test_each_shared_case_runs_on_3_11_and_on_one_of_the_others(of):
-    assert {True} == set(of(11))
-    shares = [of(minor) for minor in (9, 10, 12, 13)]
+@pytest.mark.parametrize("pythons", [(9, 10), (9, 11, 13), (9, 10, 11, 12, 13), range(9, 16)])
+def test_each_shared_case_runs_on_two_of_the_pythons_and_each_other_on_all(of, pythons):
+    shares = [of(minor, *pythons) for minor in pythons]
     times = [sum(chosen) for chosen in zip(*shares)]
-    assert [1] * 30 + [4] * 3 == times
+    assert [2] * 40 + [len(pythons)] * 3 == times
+    most = -(-2 * 20 // len(pythons))
     for share in shares:
-        assert 2 <= sum(share[:10]) <= 3
+        assert most - 2 <= sum(share[:20]) <= most + 2
+
+
+def test_any_two_pythons_have_cases_in_common(of):
+    pythons = (9, 10, 11, 12, 13)
+    shares = {minor: of(minor, *pythons) for minor in pythons}
+    for one, other in itertools.combinations(pythons, 2):
+        assert any(map(operator.and_, shares[one][:20], shares[other][:20]))
 
 
 def test_a_run_on_one_python_is_whole(of, monkeypatch):
-    monkeypatch.delenv("XEN_DISK_SHARE")
     assert {True} == set(of(13))
-    monkeypatch.setenv("XEN_DISK_SHARE", "1")
+    assert {True} == set(of(13, 13))
+    assert {True} == set(of(13, 9, 10, 11))
     monkeypatch.setattr(long_run, "LONG", True)
-    assert {True} == set(of(13))
+    assert {True} == set(of(13, 9, 10, 13))
 
 
 def test_the_processor_time_of_each_python_is_noted(tmp_path, monkeypatch):
