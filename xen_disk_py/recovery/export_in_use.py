@@ -50,7 +50,12 @@ class Exports:
             raise DeviceError("a descriptor is needed")
         if self._images is not None and self._images.is_active:
             raise UsageError("the disk is being exported already: wait until that has ended")
-        exporter = socket.socket(fileno=os.dup(descriptors[0]))
+        try:
+            exporter = _socket_of(descriptors[0])
+        except OSError as error:
+            raise DeviceError(
+                f"the descriptor is no socket to send to: {error.strerror}"
+            ) from error
         try:
             with self._lock:
                 size, read = self._backend.size, self._backend.read
@@ -176,6 +181,20 @@ def _find(directory: str, file: tuple[int, int]) -> Address:
             if storage["writable"] and file in {tuple(each) for each in storage["files"]}:
                 return Address(0, seen.facts.domid, seen.facts.number, "")
     raise DeviceError("no disk of ours that lives is writing it")
+
+
+def _socket_of(descriptor: int) -> socket.socket:
+    """Return a socket of its own for a descriptor of one, which stays open.
+
+    Raises:
+        OSError: it is of something else.
+    """
+    fd = os.dup(descriptor)
+    try:
+        return socket.socket(fileno=fd)
+    except BaseException:
+        os.close(fd)
+        raise
 
 
 def _file(fd: int) -> tuple[int, int]:
