@@ -10,6 +10,7 @@
     ├── HypervisorError          a grant or event-channel operation failed (carries errno)
     ├── ImageError               an image cannot be used: missing, locked, odd size
     ├── BackendError             a backend cannot be loaded or broke its contract
+    │   └── ProgramMissing       a program that it needs is not installed
     ├── GuestNotFound            no such domain, or several
     ├── DeviceError              attaching, connecting, resizing or detaching failed
     │   └── DeviceTaken          the guest has a device of that number already
@@ -70,6 +71,10 @@ class ImageError(XenDiskError):
 
 class BackendError(XenDiskError):
     """A backend cannot be loaded, or broke its contract."""
+
+
+class ProgramMissing(BackendError):
+    """A program is in none of the system's directories."""
 
 
 class GuestNotFound(XenDiskError):

@@ -25,6 +25,7 @@ from xen_disk_py.cli import main
 from xen_disk_py.commands.environment import Environment
 from xen_disk_py.errors import ImageError, XenUnavailable
 from xen_disk_py.exit_status import ExitStatus
+from xen_disk_py.host import program
 
 SIZE = (4 << 20) + 512
 
@@ -276,19 +277,20 @@ def test_every_signal_to_end_leaves_nothing(export, new, monkeypatch, number, tm
 
 
 def test_without_qemu_img(export, new, monkeypatch):
-    monkeypatch.setattr(qemu_img.shutil, "which", lambda *_, **__: None)
+    monkeypatch.setattr(program, "SYSTEM_PATH", "/nowhere:/neither")
     status, _, err = export("--output-format", "qcow2")
-    assert ExitStatus.USAGE is status
+    assert ExitStatus.ERROR is status
+    assert "no program qemu-img in /nowhere:/neither: " in err
     assert "install qemu-utils" in err
     assert not new.exists()
 
 
 def test_qemu_img_is_told_the_format_and_nothing_of_the_environment(monkeypatch, tmp_path):
-    program = tmp_path / "qemu-img"
-    program.write_text('#!/bin/sh\necho "$@" "$(pwd)" $(env | sort) >&2\nexit 1\n')
-    program.chmod(0o755)
+    script = tmp_path / "qemu-img"
+    script.write_text('#!/bin/sh\necho "$@" "$(pwd)" $(env | sort) >&2\nexit 1\n')
+    script.chmod(0o755)
     monkeypatch.setenv("LD_PRELOAD", "")
-    monkeypatch.setattr(qemu_img, "find", lambda: str(program))
+    monkeypatch.setattr(qemu_img, "find", lambda: str(script))
     with open(tmp_path / "raw", "wb") as raw, pytest.raises(ImageError) as caught:
         qemu_img.convert(raw.fileno(), raw.fileno(), "qcow2", lambda *_: None)
     assert "convert -p -f raw -O qcow2 /proc/self/fd/" in str(caught.value)
@@ -392,8 +394,8 @@ def test_a_program_is_exported_sparse(export_of, tmp_path):
     assert (ExitStatus.OK, "") == (status, err)
     assert b"x" * 4096 + bytes((3 << 20) + 512 - 4096) == content
     assert os.stat(tmp_path / "copy.raw").st_blocks * 512 <= 128 << 10
-    program = (tmp_path / "mydisk.py").read_text(encoding="ascii")
-    (tmp_path / "mydisk.py").write_text(program.replace("> 3 <<", "> 2 <<"), encoding="ascii")
+    source = (tmp_path / "mydisk.py").read_text(encoding="ascii")
+    (tmp_path / "mydisk.py").write_text(source.replace("> 3 <<", "> 2 <<"), encoding="ascii")
     status, content, err = export_of(tmp_path / "mydisk.py")
     assert (ExitStatus.ERROR, None) == (status, content)
     assert "cannot be read at 2097152" in err

@@ -14,7 +14,9 @@ import pyxs
 
 import xen_disk_py
 from xen_disk_py import __version__
-from xen_disk_py.host.program import _how, _quoted, own_command, unit_command
+from xen_disk_py.errors import ProgramMissing
+from xen_disk_py.host import program
+from xen_disk_py.host.program import _how, _quoted, find_program, own_command, unit_command
 
 PLACE = Path(xen_disk_py.__file__).parents[1]
 DEMO = ["demo", "--backend=mine:Disk", "--size=64K", "--bytes=64K", "--seconds=0.1", "--overwrite"]
@@ -113,6 +115,37 @@ def test_what_somebody_else_installed_is_not_run(at_home, tmp_path):
     for place in (tmp_path / "home").rglob("site-packages"):
         os.chown(place, 65534, 65534)
     assert 1 == at_home().returncode
+
+
+def test_another_program_is_found_where_only_root_writes(strangers, monkeypatch, tmp_path):
+    for name in ("sh", "nosuchprogram"):
+        (strangers / name).write_text("#!/bin/sh\n")
+        (strangers / name).chmod(0o755)
+    monkeypatch.chdir(strangers)
+    monkeypatch.setenv("PATH", f":.:{strangers}")
+    assert find_program("sh", "install it") in ("/usr/bin/sh", "/bin/sh")
+    with pytest.raises(ProgramMissing, match=r"nosuchprogram in /usr/.*:/bin: install it$"):
+        find_program("nosuchprogram", "install it")
+
+
+def test_what_is_no_program_is_passed_by(monkeypatch, tmp_path):
+    (tmp_path / "a" / "it").mkdir(parents=True)
+    for name in "bc":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "it").touch()
+    (tmp_path / "c" / "it").chmod(0o755)
+    monkeypatch.setattr(program, "SYSTEM_PATH", ":".join(str(tmp_path / name) for name in "abc"))
+    assert str(tmp_path / "c" / "it") == find_program("it", "")
+
+
+def test_a_path_is_taken_as_it_is(strangers, monkeypatch):
+    (strangers / "sh").write_text("#!/bin/sh\n")
+    monkeypatch.chdir(strangers)
+    with pytest.raises(ProgramMissing, match=r"no program \./sh: chmod$"):
+        find_program("./sh", "chmod")
+    (strangers / "sh").chmod(0o755)
+    for path in ("./sh", str(strangers / "sh")):
+        assert path == find_program(path, "chmod")
 
 
 def test_a_units_words():

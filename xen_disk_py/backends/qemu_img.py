@@ -6,15 +6,17 @@ import json
 import os
 import re
 import selectors
-import shutil
 import subprocess
 from typing import Any, Callable
 
-from ..errors import ImageError, UsageError
+from ..errors import ImageError, ProgramMissing
+from ..host.program import SYSTEM_PATH, find_program
 
 FORMATS = ("qcow2", "vhdx", "vdi")
 
-_DIRECTORIES = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+INSTALL = "install qemu-utils (Debian, Ubuntu) or qemu-img (Fedora)"
+"""Where QEMU's programs for images come from."""
+
 _PERCENT = re.compile(rb"\(([0-9.]+)/100%\)")
 _REPEATED = re.compile(r"(Could not open '[^']*': )(?=\1)")
 _LONGEST = 2000  # characters of what it says
@@ -22,18 +24,12 @@ _PATIENCE = 60.0  # seconds: a backing file may be a pipe, or on a server that d
 
 
 def find() -> str:
-    """Return where ``qemu-img`` is; the working directory and ``$PATH`` are not asked.
+    """Return where ``qemu-img`` is.
 
     Raises:
-        UsageError: it is not installed.
+        ProgramMissing: it is not installed.
     """
-    found = shutil.which("qemu-img", path=_DIRECTORIES)
-    if found is None:
-        raise UsageError(
-            "other formats than raw need qemu-img: install qemu-utils (Debian, Ubuntu) or qemu-img "
-            "(Fedora)"
-        )
-    return found
+    return find_program("qemu-img", INSTALL)
 
 
 def convert(raw: int, made: int, output_format: str, progress: Callable[[int, int], None]) -> None:
@@ -46,7 +42,7 @@ def convert(raw: int, made: int, output_format: str, progress: Callable[[int, in
         progress: told how much of 100 is done.
 
     Raises:
-        UsageError: ``qemu-img`` is not installed.
+        ProgramMissing: ``qemu-img`` is not installed.
         ImageError: it fails; the message says why.
     """
     # It is told what it reads: an image's content, which a guest wrote, must not name its format.
@@ -59,7 +55,7 @@ def convert(raw: int, made: int, output_format: str, progress: Callable[[int, in
         stderr=subprocess.PIPE,
         pass_fds=(raw, made),
         cwd="/",
-        env={"PATH": _DIRECTORIES, "LC_ALL": "C"},
+        env={"PATH": SYSTEM_PATH, "LC_ALL": "C"},
     ) as process:
         try:
             said = _follow(process, progress)
@@ -74,7 +70,7 @@ def describe(path: str, image_format: str) -> list[dict[str, Any]]:
     """Return what ``qemu-img info`` says of an image and its backing files, the image first.
 
     Raises:
-        UsageError: ``qemu-img`` is not installed.
+        ProgramMissing: ``qemu-img`` is not installed.
         ImageError: it fails; the message says why.
     """
     path = os.path.abspath(path)
@@ -85,7 +81,7 @@ def describe(path: str, image_format: str) -> list[dict[str, Any]]:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             cwd="/",
-            env={"PATH": _DIRECTORIES, "LC_ALL": "C"},
+            env={"PATH": SYSTEM_PATH, "LC_ALL": "C"},
             check=False,
             timeout=_PATIENCE,
         )
@@ -107,7 +103,7 @@ def naming_others(path: str, image_format: str) -> list[str]:
     That is a backing file, or where an image's data or extents are.
 
     Raises:
-        UsageError: ``qemu-img`` is not installed.
+        ProgramMissing: ``qemu-img`` is not installed.
         ImageError: it fails; the message says why.
     """
     chain = describe(path, image_format)
@@ -125,7 +121,7 @@ def is_stream_optimized(path: str) -> bool:
     """Tell whether a VMDK is compressed, as for a transfer; False if that is not to be known."""
     try:
         (image, *_) = describe(path, "vmdk")
-    except (UsageError, ImageError):
+    except (ProgramMissing, ImageError):
         return False
     data = image.get("format-specific", {}).get("data", {})
     return bool(data.get("create-type") == "streamOptimized")

@@ -10,7 +10,6 @@ import functools
 import os
 import select
 import shlex
-import shutil
 import signal
 import subprocess
 import time
@@ -18,7 +17,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Callable, NamedTuple
 
-from ..errors import UsageError
+from ..errors import ProgramMissing, UsageError
+from ..host.program import find_program
 
 _TAIL = 4096  # bytes of output that are kept
 _STEP = 0.05  # seconds between two looks at whether it has ended
@@ -31,7 +31,6 @@ command=$1
 shift
 exec "$@" /bin/sh -c "$command" 3<&-
 """
-_DIRECTORIES = "/usr/bin:/bin"
 
 
 class Outcome(NamedTuple):
@@ -126,8 +125,9 @@ def _apart() -> Sequence[str]:
 
     Nothing, where that is not to be had: without root, or in a container.
     """
-    program = shutil.which("unshare", path=_DIRECTORIES)  # $PATH and what is here are not asked
-    if program is None:
+    try:
+        program = find_program("unshare", "install util-linux")
+    except ProgramMissing:
         return ()
     words = (program, "--mount", "--")
     quiet = subprocess.DEVNULL

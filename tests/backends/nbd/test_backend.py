@@ -179,7 +179,8 @@ def test_a_server_that_is_not_there_is_named(tmp_path):
     [
         ("nbd://localhost:1/x", "Connection refused: is the server running"),
         ("nbd+unix:///?socket=/nonexistent", "No such file or directory: is the server running"),
-        ("[ nosuchprogram ]", "there is no program nosuchprogram: install it, or give its path"),
+        ("[ nosuchprogram ]", "no program nosuchprogram in /usr/.*: install it, or give its path"),
+        ("[ ./nosuchprogram ]", r"there is no program \./nosuchprogram: install it"),
         ("[ nbdkit file /nonexistent ]", r"\]: nbdkit: error: .*No such file or directory"),
         ("[ true ]", "it has to be an NBD server that takes its socket from systemd"),
     ],
@@ -187,6 +188,19 @@ def test_a_server_that_is_not_there_is_named(tmp_path):
 def test_what_to_do_is_said(path, says):
     with pytest.raises(BackendError, match=says):
         NbdBackend(path)
+
+
+def test_a_server_is_not_looked_for_where_a_stranger_may_put_one(tmp_path, monkeypatch):
+    """But one that is named by its path is started."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f":.:{tmp_path}:{os.environ['PATH']}")
+    (tmp_path / "xen-disk-server").write_text("#!/bin/sh\necho started >&2\n")
+    (tmp_path / "xen-disk-server").chmod(0o755)
+    with pytest.raises(BackendError, match="there is no program xen-disk-server in /usr/"):
+        NbdBackend("[ xen-disk-server ]")
+    for path in ("./xen-disk-server", f"{tmp_path}/xen-disk-server"):
+        with pytest.raises(BackendError, match=r" \]: started"):
+            NbdBackend(f"[ {path} ]")
 
 
 def test_a_server_of_our_own_that_does_not_end_is_killed(monkeypatch, caplog):

@@ -21,6 +21,7 @@ from xen_disk_py.backends.finding import QEMU_FORMATS
 from xen_disk_py.backends.nbd import qemu
 from xen_disk_py.backends.nbd.qemu import QemuBackend
 from xen_disk_py.errors import BackendError, ImageError, UsageError
+from xen_disk_py.host import program
 
 MIB = 1 << 20
 pytestmark = pytest.mark.skipif(
@@ -185,7 +186,7 @@ def test_what_cannot_be_served(tmp_path, monkeypatch):
         QemuBackend(str(tmp_path / "missing"), "qcow2")
     with pytest.raises(UsageError, match="one of qcow2"):
         QemuBackend(str(tmp_path), "raw")
-    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(program, "SYSTEM_PATH", str(tmp_path))
     with pytest.raises(BackendError, match="install qemu-utils"):
         QemuBackend(str(tmp_path), "qcow2")
 

@@ -13,7 +13,6 @@ import errno
 import logging
 import os
 import select
-import shutil
 import signal
 import socket
 import time
@@ -27,6 +26,7 @@ from typing import Any, NamedTuple
 from ...errors import BackendError
 from ...host.clibrary import Library, Signature
 from ...host.output import relayed_stderr
+from ...host.program import find_program
 from ...hypervisor import Closing
 from .. import StorageError
 from ..asynchronous import DISCARD, FLUSH, READ
@@ -232,9 +232,8 @@ class Connection(Closing):
             nbd.nbd_set_uri_allow_local_file(self._handle, True)
             self._await(nbd.nbd_aio_connect_uri(self._handle, where.encode()))
         else:
-            if shutil.which(where[0]) is None:
-                raise BackendError(f"there is no program {where[0]}: install it, or give its path")
-            words = (c_char_p * (len(where) + 1))(*(os.fsencode(word) for word in where), None)
+            command = [find_program(where[0], "install it, or give its path"), *where[1:]]
+            words = (c_char_p * (len(command) + 1))(*map(os.fsencode, command), None)
             relay = None
             try:
                 with relayed_stderr() as relay:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import time
 from contextlib import suppress
 
-from ...errors import BackendError, ImageError, UsageError
+from ...errors import BackendError, ImageError, ProgramMissing, UsageError
+from ...host.program import find_program
 from ...text import printable
 from .. import qemu_img, qemu_locks, sharing
 from ..finding import QEMU_FORMATS
@@ -23,7 +23,6 @@ from .qcow2 import is_cut_short, names_another_file
 
 _PATIENCE = 5.0  # seconds
 _OURS = re.compile("xen.disk")  # in our command lines
-_PACKAGES = "qemu-utils (Debian, Ubuntu) or qemu-img (Fedora)"
 
 
 class QemuBackend(NbdBackend):
@@ -53,9 +52,7 @@ class QemuBackend(NbdBackend):
     ) -> None:
         if format not in QEMU_FORMATS:
             raise UsageError(f"format={format}: one of {', '.join(QEMU_FORMATS)}")
-        program = shutil.which("qemu-nbd")
-        if program is None:
-            raise BackendError(f"{path}: {format} needs qemu-nbd: install {_PACKAGES}")
+        program = find_program("qemu-nbd", qemu_img.INSTALL)
         path = os.path.abspath(path)
         if not os.access(path, os.R_OK if read_only else os.R_OK | os.W_OK):
             reason = "no such file: check the name, or make it with: qemu-img create"
@@ -101,8 +98,8 @@ def _reason(path: str, image_format: str, error: BackendError) -> str:
         qemu_img.describe(path, image_format)
     except ImageError as reason:
         return str(reason).partition(f"{path}: ")[2] or str(reason)
-    except UsageError:
-        pass  # no qemu-img
+    except ProgramMissing:
+        pass
     return str(error).partition(" ]: ")[2] or str(error)
 
 
