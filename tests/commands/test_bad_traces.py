@@ -5,6 +5,7 @@ makes nothing.
 from __future__ import annotations
 
 import io
+import json
 import os
 
 import pytest
@@ -111,6 +112,47 @@ def test_what_is_left_is_shown_and_that_it_is_not_all(run, tmp_path, name, monke
     status, out, err = run(name, lambda data: data[:-1])
     assert (ExitStatus.ERROR, True) == (status, bool(out))
     assert "what was recorded later is not read" in err
+
+
+CUT_SHORT = {
+    "killed": ((), b"", "it has no end: the disk is still recorded, or its process was killed"),
+    "cut": ((), b"x", "cut at byte 5812 of 5813: what was recorded later is not read"),
+    "disk full": (
+        (stopped(9)._replace(data=b"No space left on device"),),
+        b"",
+        "the recording ended by itself: No space left on device",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [*COMMANDS, "summary", "demo", "filtered"])
+@pytest.mark.parametrize("how", CUT_SHORT)
+def test_what_was_cut_short_is_said_alike_once(run, tmp_path, name, how, monkeypatch):
+    at = [("--path", "at:t.xdt@end"), ("--read-only", "--seconds", "0.1", "--bytes", "4K")]
+    monkeypatch.setitem(COMMANDS, "plot", ["plot", "t.xdt"])
+    monkeypatch.setitem(COMMANDS, "summary", ["trace", "t.xdt", "--summary"])
+    monkeypatch.setitem(COMMANDS, "demo", ["demo", *at[0], *at[1]])
+    monkeypatch.setitem(COMMANDS, "filtered", ["info", "at:t.xdt@end", "--filter", "delay:read=0"])
+    records, behind, words = CUT_SHORT[how]
+    os.unlink("t.xdt")
+    make(tmp_path / "t.xdt", header(tmp_path / "base.raw"), [*RECORDS[:-1], *records])
+    if name not in ("trace", "plot", "demo"):
+        COMMANDS[name] = [*COMMANDS[name], "--json"]
+    _, out, err = run(name, lambda data: data + behind)
+    assert 1 == err.count(f"t.xdt: {words}\n")
+    assert 1 == err.count("t.xdt: ")
+    if "--json" in COMMANDS[name]:
+        assert [f"t.xdt: {words}"] == json.loads(out)["notes"]
+
+
+@pytest.mark.parametrize("name", ["rewind", "info", "export"])
+def test_of_a_moment_before_its_end_nothing_is_missing(run, tmp_path, name, monkeypatch):
+    os.unlink("t.xdt")
+    make(tmp_path / "t.xdt", header(tmp_path / "base.raw"), RECORDS[:-1])
+    earlier = [word.replace("end", "flush:1") for word in COMMANDS[name]]
+    monkeypatch.setitem(COMMANDS, name, [*earlier, "--json"])
+    _, out, err = run(name, lambda data: data + b"x")
+    assert ("", []) == (err, json.loads(out)["notes"])
 
 
 @pytest.mark.parametrize("name", ["rewind", "overlay", "crashtest", "export"])

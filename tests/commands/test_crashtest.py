@@ -181,7 +181,8 @@ def _gone(fd):
 def test_only_what_comes_after_a_moment(crashtest):
     assert ExitStatus.OK == crashtest(BAD, MARK, "--limit", "40", "--from", "flush:1")[0]
     assert ExitStatus.ERROR == crashtest(BAD, MARK, "--limit", "40", "--from", "0")[0]
-    assert ExitStatus.OK == crashtest(BAD, MARK, "--limit", "40", "--from", "1us")[0]
+    later = [*BAD, flush(1000, 1100)]
+    assert ExitStatus.OK == crashtest(later, MARK, "--limit", "40", "--from", "1us")[0]
 
 
 def test_what_came_before_a_resize_is_tried(crashtest):
@@ -199,7 +200,12 @@ def test_what_came_before_a_resize_is_tried(crashtest):
         (("--state", "0.9"), "there are 4 states after that flush"),
         (("--from", "end"), "give flush:N or a time"),
         # No state that is tried is no state that is good.
-        (("--from", "flush:2"), "the trace has 1 flushes"),
+        (
+            ("--from", "flush:2"),
+            "t.xdt: ends before that moment: it has request:0 to request:6, flush:0",
+        ),
+        (("--from", "1us"), "flush:0 to flush:1, 0s to 0.000000s, 2001-09-09T01:46:40Z to 2001-"),
+        (("--from", "2001-09-09T01:46:39"), "t.xdt: was begun after that moment: it has request:0"),
     ],
 )
 def test_what_is_not_there(crashtest, options, words):

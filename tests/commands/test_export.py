@@ -74,7 +74,9 @@ def test_a_new_image_sparse_and_private(export, files, new):
 
 
 def test_json(export, new):
-    assert {"path": str(new), "size": SIZE, "format": "raw"} == json.loads(export("--json")[1])
+    assert {"path": str(new), "size": SIZE, "format": "raw", "notes": []} == json.loads(
+        export("--json")[1]
+    )
 
 
 def test_others_may_use_the_image(export, files, new):
@@ -198,7 +200,7 @@ def test_other_formats(export, files, new, tmp_path, output_format):
         pytest.skip("needs qemu-img")
     status, out, _ = export("--output-format", output_format, "--json")
     assert ExitStatus.OK is status
-    assert {"path": str(new), "size": SIZE, "format": output_format} == json.loads(out)
+    assert {"path": str(new), "size": SIZE, "format": output_format, "notes": []} == json.loads(out)
     (tmp_path / "expected").write_bytes(files[2])
     words = ["-f", "raw", "-F", output_format, str(tmp_path / "expected"), str(new)]
     subprocess.run(["qemu-img", "compare", *words], check=True, capture_output=True)
@@ -208,7 +210,7 @@ def test_other_formats(export, files, new, tmp_path, output_format):
 def test_a_vhd(export, files, new, host, tmp_path):
     status, out, _ = export("--output-format", "vhd", "--json")
     assert ExitStatus.OK is status
-    assert {"path": str(new), "size": SIZE, "format": "vhd"} == json.loads(out)
+    assert {"path": str(new), "size": SIZE, "format": "vhd", "notes": []} == json.loads(out)
     assert ExitStatus.OK is main(["check", str(new)], host.environment())
     back = tmp_path / "back"
     words = ["export", str(new), str(back), "--format", "vhd"]

@@ -54,6 +54,7 @@ def what(told):
         found = told(*argv)
         assert found.pop("guest") is None or found["refused"] is None
         del found["refused"]
+        assert [] == found.pop("notes")
         return found
 
     return what

@@ -193,6 +193,11 @@ class Backend:
         return 0
 
     @property
+    def notes(self) -> Sequence[str]:
+        """Lines for whoever opens it: that a part of what it is made of is missing, say."""
+        return ()
+
+    @property
     def host_storage(self) -> Sequence[Storage]:
         """The files and devices that the disk is in, to find others who use them; see there."""
         return ()

@@ -13,7 +13,6 @@ from ..trace.moment import Moment, check_base, check_usable, rewind
 from ..trace.powercut import ZEROS
 from ..trace.reader import TraceReader
 from . import Backend
-from .filter import Filter
 from .image import Image
 from .overlay.trust import require_trusted
 from .sharing import Storage, storage_of
@@ -95,6 +94,11 @@ class AtBackend(Backend):
         return self.found.extents.memory
 
     @property
+    def notes(self) -> Sequence[str]:
+        """What is missing in the trace up to that moment."""
+        return self.found.notes
+
+    @property
     def host_storage(self) -> Sequence[Storage]:
         """The image and the trace."""
         trace = self.trace
@@ -142,13 +146,6 @@ def open_base(trace: TraceReader, path: str | None) -> Image:
         image.close()
         raise
     return image
-
-
-def notes_of(disk: Backend) -> Sequence[str]:
-    """Return lines for a person of such a disk, also below filters: that its trace was cut, say."""
-    while isinstance(disk, Filter):
-        disk = disk.source
-    return disk.found.notes if isinstance(disk, AtBackend) else ()
 
 
 def check_stays(trace: TraceReader) -> None:

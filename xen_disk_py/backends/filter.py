@@ -208,6 +208,11 @@ class Filter(Backend):
         return self.source.memory
 
     @property
+    def notes(self) -> Sequence[str]:
+        """Those of the source."""
+        return self.source.notes
+
+    @property
     def host_storage(self) -> Sequence[Storage]:
         """The source's."""
         return self.source.host_storage

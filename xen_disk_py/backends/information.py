@@ -49,7 +49,8 @@ def describe(
         (bytes of the disk that are in this file), ``disk_usage`` (bytes on storage), ``in_use``
         (somebody has a lock on it) and ``parent``: the same of what lies below, or None. Of a
         parent that cannot be read: ``path`` and ``error``. See the functions for more. Of the
-        whole, ``guest``: see :func:`.offered.offered`, or None; ``refused``: why it is that.
+        whole, ``guest``: see :func:`.offered.offered`, or None; ``refused``: why it is that;
+        ``notes``: what else is to be known of it.
 
     Raises:
         ImageError: it cannot be read.
@@ -65,9 +66,11 @@ def describe(
         raise ImageError(f"{path}: {_reason(error, path)}") from error
     if backend is not None and kind != "raw":
         raise UsageError(f"--backend {backend} is for a raw image: leave it out")
-    found |= {"guest": None, "refused": None}
+    found |= {"guest": None, "refused": None, "notes": []}
     try:
-        found["guest"] = offered(path, kind, backend=backend, pairs=pairs, filters=filters)
+        found["guest"], found["notes"] = offered(
+            path, kind, backend=backend, pairs=pairs, filters=filters
+        )
     except UsageError:
         raise
     except XenDiskError as error:
@@ -193,9 +196,10 @@ def _is_in_use(path: str) -> bool | None:
 
 def _served(path: str, pairs: Sequence[str], filters: Sequence[str]) -> dict[str, Any]:
     """Describe what has to be opened for that: a server's disk, or one that a program makes."""
-    plain = guest = offered(path, None, pairs=pairs)
+    plain, notes = offered(path, None, pairs=pairs)
+    guest = plain
     if filters:
-        guest = offered(path, None, pairs=pairs, filters=filters)
+        guest, notes = offered(path, None, pairs=pairs, filters=filters)
     return {
         "path": path,
         "format": guest["backend"],
@@ -207,6 +211,7 @@ def _served(path: str, pairs: Sequence[str], filters: Sequence[str]) -> dict[str
         "parent": None,
         "guest": guest,
         "refused": None,
+        "notes": notes,
     }
 
 

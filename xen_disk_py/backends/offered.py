@@ -37,8 +37,8 @@ def offered(
     backend: str | None = None,
     pairs: Sequence[str] = (),
     filters: Sequence[str] = (),
-) -> dict[str, Any]:
-    """Say what ``connect`` would give a guest.
+) -> tuple[dict[str, Any], list[str]]:
+    """Say what ``connect`` would give a guest, and what the disk's own notes are.
 
     Args:
         path: as ``--path``, or the overlay.
@@ -61,7 +61,7 @@ def offered(
     with sharing.looking():
         disk = wrap(_open(path, form, backend, pairs), filters)
         try:
-            return {
+            found = {
                 "backend": _name(path, form, backend),
                 "size": disk.size,
                 "sector_size": disk.sector_size,
@@ -79,6 +79,7 @@ def offered(
                     for each in describe(filters_of(disk, len(filters)))
                 ],
             }
+            return found, list(disk.notes)
         finally:
             disk.close()
 

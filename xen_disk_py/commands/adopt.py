@@ -75,6 +75,7 @@ def _serve(env: Environment, store: Store, address: Address) -> None:
             spec = _spec(config)
             own_record = stack.enter_context(_claimed(env, store, address, spec.queues))
             disk = _open(spec, store, stack)
+            env.tell_all(disk.backend.notes)
             orphans.check(env.record_directory, disk.backend.host_storage, store=store)
             hypervisor = stack.enter_context(env.hypervisor())
         except XenDiskError as error:

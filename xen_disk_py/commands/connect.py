@@ -211,6 +211,8 @@ def _open(
     with nullcontext() if is_new else succeeding():
         disk = spec.open_disk()
     stack.callback(disk.close)
+    if is_new:
+        env.tell_all(disk.backend.notes)
     notify_starting()  # the longest step of some disks
     other_backends.check(store, disk.backend.host_storage, force=spec.force)
     if is_new:

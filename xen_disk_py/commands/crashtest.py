@@ -52,8 +52,7 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
         since = Moment.parse(args.since or "flush:0")
         plan = Plan(reader, args.seed or 0, args.limit or LIMIT, since)
         check_stays(reader)
-        for note in plan.notes:
-            env.tell(note)
+        env.tell_all(plan.notes)
         if args.state is not None:
             plan.find(args.state)
         try:
@@ -120,6 +119,7 @@ def _one(
         facts = {
             **_facts(state, outcome, state.chosen, unit),
             "kept": path if args.keep else None,
+            "notes": plan.notes,
         }
         env.say(json.dumps(facts))
     else:
@@ -140,6 +140,7 @@ def _tell(
             "same": result.same,
             "flushes": plan.flushes,
             "failure": None,
+            "notes": plan.notes,
         }
         if failure is not None:
             facts["failure"] = {

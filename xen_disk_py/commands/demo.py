@@ -66,6 +66,7 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
             force=spec.force,
             open_store=env.open_store,
         )
+        env.tell_all(disk.backend.notes)
         name = spec.backend_name
         length = min(args.bytes, disk.backend.size)
         length -= length % disk.backend.sector_size

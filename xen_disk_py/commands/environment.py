@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -116,6 +116,11 @@ class Environment:
         """Print a line for a person on stderr."""
         prefix = f"<{priority(level)}>" if is_journal(self.err) else ""
         self.err.write(f"{prefix}{printable(text)}\n")
+
+    def tell_all(self, notes: Iterable[str]) -> None:
+        """Print what is to be known of a disk or a trace, on stderr."""
+        for note in notes:
+            self.tell(note)
 
     def draw(self, text: str) -> None:
         """Put a line in the place of the one that was drawn last on a terminal; empty: erase it."""

@@ -8,7 +8,6 @@ import os
 from contextlib import closing
 
 from ..backends import Backend, qemu_img
-from ..backends.at import notes_of
 from ..backends.exporting import Convert, Progress, export_disk
 from ..backends.finding import QEMU_FORMATS, choose, is_file
 from ..backends.loader import open_backend
@@ -32,13 +31,14 @@ from .signals import interruptible
 def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
     """Export, and say what was made."""
     with ProgressLine(env, "copying the image", quiet=args.quiet) as progress, interruptible():
+        notes: list[str] = []
         convert, check = _converter(args.output_format, progress), not_of_orphans(env)
         if args.filter or args.format in QEMU_FORMATS or not _is_image(args.overlay):
             if _is_image(args.overlay) and args.format is None and not is_vhd(args.overlay):
                 _refuse_other_formats(args.overlay)
             with closing(_open(args)) as disk:
-                for note in notes_of(disk):
-                    env.tell(note)
+                notes = list(disk.notes)
+                env.tell_all(notes)
                 if is_file(args.overlay):
                     check(args.overlay, False)
                 size = export_disk(
@@ -85,7 +85,9 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
             )
     path = os.path.abspath(args.new)
     if args.json:
-        env.say(json.dumps({"path": path, "size": size, "format": args.output_format}))
+        env.say(
+            json.dumps({"path": path, "size": size, "format": args.output_format, "notes": notes})
+        )
     else:
         env.say(f"{path} {format_size(size)}")
     return ExitStatus.OK

@@ -19,6 +19,7 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
     found = describe(
         args.source, args.format, args.option, backend=args.backend, filters=args.filter
     )
+    env.tell_all(found["notes"])
     if args.json:
         env.say(json.dumps(found, indent=2))
     else:

@@ -56,8 +56,7 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
             picture.add(record)
         ending = reader.ending
         assert ending is not None
-        if ending.note is not None:
-            env.tell(f"{printable(args.trace)}: {ending.note}")
+        env.tell_all(reader.notes)
         title = args.title or os.path.basename(args.trace)
     if form is None:
         env.say("\n".join(_in_text(picture, title)))

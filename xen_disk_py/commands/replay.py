@@ -81,9 +81,9 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
             replay.run(_allowed(reader, progress, size, disk.size, read_only=disk.read_only))
         ending = reader.ending
         assert ending is not None
-        if ending.note is not None:
-            env.tell(f"{printable(args.trace)}: {ending.note}")
-    facts = _facts(replay)
+        notes = [*disk.notes, *reader.notes]
+        env.tell_all(notes)
+    facts = {**_facts(replay), "notes": notes}
     if args.json:
         env.say(json.dumps(facts))
     else:

@@ -25,8 +25,7 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
     with closing(AtBackend(f"at:{args.trace}@{args.at}", base=args.base)) as disk:
         not_of_orphans(env)(disk.base.path, False)
         found = disk.found
-        for note in found.notes:
-            env.tell(note)
+        env.tell_all(disk.notes)
         with ProgressLine(env, "rewinding", quiet=args.quiet) as progress, interruptible():
             if args.new is not None:
                 rewind_to_image(disk, args.new, progress)
@@ -45,6 +44,7 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
                 "seconds": found.time / 1e9,
                 "written": written,
                 "failed_writes": found.failed,
+                "notes": list(disk.notes),
             }
             env.say(json.dumps(facts))
         else:

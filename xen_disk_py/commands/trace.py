@@ -9,7 +9,6 @@ from typing import Any
 
 from ..errors import UsageError
 from ..exit_status import ExitStatus
-from ..text import printable
 from ..trace.export import blkparse, iolog
 from ..trace.format import OPERATIONS, STOPPED, Record, as_json
 from ..trace.reader import TraceReader
@@ -36,14 +35,13 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
             summary = Summary(reader.header)
             for record in records:
                 summary.add(record)
-            facts = summary.facts()
+            facts = {**summary.facts(), "notes": reader.notes}
             env.say(json.dumps(facts) if args.json else "\n".join(_summary(facts)))
         else:
             _print(env, _lines(args, name, records))
         ending = reader.ending
         assert ending is not None
-        if ending.note is not None:
-            env.tell(f"{printable(args.trace)}: {ending.note}")
+        env.tell_all(reader.notes)
     return ExitStatus.ERROR if ending.is_damaged else ExitStatus.OK
 
 

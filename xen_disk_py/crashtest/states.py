@@ -12,8 +12,9 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from ..errors import ImageError, UsageError
+from ..text import printable
 from ..trace.format import FLUSH, GAP, RESIZED
-from ..trace.moment import Moment, change_of, check_usable, sources, unchecked
+from ..trace.moment import Moment, Reach, change_of, check_usable, sources, unchecked
 from ..trace.powercut import (
     Change,
     Choice,
@@ -74,12 +75,17 @@ class Plan:
         if first.kind not in ("flush", "after", "at"):
             raise UsageError("--from: give flush:N or a time")
         self._reader = reader
+        self._name = printable(reader.path)
         self._seed = seed
         self._unit = reader.header.sector_size
         self._stop: int | None = None  # the request before which the trace is left
         self.notes = unchecked(reader)
         self._late: list[Change] = late_changes(self._events())
         since = first.nanoseconds(reader.header)
+        if first != ("flush", 0):
+            reach = Reach.of(reader, (GAP, RESIZED))
+            if not reach.has(first, reader.header):  # nothing tried is nothing found
+                raise UsageError(f"--from: {reach.lacking(first, reader)}")
         capacities = []
         self.written = 0
         for epoch in epochs(self._events(), self._late):
@@ -91,8 +97,6 @@ class Plan:
             capacities.append(states_of(epoch, self._unit) if is_wanted else 0)
             last = epoch
         self.flushes = last.number
-        if since is None and first.value > self.flushes:  # nothing tried is nothing found
-            raise UsageError(f"--from flush:{first.value}: the trace has {self.flushes} flushes")
         self.written += sum(pending.change.length for pending in last.pending)
         wanted = [at for at, capacity in enumerate(capacities) if capacity]
         counts = spread([capacities[at] for at in wanted], limit)
@@ -101,9 +105,8 @@ class Plan:
             if count:
                 self._turns[at] = _some(len(self._turns), count, capacities[at])
         self.count = sum(counts)
-        ending = reader.ending
-        if self._stop is None and ending is not None and ending.is_damaged:
-            self.notes.append(f"{reader.path}: {ending.text}")
+        if self._stop is None:
+            self.notes += reader.notes
 
     def epochs(self) -> Iterator[Epoch]:
         """All epochs, in order."""
@@ -167,7 +170,7 @@ class Plan:
                     self._stop = record.number
                     what = "was resized" if record.operation == RESIZED else "was not recorded"
                     self.notes.append(
-                        f"{self._reader.path}: the disk {what} before request {record.number}: "
+                        f"{self._name}: the disk {what} before request {record.number}: "
                         "only what came before is tried"
                     )
                 return
@@ -177,7 +180,7 @@ class Plan:
             if change is not None:
                 if change.offset % self._unit or change.length % self._unit:
                     raise ImageError(
-                        f"{self._reader.path}: request {record.number} is not in whole sectors"
+                        f"{self._name}: request {record.number} is not in whole sectors"
                     )
                 yield change
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
-from datetime import datetime
+from collections.abc import Container, Iterator
+from datetime import datetime, timedelta, timezone
 from typing import NamedTuple
 from zlib import crc32
 
@@ -29,6 +29,8 @@ from .reader import TraceReader
 
 _COUNTED = re.compile(r"(flush|request):(\d{1,18})", re.ASCII)
 _DISCARDS = (DISCARD, DISCARD_SECURELY)
+_EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
+_MICROSECOND = timedelta(microseconds=1)
 
 
 class Moment(NamedTuple):
@@ -62,7 +64,7 @@ class Moment(NamedTuple):
             pass
         try:
             when = datetime.fromisoformat(re.sub("Z$", "+00:00", text))
-            return cls("at", round(when.timestamp() * 1e9))
+            return cls("at", (when.astimezone(timezone.utc) - _EPOCH) // _MICROSECOND * 1000)
         except (ValueError, OverflowError):
             raise UsageError(
                 f"{text!r} is no moment of a trace: give flush:N, request:N, end, a time since the "
@@ -74,6 +76,59 @@ class Moment(NamedTuple):
         if self.kind == "at":
             return self.value - header.started
         return self.value if self.kind == "after" else None
+
+
+class Reach(NamedTuple):
+    """Which moments of a trace there are: up to its end, or to what was not recorded.
+
+    Attributes:
+        request: the number of the last one; -1: there is none.
+        flushes: how many have succeeded.
+        time: of the last record, in nanoseconds since the recording began.
+    """
+
+    request: int
+    flushes: int
+    time: int
+
+    @classmethod
+    def of(cls, reader: TraceReader, ends: Container[int] = (GAP,)) -> Reach:
+        """Read a trace for that, without its data, up to one of these operations."""
+        request, flushes, time = -1, 0, 0
+        for record in reader.records():
+            if record.operation in ends:
+                break
+            time = max(time, record.end)
+            request += record.is_request
+            flushes += record.operation == FLUSH and not record.status
+        return cls(request, flushes, time)
+
+    def has(self, moment: Moment, header: Header) -> bool:
+        """Whether that moment is one of them."""
+        time = moment.nanoseconds(header)
+        if time is not None:
+            return 0 <= time <= self.time
+        last = {"request": self.request, "flush": self.flushes, "end": 0}
+        return moment.value <= last[moment.kind]
+
+    def lacking(self, moment: Moment, reader: TraceReader) -> str:
+        """Say that a moment is none of them, and which they are."""
+        is_before = (moment.nanoseconds(reader.header) or 0) < 0
+        what = "was begun after" if is_before else "ends before"
+        # Each of these can be given: no fraction beyond the last record, none before the first.
+        began = _EPOCH - -reader.header.started // 1000 * _MICROSECOND
+        ended = _EPOCH + (reader.header.started + self.time) // 1000 * _MICROSECOND
+        times = (each.isoformat().replace("+00:00", "Z") for each in (began, ended))
+        ranges = [
+            f"flush:0 to flush:{self.flushes}",
+            f"0s to {self.time // 1000 / 1e6:.6f}s",
+            " to ".join(times),
+        ]
+        if self.request >= 0:
+            ranges.insert(0, f"request:0 to request:{self.request}")
+        ending = reader.ending
+        why = f" ({ending.text})" if ending is not None and not ending.is_complete else ""
+        return f"{printable(reader.path)}: {what} that moment{why}: it has {', '.join(ranges)}"
 
 
 class Rewound(NamedTuple):
@@ -176,7 +231,7 @@ def rewind(reader: TraceReader, moment: Moment, *, room: int) -> Rewound:
     requests = flushes = time = failed = 0
     until = moment.nanoseconds(reader.header)
     if until is not None and until < 0:
-        raise ImageError(f"{name}: was begun after that moment")
+        raise ImageError(Reach.of(reader).lacking(moment, reader))
     is_found = moment in (("flush", 0), ("end", 0))
     if moment != ("flush", 0):
         for record, source in sources(reader):
@@ -210,15 +265,11 @@ def rewind(reader: TraceReader, moment: Moment, *, room: int) -> Rewound:
             ):
                 is_found = True
                 break
-    ending = reader.ending
-    if not is_found and (until is None or ending is None or not ending.is_complete):
-        raise ImageError(
-            f"{name}: ends before that moment, after {requests} requests, {flushes} flushes and "
-            f"{time / 1e9:.3f} s" + (f": {ending.text}" if ending and ending.is_damaged else "")
-        )
+    if not is_found and until != time:
+        raise ImageError(Reach(requests - 1, flushes, time).lacking(moment, reader))
     notes = unchecked(reader)
-    if moment.kind == "end" and ending is not None and not ending.is_complete:
-        notes.append(f"{name}: {ending.text}")
+    if moment.kind == "end":
+        notes += reader.notes
     if failed:
         notes.append(
             f"{name}: {failed} writes had failed by then: what they left on the disk is not known"

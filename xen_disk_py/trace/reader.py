@@ -112,6 +112,12 @@ class TraceReader(Closing):
         """Whether a ring has overwritten what was recorded first."""
         return bool(self._starts) and self._starts[0][0] > 0
 
+    @property
+    def notes(self) -> list[str]:
+        """Lines for a person: what is missing at its end; nothing before that has been read."""
+        note = None if self.ending is None else self.ending.note
+        return [] if note is None else [f"{printable(self.path)}: {note}"]
+
     def records(self, *, data: bool = False) -> Iterator[Record]:
         """All records, in the order in which the storage had done them.
 
