@@ -21,6 +21,7 @@ from types import MappingProxyType
 import pytest
 import storage
 
+from xen_disk_py import __version__
 from xen_disk_py.blkif import Ring
 from xen_disk_py.datapath import statistics
 from xen_disk_py.datapath.journal import SIZE, Unanswered
@@ -30,7 +31,7 @@ from xen_disk_py.host import process
 from xen_disk_py.host.process import start_time
 from xen_disk_py.recovery import record
 from xen_disk_py.recovery.facts import Facts
-from xen_disk_py.recovery.record import Found, Record, find, forget
+from xen_disk_py.recovery.record import HEAD, Found, Record, find, forget
 from xen_disk_py.xenbus.states import Address
 
 ADDRESS = Address(0, 5, 51728, "vbd3")
@@ -505,6 +506,30 @@ class TestAdopting:
             Record.adopt(directory, ADDRESS)
         forget(directory, ADDRESS)
         assert [] == os.listdir(directory)
+
+    @pytest.mark.parametrize("sealed", [False, True])
+    @pytest.mark.parametrize("size", [HEAD + SIZE, HEAD + 12345])
+    def test_what_a_newer_version_wrote_is_left_to_that_version(self, directory, sealed, size):
+        """It may be shorter or longer than ours."""
+        mine = Record(directory, ADDRESS)
+        newer = json.dumps({**json.loads(FACTS.encode()), "format": 99, "version": "9.1"})
+        mine._facts.write(newer.encode() if not sealed else replace(FACTS, version="9.1").encode())
+        mine.leave()
+        path = path_in(directory)
+        if sealed:
+            Path(f"{path}.sealed").write_text(newer)
+        os.truncate(path, size)
+        before = {name: Path(directory, name).read_bytes() for name in os.listdir(directory)}
+        with pytest.raises(DeviceError) as refused:
+            Record.adopt(directory, ADDRESS)
+        assert (
+            f"{path} was written by xen-disk 9.1, in terms that {__version__} does not know: xvdb "
+            "of domain 5 cannot be adopted, and is as it was; take it over with that version "
+            "(xen-disk connect --adopt 5 xvdb), or take it away with: xen-disk disconnect 5 xvdb "
+            "--force"
+        ) == str(refused.value)
+        assert before == {name: Path(directory, name).read_bytes() for name in before}
+        assert not find(directory, ADDRESS).alive  # the lock is free
 
     def test_a_file_that_cannot_be_mapped_stays_and_its_lock_is_free(self, directory, monkeypatch):
         mine = Record(directory, ADDRESS)

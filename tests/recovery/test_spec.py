@@ -71,7 +71,7 @@ def test_facts_of_another_version_are_shown_and_not_taken_over(changed):
     data = {**json.loads(Facts(path="/a", disk={}).encode()), **changed}
     facts = Facts.parse(json.dumps(data).encode())
     assert ("/a", None) == (facts.path, facts.temporary)
-    with pytest.raises(DeviceError, match="of another version of xen-disk: use that version"):
+    with pytest.raises(DeviceError, match="is of xen-disk of another version: use that version"):
         _ = facts.spec
 
 

@@ -150,8 +150,9 @@ class Facts:
             DeviceError: this version does not know.
         """
         if self.format not in FORMATS or self.disk is None:
-            raise DeviceError("its record is of another version of xen-disk: use that version")
-        return DiskSpec.parse(self.disk)
+            which = self.version or "of another version"
+            raise DeviceError(f"its record is of xen-disk {which}: use that version")
+        return DiskSpec.parse(self.disk, self.version)
 
     @property
     def temporary(self) -> str | None:

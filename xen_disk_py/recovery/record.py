@@ -34,6 +34,7 @@ import time
 from dataclasses import replace
 from typing import Any, Callable, NamedTuple, NoReturn
 
+from .. import __version__
 from ..blkif import MAX_QUEUES
 from ..datapath.double_buffer import DoubleBuffer
 from ..datapath.journal import SIZE as JOURNAL_SIZE
@@ -63,6 +64,7 @@ FACTS_SIZE = 32 << 10
 _COUNTERS = 4096
 HEAD = FACTS_SIZE + _COUNTERS
 """Bytes of a record before the journals."""
+_VERSION = 32  # characters of one that are shown
 _TRIES = 50  # one who looks has the lock for a moment, one who ends has it until the very end
 _PAUSE = 0.01
 
@@ -193,6 +195,20 @@ def _unavailable(path: str, error: OSError) -> XenUnavailable:
     return XenUnavailable(f"cannot write {path}: {error.strerror}: {remedy}")
 
 
+def _refuse_unknown(path: str, address: Address, version: str) -> NoReturn:
+    """Say that a record cannot be read, and what to do."""
+    domid, vdev = address.frontend_domid, from_number(address.devid)
+    what, remedy = "is damaged, or another version wrote it", ""
+    if version not in ("", __version__):
+        writer = version[:_VERSION]
+        what = f"was written by xen-disk {writer}, in terms that {__version__} does not know"
+        remedy = f"take it over with that version (xen-disk connect --adopt {domid} {vdev}), or "
+    raise DeviceError(
+        f"{path} {what}: {vdev} of domain {domid} cannot be adopted, and is as it was; {remedy}"
+        f"take it away with: xen-disk disconnect {domid} {vdev} --force"
+    )
+
+
 class Record(Closing):
     """The record of a disk that this process serves; held open and locked until closed.
 
@@ -285,26 +301,20 @@ class Record(Closing):
             raise DeviceTaken(f"a process that lives serves {name}: see xen-disk list")
         record = cls.__new__(cls)
         try:
+            written = _facts_in(os.pread(fd, FACTS_SIZE, 0)) or Facts(format=0)
+            believed = _believed(written, path)
             queues = queues_in(os.fstat(fd).st_size)
-            if queues:
-                size = HEAD + queues * (JOURNAL_SIZE + LATENCIES_SIZE)
-                with contextlib.suppress(OSError):  # no room: a disk matters more than histograms
-                    os.posix_fallocate(fd, 0, size)
-                record._open(fd, path, queues)
-                if record.facts.format in FORMATS:
-                    record.facts = _believed(record.facts, path)
-                if record.facts.format in FORMATS:
-                    return record
+            if not queues or believed.format not in FORMATS:  # nothing of it has been touched
+                _refuse_unknown(path, address, written.version)
+            size = HEAD + queues * (JOURNAL_SIZE + LATENCIES_SIZE)
+            with contextlib.suppress(OSError):  # no room: a disk matters more than histograms
+                os.posix_fallocate(fd, 0, size)
+            record._open(fd, path, queues)
+            record.facts = believed
         except BaseException:
             os.close(fd)
             raise
-        fcntl.flock(fd, fcntl.LOCK_UN)  # the mapping has a copy of the descriptor
-        os.close(fd)
-        raise DeviceError(
-            f"{path} is damaged, or another version wrote it: {name} cannot be adopted; take it "
-            f"away with: xen-disk disconnect {address.frontend_domid} "
-            f"{from_number(address.devid)} --force"
-        )
+        return record
 
     @staticmethod
     def _refuse(address: Address) -> NoReturn:

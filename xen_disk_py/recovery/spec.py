@@ -74,8 +74,12 @@ class DiskSpec:
     user: str | None = kept(None, str)
 
     @classmethod
-    def parse(cls, data: Mapping[str, Any]) -> DiskSpec:
+    def parse(cls, data: Mapping[str, Any], version: str = "") -> DiskSpec:
         """Read what :meth:`plain` returned, perhaps in another version of this program.
+
+        Args:
+            data: that.
+            version: of the program that wrote it, as far as that is known.
 
         Raises:
             DeviceError: this version does not know what is meant.
@@ -85,7 +89,7 @@ class DiskSpec:
             wrong = ["version"]
         if wrong:
             raise DeviceError(
-                f"another version of xen-disk described it, in terms unknown here "
+                f"xen-disk {version or 'of another version'} described it, in terms unknown here "
                 f"({', '.join(wrong)}): use that version"
             )
         return spec
