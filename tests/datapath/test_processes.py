@@ -325,6 +325,52 @@ def test_all_queues_have_one_size_though_their_processes_are_stopped_amid_anothe
     assert ExitStatus.OK == served.unplug()
 
 
+KILLING = """
+import contextlib
+import signal
+from xen_disk_py.datapath.processes import _Server
+
+def killed_at(step):
+    real = getattr(_Server, step)
+
+    def call(self, **arguments):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink({flag!r})
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(self, **arguments)
+
+    setattr(_Server, step, call)
+
+killed_at({step!r})
+"""
+
+
+@pytest.mark.parametrize(
+    ("step", "size"), [("_admit", SIZE // 2), ("_resize", SIZE // 2), ("_resize", 2 * SIZE)]
+)
+def test_a_queue_s_process_that_is_killed_amid_a_resize_leaves_it_to_a_successor(
+    served, host, tmp_path, step, size
+):
+    """Which ends it; the guest sees no error."""
+    flag = tmp_path / "flag"
+    flag.touch()
+    served.processes.install(KILLING.format(flag=str(flag), step=step))
+    served.start("--supervise")
+    pid = served.record.facts.pid
+    served.write(*range(16))
+    asked = served.processes.start("resize", "5", "xvdb", str(size), "--force")
+    served.write(*range(8, 24))
+    served.frontend.drain()
+    assert (ExitStatus.OK, "") == (asked.wait(), asked.err)
+    assert not flag.exists()
+    assert pid != served.record.facts.pid
+    host.until(lambda: served.record.facts.size == size)
+    served.frontend.look_again()
+    assert_length(served, size)
+    served.check()
+    assert ExitStatus.OK == served.unplug()
+
+
 def test_a_guest_that_connects_and_leaves_waits_for_a_process_that_is_stopped(served, host):
     served.processes.install(STOPPING.format(amid=[]))
     served.start()
