@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,10 @@ from xen_disk_py.backends.vhd.create import create
 from xen_disk_py.cli import main
 from xen_disk_py.commands import resize as resize_module
 from xen_disk_py.exit_status import ExitStatus
+from xen_disk_py.recovery import record
 from xen_disk_py.recovery.record import Record
 from xen_disk_py.xenbus import toolstack
+from xen_disk_py.xenbus.states import Address
 
 MIB = 1 << 20
 
@@ -165,17 +168,50 @@ def test_what_is_not_there(serve, resize, argv, said):
 def test_a_process_that_has_ended(host, resize):
     serving = host.serving(DiscardBackend(size=MIB), "xvdb", start=False)
     serving.attach()
-    record = Record(host.records, serving.address)
-    content = Path(record.path).read_bytes()
-    record.close()
-    Path(record.path).write_bytes(content)
+    one = Record(host.records, serving.address)
+    content = Path(one.path).read_bytes()
+    one.close()
+    Path(one.path).write_bytes(content)
     status, _, err = resize("guest", "xvdb")
     assert status is ExitStatus.ERROR
     assert f"the process that served xvdb, {os.getpid()}, has ended" in err
-    assert "disconnect guest xvdb" in err
+    assert "xen-disk disconnect 5 xvdb" in err
+    assert "adopt" not in err
     assert [] == requests(host, serving)
     toolstack.detach(host.store, serving.address)
-    os.unlink(record.path)
+    os.unlink(one.path)
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_a_process_that_was_killed(host, processes, resize, tmp_path, monkeypatch, when):
+    """Before the command asks, or while it waits: it says so, and what can be done."""
+    address = Address(0, host.DOMID, 51728, "vbd3")
+    (tmp_path / "disk.raw").write_bytes(bytes(MIB))
+    where = ("--vdev", "xvdb", "--path", str(tmp_path / "disk.raw"), "--backend", "raw")
+    process = processes.start("connect", "guest", *where)
+    host.until(lambda: address.backend in host.tree())
+    frontend = host.frontend(address)
+    frontend.connect()
+    process.until("raw rw")
+    process.signal(signal.SIGSTOP)
+    if when == "before":
+        process.kill()
+    wait = resize_module.until
+
+    def late(*arguments):
+        process.kill()
+        return wait(*arguments)
+
+    monkeypatch.setattr(resize_module, "until", late)
+    status, out, err = resize("guest", "xvdb", "2M", "--timeout", "0.05")
+    assert (ExitStatus.ERROR, "", 1) == (status, out, err.count("\n"))
+    meanwhile = "" if when == "before" else ", and no other has taken over within 0.05 s"
+    assert f"the process that served xvdb, {process.pid}, has ended{meanwhile}: " in err
+    assert "xen-disk connect --adopt 5 xvdb" in err
+    assert [] == [path for path in host.tree() if "/resize/" in path]
+    frontend.close()
+    toolstack.detach(host.store, address)
+    record.forget(host.records, address)
 
 
 def test_a_process_that_does_not_answer(host, resize):

@@ -27,13 +27,9 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
     with env.open_store() as store:
         domain = toolstack.find_domain(store, args.vm)
         disk = toolstack.find_attached(store, domain.domid, vdev)
-        found = record.find(env.record_directory, disk.address)
-        if found is None or not found.alive:
-            raise DeviceError(
-                f"the process that served {vdev}, {disk.pid}, has ended: "
-                f"take the disk away with: disconnect {args.vm} {vdev}"
-            )
-        size = _ask(store, disk, resize.ResizeRequest(args.size, args.force), args.timeout)
+        _check_served(env, disk)
+        request = resize.ResizeRequest(args.size, args.force)
+        size = _ask(env, store, disk, request, args.timeout)
     if args.json:
         facts = {
             "domid": domain.domid,
@@ -48,7 +44,38 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
     return ExitStatus.OK
 
 
-def _ask(store: Store, disk: Attached, request: resize.ResizeRequest, timeout: float) -> int:
+def _check_served(env: Environment, disk: Attached, meanwhile: str = "") -> None:
+    """See that a process serves the disk.
+
+    Args:
+        env: says where its record is.
+        disk: the disk.
+        meanwhile: what to say of one that has ended while somebody waited.
+
+    Raises:
+        DeviceError: it has ended; the message says what can be done.
+    """
+    found = record.find(env.record_directory, disk.address)
+    if found is not None and found.alive:
+        return
+    device = f"{disk.address.frontend_domid} {disk.device}"
+    ended = f"the process that served {disk.device}, {disk.pid}, has ended{meanwhile}: "
+    if found is not None and found.is_orphan:
+        raise DeviceError(
+            f"{ended}with --supervise another takes over by itself, then try again; else have one "
+            f"take over with: xen-disk connect --adopt {device}; or take the disk away with: "
+            f"xen-disk disconnect {device}"
+        )
+    raise DeviceError(f"{ended}take the disk away with: xen-disk disconnect {device}")
+
+
+def _ask(
+    env: Environment,
+    store: Store,
+    disk: Attached,
+    request: resize.ResizeRequest,
+    timeout: float,
+) -> int:
     """Leave the request, wait for the answer, take both away; the result is the size in bytes."""
     back = disk.address.backend
     directory = f"{back}/{resize.DIRECTORY}"
@@ -70,6 +97,7 @@ def _ask(store: Store, disk: Attached, request: resize.ResizeRequest, timeout: f
     store.transact(leave)
     try:
         if not until(store, path, answered, timeout):
+            _check_served(env, disk, f", and no other has taken over within {timeout:g} s")
             raise DeviceError(
                 f"the process that serves {disk.device}, {disk.pid}, does not answer within "
                 f"{timeout:g} s: it is stopped, hangs in a request, or is too old to resize"
