@@ -9,11 +9,15 @@ import time
 from pathlib import Path
 from typing import Callable
 
+import pytest
+
+from xen_disk_py.trace.format import GAP, RESUMED
 from xen_disk_py.trace.reader import TraceReader
 
 from .disk import GOLD, Disk, wait_offered, xen_disk
 from .guest import START_SECONDS, Guest, sh
 from .test_integrity import digest, leave
+from .test_reliability import Load, kill
 
 RESULTS = os.environ.get("XEN_LAB_RESULTS")
 
@@ -98,3 +102,31 @@ def test_a_disk_at_several_moments(
     if RESULTS is not None:  # what tests/trace/ has
         shutil.copy(trace, RESULTS)
         (Path(RESULTS) / "guest.json").write_text(json.dumps(moments, indent=1) + "\n")
+
+
+@pytest.mark.timeout(900)
+def test_a_recording_whose_process_is_killed_under_load(
+    pv_guest: Guest, connect: Callable[..., Disk], tmp_path: Path
+) -> None:
+    """The guest notices nothing, and all that it wrote is in the trace, which three wrote."""
+    image, base, trace = tmp_path / "disk.raw", tmp_path / "base.raw", tmp_path / "guest.xdt"
+    sh("truncate", "-s", "4M", str(image), str(base))
+    pv_guest.check("dmesg -c > /dev/null")
+    disk = connect(pv_guest, "--supervise", "--path", image, "--backend", "raw")
+    started = xen_disk("record", pv_guest.name, disk.vdev, "start", trace, "--data")
+    assert started.returncode == 0, started.stderr
+    load = Load(pv_guest, disk)
+    kill(disk, 2)
+    print("2 kills,", load.end())
+    stopped = xen_disk("record", pv_guest.name, disk.vdev, "stop", "--json")
+    assert stopped.returncode == 0, stopped.stderr
+    facts = json.loads(stopped.stdout)
+    assert (str(trace), 0) == (facts["path"], facts["lost"])
+    leave(pv_guest, disk)
+    with TraceReader(str(trace)) as reader:
+        operations = [each.operation for each in reader.records()]
+    assert (2, 0) == (operations.count(RESUMED), operations.count(GAP))
+    new = tmp_path / "new.raw"
+    done = xen_disk("rewind", trace, "--base", base, "--at", "end", "-o", new)
+    assert done.returncode == 0, done.stderr
+    assert digest(image) == digest(new)
