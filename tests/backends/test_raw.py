@@ -141,12 +141,6 @@ def test_a_file_system_that_punches_no_holes_offers_no_discard(image, monkeypatc
     assert errno.EOPNOTSUPP == caught.value.errno
 
 
-def test_a_hole_that_cannot_be_punched_raises_with_its_errno():
-    with pytest.raises(OSError, match=os.strerror(errno.EBADF)) as caught:
-        trim_module.punch_hole(-1, 0, 4096)
-    assert errno.EBADF == caught.value.errno
-
-
 def test_a_second_writer_is_refused(disk, image):
     with pytest.raises(ImageError, match="in use by process"):
         RawBackend(image)

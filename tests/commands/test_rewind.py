@@ -11,6 +11,7 @@ from contextlib import closing
 import pytest
 from recorded import SIZE, discard, flush, header, make, read, resized, stopped, write
 
+from xen_disk_py.backends import holes
 from xen_disk_py.backends.loader import open_backend
 from xen_disk_py.backends.overlay.backend import OverlayBackend
 from xen_disk_py.cli import main
@@ -93,6 +94,14 @@ def test_the_disk_is_as_it_was(trace, base, new, moment, changes):
         assert expected == bytes(page)
     assert ExitStatus.OK == run("export", f"at:{trace}@{moment}", f"{new}.2")[0]
     assert expected == (new.parent / "new.2").read_bytes()
+
+
+@pytest.mark.parametrize("says", [0, -1])
+def test_zeros_are_there_where_no_hole_is_made(trace, base, new, monkeypatch, says):
+    """As by ext4 of Linux 6.1, beyond 4 TiB."""
+    monkeypatch.setattr(holes, "_fallocate", lambda *_: says)
+    assert ExitStatus.OK == run("rewind", trace, "--at", "end", "-o", new)[0]
+    assert put(base.read_bytes(), A, ZERO, B) == new.read_bytes()
 
 
 def test_it_is_an_overlay_with_what_differs(trace, base, new):

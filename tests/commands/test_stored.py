@@ -12,7 +12,7 @@ import subprocess
 import pytest
 from recorded import SIZE, header, make, stopped, write
 
-from xen_disk_py.backends import newfile, trim
+from xen_disk_py.backends import holes, newfile, trim
 from xen_disk_py.backends.overlay import file as overlay_file
 from xen_disk_py.cli import main
 from xen_disk_py.commands.environment import Environment
@@ -29,7 +29,7 @@ class Storage:
         for name in ("pwrite", "pwritev", "ftruncate", "write"):
             monkeypatch.setattr(os, name, self._changing(getattr(os, name)))
         monkeypatch.delattr(os, "copy_file_range", raising=False)
-        for module in (trim, overlay_file):
+        for module in (holes, trim, overlay_file):
             monkeypatch.setattr(module, "punch_hole", self._changing(module.punch_hole))
         for name in ("fsync", "fdatasync"):
             monkeypatch.setattr(os, name, self._syncing(getattr(os, name)))

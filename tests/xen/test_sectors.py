@@ -11,6 +11,8 @@ from typing import Callable
 
 import pytest
 
+from xen_disk_py.backends.holes import punch_hole
+
 from .disk import Disk, block_nodes
 from .guest import IS_ARM, PATIENCE, Dom0, Guest
 from .test_reliability import taken_over, worker
@@ -93,13 +95,27 @@ def test_a_disk_of_5_tib(
         path.unlink(missing_ok=True)
 
 
+def makes_holes(path: Path, place: int) -> bool:
+    """Tell whether a hole at that place of a file is made where the file system says so.
+
+    ext4 of Linux 5.18 to 6.15 does nothing beyond 4 TiB (findings/ext4-punch-does-nothing.sh).
+    """
+    with path.open("w+b") as file:
+        os.pwrite(file.fileno(), b"old " * (MIB // 4), place)
+        punch_hole(file.fileno(), place, MIB)
+        made = os.pread(file.fileno(), MIB, place) == bytes(MIB)
+    path.unlink()
+    return made
+
+
 @pytest.mark.parametrize("backend", ["raw", "mmap"])
 def test_a_discard_of_5_tib(
     backend: str, dom0: Dom0, connect: Connect, tmp_path: Path, xenstore_unchanged: None
 ) -> None:
     """All of it is answered, also by the successor of a process that is killed amid it.
 
-    Linux 6 makes a few requests of that, Linux 7 one for each 2 TiB.
+    Linux 6 makes 1,281 requests of that, Linux 7 one for each 2 TiB. What is read afterwards is
+    zeros, but for what dom0's file system has not given up.
     """
     path = Path("/var/tmp/large.raw")
     places = (0, 2 * TIB - MIB, 2 * TIB, 5 * TIB - MIB)
@@ -111,6 +127,8 @@ def test_a_discard_of_5_tib(
                 pytest.skip(f"no file of 5 TiB here: {error.strerror}")
             for place in places:
                 os.pwrite(file.fileno(), b"old " * (MIB // 4), place)
+        holes = [makes_holes(path.with_suffix(".other"), place) for place in places]
+        assert all(holes[:-1])
         disk = connect(dom0, "--supervise", "--path", path, "--backend", backend)
         device = f"/dev/{disk.device}"
         dom0.wait_for_device(disk.device)
@@ -130,12 +148,14 @@ def test_a_discard_of_5_tib(
         assert status == 0, said + disk.describe()
         assert "I/O error" not in dom0.dmesg()
         assert path.stat().st_blocks < 4 * MIB // 512, "nothing was given back"
-        for place in places:
+        for place, is_hole in zip(places, holes):
             read = f"dd if={device} bs=1M count=1 skip={place // MIB} iflag=direct 2>/dev/null"
             dom0.check(f"{read} > {tmp_path}/back")
-            assert (tmp_path / "back").read_bytes() == bytes(MIB), place
+            expected = bytes(MIB) if is_hole else b"old " * (MIB // 4)
+            assert (tmp_path / "back").read_bytes() == expected, place
         limit = attribute(dom0, disk, "queue/discard_max_bytes")
         print(f"Linux {platform.release()} discards {limit} bytes at most with one request")
+        print(f"holes of dom0's file system at {places}: {holes}")
         assert disk.disconnect() == 0, disk.describe()
     finally:
         path.unlink(missing_ok=True)

@@ -30,8 +30,8 @@ from contextlib import suppress
 from typing import Callable
 
 from ..errors import DeviceError
+from .holes import put_zeros
 from .image import transfer_all
-from .trim import punch_hole
 
 CHUNK = 64 << 10
 WAIT = 2.0
@@ -276,14 +276,7 @@ def put_over(images: int, here: bytearray, size: int, raw: int) -> int:
         if any(buffer):
             transfer_all(os.pwritev, raw, [buffer], at)
         else:
-            _put_zeros(raw, at, buffer)
+            put_zeros(raw, at, len(buffer))
         count += len(buffer)
         chunk = here.find(1, chunk + 1)
     return count
-
-
-def _put_zeros(raw: int, at: int, zeros: memoryview) -> None:
-    try:
-        punch_hole(raw, at, len(zeros))
-    except OSError:  # not every file system can
-        transfer_all(os.pwritev, raw, [zeros], at)

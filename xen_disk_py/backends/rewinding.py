@@ -12,11 +12,11 @@ from ..text import printable
 from .at import AtBackend
 from .exporting import Progress, exported
 from .filter import do_all
+from .holes import put_zeros
 from .image import transfer_all
 from .newfile import hidden_name, sync_directory
 from .overlay.backend import OverlayBackend
 from .overlay.maintenance import copy_extent
-from .trim import punch_hole
 
 _CHUNK = 1 << 20  # bytes copied in one go
 
@@ -42,8 +42,10 @@ def rewind_to_image(disk: AtBackend, new: str, progress: Progress) -> None:
         copy_extent(base.fd, 0, raw.fd, 0, base.size, total, progress)
         os.ftruncate(raw.fd, disk.size)
         for piece, offset in _pieces(disk):
-            if any(piece) or not _punch(raw.fd, offset, len(piece)):
+            if any(piece):
                 transfer_all(os.pwritev, raw.fd, [piece], offset)
+            else:
+                put_zeros(raw.fd, offset, len(piece))
             progress(base.size + offset * (total - base.size) // disk.size, total)
 
 
@@ -55,15 +57,6 @@ def _pieces(disk: AtBackend) -> Iterator[tuple[memoryview, int]]:
             piece = memoryview(bytearray(min(_CHUNK, end - at)))
             disk.read([piece], at)
             yield piece, at
-
-
-def _punch(fd: int, offset: int, length: int) -> bool:
-    """Make a hole; False: this file system cannot."""
-    try:
-        punch_hole(fd, offset, length)
-    except OSError:
-        return False
-    return True
 
 
 def rewind_to_overlay(disk: AtBackend, overlay: str, progress: Progress) -> None:

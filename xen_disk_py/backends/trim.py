@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import os
 import struct
 
 from . import sharing
+from .holes import punch_hole
 from .image import Image, file_system
 
-_FALLOC_FL_KEEP_SIZE = 0x01  # linux/falloc.h
-_FALLOC_FL_PUNCH_HOLE = 0x02
 _BLKDISCARD = 0x1277  # linux/fs.h
 _PUNCHING = {"btrfs", "ext4", "gfs2", "tmpfs", "xfs"}  # fallocate(2)
 _CHUNK = 1 << 30  # a device may take long; nothing can interrupt one request to it
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_fallocate = getattr(_libc, "fallocate64", None) or _libc.fallocate  # musl has one name only
-_fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong]
 
 
 class Trim:
@@ -115,15 +109,3 @@ def queue_attribute(fd: int, name: str) -> int:
 def _rounded_up(number: int, step: int) -> int:
     """Return the positive multiple of ``step`` that is nearest above, or ``number`` itself."""
     return max(1, -(-number // step)) * step
-
-
-def punch_hole(fd: int, offset: int, length: int) -> None:
-    """Give the disk space of a part of a file back: zeros are read there (fallocate(2)).
-
-    Raises:
-        OSError: the file system cannot do that, or fails.
-    """
-    mode = _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE
-    if _fallocate(fd, mode, offset, length):
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))

@@ -29,7 +29,7 @@ from xen_disk_py.backends.overlay import epoch as epoch_module
 from xen_disk_py.backends.overlay import file as file_module
 from xen_disk_py.backends.overlay import header as header_module
 from xen_disk_py.backends.overlay.backend import OverlayBackend
-from xen_disk_py.backends.overlay.file import OverlayFile, data_extents, image_path
+from xen_disk_py.backends.overlay.file import OverlayFile, image_path
 from xen_disk_py.backends.overlay.header import Header
 from xen_disk_py.backends.overlay.maintenance import rebase
 from xen_disk_py.backends.raw import RawBackend
@@ -1252,17 +1252,6 @@ def test_a_huge_discard_that_is_cut_short(make_image, opened):
     disk = opened(image)
     assert 0 == disk._file.used
     assert [bytes(4)] * 3 == [read(disk, place, BLOCK)[:4] for place in places]
-
-
-def test_extents_are_where_a_file_has_data(tmp_path):
-    path = tmp_path / "sparse"
-    with open(path, "w+b") as file:
-        file.truncate(1 << 20)
-        os.pwrite(file.fileno(), b"x" * 8192, 65536)
-        assert [(65536, 73728)] == list(data_extents(file.fileno(), 0, 1 << 20))
-        assert [(69632, 70000)] == list(data_extents(file.fileno(), 69632, 70000))
-        assert [] == list(data_extents(file.fileno(), 0, 65536))
-        assert [] == list(data_extents(file.fileno(), 1 << 19, 1 << 20))
 
 
 def test_it_is_opened_by_name(image, overlay, tmp_path):

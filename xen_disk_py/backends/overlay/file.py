@@ -39,9 +39,9 @@ from dataclasses import replace
 
 from ...errors import ImageError
 from ...hypervisor import Closing
+from ..holes import data_extents, punch_hole
 from ..image import Image, lock, transfer_all
 from ..newfile import NewFile, why
-from ..trim import punch_hole
 from .epoch import Epoch
 from .header import BLOCK, COPY, Commit, Header, damaged
 from .trust import require_trusted
@@ -550,23 +550,6 @@ def image_path(path: str) -> str:
             os.close(fd)
     except OSError as error:
         raise ImageError(f"{path}: the overlay cannot be opened: {error.strerror}") from error
-
-
-def data_extents(fd: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """Name the parts from ``start`` to ``stop`` of a file that are no holes: from, to, in bytes."""
-    while start < stop:
-        try:
-            start = os.lseek(fd, start, os.SEEK_DATA)
-            end = min(os.lseek(fd, start, os.SEEK_HOLE), stop)
-        except OSError as error:
-            if error.errno == errno.ENXIO:  # nothing but a hole up to the end
-                return
-            if error.errno != errno.EINVAL:
-                raise
-            end = stop  # a block device has no holes
-        if start < end:
-            yield start, end
-        start = end
 
 
 def _read_header(fd: int, path: str) -> Header:

@@ -17,9 +17,10 @@ from contextlib import ExitStack, contextmanager, suppress
 
 from ...errors import ImageError
 from ..exporting import Check, Convert, Keep, Progress, at_one_instant, exported, new_image
+from ..holes import data_extents
 from ..image import Image
 from ..newfile import NewFile, sync_directory
-from .file import OverlayFile, data_extents
+from .file import OverlayFile
 from .header import Commit
 from .trust import require_trusted
 

@@ -10,10 +10,11 @@ from collections.abc import Iterable, Sequence
 from ...errors import DeviceError, ImageError, UsageError, XenDiskError
 from .. import Backend, sharing
 from ..before_images import BeforeImages
+from ..holes import punch_hole
 from ..image import Image
 from ..loader import parse_options
 from ..sharing import Storage
-from ..trim import can_punch, punch_hole
+from ..trim import can_punch
 from .chain import open_chain, open_parent, roots_of
 from .create import create_child
 from .growing import grow

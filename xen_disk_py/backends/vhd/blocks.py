@@ -34,10 +34,9 @@ from dataclasses import replace
 from ...errors import ImageError
 from ...units import format_size
 from ..before_images import WAIT, BeforeImages
+from ..holes import data_extents, punch_hole
 from ..image import IOV_MAX, Image, cut, nowait_flags, transfer_all
-from ..overlay.file import data_extents
 from ..sharing import Storage, storage_of
-from ..trim import punch_hole
 from .layout import FOOTER, FREE, SECTOR, Batmap, Footer, blocks_of, checksum, whole_sectors
 from .opening import Blocks, Vhd
 from .stable import Stable
