@@ -11,12 +11,12 @@ import struct
 class Listener:
     """Has the journal's socket; entries are dictionaries of bytes by name."""
 
-    def __init__(self, path):
+    def __init__(self, path: str) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.bind(path)
         self._socket.settimeout(30)
 
-    def next(self):
+    def next(self) -> dict[str, bytes]:
         """Wait for an entry."""
         size = array.array("i", [0]).itemsize
         data, control, _, _ = self._socket.recvmsg(1 << 20, socket.CMSG_SPACE(size))
@@ -31,16 +31,16 @@ class Listener:
         return decode(data)
 
     @property
-    def is_empty(self):
+    def is_empty(self) -> bool:
         poller = select.poll()
         poller.register(self._socket, select.POLLIN)
         return not poller.poll(0)
 
-    def close(self):
+    def close(self) -> None:
         self._socket.close()
 
 
-def decode(data):
+def decode(data: bytes) -> dict[str, bytes]:
     """Return the fields of an entry; each must be there once."""
     found = {}
     while data:

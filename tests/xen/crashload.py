@@ -27,7 +27,7 @@ import time
 import uuid
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 ROUNDS = {"files": 24, "sqlite": 40}
 ROWS = 60
@@ -173,7 +173,7 @@ def load_commit(top: Path, note: Notes, kind: str) -> None:
         _ours("create", image, "--size", str(_IMAGE))
         _write(Backend(str(image)), bytes(_IMAGE), before)
         _ours("create", changes, "--parent", image)
-        disk = Backend(str(changes))
+        disk: Any = Backend(str(changes))
     else:
         from xen_disk_py.backends.overlay.backend import OverlayBackend
 
@@ -206,7 +206,7 @@ def check_commit(top: Path, noted: list[tuple[str, int]], kind: str) -> None:
     if kind == "overlay":
         assert image.read_bytes() in (before, after), "neither the old content nor the new"
     if changes.exists():
-        _ours("commit", changes, *(["--path", image] if kind == "overlay" else []))
+        _ours("commit", changes, *(("--path", image) if kind == "overlay" else ()))
     copy = image
     if kind == "vhd":
         copy = top / "copy"
@@ -304,7 +304,7 @@ def load(kind: str, directory: str, path: str, device: str, offset: str) -> None
     """Do a load: ``files``, ``sqlite JOURNAL SYNCHRONOUS``, ``commit FORMAT``, or ``make``."""
     note = Notes(path, device, int(offset))
     name, *options = kind.split()
-    loads = {
+    loads: dict[str, Callable[..., None]] = {
         "files": load_files,
         "sqlite": load_sqlite,
         "commit": load_commit,
@@ -343,4 +343,5 @@ def check(kind: str, image: str, path: str) -> None:
 
 
 if __name__ == "__main__":
-    {"load": load, "check": check}[sys.argv[1]](*sys.argv[2:])
+    programs: dict[str, Callable[..., None]] = {"load": load, "check": check}
+    programs[sys.argv[1]](*sys.argv[2:])

@@ -16,6 +16,7 @@ import random
 import sys
 import threading
 from pathlib import Path
+from typing import Callable
 
 BLOCK = 4096
 WRITES = 12  # before each flush
@@ -29,7 +30,9 @@ def content(number: int) -> bytes:
 class Writer(threading.Thread):
     """Writes and flushes one after another, as a database would, until it is told to stop."""
 
-    def __init__(self, device: str, blocks: range, first: int, note, stop: Path) -> None:
+    def __init__(
+        self, device: str, blocks: range, first: int, note: Callable[..., None], stop: Path
+    ) -> None:
         super().__init__()
         self._fd = os.open(device, os.O_RDWR | os.O_DIRECT)
         self._blocks, self._number, self._note, self._stop_file = blocks, first, note, stop
@@ -95,4 +98,4 @@ def main(device: str, journal: str, stop: str, writers: int, blocks: int) -> Non
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4], *map(int, sys.argv[4:]))
+    main(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))

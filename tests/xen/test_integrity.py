@@ -14,7 +14,7 @@ from typing import Callable
 import pytest
 
 from .disk import Disk
-from .guest import PATIENCE, Guest, GuestError, sh
+from .guest import PATIENCE, Guest, GuestError, Shell, sh
 
 MIB = 1 << 20
 
@@ -34,7 +34,7 @@ def guest_digest(guest: Guest, device: str) -> str:
     return guest.check(f"dd if=/dev/{device} bs=1M iflag=direct 2>/dev/null | sha256sum")[:64]
 
 
-def leave(guest: Guest, disk: Disk) -> None:
+def leave(guest: Shell, disk: Disk) -> None:
     """Disconnect, which must go well."""
     assert disk.disconnect() == 0, disk.describe()
     guest.wait_gone(disk.device)

@@ -15,9 +15,10 @@ import pytest
 from .disk import PROGRAM, block_nodes
 from .guest import CAN_MOVE, PATIENCE, Guest, Shell, sh
 from .peer import Peer, PeerGuest
-from .test_serve import LINE, MIB, Daemon, image, pytestmark, serve, served
+from .test_serve import LINE, MIB, Daemon, image, serve, served
+from .test_serve import pytestmark as needs_serve
 
-pytestmark = [pytestmark, pytest.mark.pair, CAN_MOVE]
+pytestmark = [needs_serve, pytest.mark.pair, CAN_MOVE]
 __all__ = ["image", "serve"]
 
 HERE = "192.0.2.1"

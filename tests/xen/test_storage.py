@@ -189,7 +189,7 @@ class Load:
         deadline = time.monotonic() + PATIENCE
         while not condition():
             said = f"{what}: {self.notes()[-5:]}\n{self._disk.describe()}"
-            assert self._process.poll() is None, said + (self._process.stderr or "").read()
+            assert self._process.poll() is None, said + self._process.communicate()[1]
             assert time.monotonic() < deadline, said
             time.sleep(0.05)
 
