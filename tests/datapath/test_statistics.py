@@ -201,6 +201,22 @@ class TestSettling:
             words[statistics.REQUESTS] += 1  # as many as there were; others are under way
         assert is_settled()
 
+    @pytest.mark.parametrize("counter", [statistics.IN_FLIGHT, statistics.HELD])
+    def test_several_that_are_busy_need_not_be_idle_at_once(self, counter):
+        counters = Statistics()
+        one, other = (counters.of_queue(number).words for number in range(2))
+        for words in (one, other):
+            words[statistics.IN_FLIGHT] = words[counter] = 1
+        is_settled = counters.settled(in_order=counter == statistics.HELD)
+        assert not is_settled()
+        one[statistics.REQUESTS] += 1
+        one[counter] = 0
+        assert not is_settled()
+        one[counter] = 1  # of what was asked for meanwhile
+        other[statistics.REQUESTS] += 1
+        other[counter] = 0
+        assert is_settled()
+
     @pytest.mark.parametrize("in_order", [True, False])
     def test_a_queue_that_is_idle_has_nothing_left(self, in_order):
         counters = Statistics()

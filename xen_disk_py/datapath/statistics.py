@@ -175,16 +175,21 @@ class Statistics:
 
         Args:
             in_order: requests do not overtake each other, but for those that are held. Where
-                they may, only a disk with nothing at all in flight counts as settled.
+                they may, only a queue that was seen with nothing in flight counts as settled.
         """
-        words = [block.words for block in self._blocks]
-        due = [each[REQUESTS] + each[IN_FLIGHT] if in_order else _U64 for each in words]
+        pending = [
+            (words, words[REQUESTS] + words[IN_FLIGHT] if in_order else _U64)
+            for words in (block.words for block in self._blocks)
+        ]
 
         def is_settled() -> bool:
-            return all(
-                not each[IN_FLIGHT] or (each[REQUESTS] >= wanted and not each[HELD])
-                for each, wanted in zip(words, due)
-            )
+            # Each queue by itself: several that are busy are never idle at once.
+            pending[:] = [
+                (words, due)
+                for words, due in pending
+                if words[IN_FLIGHT] and (words[REQUESTS] < due or words[HELD])
+            ]
+            return not pending
 
         return is_settled
 
