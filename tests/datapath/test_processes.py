@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pwd
 import random
 import signal
+import socket
 import threading
 
 import pytest
@@ -13,6 +15,7 @@ from long_run import LONG
 
 from xen_disk_py.blkif import READ, WRITE
 from xen_disk_py.cli import main
+from xen_disk_py.datapath import processes as processes_module
 from xen_disk_py.datapath.disk import Disk
 from xen_disk_py.datapath.processes import QueueProcesses
 from xen_disk_py.datapath.queue import Options
@@ -219,6 +222,7 @@ def test_whoever_of_them_is_killed_under_load_nothing_is_lost(served):
 STOPPING = """
 import signal
 from xen_disk_py.datapath import processes
+from xen_disk_py.datapath import processes as processes_module
 from xen_disk_py.datapath.disk import Disk
 
 processes.ANSWER = 1.0
@@ -398,17 +402,33 @@ def test_a_guest_that_connects_and_leaves_waits_for_a_process_that_is_stopped(se
     assert ExitStatus.OK == served.unplug_alone()
 
 
-def test_a_watchdog_ends_a_disk_whose_queue_s_process_is_stopped(served, host):
-    served.processes.install(STOPPING.format(amid=[]))
-    served.start("--supervise", "--watchdog=3")
-    pid, queues = served.record.facts.pid, served.queues
-    stop(host, queues[0][0])
-    served.write(1, 2, 3, 4)
-    served.frontend.drain()
-    assert "a request has not returned" in served.process.err
-    host.until(lambda: served.is_served_by_another_than(pid))
-    served.check()
-    assert ExitStatus.OK == served.unplug()
+def test_a_process_that_gives_no_answer_counts_as_stalled(monkeypatch):
+    """It is asked once; what it says late is nobody's."""
+    there, socketpair = [], socket.socketpair
+
+    def make_pair(*arguments):
+        here, other = socketpair(*arguments)
+        there.append(other.dup())
+        return here, other
+
+    monkeypatch.setattr(processes_module, "ANSWER", 0.01)
+    monkeypatch.setattr(socket, "socketpair", make_pair)
+    monkeypatch.setattr(os, "fork", os.getpid)
+    fork = processes_module._Fork()
+    queue = processes_module.RemoteQueue(fork, None, {})
+    before = queue.stalled_for
+    assert before > 0
+    assert queue.stalled_for > before
+    commands = there[0]
+    number, do, _ = json.loads(commands.recv(1000))
+    assert "stalled_for" == do
+    with pytest.raises(BlockingIOError):
+        commands.recv(1000, socket.MSG_DONTWAIT)
+    for answer in ([number, 70.0, None, None], [number + 1, 0.0, None, None]):
+        commands.send(json.dumps(answer).encode())
+    assert 0 == queue.stalled_for
+    for end in (fork.commands, fork.told, *there):
+        end.close()
 
 
 FAILING = """
