@@ -68,15 +68,16 @@ class Delay(Waiting):
 
     def pause(self, operation: str, length: int) -> float:
         """Draw a time, or take the next of the file."""
-        least, most = self._bounds[operation]
-        if most:
-            seconds = least if least == most else self._dice.uniform(least, most)
-        elif self._times is not None and operation in ("read", "write"):
-            seconds = next(self._times)
-        else:
-            return 0.0
-        self._waits += 1
-        return seconds
+        with self._lock:
+            least, most = self._bounds[operation]
+            if most:
+                seconds = least if least == most else self._dice.uniform(least, most)
+            elif self._times is not None and operation in ("read", "write"):
+                seconds = next(self._times)
+            else:
+                return 0.0
+            self._waits += 1
+            return seconds
 
 
 def _bounds(name: str, text: str) -> tuple[float, float]:

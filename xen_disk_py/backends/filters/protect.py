@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import threading
 from collections.abc import Sequence
 from typing import Literal
 
@@ -39,6 +40,7 @@ class Protect(Filter):
     ) -> None:
         super().__init__(source)
         self._touched = 0
+        self._lock = threading.Lock()
         self._lines = Ration(_LINES, 1.0)
         self.configure(range=range, mode=mode)
 
@@ -52,8 +54,10 @@ class Protect(Filter):
 
     def _check(self, operation: str, offset: int, length: int) -> None:
         if touches(self._ranges, offset, length):
-            self._touched += 1
-            if self._lines.take():  # a guest decides how often
+            with self._lock:
+                self._touched += 1
+                is_told = self._lines.take()  # a guest decides how often
+            if is_told:
                 log.warning("%s of %d bytes at %d, which are protected", operation, length, offset)
             if self._refuses:
                 raise OSError(errno.EPERM, f"{operation} of what is protected")

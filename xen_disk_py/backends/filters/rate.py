@@ -6,7 +6,6 @@ up for a burst of one second, or as long as ``burst`` says.
 
 from __future__ import annotations
 
-import threading
 import time
 
 from ...errors import UsageError
@@ -54,7 +53,6 @@ class Rate(Waiting):
         burst: str = "1s",
     ) -> None:
         super().__init__(source)
-        self._lock = threading.Lock()
         self._waits = 0
         self.configure(bytes=bytes, requests=requests, burst=burst)
 

@@ -91,10 +91,13 @@ class Retry(Waiting):
             except Exception as error:
                 if not left or not passes(error) or self._closed.wait(min(pause, longest)):
                     raise
-                self._retries += 1
+                with self._lock:
+                    self._retries += 1
                 pause *= 2
             else:
-                self._helped += left < times
+                if left < times:
+                    with self._lock:
+                        self._helped += 1
                 return result
         raise AssertionError("unreachable")
 

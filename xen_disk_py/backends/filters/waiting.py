@@ -27,6 +27,7 @@ class Waiting(Filter):
         self._inside = threading.Semaphore(max(1, at_once))
         self._is_shared = at_once > 1
         self._has_waited = threading.local()
+        self._lock = threading.Lock()  # of what is counted: several threads wait
 
     def _waits_for(self, operation: str) -> bool:
         """Tell whether requests of this kind may wait."""
