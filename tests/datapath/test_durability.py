@@ -470,6 +470,22 @@ def test_flushes_that_were_asked_for_together_are_one():
     assert 2 <= disk.backend.flushes <= 6
 
 
+def test_without_the_gil_a_flush_is_between_two_fences(monkeypatch):
+    """What was written is there before a flush looks which have begun; and its own number is."""
+    seen = []
+
+    class Fence:
+        def barrier(self):
+            seen.append(served._flushes[0])
+
+    monkeypatch.setattr(durability, "HAS_GIL", False)
+    monkeypatch.setattr(durability, "load_fence", Fence)
+    served = durability.Durability(Cache(), Statistics(), keeps=False)
+    served.flush()
+    served.flush()
+    assert [0, 1, 1, 2] == seen
+
+
 def test_nothing_is_written_while_copies_are_written_again():
     """A newer write must not be overtaken by an older copy of the same sectors."""
 

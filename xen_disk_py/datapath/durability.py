@@ -30,6 +30,7 @@ from ..backends import Backend, StorageError, passing
 from ..backends.copies import Copies, Piece, cut
 from ..host.atomic import load_fence
 from ..host.shared_lock import SharedLock
+from ..host.synchronizing import HAS_GIL
 from .statistics import Statistics
 
 COPIES = 64 << 20
@@ -67,7 +68,8 @@ class Durability:
         self.backend = backend
         self._flushing: AbstractContextManager[Any] = threading.Lock()
         self._flushes: MutableSequence[int] = [0, 0]  # started; the last that succeeded
-        self._fence: Callable[[], None] = lambda: None
+        # Without the GIL nothing else orders what two threads do: see flush().
+        self._fence: Callable[[], None] = _nothing if HAS_GIL else load_fence().barrier
         self._is_shared = False
         self._copies = _SharedCopies() if keeps and not backend.repeats_flush else None
 
@@ -191,6 +193,10 @@ class Durability:
             if copies is not None:
                 copies.flushed(end)
                 self.statistics.flush_failed = False
+
+
+def _nothing() -> None:
+    """No fence: the GIL orders what threads do."""
 
 
 class _SharedCopies:

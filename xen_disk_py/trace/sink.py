@@ -446,9 +446,11 @@ class Sink:
                 self._hurry.clear()
                 if not self._write(only_full=is_hurried and not self._closing):
                     break
-            self.is_awake = False
-            if self._full or self._filling.done != self._filling.written:
-                self.rouse()  # came after the last look, and saw us awake
+            with self.lock:  # who puts more before sees us awake, and after that asleep
+                self.is_awake = False
+                is_more = self._full or self._filling.done != self._filling.written
+            if is_more:
+                self.rouse()
             if self._over and self.writer is not None and self.writer.fd >= 0:
                 self._stop(self._why)  # another thread has given up waiting for this one
             if self._closing or self._over:
