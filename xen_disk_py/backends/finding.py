@@ -26,6 +26,7 @@ from . import Backend
 from .filter import Filter
 
 ENTRY_POINTS = "xen_disk_py.backends"
+_PACKAGE = Backend.__module__
 _OURS = {
     "at": "AtBackend",
     "cow": "CowBackend",
@@ -96,7 +97,7 @@ def find_class(name: str) -> tuple[type[Backend], str]:
         BackendError: it cannot be loaded.
     """
     if name in _OURS:
-        module = importlib.import_module(f"{__package__}.{_MODULES.get(name, name)}")
+        module = importlib.import_module(f"{_PACKAGE}.{_MODULES.get(name, name)}")
         return _checked(getattr(module, _OURS[name]), name), f"the {name} backend"
     file = _FILE.fullmatch(name)
     if file is not None:
@@ -125,7 +126,7 @@ def find_filter(name: str) -> type[Filter]:
         raise UsageError(
             f"there is no filter {name}: use one of {', '.join(_FILTERS)}, or a file.py"
         )
-    module = importlib.import_module(f"{__package__}.filters.{name}")
+    module = importlib.import_module(f"{_PACKAGE}.filters.{name}")
     found: type[Filter] = getattr(module, _FILTERS[name])
     return found
 
@@ -241,7 +242,7 @@ def _run_file(path: str) -> ModuleType:
     if directory not in sys.path:
         sys.path.append(directory)  # its neighbours can be imported; at the end, to hide nothing
     sys.modules[module.__name__] = module  # dataclasses and pickle look for it there
-    sys.modules.setdefault("nbdkit", importlib.import_module(f"{__package__}.nbdkit.api"))
+    sys.modules.setdefault("nbdkit", importlib.import_module(f"{_PACKAGE}.nbdkit.api"))
     try:
         exec(compile(source, path, "exec", dont_inherit=True), module.__dict__)
     except Exception as error:
@@ -272,7 +273,7 @@ def _checked(value: object, name: str) -> type[Backend]:
 def is_plugin_class(cls: type[Backend]) -> bool:
     """Tell whether a class is a plugin for nbdkit's Python."""
     # A class of a plugin exists only where a file was run, which has imported this.
-    plugins = sys.modules.get(f"{__package__}.nbdkit.backend")
+    plugins = sys.modules.get(f"{_PACKAGE}.nbdkit.backend")
     return plugins is not None and issubclass(cls, plugins.PluginBackend)
 
 

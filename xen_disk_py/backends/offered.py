@@ -115,7 +115,7 @@ def _is_asked(disk: Backend) -> bool:
     """Tell whether a disk is only read-only because it was opened like that."""
     while isinstance(disk, Filter):
         disk = disk.source
-    is_own = type(disk).__module__.startswith(f"{__package__}.")
+    is_own = type(disk).__module__.startswith(f"{Backend.__module__}.")
     takes = inspect.signature(type(disk)).parameters
     if not is_own:
         return disk.read_only and "read_only" in takes
