@@ -140,7 +140,7 @@ MUSL = tuple(
     ./configure -q --prefix=$PREFIX --disable-static --disable-python --disable-ocaml \
         --disable-golang --disable-rust --disable-fuse --disable-ublk --without-libxml2 \
         --without-gnutls --without-bash-completions &&
-    make -s -j2 -C common && make -s -j2 -C lib && make -s -C lib install
+    make -s -j2 -C common/utils && make -s -j2 -C lib && make -s -C lib install
 """,
         ),
         (
