@@ -6,7 +6,7 @@ import fcntl
 import os
 import signal
 
-from xen_disk_py.backends import trim
+from xen_disk_py.backends import holes
 
 # What changes files, of all that the backends call; of os.open, what may make or empty one.
 EFFECTS = {
@@ -15,7 +15,7 @@ EFFECTS = {
         *("pwritev", "rename", "setxattr", "unlink", "write"),
     ),
     fcntl: ("ioctl",),
-    trim: ("_fallocate",),
+    holes: ("_fallocate",),
 }
 # What leaves no trace once the process is killed. A sync is one of them: what was synced only a
 # power cut tells (test_powercut.py).

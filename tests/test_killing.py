@@ -10,7 +10,7 @@ import killing
 import pytest
 
 from xen_disk_py import backends
-from xen_disk_py.backends.trim import punch_hole
+from xen_disk_py.backends.holes import punch_hole
 
 PAGE = 4096
 
