@@ -746,6 +746,25 @@ def test_a_filter_whose_pause_is_broken_keeps_nobody_waiting(caplog):
     assert "ValueError: write" in caplog.text
 
 
+def test_a_filter_that_is_broken_after_its_pause_has_the_request_answered(caplog):
+    class Broken(Filter):
+        def read(self, buffers, offset):
+            return self.source.read(buffers, offset)
+
+        def pause(self, operation, length):
+            return 0.5
+
+        def after_pause(self, call):
+            raise ValueError("nothing is done")
+
+    disk = Disk(Broken(Recording(threads=4)))
+    for operation, status in ((WRITE, ERROR), (FLUSH, FLUSH_FAILED)):
+        pause, call = disk.pause(Transfer(1, operation, 0, 1, (1,), (0,), (0,)), lambda: OKAY)
+        assert pause
+        assert status == call()
+    assert "ValueError: nothing is done" in caplog.text
+
+
 def test_a_flush_with_data_waits_for_both():
     disk = Disk(wrap(Recording(threads=4), ["delay:write=1s,flush=2s"]))
     for operation, sectors, expected in ((FLUSH, 1, 3.0), (FLUSH, 0, 2.0), (WRITE, 1, 1.0)):

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Callable, NamedTuple, Protocol
 
 from ..backends import Backend, asynchronous
-from ..backends.filter import Noting, direct, outermost
+from ..backends.filter import Filter, Noting, direct, outermost
 from ..backends.finding import user_line
 from ..blkif import (
     DISCARD,
@@ -512,7 +512,15 @@ class Disk:
         except Exception as error:  # noqa: BLE001 - whatever an author's code raises
             self.say(logging.ERROR, f"pause of {waiting}: {user_line(error, waiting)}")
             return 0.0, call
-        return pause, partial(waiting.after_pause, call)
+        return pause, partial(self._after_pause, waiting, request, call)
+
+    def _after_pause(
+        self, waiting: Filter, request: Transfer | Discard, call: Callable[[], int]
+    ) -> int:
+        try:
+            return waiting.after_pause(call)
+        except BaseException as error:  # noqa: BLE001 - as above; a thread's end would be no answer
+            return self.outcome(request, error)
 
     def outcome(self, request: Transfer | Discard, error: BaseException | None) -> int:
         """The status of a request that was begun, by how it ended."""
