@@ -16,6 +16,7 @@ from xen_disk_py.blkif import READ
 from xen_disk_py.cli import main
 from xen_disk_py.commands import upgrade as upgrade_module
 from xen_disk_py.exit_status import ExitStatus
+from xen_disk_py.host.process import start_time
 from xen_disk_py.recovery import record
 from xen_disk_py.recovery import upgrade as upgrading_module
 from xen_disk_py.recovery.facts import Facts
@@ -230,6 +231,14 @@ def test_a_process_that_does_not_answer(served, upgrade, answer, said):
     assert (ExitStatus.ERROR, "", 1) == (status, out, len(err.splitlines()))
     assert said in err
     assert [(os.getpid(), signal.SIGUSR2)] == signals
+
+
+def test_a_new_program_that_has_not_begun_yet_is_not_taken_for_dead(served, upgrade):
+    """It has no record until it has, and whoever adopts its disk would take that from it."""
+    signals = served(lambda one: one.leave(), process_started=start_time(os.getpid()))
+    status, _, err = upgrade("guest", "xvdb", "--timeout=0")
+    assert (ExitStatus.ERROR, 1) == (status, len(signals))
+    assert "has not answered within 0 s" in err
 
 
 NO_PROCESS = (1 << 22) + 1  # more than Linux gives; 1 may be this process, in a namespace

@@ -9,7 +9,7 @@ import time
 
 from ..errors import DeviceError
 from ..exit_status import ExitStatus
-from ..host.process import send_signal
+from ..host.process import is_process, send_signal
 from ..recovery import record
 from ..recovery.facts import FORMATS, Facts
 from ..xenbus import toolstack
@@ -77,9 +77,11 @@ def _upgrade(env: Environment, disk: Attached, timeout: float) -> Facts:
             if found.facts.started not in (None, old.started):
                 return found.facts
         if time.monotonic() >= deadline:
+            # the new program is the same process, and has no record until it has begun
+            is_there = found.alive or is_process(disk.pid, old.process_started)
             raise DeviceError(
                 f"process {disk.pid} has not answered within {timeout:g} s: it is stopped or hangs"
-                if found.alive
+                if is_there
                 else f"the new program has died; to take over the disk: {adopt}"
             )
         time.sleep(_LOOK)
