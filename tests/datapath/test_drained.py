@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import threading
-import time
 
 import pytest
 from backends.filters.test_record import Library
@@ -185,55 +184,6 @@ def test_a_request_that_does_not_return_is_not_waited_for(host, monkeypatch):
     leave.set()
     line.responses(1)
     assert OKAY == line.ask(ask).status
-
-
-def test_a_disk_that_always_has_requests_becomes_shorter(host, monkeypatch):
-    """Each is overtaken: there is no instant at which none is in flight."""
-    monkeypatch.setattr("xen_disk_py.datapath.disk.SETTLING", 5.0)
-    newer = threading.Condition()
-    begun = 0
-
-    class Overtaken(type(host.memory())):
-        def write(self, buffers, offset):
-            nonlocal begun
-            with newer:
-                begun += 1
-                newer.notify_all()
-                mine = begun
-                newer.wait_for(lambda: begun > mine, 0.5)
-            super().write(buffers, offset)
-
-        def write_nowait(self, buffers, offset):
-            return 0
-
-        def resize(self, size):
-            return size
-
-    disk = Disk(Overtaken(threads=8))
-    line, pages = host.line(disk), host.share(4)
-    over = threading.Event()
-
-    def ask():
-        number = asked = 0
-        while asked or not over.is_set():
-            while asked < 4 and not over.is_set():
-                number += 1
-                place = number % 4
-                line.put(Transfer(number, WRITE, 8 * place, 1, (pages.refs[place],), (0,), (0,)))
-                asked += 1
-            line.kick()
-            asked -= len(line.ring.take())
-            time.sleep(0.001)
-
-    guest = threading.Thread(target=ask)
-    guest.start()
-    try:
-        host.until(lambda: begun > 10)
-        disk.resize(64 * 512, force=True)
-    finally:
-        over.set()
-        guest.join()
-    assert 64 == disk.sectors
 
 
 def test_a_change_that_fails_changes_nothing(host):

@@ -225,7 +225,7 @@ from xen_disk_py.datapath import processes
 from xen_disk_py.datapath import processes as processes_module
 from xen_disk_py.datapath.disk import Disk
 
-processes.ANSWER = processes.SETTLING = 1.0
+processes.ANSWER = 1.0
 amid = {amid}
 be, admit, resize = processes._Server.be, Disk.admit, processes._Server._resize
 

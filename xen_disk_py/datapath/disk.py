@@ -78,10 +78,10 @@ class Elsewhere(Protocol):
         """
 
     def admit(self, sectors: int) -> None:
-        """Do as :meth:`Disk.admit` does.
+        """Have requests up to there admitted from now on, and no others.
 
         Raises:
-            XenDiskError: one does not answer, or a request of it does not return.
+            XenDiskError: one does not answer.
         """
 
     def resize(self, size: int) -> None:
@@ -339,6 +339,8 @@ class Disk:
         safe = before  # where requests may go to if this fails
         try:
             self.admit(min(before, sectors))
+            if sectors < before:
+                self._settle()
             done = self._resize_backend(wanted)
             safe = min(before, sectors)  # the rest may be gone, whatever else is raised
             if done != wanted:
@@ -353,22 +355,16 @@ class Disk:
         return wanted
 
     def admit(self, sectors: int) -> None:
-        """Admit requests up to there, and no others; if that is less, what was judged is done.
+        """Admit requests up to there, and no others; what is judged already counts as in flight.
 
         Args:
             sectors: of 512 bytes.
-
-        Raises:
-            DeviceError: a request does not return, or another process gives no answer.
         """
-        before = self.sectors
-        if sectors != before:
+        if sectors != self.sectors:
             self.sectors = sectors
             synchronize()  # a queue counts a batch as in flight, then looks at sectors
             if self.elsewhere is not None:
                 self.elsewhere.admit(sectors)
-            if sectors < before:
-                self._settle()
 
     def storage_size(self) -> int:
         """Return the bytes that the storage has now; raises as :meth:`resize`."""
@@ -388,13 +384,8 @@ class Disk:
 
     def _settle(self) -> None:
         """Wait until the requests that may have been judged by another size are done."""
-        if self.elsewhere is not None:
-            return  # each of those has waited
         is_settled = self.statistics.settled(in_order=not self._is_concurrent)
         deadline = time.monotonic() + SETTLING
-        # Of many that overtake each other, some are always in flight, unless no more are taken.
-        with suppress(DeviceError), self.drained.entered(SETTLING):
-            is_settled()
         while not is_settled():
             if time.monotonic() >= deadline:
                 raise DeviceError(

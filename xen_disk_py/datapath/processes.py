@@ -39,7 +39,7 @@ from ..errors import DeviceError, HypervisorError, XenDiskError
 from ..exit_status import ExitStatus
 from ..host.process import end_with_parent, is_stopped, start_time
 from ..hypervisor import Closing, Hypervisor
-from .disk import SETTLING, Disk
+from .disk import Disk
 from .journal import Journal
 from .queue import Options, Queue
 from .statistics import Counters
@@ -167,7 +167,7 @@ class QueueProcesses(Closing):
         Raises:
             DeviceError: one gives no answer; it does so later, before what it is told after this.
         """
-        self._tell_all("admit", SETTLING, sectors=sectors)
+        self._tell_all("admit", sectors=sectors)
 
     def resize(self, size: int) -> None:
         """Have all of them use the storage as it is now, ``size`` bytes long.
@@ -177,12 +177,12 @@ class QueueProcesses(Closing):
         """
         self._tell_all("resize", size=size)
 
-    def _tell_all(self, do: str, patience: float = 0.0, /, **arguments: Any) -> None:
+    def _tell_all(self, do: str, **arguments: Any) -> None:
         """Have all do something at once; each is told, whatever comes of it in the others."""
         errors = []
         for fork, number in [(fork, fork.ask(do, **arguments)) for fork in self._forks]:
             try:
-                fork.wait_for(number, patience)
+                fork.wait_for(number)
             except XenDiskError as error:
                 errors.append(error)
         if errors:
