@@ -116,11 +116,12 @@ def test_force(disconnect, served, host, monkeypatch):
 
 def test_force_a_process_that_does_not_end(disconnect, served, monkeypatch):
     monkeypatch.setattr(disconnect_module, "send_signal", lambda pid, started, signum: None)
-    monkeypatch.setattr(disconnect_module, "_FORCE_GRACE", 0.1)
-    monkeypatch.setattr(disconnect_module, "_FORCE_PATIENCE", 0.1)
-    status, said = disconnect("guest", "xvdb", "--force")
+    waited = []
+    monkeypatch.setattr(disconnect_module, "until", lambda *args: waited.append(args[-1]))
+    status, said = disconnect("guest", "xvdb", "--force", "--timeout", "7")
     assert status is ExitStatus.ERROR
     assert "does not end; kill it, then try again" in said
+    assert [disconnect_module._FORCE_GRACE, 7] == waited
 
 
 def test_force_a_process_that_ends_just_now(disconnect, served, host, monkeypatch):

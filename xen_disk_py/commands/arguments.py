@@ -787,7 +787,8 @@ def _add_disconnect(commands: argparse._SubParsersAction[Parser]) -> None:
         type=_seconds,
         default=30,
         metavar="SECONDS",
-        help="how long the guest may take to release the disk (default: 30)",
+        help="how long the guest may take to release the disk; with --force, the process that "
+        "serves it to end (default: 30)",
     )
 
 

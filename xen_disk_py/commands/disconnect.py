@@ -45,7 +45,7 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
                 else:
                     _wait(store, disk, args.timeout, alive=False)
         elif args.force:
-            _force(store, disk, found)
+            _force(store, disk, found, args.timeout)
         else:
             _ask(store, disk)
             _wait(store, disk, args.timeout, alive=True)
@@ -112,14 +112,15 @@ def _closed(store: Store, disk: Attached, *, alive: bool) -> tuple[str, Callable
     return path, closed
 
 
-def _force(store: Store, disk: Attached, found: Found | None) -> None:
+def _force(store: Store, disk: Attached, found: Found | None, timeout: float) -> None:
     """Have the serving process cut the guest off: its first signal asks, the second forces.
 
-    The record says which process that is. A lock alone does not: an id is given away again.
+    The record says which process that is. A lock alone does not: an id is given away again. It may
+    have to try its transactions in xenstore for long, where a guest undoes them.
     """
     path = disk.address.backend
     facts = found.facts if found is not None else None
-    for patience in (_FORCE_GRACE, _FORCE_PATIENCE):
+    for patience in (_FORCE_GRACE, timeout):
         send_signal(
             facts.pid if facts is not None else None,
             facts.process_started if facts is not None else None,
