@@ -13,6 +13,7 @@ import pwd
 import random
 import re
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ from xen_disk_py.recovery import record
 from xen_disk_py.recovery.facts import Facts
 from xen_disk_py.xenbus.states import Address, State
 
-from .disk import Disk, block_nodes, mapped_grants, open_files, xen_disk
+from .disk import PROGRAM, Disk, block_nodes, mapped_grants, open_files, xen_disk
 from .guest import PATIENCE, Guest, Job, no_errors, sh
 from .test_failures import records
 from .test_integrity import digest, guest_digest, leave, mounted_in
@@ -158,11 +159,49 @@ def quiet_guest(pv_guest: Guest) -> Guest:
 @pytest.mark.smoke
 def test_killed_under_load(quiet_guest: Guest, connect: Connect, image: Path) -> None:
     """Every request is answered, and every byte is right."""
-    disk = connect(quiet_guest, "--supervise", "--path", image, "--backend", "raw", "--queues", "4")
+    disk = connect(quiet_guest, "--supervise", "--path", image, "--backend", "raw")
     load = Load(quiet_guest, disk)
     kill(disk, 5)
     print(load.end())
     leave(quiet_guest, disk)
+
+
+@pytest.mark.timeout(900)
+def test_queues_in_one_thread_are_killed_and_resized_under_load(
+    new_guest: Callable[..., Guest], connect: Connect, image: Path
+) -> None:
+    """Each processor has a ring, all served by one thread; it is killed, and again amid a resize.
+
+    The successor ends that resize, and does the next. Beside a guest of four processors each of
+    these steps takes minutes under emulation.
+    """
+    guest = new_guest("pv", fio=True, vcpus=2)
+    guest.check("dmesg -c > /dev/null")
+    disk = connect(
+        guest,
+        *("--supervise", "--watchdog", "0", "--path", image, "--backend", "raw", "--queues", "4"),
+    )
+    load = Load(guest, disk)
+    assert 2 == sum(path.endswith("/event-channel") for path in block_nodes(guest.domid))
+    kill(disk, 1)
+    assert SIZE + MIB == resize(disk, str(SIZE + MIB))
+    wait_for_size(guest, disk, SIZE + MIB)
+    victim = worker(disk)
+    os.kill(victim, signal.SIGSTOP)  # so that it has not answered before
+    command = [*PROGRAM, "resize", guest.name, disk.vdev, str(2 * SIZE), "--timeout"]
+    with subprocess.Popen([*command, str(PATIENCE)], stdout=subprocess.PIPE) as asked:
+        while not any("/resize/" in path for path in block_nodes(guest.domid)):
+            assert asked.poll() is None, disk.describe()
+        os.kill(victim, signal.SIGKILL)
+        said = asked.communicate(timeout=2 * PATIENCE)[0]
+    expected = f"{disk.vdev} {disk.number} {disk.info['device']} 32 MiB\n"
+    assert (0, expected) == (asked.returncode, said.decode()), disk.describe()
+    wait_for_size(guest, disk, 2 * SIZE)
+    taken_over(disk, 2)
+    assert 3 * SIZE == resize(disk, str(3 * SIZE))
+    wait_for_size(guest, disk, 3 * SIZE)
+    print("2 kills, 3 resizes,", load.end())
+    leave(guest, disk)
 
 
 @pytest.mark.timeout(900)
@@ -209,8 +248,7 @@ def test_killed_100_times(
     """The same, a hundred times."""
     disk = connect(
         quiet_guest,
-        *("--supervise", "--path", image, "--backend", "raw", "--queues", "4"),
-        *("--grants", grants_by),
+        *("--supervise", "--path", image, "--backend", "raw", "--grants", grants_by),
         program=ENDLESS,
     )
     load = Load(quiet_guest, disk)
@@ -225,7 +263,7 @@ def test_killed_under_load_pvh(
 ) -> None:
     """A PVH guest notices as little."""
     guest = new_guest("pvh", fio=True, vcpus=1)
-    disk = connect(guest, "--supervise", "--path", image, "--backend", "raw", "--queues", "4")
+    disk = connect(guest, "--supervise", "--path", image, "--backend", "raw")
     load = Load(guest, disk)
     kill(disk, 5)
     print(load.end())
@@ -363,7 +401,7 @@ def facts(disk: Disk) -> dict[str, Any]:
 @pytest.mark.smoke
 def test_upgraded(quiet_guest: Guest, connect: Connect, image: Path) -> None:
     """Another program takes the disk over, as the same process."""
-    disk = connect(quiet_guest, "--path", image, "--backend", "raw", "--queues", "4")
+    disk = connect(quiet_guest, "--path", image, "--backend", "raw")
     load = Load(quiet_guest, disk)
     done = xen_disk("upgrade", quiet_guest.name, disk.vdev, "--json")
     assert done.returncode == 0, f"{done.stderr}\n{disk.describe()}"
