@@ -1,4 +1,3 @@
-import contextlib
 import errno
 import hashlib
 import mmap
@@ -226,14 +225,18 @@ def group():
         ("/sys/fs/cgroup/memory", "memory.limit_in_bytes"),
         ("/sys/fs/cgroup", "memory.max"),
     ):
-        path = os.path.join(root, f"xen-disk-test-{os.getpid()}")
-        try:
-            os.mkdir(path)
-            with open(os.path.join(path, limit), "w", encoding="ascii") as file:
-                file.write(str(256 << 20))
+        try:  # not named by a process, whose number another has in a namespace of its own
+            path = tempfile.mkdtemp(prefix="xen-disk-test-", dir=root)
         except OSError:
-            with contextlib.suppress(OSError):
-                os.rmdir(path)
+            continue
+        try:
+            fd = os.open(os.path.join(path, limit), os.O_WRONLY)  # none is there that is no group
+            try:
+                os.write(fd, str(256 << 20).encode())
+            finally:
+                os.close(fd)
+        except OSError:
+            os.rmdir(path)
             continue
         yield path
         for _ in range(1000):  # until the kernel has noticed that its processes have gone
