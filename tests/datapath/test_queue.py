@@ -1808,6 +1808,34 @@ def test_a_few_answers_wait_while_there_is_more_to_do(host):
     assert list(range(6)) == [answer.id for answer in answers]
 
 
+@pytest.mark.usefixtures("clock")
+def test_a_batch_is_in_flight_though_answers_are_published_that_are_none_of_it(host, monkeypatch):
+    """Whoever makes the disk smaller waits for all that was judged by the old size."""
+    monkeypatch.setattr(queue_module, "_PUBLISH", 1)
+    monkeypatch.setattr(queue_module, "_LOOK", 1)
+    calls, is_settled = [], []
+
+    def busy(buffers, offset):
+        """Six come while one is done whose answer waits for theirs, then."""
+        calls.append(offset // 512)
+        if len(calls) == 1:
+            line.put(*(one(id_, READ, id_, ref) for id_ in range(1, 7)))
+            line.kick()
+        elif len(calls) == 2:
+            is_settled.append(line.disk.statistics.settled(in_order=True))
+        else:
+            seen.append(is_settled[0]())
+
+    seen = []
+    line = host.line(host.memory(SIZE, read=busy), **KEPT)
+    ref = host.share().refs[0]
+    line.put(one(0, READ, 0, ref))
+    line.kick()
+    assert list(range(7)) == [answer.id for answer in line.responses(7)] == calls
+    assert [False] * 5 == seen
+    host.until(is_settled[0])
+
+
 def test_no_answer_waits_for_what_a_guest_takes_back(host, monkeypatch):
     """The index shows a request, and when it is to be taken there is none."""
     monkeypatch.setattr(BackRing, "has_requests", property(lambda ring: True))

@@ -504,7 +504,9 @@ class Queue:
         joined = run.requests
         requests = len(slots) // size
         words = statistics.words
-        words[count.IN_FLIGHT] = requests + len(unanswered)
+        # With those that are answered: they count as requests only when they are published, which
+        # may be amid this batch.
+        words[count.IN_FLIGHT] = requests + len(unanswered) + len(ring.unpublished)
         # Looked at after that: whoever makes the disk smaller waits for what is in flight.
         capacity, misaligned, read_only = disk.sectors, disk.alignment - 1, disk.read_only
         reads = writes = bytes_read = bytes_written = bytes_joined = 0
