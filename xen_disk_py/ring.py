@@ -164,6 +164,14 @@ class BackRing(_Ring):
         self._consumed = (consumed + waiting) & _MASK
         return self._copy(consumed, waiting)
 
+    def give_back(self) -> None:
+        """Have requests taken once more: those behind as many as there are responses.
+
+        They are the last that were taken, and all before them are answered: then none of their
+        slots has been given back to the frontend.
+        """
+        self._consumed = (self._published + len(self.unpublished)) & _MASK
+
     def push(self) -> bool:
         """Publish the responses put so far; True if the frontend wants to be notified."""
         old, responses = self._published, self.unpublished

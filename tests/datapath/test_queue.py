@@ -1623,6 +1623,36 @@ def test_a_failure_amid_large_requests_leaves_nothing_mapped(host, monkeypatch):
     assert host.hypervisor.mapped_pages == 0
 
 
+@every_way
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("pages", [1, 8])
+@pytest.mark.parametrize("at", [0, 3, 9])
+def test_a_failure_of_our_own_amid_a_batch_leaves_no_request_unanswered(
+    host, monkeypatch, way, threads, pages, at
+):
+    """Linux does not finish removing a disk as long as one is."""
+    line = host.line(host.memory(SIZE, threads=threads), **way)
+    refs = host.share(pages).refs
+    for _ in range(2):
+        line.ask(whole(0, READ, 0, refs))
+    calls = []
+
+    def broken(*response):
+        calls.append(response)
+        if len(calls) == at + 1:
+            raise MemoryError
+        return encode_response(*response)
+
+    monkeypatch.setattr(queue_module, "encode_response", broken)
+    requests = [whole(id_, id_ & 1, 8 * pages * (8 - id_), refs) for id_ in range(9)]
+    line.put(*requests, flush(9))
+    line.kick()
+    host.until(lambda: line.failures)
+    assert line.queue.stop(PATIENCE)
+    answers = [decode_response(slot).id for slot in line.ring.take()]
+    assert list(range(10)) == sorted(answers)
+
+
 def test_everything_unmapped_while_a_backend_hangs(host):
     """As when the process ends: the thread finds its ring gone, and ends as well."""
     backend = Gate()

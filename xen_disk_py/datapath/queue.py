@@ -339,6 +339,7 @@ class Queue:
         self.recomposed()
         if self._resumes:
             self._resume()
+            self._resumes = False
         return True
 
     def turn(self, *, is_alone: bool) -> bool:
@@ -794,11 +795,10 @@ class Queue:
                 return
             self._disk.statistics.add(count.ERRORS)
             status = failure(begun.request.operation)
-        request = begun.request
-        del self._unanswered[id(begun)]
+        request, unanswered = begun.request, self._unanswered
         if begun.was_retried and status == OKAY:
             self._retries.succeeded()
-            if not any(other.was_retried for other in self._unanswered.values()):
+            if not any(other.was_retried for other in unanswered.values() if other is not begun):
                 self._disk.recovered()
         try:
             begun.acquired.release(deliver=status == OKAY)
@@ -809,7 +809,9 @@ class Queue:
         self._stopwatch.end(histogram_of(request), begun.start)
         if request.operation != READ:
             self._disk.count_memory()
-        self._ring.respond(encode_response(request.id, request.operation, status))
+        response = encode_response(request.id, request.operation, status)
+        del unanswered[id(begun)]
+        self._ring.respond(response)
 
     def end_finished(self) -> bool:
         """Answer what the workers have done; False if that is nothing."""
@@ -836,16 +838,18 @@ class Queue:
         rest = []
         for begun, error in over:
             if type(begun) is _Known:
-                del unanswered[id(begun)]
                 operation = begun.operation
                 if error is None:
+                    response = encode_response(begun.id, operation, OKAY)
+                    del unanswered[id(begun)]
                     is_read = operation == READ
                     words[count.READS if is_read else count.WRITES] += 1
                     words[count.BYTES_READ if is_read else count.BYTES_WRITTEN] += begun.length
                     kind = begun.kind if is_read else begun.kind + WRITES
                     self._stopwatch.end_known(kind, begun.start)
-                    ring.respond(encode_response(begun.id, operation, OKAY))
+                    ring.respond(response)
                     continue
+                del unanswered[id(begun)]
                 start = begun.start
                 begun = self._judge(begun.slot, begun.descriptors)  # noqa: PLW2901 - the same
                 if begun is None:
@@ -918,6 +922,8 @@ class Queue:
         ring, abi = self._ring, self._abi
         try:
             self.publish()  # what was done, whatever the ring has shown since
+            if not (self._resumes or self._unanswered):
+                ring.give_back()  # what an error has left of a batch
             slots = b"".join(self._inherited) + ring.take()
             self._inherited.clear()
             for at in range(0, len(slots), abi.slot_size):
