@@ -29,6 +29,20 @@ def test_it_is_told_when_it_is_over(host):
     host.until(lambda: sum(count for count, _ in told) == 2)
 
 
+def test_where_no_thread_is_to_be_had_the_next_one_tries_again(host, monkeypatch):
+    told = []
+    bursts = Bursts(lambda *what: told.append(what), calm=0, longest=0)
+
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        bursts.add("first")
+    bursts.add("second")
+    host.until(lambda: told == [(2, "first")])
+
+
 def test_one_that_does_not_end_is_told_all_the_same(host):
     told = []
     bursts = Bursts(lambda *what: told.append(what), calm=1000, longest=0.001)

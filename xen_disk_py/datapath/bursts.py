@@ -42,9 +42,8 @@ class Bursts:
         with self._changed:
             self._count += 1
             self._latest = monotonic()
-            if self._count > 1:
-                return
-            self._first = text
+            if self._count == 1:
+                self._first = text
             if self._has_thread:
                 return
             thread = threading.Thread(target=self._wait, name="burst", daemon=True)
