@@ -997,6 +997,20 @@ def test_a_backend_that_keeps_a_buffer(host, caplog):
     backend.kept.clear()  # then they are unmapped at the end: the fixture looks
 
 
+def test_what_a_backend_keeps_for_a_while_is_unmapped_after_that(host):
+    """A frontend that uses each grant once gets all but the last ones back."""
+    backend = Broken()
+    line = host.line(backend, grants=Grants.MAP)
+    pages = host.share(32)
+    for id_, ref in enumerate(pages.refs):
+        backend.fault = "keep" if id_ % 4 else None
+        if not id_ % 8:
+            backend.kept.clear()
+        line.ask(one(id_, READ, 0, ref))
+    assert host.hypervisor.mapped_pages <= 1 + 8
+    backend.kept.clear()
+
+
 def test_a_backend_that_keeps_a_buffer_indefinitely(host, caplog):
     backend = Broken()
     line = host.line(backend, persistent=True)

@@ -32,6 +32,7 @@ PERSISTENT_LIMIT = 32 * (256 + 1)
 """Pages kept mapped: a one-page ring full of requests of 256 segments and their indirect pages."""
 
 _PLANNED_SEGMENTS = 4 * PERSISTENT_LIMIT
+_STUCK = 2  # mappings that are tried again with each other one: so they become fewer
 _TURN = 1.0  # seconds that a page is left to show that it is used
 
 
@@ -204,10 +205,15 @@ class GuestPages:
         self._spare.append(memory)
 
     def unmap(self, mapping: Mapping, level: int = logging.WARNING) -> None:
-        """Unmap, or log once why not, and try again later.
+        """Unmap, or log once why not, and try again with the next ones.
 
         A backend keeps a buffer, or the hypervisor refuses.
         """
+        for _ in range(min(_STUCK, len(self._stuck))):
+            self._unmap(self._stuck.pop(0), logging.DEBUG)
+        self._unmap(mapping, level)
+
+    def _unmap(self, mapping: Mapping, level: int) -> None:
         try:
             mapping.close()
         except (BackendError, HypervisorError) as error:
@@ -280,7 +286,7 @@ class GuestPages:
     def _retry(self, level: int = logging.WARNING) -> None:
         stuck, self._stuck = self._stuck, []
         for mapping in stuck:
-            self.unmap(mapping, level)
+            self._unmap(mapping, level)
 
     def close(self) -> None:
         """Unmap everything."""
