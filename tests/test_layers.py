@@ -14,7 +14,8 @@ import pytest
 import xen_disk_py
 
 ROOT = Path(xen_disk_py.__file__).parent
-PAGE = Path(__file__).parents[1] / "docs" / "architecture.md"
+CHECKOUT = Path(__file__).parents[1]
+PAGE = CHECKOUT / "docs" / "architecture.md"
 
 LAYERS = (  # from the bottom to the top: each may import itself and what stands before it
     {"__init__", "errors", "exit_status"},
@@ -122,6 +123,17 @@ def test_no_module_imports_itself_by_way_of_others():
         for name in MODULES
     }
     assert len(MODULES) == len(list(TopologicalSorter(graph).static_order()))
+
+
+def test_no_module_gives_itself_a_package():
+    """Python 3.15 neither sets nor heeds that name: relative imports go by the module's spec."""
+    name = "__package" + "__"  # not to find this file
+    everywhere = (
+        path
+        for directory in ("xen_disk_py", "tests", "benchmarks", "examples")
+        for path in (CHECKOUT / directory).rglob("*.py")
+    )
+    assert [] == [str(path) for path in everywhere if name in path.read_text(encoding="utf-8")]
 
 
 @pytest.mark.parametrize("name", sorted(PURE))

@@ -12,10 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-if not __package__:  # started by its file name
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    __package__ = "xen"
-
 from .disk import Disk
 from .guest import Guest, sh
 

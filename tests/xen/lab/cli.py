@@ -326,7 +326,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _run_job(arguments, "run", command, UNBUFFERED, results)
         if arguments.command == "demo":
             return _run_job(
-                arguments, "run", "python3 tests/xen/walkthrough.py", UNBUFFERED, results
+                arguments, "run", "python3 -m tests.xen.walkthrough", UNBUFFERED, results
             )
         return _run_job(arguments, "shell", "", {}, results)
     except LabError as error:
