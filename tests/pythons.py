@@ -107,6 +107,9 @@ chmod +x musl-cc
 export CC=$PWD/musl-cc CFLAGS="-O2 -fPIC" CPPFLAGS=-I$PREFIX/include
 export LDFLAGS="-L$PREFIX/lib -Wl,-rpath,$PREFIX/lib"
 """
+CONFIGURE = (  # built for tests: no debug information, and no optimisation by profile
+    './configure -q --prefix=$PREFIX --with-ensurepip=no --disable-test-modules OPT="-O2 -DNDEBUG"'
+)
 CHECK = '$PREFIX/bin/python3 -c "import ctypes, hashlib, lzma, zlib"'
 MUSL = tuple(
     build_step(source, commands, FOR_MUSL)
@@ -146,7 +149,7 @@ MUSL = tuple(
         (
             "python3.13",
             rf"""
-    ./configure -q --prefix=$PREFIX --with-ensurepip=no --disable-test-modules \
+    {CONFIGURE} \
         LIBFFI_CFLAGS=" " LIBFFI_LIBS=-lffi ZLIB_CFLAGS=" " ZLIB_LIBS=-lz \
         LIBLZMA_CFLAGS=" " LIBLZMA_LIBS=-llzma &&
     make -s -j2 && make -s install && {CHECK}
@@ -158,7 +161,7 @@ FREE_THREADED = (
     build_step(
         "python3.13",
         f"""
-    ./configure -q --prefix=$PREFIX --disable-gil --with-ensurepip=no --disable-test-modules &&
+    {CONFIGURE} --disable-gil &&
     make -s -j2 && make -s install && {CHECK}
 """,
     ),
