@@ -52,7 +52,6 @@ with contextlib.suppress(ImportError):  # dom0 of the lab has none
         deadline=None,
         database=None,
         derandomize=not long_run.LONG and PYTHONS == 1,
-        max_examples=100 if PYTHONS == 1 else 50,
         suppress_health_check=list(HealthCheck),
     )
     settings.load_profile("ordinary")

@@ -2,7 +2,7 @@
 
 Each value of each dimension, each kind of thing that can happen, is in the ordinary run, too. Where
 several Pythons run the tests, they share them out: all of them together run every test, each of
-those that are shared on two Pythons, which are others from case to case; all others on each.
+those that are shared on one Python, which is another from case to case; all others on each.
 """
 
 from __future__ import annotations
@@ -54,31 +54,38 @@ def sharing() -> tuple[int, int]:
     return (pythons.index(version), len(pythons)) if version in pythons and not LONG else (0, 1)
 
 
+def is_shared(test: pytest.Function) -> bool:
+    """Tell whether a test runs on one of the Pythons that share the tests, and not on each.
+
+    So do those in the directories and files SHARED, and those that are marked ``shared``: they
+    depend on kernels, protocols, formats and other programs more than on Python. Not those that are
+    marked ``each_python``: what they need only one Python may have, and no other would miss them.
+    """
+    if test.get_closest_marker("each_python") is not None:
+        return False
+    return test.nodeid.partition("::")[0].split("/")[1] in SHARED or (
+        test.get_closest_marker("shared") is not None
+    )
+
+
 def of_this_python(tests: Sequence[pytest.Function]) -> list[bool]:
     """Tell which tests run on this Python, where several Pythons share them out.
 
-    Of each function that is shared, the first case runs on a Python that its name picks and on the
-    next one, the second case on those after them, and so on; with each round of all Pythons the two
-    lie farther apart, so that any two have cases in common. Shared are the tests in the directories
-    and files SHARED and those that are marked ``shared``: they depend on kernels, protocols,
-    formats and other programs more than on Python, and each Python still runs a part of every file.
+    Of each function that is shared, the first case runs on a Python that its name picks, the second
+    on the next one, and so on: each function of as many cases as there are Pythons runs on each.
 
     Args:
         tests: all of them, in order.
     """
     ours, pythons = sharing()
-    if pythons <= 2:
-        return [True] * len(tests)
     cases: Counter[str] = Counter()
     chosen = []
     for test in tests:
         path, _, _ = test.nodeid.partition("::")
         function = f"{path}::{test.originalname}"
-        case = cases[function] + zlib.crc32(function.encode())
+        turn = cases[function] + zlib.crc32(function.encode())
         cases[function] += 1
-        is_shared = path.split("/")[1] in SHARED or test.get_closest_marker("shared") is not None
-        distance = 1 + case // pythons % (pythons - 1)
-        chosen.append(not is_shared or ours in (case % pythons, (case + distance) % pythons))
+        chosen.append(not is_shared(test) or turn % pythons == ours)
     return chosen
 
 

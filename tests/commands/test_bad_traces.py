@@ -169,7 +169,13 @@ def test_a_moment_that_is_cut_off(refused, monkeypatch, name):
     assert "ends before that moment" in refused(name, lambda data: data[:4200])
 
 
-@pytest.mark.parametrize("name", ["plot", "rewind", "overlay", "crashtest", "export"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("plot", marks=pytest.mark.each_python),
+        *("rewind", "overlay", "crashtest", "export"),
+    ],
+)
 def test_no_space(refused, monkeypatch, name):
     if name == "plot":
         pytest.importorskip("matplotlib", reason="needs matplotlib")

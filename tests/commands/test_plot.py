@@ -88,6 +88,7 @@ def test_without_matplotlib_it_says_what_to_do(run, trace, tmp_path, monkeypatch
     assert not (tmp_path / "x.png").exists()
 
 
+@pytest.mark.each_python
 @needs_matplotlib
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what matplotlib imports
 @pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")
@@ -108,6 +109,7 @@ def test_pictures_in_files(trace, tmp_path):  # no host: matplotlib keeps its fo
     assert "data:image/png;base64," in page
 
 
+@pytest.mark.each_python
 @needs_matplotlib
 def test_what_lies_in_the_current_directory_changes_nothing(trace, tmp_path):
     """matplotlib reads a ``matplotlibrc`` there, when it is imported: a process of its own."""

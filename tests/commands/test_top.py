@@ -204,7 +204,7 @@ def test_an_interval_of_nothing(run):
     assert ExitStatus.USAGE == run("--interval=0")[0]
 
 
-@pytest.fixture(params=["plain", "rich"])
+@pytest.fixture(params=["plain", pytest.param("rich", marks=pytest.mark.each_python)])
 def drawn(request, monkeypatch):
     """How the table is drawn on a terminal."""
     if request.param == "rich":

@@ -31,6 +31,7 @@ from xen_disk_py.datapath import statistics as count
 from xen_disk_py.datapath.disk import RETRY, Disk
 from xen_disk_py.errors import DeviceError
 
+pytestmark = pytest.mark.shared
 SECTORS = 64
 
 

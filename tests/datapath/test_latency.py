@@ -27,6 +27,7 @@ from xen_disk_py.datapath.latency import (
     start_of,
 )
 
+pytestmark = pytest.mark.shared
 UNITS = st.one_of(st.integers(0, 64), st.integers(0, (1 << 32) - 1))
 
 

@@ -54,6 +54,7 @@ from xen_disk_py.datapath.queue import Options, Queue
 from xen_disk_py.errors import BackendError, DeviceError, HypervisorError
 from xen_disk_py.ring import BackRing, FrontRing
 
+pytestmark = pytest.mark.shared
 ABIS = (X86_64, X86_32, ARM)
 KEPT = {"persistent": True}
 COPIED = {"grants": Grants.COPY}
@@ -302,7 +303,6 @@ def threaded(host, size):
 SQUEEZED = {"persistent": True, "limit": 100}
 
 
-@pytest.mark.shared
 @pytest.mark.parametrize("order", [0, 4])
 @pytest.mark.parametrize("threads", [1, 4])
 @pytest.mark.parametrize(
@@ -428,7 +428,6 @@ def bad_indirect(operation, count, answered=None):
     )
 
 
-@pytest.mark.shared
 @pytest.mark.parametrize("abi", ABIS, ids=lambda abi: abi.name)
 @pytest.mark.parametrize(
     ("request_of", "operation", "status"),

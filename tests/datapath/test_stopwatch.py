@@ -11,6 +11,8 @@ from xen_disk_py.datapath import latency, stopwatch
 from xen_disk_py.datapath.statistics import Statistics
 from xen_disk_py.datapath.stopwatch import SAMPLE, SLOW, WRITES, Stopwatch, cost_of_a_look, kind
 
+pytestmark = pytest.mark.shared
+
 
 class Clock:
     def __init__(self):

@@ -12,6 +12,7 @@ import pytest
 
 import xen_disk_py
 
+pytestmark = pytest.mark.each_python  # from 3.12 on, there is more to see
 HAS_IMMORTALS = (
     sys.implementation.name == "cpython"
     and sys.version_info >= (3, 12)
