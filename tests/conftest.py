@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import gc
 import io
 import os
@@ -20,7 +19,6 @@ from rings import responses_of
 
 from xen_disk_py.backends import Backend
 from xen_disk_py.blkif import X86_64, Ring
-from xen_disk_py.commands import arguments
 from xen_disk_py.commands.environment import Environment
 from xen_disk_py.datapath.disk import Disk
 from xen_disk_py.datapath.grants import PERSISTENT_LIMIT, Grants
@@ -426,14 +424,6 @@ def patience():
         patch.setattr(Store.open.__func__, "__defaults__", (None, PATIENCE))
         patch.setattr(Device.force, "__defaults__", (PATIENCE,))
         patch.setitem(control.ask.__kwdefaults__, "timeout", PATIENCE)
-        yield
-
-
-@pytest.fixture(autouse=True, scope="session")
-def one_parser():
-    """Build the parser of the command line once, not for each of a thousand command lines."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(arguments, "build_parser", functools.cache(arguments.build_parser))
         yield
 
 

@@ -169,6 +169,13 @@ def test_a_file_is_replaced_at_once(run, tmp_path, monkeypatch):
     assert [path] == list(tmp_path.iterdir())
 
 
+def test_a_file_has_the_name_that_is_given(run, tmp_path):
+    path = tmp_path / ("a  name of two spaces " * 5 + ".prom")
+    assert ExitStatus.OK == run("-o", path)[0]
+    assert [path.name] == os.listdir(tmp_path)
+    assert ExitStatus.USAGE == run("-o", "")[0]
+
+
 def test_what_was_left_by_one_that_was_killed_is_removed(run, tmp_path, monkeypatch):
     def killed(source, target):
         raise KeyboardInterrupt

@@ -26,7 +26,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     """
     if words[:1] == ["complete"]:
         return argparse.Namespace(command="complete", line=list(words[1:]))
-    parser = build_parser()
+    parser = build_parser(words[0] if words else None)
     commands = commands_of(parser)
     for word in words:
         if not word.startswith("-"):
