@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import xen_stub
@@ -37,7 +36,7 @@ class TestLibrary:
             raise OSError(f"Error loading shared library {name}: No such file or directory")
 
         with pytest.raises(XenUnavailable) as caught:
-            replace(ABSENT, loader=musl).load()
+            ABSENT._replace(loader=musl).load()
         assert "libabsent-xyz.so.9 not found: install libabsent9 (Debian)" == str(caught.value)
 
     def test_a_library_that_cannot_be_loaded_says_why(self, tmp_path):
@@ -131,7 +130,7 @@ class TestFence:
         assert "lock" in fence.source
 
     def test_other_processors_need_libatomic(self, monkeypatch):
-        monkeypatch.setattr(atomic, "ATOMIC", replace(atomic.ATOMIC, soname="libabsent.so.1"))
+        monkeypatch.setattr(atomic, "ATOMIC", atomic.ATOMIC._replace(soname="libabsent.so.1"))
         monkeypatch.setattr(atomic, "_ON_X86", False)
         with pytest.raises(XenUnavailable, match="install libatomic1"):
             atomic.load_fence()

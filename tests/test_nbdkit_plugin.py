@@ -11,7 +11,6 @@ import sys
 import traceback
 import types
 from contextlib import closing
-from dataclasses import replace
 
 import pytest
 
@@ -283,7 +282,7 @@ def test_the_disk_of_a_process_that_died_is_left_to_its_successor(served, tmp_pa
     with closing(spec.open_disk()) as disk:
         one = record.Record(records, address)
         facts = Facts.about(spec, Domain(5, "guest", ""), parse("xvdb"), disk)
-        one.describe(replace(facts, pid=999_999_999))
+        one.describe(facts._replace(pid=999_999_999))
         one.leave()
     served.config("path", str(path))
     served.config("backend", "raw")

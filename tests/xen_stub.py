@@ -6,7 +6,6 @@ upper half, errno, counts that must match. What Xen itself does is tried on Xen.
 
 import shutil
 import subprocess
-from dataclasses import replace
 
 import pytest
 
@@ -213,7 +212,7 @@ def build(directory):
 def install(monkeypatch, library):
     """Make ``libxen.Xen()`` use it."""
     monkeypatch.setattr(libxen, "runs_under_xen", lambda: True)
-    monkeypatch.setattr(libxen, "GNTTAB", replace(libxen.GNTTAB, soname=str(library)))
-    monkeypatch.setattr(libxen, "EVTCHN", replace(libxen.EVTCHN, soname=str(library)))
+    monkeypatch.setattr(libxen, "GNTTAB", libxen.GNTTAB._replace(soname=str(library)))
+    monkeypatch.setattr(libxen, "EVTCHN", libxen.EVTCHN._replace(soname=str(library)))
     for device in ("GNTDEV", "EVTCHN_DEVICE", "GNTALLOC"):
         monkeypatch.setattr(libxen, device, libxen.Device("/dev/null", f"no-{device}"))

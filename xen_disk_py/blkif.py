@@ -14,11 +14,11 @@ Source: ``xen/include/public/io/blkif.h``.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from struct import Struct
-from typing import Callable, NamedTuple, Union
+from typing import Callable, Union
 
 from .errors import GuestMisbehaved
+from .named import NamedTuple
 
 SECTOR = 512
 SECTORS_PER_PAGE = 8
@@ -274,8 +274,7 @@ def decode_response(slot: bytes) -> Response:
     return Response(*_RESPONSE.unpack_from(slot))
 
 
-@dataclass(frozen=True)
-class Features:
+class Features(NamedTuple):
     """What a backend offers, as the keys of its directory say it.
 
     ``sectors`` counts 512 bytes; the two sector sizes and the discard granularity are bytes.
@@ -361,8 +360,7 @@ class Ring(NamedTuple):
     event_channel: int
 
 
-@dataclass(frozen=True)
-class Connection:
+class Connection(NamedTuple):
     """How a frontend can be reached, as the keys of its directory say it."""
 
     rings: tuple[Ring, ...]

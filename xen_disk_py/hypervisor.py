@@ -12,7 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Protocol
+
+from .named import NamedTuple
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -32,13 +32,14 @@ from ctypes import (
 )
 from functools import cache
 from struct import Struct
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable
 
 from xen_disk_py.errors import HypervisorError, XenUnavailable
 from xen_disk_py.host.atomic import ATOMIC, load_fence
 from xen_disk_py.host.clibrary import Finding, Library, Signature, not_negative, not_null
 from xen_disk_py.host.mapping import GrantedPages, MappedPages, close_all
 from xen_disk_py.hypervisor import Closing, Piece
+from xen_disk_py.named import NamedTuple
 
 # --------------------------------------------------------------------------- data layouts
 

@@ -7,7 +7,6 @@ import os
 import signal
 import threading
 from contextlib import closing, contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -546,7 +545,7 @@ def test_filters_of_the_line_are_set_while_the_guest_uses_the_disk(adopt, steps,
 def test_filters_are_taken_over_as_they_were_set_last(adopt, steps, host, orphan, image):
     orphan(f"{image},filter=protect:range=0-4K")
     with closing(Record.adopt(host.records, ADDRESS)) as left:
-        spec = replace(left.facts.spec, filters=("protect:range=8K-12K",))
+        spec = left.facts.spec._replace(filters=("protect:range=8K-12K",))
         left.update(disk=spec.plain())
         left.leave()
 

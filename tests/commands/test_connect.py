@@ -12,7 +12,6 @@ import re
 import signal
 import threading
 import time
-from dataclasses import replace
 from typing import ClassVar
 
 import pytest
@@ -82,7 +81,8 @@ def connect(host):
     """Run ``connect`` here while the script plays; give its status and what it said."""
 
     def connect(script, *argv, stderr=None, xen=(4, 20)):
-        env = replace(host.environment(stderr), xen_version=lambda: xen)
+        env = host.environment(stderr)
+        env.xen_version = lambda: xen
         player = Player(host, env, script)
         player.thread.start()
         handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
@@ -154,10 +154,9 @@ def test_a_throwaway_disk(connect, signum):
 def test_the_end_of_the_terminal(host, connect, monkeypatch, stream):
     """Whoever started it there has gone: the guest is asked to release the disk."""
     if stream == "stdin":
-        environment = host.environment
-        monkeypatch.setattr(
-            host, "environment", lambda stderr: replace(environment(stderr), stdin=Terminal())
-        )
+        env = host.environment()
+        env.stdin = Terminal()
+        monkeypatch.setattr(host, "environment", lambda stderr: env)
 
     def script(player):
         player.unplug(player.frontend(), signal.SIGHUP)

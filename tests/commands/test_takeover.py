@@ -12,7 +12,6 @@ import subprocess
 import sys
 import threading
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -81,7 +80,7 @@ def orphan(host):
         disk = spec.open_disk()
         one = Record(host.records, ADDRESS, args.queues)
         facts = Facts.about(spec, Domain(5, "guest", ""), vdev, disk)
-        one.describe(replace(facts, **{"pid": DEAD, **changed}))
+        one.describe(facts._replace(**{"pid": DEAD, **changed}))
         toolstack.attach(
             host.store,
             ADDRESS,
@@ -793,8 +792,8 @@ def test_a_process_that_dies_may_have_its_record_s_lock_longer_than_its_image_s(
         started = process.start_time(holder.pid)
         with open(file, "rb+") as opened:
             whole = memoryview(mmap.mmap(opened.fileno(), 0))
-            facts = replace(find(host.records, ADDRESS).facts, pid=holder.pid)
-            DoubleBuffer(whole[: 32 << 10]).write(replace(facts, process_started=started).encode())
+            facts = find(host.records, ADDRESS).facts._replace(pid=holder.pid)
+            DoubleBuffer(whole[: 32 << 10]).write(facts._replace(process_started=started).encode())
         clock = iter(range(1000))
 
         def sleep(seconds):

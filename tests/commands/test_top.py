@@ -43,7 +43,7 @@ def served(host):
         records.append(one)
         facts = Facts(domid=domid, domain=domain, vdev=vdev, number=number, backend="raw")
         pid = os.getpid()
-        one.describe(Facts(**{**vars(facts), "pid": pid, "process_started": start_time(pid)}))
+        one.describe(facts._replace(pid=pid, process_started=start_time(pid)))
         return one
 
     yield served

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -513,7 +512,7 @@ class TestAdopting:
         """It may be shorter or longer than ours."""
         mine = Record(directory, ADDRESS)
         newer = json.dumps({**json.loads(FACTS.encode()), "format": 99, "version": "9.1"})
-        mine._facts.write(newer.encode() if not sealed else replace(FACTS, version="9.1").encode())
+        mine._facts.write(newer.encode() if not sealed else FACTS._replace(version="9.1").encode())
         mine.leave()
         path = path_in(directory)
         if sealed:
@@ -821,7 +820,7 @@ def test_a_process_that_has_died_is_none_that_serves_though_a_queue_s_process_ke
         Record(directory, ADDRESS) as mine,
     ):
         facts = Facts(pid=999_999_999, survives=True, disk={}, format=record.FORMATS[-1])
-        mine.describe(replace(facts, queues=((queue.pid, start_time(queue.pid)),)))
+        mine.describe(facts._replace(queues=((queue.pid, start_time(queue.pid)),)))
         found = find(directory, ADDRESS)
         assert (False, True) == (found.alive, found.is_orphan)
         assert [queue.pid] == found.facts.queue_pids
@@ -878,7 +877,7 @@ class TestSealed:
     SPEC = MappingProxyType(
         {"path": "/images/a", "user": "nobody", "filters": ["log:file=/l", "delay:read=1ms"]}
     )
-    SERVED = replace(FACTS, pid=7, process_started=1, files={"/images/a": 1}, disk=dict(SPEC))
+    SERVED = FACTS._replace(pid=7, process_started=1, files={"/images/a": 1}, disk=dict(SPEC))
 
     def leave(self, directory, *described, seal=SERVED):
         mine = Record(directory, ADDRESS)
@@ -906,7 +905,7 @@ class TestSealed:
     def test_a_process_without_privileges_names_nothing_that_is_opened(self, directory, forged):
         self.leave(
             directory,
-            replace(self.SERVED, disk=forged, pid=1, process_started=2, files={}, storage=()),
+            self.SERVED._replace(disk=forged, pid=1, process_started=2, files={}, storage=()),
         )
         assert self.SERVED == find(directory, ADDRESS).facts
         with Record.adopt(directory, ADDRESS) as mine:
@@ -914,8 +913,7 @@ class TestSealed:
 
     def test_how_things_are_with_the_disk_is_what_it_says(self, directory):
         filters = ["log:file=/l,format=json", "delay:read=9ms,write=1ms"]
-        now = replace(
-            self.SERVED,
+        now = self.SERVED._replace(
             size=7,
             resizing=8,
             connected=True,
@@ -927,9 +925,9 @@ class TestSealed:
         assert now == find(directory, ADDRESS).facts
 
     def test_an_author_s_filter_keeps_the_options_that_it_had(self, directory):
-        served = replace(self.SERVED, disk={**self.SPEC, "filters": ["/my.py:at=/a"]})
+        served = self.SERVED._replace(disk={**self.SPEC, "filters": ["/my.py:at=/a"]})
         forged = {**self.SPEC, "filters": ["/my.py:at=/b"]}
-        self.leave(directory, replace(served, disk=forged), seal=served)
+        self.leave(directory, served._replace(disk=forged), seal=served)
         assert served == find(directory, ADDRESS).facts
 
     @pytest.mark.parametrize("text", [b"", b"{", b'{"format": 99}'])

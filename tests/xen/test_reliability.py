@@ -18,7 +18,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Callable
 
@@ -296,7 +295,7 @@ def forge(disk: Disk, path: Path) -> None:
         assert told is not None
         assert told.disk is not None
         disk_of_it = {**told.disk, "path": str(path)}
-        buffer.write(replace(told, disk=disk_of_it, path=str(path)).encode())
+        buffer.write(told._replace(disk=disk_of_it, path=str(path)).encode())
 
 
 def test_a_successor_opens_what_was_sealed(

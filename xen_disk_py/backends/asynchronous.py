@@ -15,9 +15,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..hypervisor import Closing
+from ..named import NamedTuple
 from .copies import Data, SpareMemory
 
 READ, WRITE, FLUSH, DISCARD = range(4)

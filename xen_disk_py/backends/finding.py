@@ -13,12 +13,11 @@ A filter is named by a word, one of ours, or by ``file.py`` or ``file.py:Class``
 
 from __future__ import annotations
 
-import importlib.machinery
-import importlib.util
-import inspect
+import importlib
 import os
 import re
 import sys
+from importlib.machinery import SourceFileLoader
 from types import ModuleType
 
 from ..errors import BackendError, UsageError
@@ -225,6 +224,8 @@ def _filter_from_file(path: str, class_name: str | None) -> type[Filter]:
 
 def _run_file(path: str) -> ModuleType:
     """Run a file as a module of its own, leaving no compiled copy beside it."""
+    import importlib.util  # few disks are such a file
+
     try:
         with open(path, "rb") as file:
             source = file.read()
@@ -234,7 +235,7 @@ def _run_file(path: str) -> ModuleType:
         raise BackendError(f"{path} cannot be read: {error.strerror}") from error
     path = os.path.abspath(path)
     # A name that no other module has. A traceback asks for the loader, which Python 3.15 demands.
-    loader = importlib.machinery.SourceFileLoader(path, path)
+    loader = SourceFileLoader(path, path)
     spec = importlib.util.spec_from_file_location(path, path, loader=loader)
     assert spec is not None  # there is a loader
     module = importlib.util.module_from_spec(spec)
@@ -256,7 +257,7 @@ def _choices(module: ModuleType, of: type[Backend] = Backend) -> list[str]:
     return [
         name
         for name, value in vars(module).items()
-        if inspect.isclass(value)
+        if isinstance(value, type)
         and issubclass(value, of)
         and issubclass(value, Filter) is (of is Filter)
         and value.__module__ == module.__name__
@@ -265,7 +266,7 @@ def _choices(module: ModuleType, of: type[Backend] = Backend) -> list[str]:
 
 
 def _checked(value: object, name: str) -> type[Backend]:
-    if inspect.isclass(value) and issubclass(value, Backend):
+    if isinstance(value, type) and issubclass(value, Backend):
         return value
     raise BackendError(f"{name} is not a class derived from xen_disk_py.backends.Backend")
 

@@ -5,18 +5,21 @@ Which class is meant by a name: see :mod:`.finding`.
 
 from __future__ import annotations
 
-import functools
-import inspect
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from ..errors import BackendError, UsageError, XenDiskError
+from ..named import NamedTuple
 from ..units import parse_size
 from . import Backend, sharing
 from .filter import Filter
 from .finding import choose, find_class, find_filter, is_plugin_class, user_line
 from .options import convert
+from .parameters import parameters_of
+
+if TYPE_CHECKING:
+    import inspect
 
 _FILTER = re.compile(r"(?P<name>[^=]+?\.py(?::\w+)?|\w+)(?::(?P<options>\w+=.*))?", re.DOTALL)
 _SETTING = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*=.*", re.DOTALL)  # nbdkit(1)
@@ -222,6 +225,8 @@ def _read_filter(text: str) -> _Wanted:
 
 def filter_parameters(cls: type[Filter]) -> dict[str, inspect.Parameter]:
     """Return what a filter can be given, by name."""
+    import inspect  # see .parameters: few disks have a filter
+
     parameters = list(inspect.signature(cls).parameters.values())[1:]  # behind the source
     by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return {p.name: p for p in parameters if p.kind in by_name}
@@ -319,21 +324,21 @@ def _arguments(
     cls: type[Backend], label: str, given: Mapping[str, object], read_only: bool
 ) -> dict[str, object]:
     """Match what was given with what the constructor takes."""
-    takes, takes_all = _parameters(cls)  # type: ignore[arg-type]  # a class has its own __hash__
+    takes, takes_all = parameters_of(cls)
     arguments: dict[str, object] = {}
     for key, text in given.items():
         value: object = text
         if key not in takes and not takes_all:
             raise UsageError(f"{label} takes no {_flag(key)}; {_accepted(list(takes))}")
         if isinstance(text, str):
-            annotation = takes[key].annotation if key in takes else inspect.Parameter.empty
+            annotation = takes[key].annotation if key in takes else ""
             value = _converted(key, text, annotation)
         arguments[key] = value
     if read_only and ("read_only" in takes or takes_all):
         arguments["read_only"] = True
     missing = []
     for key, parameter in takes.items():
-        if key not in arguments and parameter.default is parameter.empty:
+        if key not in arguments and parameter.is_needed:
             if key == "read_only":
                 arguments[key] = False
             else:
@@ -341,15 +346,6 @@ def _arguments(
     if missing:
         raise UsageError(f"{label} needs {' and '.join(missing)}")
     return arguments
-
-
-@functools.cache
-def _parameters(cls: type[Backend]) -> tuple[Mapping[str, inspect.Parameter], bool]:
-    """Return what a constructor takes by name, and whether it takes any name."""
-    found = inspect.signature(cls).parameters.values()
-    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    takes = {each.name: each for each in found if each.kind in by_name}
-    return takes, any(each.kind is each.VAR_KEYWORD for each in found)
 
 
 def _plugin_arguments(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +12,7 @@ from .filter import Filter
 from .finding import QEMU_FORMATS, choose, is_file
 from .loader import open_backend, wrap
 from .overlay.file import image_path
+from .parameters import parameters_of
 from .stack import describe, filters_of
 
 
@@ -116,7 +116,7 @@ def _is_asked(disk: Backend) -> bool:
     while isinstance(disk, Filter):
         disk = disk.source
     is_own = type(disk).__module__.startswith(f"{Backend.__module__}.")
-    takes = inspect.signature(type(disk)).parameters
+    takes, _ = parameters_of(type(disk))
     if not is_own:
         return disk.read_only and "read_only" in takes
     return disk.read_only and "settings" in takes  # a plugin for nbdkit is told how it is opened

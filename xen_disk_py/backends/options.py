@@ -5,7 +5,6 @@ Nothing is guessed from the text, nor from a default: a parameter that is not an
 
 from __future__ import annotations
 
-import inspect
 import math
 import re
 from typing import Any
@@ -30,7 +29,7 @@ def convert(text: str, annotation: object) -> Any:
 
     Args:
         text: as on the command line.
-        annotation: as :func:`inspect.signature` has it, which may be text.
+        annotation: of a parameter, which may be text.
 
     Raises:
         UsageError: it is none of these.
@@ -62,8 +61,6 @@ def _whole_number(text: str) -> int:
 
 def _text(annotation: object) -> str:
     """Write an annotation as its author would."""
-    if annotation is inspect.Parameter.empty:
-        return ""
     if isinstance(annotation, type):
         return annotation.__name__
     text = annotation if isinstance(annotation, str) else str(annotation)

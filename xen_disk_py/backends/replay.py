@@ -12,10 +12,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable
 from zlib import crc32
 
 from ..hypervisor import Closing
+from ..named import NamedTuple
 from ..trace.export import by_start
 from ..trace.format import DISCARD, DISCARD_SECURELY, FLUSH, OPERATIONS, READ, WRITE, Record
 from ..trace.histogram import Histogram

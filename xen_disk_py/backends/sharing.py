@@ -18,7 +18,8 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from typing import NamedTuple
+
+from ..named import NamedTuple
 
 _LOOP_GET_STATUS64 = 0x4C05  # linux/loop.h
 _LOOP_INFO = struct.Struct("=5Q176x16x")  # lo_device, lo_inode, lo_rdevice, lo_offset, lo_sizelimit

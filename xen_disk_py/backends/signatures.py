@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Callable
-from typing import NamedTuple
+
+from ..named import NamedTuple
 
 OVERLAY = b"xen-disk overlay"
 """How an overlay of ours begins."""

@@ -7,7 +7,6 @@ import logging
 import os
 import time
 from contextlib import ExitStack
-from dataclasses import replace
 
 from ..backends.filter import succeeding
 from ..datapath.disk import Disk
@@ -96,7 +95,7 @@ def _take_over(env: Environment, store: Store, address: Address) -> ExitStatus:
             facts = own_record.facts
             takeover.check_files(facts, str(vdev), f"xl block-detach {domid} {vdev}")
             config = attachment.read_config(store, address)
-            spec = replace(_spec(config), filters=facts.spec.filters)  # as they were set last
+            spec = _spec(config)._replace(filters=facts.spec.filters)  # as they were set last
             with succeeding():
                 disk = _open(spec, store, stack)
             takeover.check_size(facts, str(vdev), disk.backend)
@@ -114,7 +113,7 @@ def _take_over(env: Environment, store: Store, address: Address) -> ExitStatus:
 def _spec(config: DiskConfig) -> DiskSpec:
     """Say what libxl's keys ask for."""
     spec = spec_from(parse(["connect", "VM", *config.arguments]))
-    return spec if config.discard else replace(spec, discard=False)
+    return spec if config.discard else spec._replace(discard=False)
 
 
 def _open(spec: DiskSpec, store: Store, stack: ExitStack) -> Disk:

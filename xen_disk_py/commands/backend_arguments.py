@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-from dataclasses import replace
 
 from ..backends import Backend
 from ..backends.finding import QEMU_FORMATS, choose
@@ -59,7 +58,7 @@ def spec_from(args: argparse.Namespace, temporary: str | None = None) -> DiskSpe
         "timeout",
         "user",
     )
-    spec = replace(spec, **{name: given[name] for name in named if name in given})
+    spec = spec._replace(**{name: given[name] for name in named if name in given})
     if spec.overlay is not None and is_vhd(spec.overlay):
         return _with_vhd_overlay(spec, spec.overlay, args.format)
     spec = _of_format(spec, args.format)
@@ -88,11 +87,11 @@ def _with_vhd_overlay(spec: DiskSpec, overlay: str, form: str | None) -> DiskSpe
         raise UsageError(f"--backend {spec.backend} does not keep changes in a VHD: leave it out")
     if spec.path is None:
         _check_exists(overlay)
-        return replace(spec, backend="vhd", path=overlay, overlay=None)
+        return spec._replace(backend="vhd", path=overlay, overlay=None)
     if form in QEMU_FORMATS:
         raise _changes_of_qemu(spec, overlay, form)
     options = spec.options if form is None else (f"parent_format={form}", *spec.options)
-    return replace(spec, backend="vhd", options=options)
+    return spec._replace(backend="vhd", options=options)
 
 
 def _of_format(spec: DiskSpec, form: str | None) -> DiskSpec:
@@ -117,8 +116,8 @@ def _of_format(spec: DiskSpec, form: str | None) -> DiskSpec:
             "that ends in .vhd"
         )
     if form in QEMU_FORMATS:
-        return replace(spec, backend="qemu", options=(f"format={form}", *spec.options))
-    return replace(spec, backend=form)
+        return spec._replace(backend="qemu", options=(f"format={form}", *spec.options))
+    return spec._replace(backend=form)
 
 
 def _changes_of_qemu(spec: DiskSpec, overlay: str, form: str) -> UsageError:
@@ -132,10 +131,10 @@ def _with_overlay(spec: DiskSpec, overlay: str) -> DiskSpec:
     from ..backends.overlay.file import image_path
 
     if (spec.backend is None and spec.path is None) or spec.backend_name == "cow":
-        spec = replace(spec, backend="overlay")
+        spec = spec._replace(backend="overlay")
     if spec.backend == "overlay" and spec.path is None:
         _check_exists(overlay)
-        return replace(spec, path=image_path(overlay))
+        return spec._replace(path=image_path(overlay))
     return spec
 
 

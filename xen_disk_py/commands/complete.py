@@ -12,11 +12,11 @@ import argparse
 import pwd
 import re
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 from ..backends.finding import builtin_names
 from ..errors import XenDiskError
 from ..exit_status import ExitStatus
+from ..named import NamedTuple
 from ..text import printable
 from ..xenbus import toolstack
 from .arguments import build_parser, commands_of

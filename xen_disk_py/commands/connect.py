@@ -9,7 +9,6 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import replace
 from functools import partial
 
 from ..backends.filter import succeeding
@@ -68,7 +67,7 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
     if args.supervise:
         return _supervise(args, env)
     notify_starting()  # all is imported
-    role = replace(role, leaves=role.leaves or args.recover)
+    role = role._replace(leaves=role.leaves or args.recover)
     adopts = args.adopt or (args.recover and _is_to_recover(args, env, wanted))
     if adopts and wanted is not None:
         return _take_over(args, env, role, wanted)
@@ -77,7 +76,7 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
             stack.callback(temporary.remove, role.temporary)  # else, if we may not, our parent does
         spec = spec_from(args, role.temporary)
         if role.temporary is not None and spec.cow_limit is None:
-            spec = replace(spec, cow_limit=memory.room() // 2)
+            spec = spec._replace(cow_limit=memory.room() // 2)
         connection = _open(args, env, role, spec, stack, wanted=wanted)
         if role.leaves and not connection.disk.backend.survives:
             raise UsageError(

@@ -15,7 +15,6 @@ import subprocess
 import tempfile
 import threading
 from contextlib import ExitStack
-from dataclasses import asdict, replace
 from typing import Any
 
 from ..blkif import SECTOR
@@ -56,7 +55,7 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
         is_fresh = spec.overlay is not None and not is_kept
         only_reads = spec.backend in ("vhd", "qemu") and not (is_ours or is_fresh or args.overwrite)
         if only_reads and not spec.read_only:  # for writing it would be repaired
-            disk = Disk(replace(spec, read_only=True).open_backend())
+            disk = Disk(spec._replace(read_only=True).open_backend())
         else:
             disk = Disk(spec.open_backend())
         stack.callback(disk.close)
@@ -206,7 +205,7 @@ def _expected(disk: Disk, name: str) -> str:
 
 def _start_guest(plan: Plan, machine: SimulatedMachine) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        own_command("demo", "--guest", json.dumps(asdict(plan))),
+        own_command("demo", "--guest", json.dumps(plan._asdict())),
         stdout=subprocess.PIPE,
         text=True,
         pass_fds=machine.descriptors,

@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Iterator
 from itertools import groupby
-from typing import NamedTuple
 
 from .. import libxen
 from ..errors import XenDiskError
@@ -16,6 +15,7 @@ from ..host.atomic import load_fence
 from ..host.install import ours
 from ..libxen import EVTCHN_DEVICE, GNTALLOC, GNTDEV
 from ..libxl.attachment import FIRST_XEN
+from ..named import NamedTuple
 from ..xenbus import toolstack
 from .environment import Environment
 

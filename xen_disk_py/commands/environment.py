@@ -11,9 +11,8 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Callable, TextIO
+from typing import Any, Callable, TextIO
 
 from ..errors import BackendError, XenDiskError
 from ..host import journald
@@ -27,6 +26,7 @@ from ..xenbus.xenstore import Store
 log = logging.getLogger("xen_disk_py")
 
 _PATIENCE = 1.0  # seconds that a reader gets at the end
+_PYTHONS: Any = object()  # the stream that Python has
 
 
 def _xen() -> Hypervisor:
@@ -46,18 +46,29 @@ def _or_null(stream: TextIO | None) -> TextIO:
     return stream if stream is not None else open(os.devnull, "w", encoding="utf-8")
 
 
-@dataclass
 class Environment:
     """The machine: by default, the real one."""
 
-    stdout: TextIO = field(default_factory=lambda: _or_null(sys.stdout))
-    stderr: TextIO = field(default_factory=lambda: _or_null(sys.stderr))
-    open_store: Callable[[], Store] = Store.open
-    open_hypervisor: Callable[[], Hypervisor] = _xen
-    xen_version: Callable[[], tuple[int, int] | None] = _xen_version
-    record_directory: str = record.DIRECTORY
-    journal: str = journald.SOCKET
-    stdin: TextIO | None = field(default_factory=lambda: sys.stdin)
+    def __init__(
+        self,
+        *,
+        stdout: TextIO = _PYTHONS,
+        stderr: TextIO = _PYTHONS,
+        stdin: TextIO | None = _PYTHONS,
+        open_store: Callable[[], Store] = Store.open,
+        open_hypervisor: Callable[[], Hypervisor] = _xen,
+        xen_version: Callable[[], tuple[int, int] | None] = _xen_version,
+        record_directory: str = record.DIRECTORY,
+        journal: str = journald.SOCKET,
+    ) -> None:
+        self.stdout = _or_null(sys.stdout) if stdout is _PYTHONS else stdout
+        self.stderr = _or_null(sys.stderr) if stderr is _PYTHONS else stderr
+        self.stdin = sys.stdin if stdin is _PYTHONS else stdin
+        self.open_store = open_store
+        self.open_hypervisor = open_hypervisor
+        self.xen_version = xen_version
+        self.record_directory = record_directory
+        self.journal = journal
 
     @cached_property
     def out(self) -> Output:

@@ -14,10 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from queue import Empty, Full, Queue
-from typing import Callable, NamedTuple
+from typing import Callable
 
 from ..backends.image import Image
 from ..errors import ImageError
+from ..named import NamedTuple
 from ..trace.powercut import Choice, Epoch, Extent, extents_of
 from ..trace.reader import TraceReader
 from ..units import format_size

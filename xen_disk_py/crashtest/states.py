@@ -9,9 +9,9 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 from ..errors import ImageError, UsageError
+from ..named import NamedTuple
 from ..text import printable
 from ..trace.format import FLUSH, GAP, RESIZED
 from ..trace.moment import Moment, Reach, change_of, check_usable, sources, unchecked

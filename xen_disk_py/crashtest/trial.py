@@ -15,10 +15,11 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Callable, NamedTuple
+from typing import Callable
 
 from ..errors import ProgramMissing, UsageError
 from ..host.program import find_program
+from ..named import NamedTuple
 
 _TAIL = 4096  # bytes of output that are kept
 _STEP = 0.05  # seconds between two looks at whether it has ended

@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Callable, NamedTuple, Protocol
+from typing import Callable, Protocol
 
 from ..backends import Backend, asynchronous
 from ..backends.filter import Filter, Noting, direct, outermost
@@ -35,6 +35,7 @@ from ..blkif import (
 )
 from ..errors import BackendError, DeviceError, XenDiskError
 from ..host.synchronizing import synchronize
+from ..named import NamedTuple
 from ..ration import Ration
 from . import statistics as count
 from .drained import DrainedSection

@@ -19,11 +19,11 @@ import enum
 import logging
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from ..blkif import READ, SECTOR, Transfer
 from ..errors import BackendError, HypervisorError
 from ..hypervisor import PAGE_SIZE, Hypervisor, Mapping, Piece
+from ..named import NamedTuple
 from .stopwatch import kind
 
 log = logging.getLogger("xen_disk_py")

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from ..blkif import RESPONSE_SIZE, Ring
+from ..named import NamedTuple
 from .double_buffer import DoubleBuffer
 
 _WHICH = struct.Struct("<18I")  # slot size, event channel, grant references of a ring

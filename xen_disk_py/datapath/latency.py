@@ -11,9 +11,9 @@ The words of a histogram are unsigned and of 64 bits; one thread adds, others re
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
 
 from ..blkif import READ, SECTOR, WRITE, Discard, Transfer
+from ..named import NamedTuple
 
 PER_SECOND = 4_000_000
 """Units in a second."""

@@ -34,7 +34,7 @@ from collections.abc import Sequence
 from functools import partial
 from math import inf
 from time import perf_counter
-from typing import TYPE_CHECKING, Callable, NamedTuple
+from typing import TYPE_CHECKING, Callable
 
 from ..backends.asynchronous import Asynchronous
 from ..backends.finding import user_line
@@ -61,6 +61,7 @@ from ..blkif import (
 )
 from ..errors import GuestMisbehaved, HypervisorError, XenDiskError
 from ..hypervisor import PAGE_SIZE, EventChannel, Hypervisor, Mapping
+from ..named import NamedTuple
 from ..ring import BackRing
 from . import statistics as count
 from .disk import RETRY, Disk, Moves

@@ -6,10 +6,11 @@ import ctypes
 import platform
 import threading
 from functools import partial
-from typing import Callable, NamedTuple
+from typing import Callable
 
 from xen_disk_py.errors import XenUnavailable
 from xen_disk_py.host.clibrary import Library, Signature
+from xen_disk_py.named import NamedTuple
 
 _SEQ_CST = 5
 """``memory_order_seq_cst``: a full barrier."""

@@ -11,11 +11,11 @@ from __future__ import annotations
 import ctypes
 import errno
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable
 
 from xen_disk_py.errors import HypervisorError, XenUnavailable
+from xen_disk_py.named import NamedTuple
 
 Check = Callable[[Any, Any, tuple[Any, ...]], Any]
 """What ctypes calls ``errcheck``: (result, function, arguments) → the result to return."""
@@ -85,8 +85,7 @@ class Finding(NamedTuple):
     """What to do if it is not found; empty if it is."""
 
 
-@dataclass(frozen=True)
-class Library:
+class Library(NamedTuple):
     """A shared object and every function of it that we call."""
 
     soname: str | None

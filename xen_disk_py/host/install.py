@@ -8,9 +8,9 @@ import stat
 import tempfile
 from collections.abc import Sequence
 from importlib import resources
-from typing import NamedTuple
 
 from ..errors import InstallError
+from ..named import NamedTuple
 from .program import unit_command
 
 

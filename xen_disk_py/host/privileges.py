@@ -23,9 +23,9 @@ import grp
 import os
 import pwd
 import struct
-from typing import NamedTuple
 
 from ..errors import PrivilegeError, UsageError
+from ..named import NamedTuple
 
 _PR_SET_DUMPABLE = 4
 _PR_SET_NO_NEW_PRIVS = 38

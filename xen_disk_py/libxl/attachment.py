@@ -16,9 +16,8 @@ Sources: libxl (``libxl_disk.c``, ``libxl_device.c``, ``libxl_linux.c``).
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from ..errors import DeviceError, DeviceTaken, UsageError
+from ..named import NamedTuple
 from ..xenbus.device import Device
 from ..xenbus.states import Address, State
 from ..xenbus.toolstack import PID_KEY

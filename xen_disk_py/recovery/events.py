@@ -7,12 +7,12 @@ happened; errors come in bursts, and a burst is one entry with a count.
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
 
 from ..datapath.bursts import Bursts
 from ..datapath.disk import Disk
 from ..host import journald
 from ..host.journald import Value
+from ..named import NamedTuple
 from ..text import printable
 from ..units import format_size
 from .facts import Facts

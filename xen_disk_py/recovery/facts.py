@@ -6,7 +6,6 @@ import json
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
@@ -17,8 +16,9 @@ from ..datapath.disk import Disk
 from ..errors import DeviceError, UsageError
 from ..host.identity import identity_of
 from ..host.process import start_time
+from ..named import NamedTuple
 from ..xenbus.vdev import VirtualDevice
-from .plain import from_plain, kept, to_plain
+from .plain import from_plain
 from .spec import DiskSpec
 
 if TYPE_CHECKING:  # a toolstack needs pyxs, which nbdkit's Python may not have
@@ -43,8 +43,7 @@ _CHANGING = (
 )
 
 
-@dataclass(frozen=True)
-class Facts:
+class Facts(NamedTuple):
     """Who serves what.
 
     Attributes:
@@ -76,23 +75,23 @@ class Facts:
     number: int = 0
     device: str = ""
     size: int = 0
-    resizing: int | None = kept(None, int)
-    backend: str | None = kept(None, str)
-    path: str | None = kept(None, str)
+    resizing: int | None = None
+    backend: str | None = None
+    path: str | None = None
     mode: str = "rw"
     pid: int = 0
-    process_started: int | None = kept(None, int)
+    process_started: int | None = None
     queues: tuple[tuple[int, int | None], ...] = ()
-    files: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, Any] = {}  # noqa: RUF012 - nobody changes one
     storage: tuple[dict[str, Any], ...] = ()
     survives: bool = False
-    disk: dict[str, Any] | None = kept(None, dict)  # noqa: RUF009 - it makes a field
+    disk: dict[str, Any] | None = None
     version: str = ""
     connected: bool = False
-    started: float | None = kept(None, float)
-    pause: float | None = kept(None, float)
-    released_at: float | None = kept(None, float)
-    not_upgraded: tuple[float, str] | None = kept(None, tuple)
+    started: float | None = None
+    pause: float | None = None
+    released_at: float | None = None
+    not_upgraded: tuple[float, str] | None = None
 
     @classmethod
     def about(
@@ -140,7 +139,7 @@ class Facts:
 
     def encode(self) -> bytes:
         """Return it as JSON."""
-        return json.dumps(to_plain(self)).encode()
+        return json.dumps(self._asdict()).encode()
 
     @property
     def spec(self) -> DiskSpec:
@@ -182,7 +181,7 @@ class Facts:
             now = now[: len(before)]  # a recorder that was put over them since is left out
             if list(map(_opened_by, before)) == list(map(_opened_by, now)):
                 changed["disk"] = {**(self.disk or {}), "filters": now}
-        return replace(self, **changed)
+        return self._replace(**changed)
 
     def told(self) -> Mapping[str, Any]:
         """Return what is for scripts."""

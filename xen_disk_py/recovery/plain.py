@@ -1,61 +1,56 @@
-"""Frozen dataclasses as what JSON knows, and back: what one process writes and another reads.
+"""Named tuples made of what JSON knows: what one process writes (``_asdict``) and another reads.
 
-A field's default says of which type it is (a factory's is a dictionary); where that is not enough,
-as for one that may be None, :func:`kept` does.
+A field's annotation says of which types it is.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, asdict, field, fields
 from typing import Any, TypeVar
 
-T = TypeVar("T")
+from ..named import NamedTuple
 
+T = TypeVar("T", bound=NamedTuple)
 
-def kept(default: object, *kinds: type) -> Any:
-    """Make a field that has one of ``kinds``, or its default."""
-    return field(default=default, metadata={"kinds": (*kinds, type(default))})
-
-
-def to_plain(value: Any) -> dict[str, Any]:
-    """Return the fields of a dataclass."""
-    return asdict(value)
+_KINDS: dict[str, type] = {
+    **{kind.__name__: kind for kind in (bool, int, float, str, tuple, dict)},
+    "None": type(None),
+}
 
 
 def from_plain(cls: type[T], data: Mapping[str, Any]) -> tuple[T, list[str]]:
-    """Make a dataclass of what another process wrote.
+    """Make a named tuple, each of whose fields has a default, of what another process wrote.
 
     Returns:
         It, with defaults for what is missing or makes no sense; and the names of what made none,
         or is unknown here.
     """
-    known: dict[str, Field[Any]] = {each.name: each for each in fields(cls)}  # type: ignore[arg-type]  # it is a dataclass
-    wrong = [name for name in data if name not in known]
+    wrong = [name for name in data if name not in cls._fields]
     given: dict[str, Any] = {}
-    for name, each in known.items():
+    for name, annotation in cls.__annotations__.items():
         if name not in data:
             continue
+        kinds = _kinds(annotation)
         value = data[name]
-        if isinstance(value, list) and tuple in _kinds(each):
+        if isinstance(value, list) and tuple in kinds:
             value = tuple(value)
-        if _fits(value, each):
+        if _fits(value, kinds):
             given[name] = value
         else:
             wrong.append(name)
-    return cls(**given), wrong
+    return cls._make({**cls._field_defaults, **given}.values()), wrong
 
 
-def _kinds(field: Field[Any]) -> tuple[type, ...]:
-    default = {} if field.default is MISSING else field.default
-    kinds: tuple[type, ...] = field.metadata.get("kinds", (type(default),))
-    return kinds
+def _kinds(annotation: str) -> list[type]:
+    """Return the types that an annotation names, such as ``tuple[int, ...] | None``."""
+    text = re.sub(r"\[.*\]", "", annotation)
+    return [_KINDS[name] for name in text.split(" | ")]
 
 
-def _fits(value: object, field: Field[Any]) -> bool:
-    kinds = _kinds(field)
+def _fits(value: object, kinds: list[type]) -> bool:
     if isinstance(value, bool):
         return bool in kinds
     if isinstance(value, int) and float in kinds:
         return True
-    return isinstance(value, kinds)
+    return isinstance(value, tuple(kinds))

@@ -31,8 +31,7 @@ import os
 import stat
 import threading
 import time
-from dataclasses import replace
-from typing import Any, Callable, NamedTuple, NoReturn
+from typing import Any, Callable, NoReturn
 
 from .. import __version__
 from ..blkif import MAX_QUEUES
@@ -45,6 +44,7 @@ from ..errors import DeviceError, DeviceTaken, XenUnavailable
 from ..host.process import is_process
 from ..host.systemd import notify_starting
 from ..hypervisor import Closing
+from ..named import NamedTuple
 from ..xenbus.states import Address
 from ..xenbus.vdev import from_number
 from . import temporary
@@ -381,7 +381,7 @@ class Record(Closing):
     def update(self, **changed: Any) -> None:
         """Write some of the facts anew; raises as :meth:`describe` does."""
         with self._lock:
-            self.describe(replace(self.facts, **changed))
+            self.describe(self.facts._replace(**changed))
 
     @property
     def is_closed(self) -> bool:

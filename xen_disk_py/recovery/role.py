@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 
 from ..errors import UsageError
-from .plain import from_plain, kept, to_plain
+from ..named import NamedTuple
+from .plain import from_plain
 
 OPTION = "--role"
 """The option of ``connect`` that says so; not for people."""
 
 
-@dataclass(frozen=True)
-class Role:
+class Role(NamedTuple):
     """What a process is among others.
 
     Attributes:
@@ -26,7 +25,7 @@ class Role:
     leaves: bool = False
     succeeds: bool = False
     tries: bool = False
-    temporary: str | None = kept(None, str)
+    temporary: str | None = None
 
     @classmethod
     def parse(cls, text: str) -> Role:
@@ -48,5 +47,5 @@ class Role:
 
     def words(self) -> list[str]:
         """Return the arguments of ``connect`` that say so."""
-        told = {name: value for name, value in to_plain(self).items() if value not in (None, False)}
+        told = {name: value for name, value in self._asdict().items() if value not in (None, False)}
         return [OPTION, json.dumps(told, separators=(",", ":"))] if told else []

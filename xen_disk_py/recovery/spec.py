@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from ..backends import Backend
@@ -14,14 +13,14 @@ from ..datapath.disk import Disk
 from ..datapath.grants import Grants
 from ..datapath.queue import Options
 from ..errors import DeviceError, UsageError
-from .plain import from_plain, kept, to_plain
+from ..named import NamedTuple
+from .plain import from_plain
 
 VERSION = 1
 """Of the fields below: to be counted up when an older program would misunderstand one."""
 
 
-@dataclass(frozen=True)
-class DiskSpec:
+class DiskSpec(NamedTuple):
     """What a disk is to be, whoever serves it.
 
     Attributes:
@@ -50,13 +49,13 @@ class DiskSpec:
 
     version: int = VERSION
     directory: str = "/"
-    backend: str | None = kept(None, str)
-    path: str | None = kept(None, str)
-    overlay: str | None = kept(None, str)
+    backend: str | None = None
+    path: str | None = None
+    overlay: str | None = None
     is_temporary: bool = False
-    size: int | None = kept(None, int)
-    cow_limit: int | None = kept(None, int)
-    sector_size: int | None = kept(None, int)
+    size: int | None = None
+    cow_limit: int | None = None
+    sector_size: int | None = None
     options: tuple[str, ...] = ()
     filters: tuple[str, ...] = ()
     read_only: bool = False
@@ -71,7 +70,7 @@ class DiskSpec:
     indirect_segments: int = 256
     latency: bool = True
     timeout: float = 30.0
-    user: str | None = kept(None, str)
+    user: str | None = None
 
     @classmethod
     def parse(cls, data: Mapping[str, Any], version: str = "") -> DiskSpec:
@@ -96,7 +95,7 @@ class DiskSpec:
 
     def plain(self) -> dict[str, Any]:
         """Return it as what JSON knows."""
-        return to_plain(self)
+        return self._asdict()
 
     @property
     def backend_name(self) -> str:

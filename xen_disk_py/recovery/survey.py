@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from typing import NamedTuple
 
 from ..datapath import latency
 from ..datapath.journal import SIZE as JOURNAL_SIZE
 from ..datapath.latency import Latency
 from ..errors import XenUnavailable
 from ..host.process import is_process
+from ..named import NamedTuple
 from . import record
 from .facts import Facts
 

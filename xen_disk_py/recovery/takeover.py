@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import NamedTuple
 
 from ..backends import Backend
 from ..errors import (
@@ -20,6 +19,7 @@ from ..errors import (
 )
 from ..exit_status import ExitStatus
 from ..host.identity import difference, identity_of, is_known
+from ..named import NamedTuple
 from ..units import format_size
 from ..xenbus import toolstack
 from ..xenbus.states import Address

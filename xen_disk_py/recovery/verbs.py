@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from ..backends import Backend, stack
@@ -85,7 +84,7 @@ class _Filters:
 
     def note(self, filters: tuple[str, ...]) -> None:
         """Have whoever takes the disk over make the same stack."""
-        spec = replace(self._record.facts.spec, filters=filters)
+        spec = self._record.facts.spec._replace(filters=filters)
         self._record.update(disk=spec.plain())
 
 

@@ -11,7 +11,6 @@ import itertools
 import select
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Callable
 
 from ..blkif import (
@@ -342,7 +341,7 @@ class Frontend(Closing):
         """Take notice of a new size, as Linux does when Connected is written once more."""
         if self._store.pending() and self.backend_state is State.CONNECTED:
             sectors = int(self._store.read(f"{self._backend}/sectors") or 0)
-            self.features = replace(self.features, sectors=sectors)
+            self.features = self.features._replace(sectors=sectors)
         return self.features
 
     def close(self) -> None:

@@ -13,11 +13,11 @@ import random
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
 from typing import Callable
 
 from ..blkif import READ, WRITE
 from ..errors import XenDiskError
+from ..named import NamedTuple
 from ..units import format_size
 from ..xenbus.states import State
 from ..xenbus.xenstore import Store
@@ -35,8 +35,7 @@ _LOOK = 0.1  # seconds between two looks at the backend's state
 _PROGRESS = 0.5  # seconds between two words of progress
 
 
-@dataclass
-class Plan:
+class Plan(NamedTuple):
     """What the guest is to do.
 
     Attributes:
@@ -60,8 +59,7 @@ class Plan:
     seconds: float = _PATIENCE
 
 
-@dataclass
-class Phase:
+class Phase(NamedTuple):
     """One finished phase."""
 
     name: str
@@ -309,7 +307,7 @@ def main(text: str, say: Callable[[str], None]) -> int:
             frontend.connect()
             try:
                 for phase in work(frontend, plan, tell):
-                    say(json.dumps(asdict(phase)))
+                    say(json.dumps(phase._asdict()))
             except Stopped:
                 status = STOPPED
             except (XenDiskError, RequestFailed) as error:

@@ -31,7 +31,6 @@ import struct
 import sys
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import islice
 from types import SimpleNamespace
 from typing import Any, Callable
@@ -233,15 +232,11 @@ def _runs(frames: Sequence[int]) -> list[tuple[int, int]]:
     return runs
 
 
-@dataclass
 class Counters:
     """What the backend's side did."""
 
-    maps: int = 0
-    unmaps: int = 0
-    copies: int = 0
-    notifications: int = 0
-    mapped_pages: int = 0
+    maps = unmaps = copies = notifications = 0
+    mapped_pages = 0
     """Now, not ever."""
 
 

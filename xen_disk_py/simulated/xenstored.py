@@ -22,9 +22,10 @@ import threading
 from collections.abc import Iterable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import Callable
 
 from xen_disk_py.hypervisor import Closing
+from xen_disk_py.named import NamedTuple
 
 _HEADER = struct.Struct("=IIII")  # type, req_id, tx_id, len
 _PAYLOAD_MAX = 4096

@@ -14,10 +14,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 from zlib import crc32
 
 from ..errors import ImageError
+from ..named import NamedTuple
 
 MAGIC = b"xen-disk trace\0\0"
 VERSION = 2

@@ -6,10 +6,10 @@ import os
 import re
 from collections.abc import Container, Iterator
 from datetime import datetime, timedelta, timezone
-from typing import NamedTuple
 from zlib import crc32
 
 from ..errors import ImageError, UsageError
+from ..named import NamedTuple
 from ..text import printable
 from ..units import format_size, parse_duration
 from .extents import BYTES_PER_EXTENT, Extents

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
 
+from ..named import NamedTuple
 from .format import FLUSH, READ, WRITE, Record
 
 PERCENTILES = (50, 99)

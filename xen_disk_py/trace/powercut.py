@@ -15,7 +15,9 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 from math import gcd
-from typing import NamedTuple, Union
+from typing import Union
+
+from ..named import NamedTuple
 
 ZEROS = -1
 """A source: not data, but zeros."""

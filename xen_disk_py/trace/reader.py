@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from ..errors import ImageError
 from ..hypervisor import Closing
+from ..named import NamedTuple
 from ..text import printable
 from .format import (
     BLOCK_HEADER_SIZE,

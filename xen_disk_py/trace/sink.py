@@ -20,8 +20,9 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from time import perf_counter_ns
-from typing import Callable, NamedTuple
+from typing import Callable
 
+from ..named import NamedTuple
 from .claims import Claims
 from .format import (
     BATCHED_SIZE,

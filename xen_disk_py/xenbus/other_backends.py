@@ -16,10 +16,10 @@ import os
 import re
 import stat
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 from ..backends.sharing import Number, Storage, number_of
 from ..errors import ImageError
+from ..named import NamedTuple
 from .states import Address, State
 from .toolstack import PID_KEY, is_from_libxl, own_domid
 from .vdev import from_number

@@ -8,9 +8,9 @@ the node then. The guest cannot write there, nor read it.
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
 
 from ..errors import DeviceError
+from ..named import NamedTuple
 from .xenstore import quote, unquote
 
 DIRECTORY = "resize"

@@ -19,8 +19,9 @@ Sources: ``xen/include/public/io/xenbus.h``, ``blkif.h``; Linux
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum, IntEnum
+
+from ..named import NamedTuple
 
 
 class State(IntEnum):
@@ -97,8 +98,7 @@ def react(backend: State, frontend: State | None, online: bool) -> Action:
     return Action.STAY
 
 
-@dataclass(frozen=True)
-class Address:
+class Address(NamedTuple):
     """Which device this is, and its three directories in xenstore.
 
     ``kind`` is the backend's directory name (``vbd3``, ``qdisk``), ``devid`` the virtual

@@ -13,9 +13,9 @@ import errno
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from typing import NamedTuple
 
 from ..errors import DeviceError, DeviceTaken, GuestNotFound, StoreError
+from ..named import NamedTuple
 from .states import Address, State
 from .vdev import VirtualDevice, first_free, from_number
 from .xenstore import Store, quote, unquote

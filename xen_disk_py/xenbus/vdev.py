@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import NamedTuple
 
 from ..errors import DeviceError, UsageError
+from ..named import NamedTuple
 
 _EXTENDED = 1 << 28
 _MAX_DISK = (1 << 20) - 1

@@ -21,13 +21,14 @@ from contextlib import suppress
 from ctypes import POINTER, c_bool, c_char_p, c_int, c_int64, c_size_t, c_uint, c_uint32, c_uint64
 from functools import cache
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 from ...errors import BackendError
 from ...host.clibrary import Library, Signature
 from ...host.output import relayed_stderr
 from ...host.program import find_program
 from ...hypervisor import Closing
+from ...named import NamedTuple
 from .. import StorageError
 from ..asynchronous import DISCARD, FLUSH, READ
 from ..copies import Data

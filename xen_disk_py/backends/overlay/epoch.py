@@ -7,10 +7,9 @@ USB), or been shut down, and be mounted again in the same boot.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from ...host.identity import boot_id
 from ...host.mounts import mount_of, superblock_of
+from ...named import NamedTuple
 from ..image import file_system
 
 
