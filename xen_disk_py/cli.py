@@ -12,9 +12,8 @@ from typing import NoReturn, TextIO, cast
 from .commands.arguments import PROGRAM
 from .commands.environment import Environment
 from .commands.parsing import parse
-from .errors import UsageError, XenDiskError
+from .errors import Forked, UsageError, XenDiskError
 from .exit_status import ExitStatus
-from .host.forkserver import Forked
 from .host.logs import LineHandler
 from .host.output import open_standard_descriptors
 

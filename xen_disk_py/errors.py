@@ -17,11 +17,13 @@
     ├── InstallError             a file for xl or systemd cannot be put in its place
     ├── PrivilegeError           privileges cannot be given up
     └── GuestMisbehaved          the frontend broke the protocol
+    Forked                       no error: this is a new process
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 
 class XenDiskError(Exception):
@@ -99,3 +101,14 @@ class PrivilegeError(XenDiskError):
 
 class GuestMisbehaved(XenDiskError):
     """The frontend broke the block protocol; its ring is not served any longer."""
+
+
+class Forked(BaseException):
+    """This is a new process, which is to run the program with other arguments.
+
+    It unwinds the stack of the server, whose files are closed on the way.
+    """
+
+    def __init__(self, words: Sequence[str]) -> None:
+        super().__init__()
+        self.words = words

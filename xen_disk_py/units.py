@@ -10,7 +10,7 @@ LARGEST = (1 << 63) - (1 << 20)
 """Bytes that anything can be long: what off_t holds (lseek(2)), in whole MiB."""
 
 _LETTERS = "KMGTPE"
-_SIZE = re.compile(r"(\d+(?:\.\d+)?|\.\d+) ?(?:([KMGTPE])(?:I?B)?|B)?", re.IGNORECASE | re.ASCII)
+_SIZE = r"(\d+(?:\.\d+)?|\.\d+) ?(?:([KMGTPE])(?:I?B)?|B)?"
 
 
 def parse_size(text: str) -> int:
@@ -22,7 +22,7 @@ def parse_size(text: str) -> int:
     Raises:
         UsageError: it is not a size.
     """
-    match = _SIZE.fullmatch(text.strip())
+    match = re.fullmatch(_SIZE, text.strip(), re.IGNORECASE | re.ASCII)
     if match is None:
         raise UsageError(f"{text!r} is not a size: give bytes, or a number with K, M, G or T")
     number, letter = match.groups()
@@ -41,7 +41,7 @@ def parse_size(text: str) -> int:
     raise UsageError(f"{text!r} is more than any disk can have: at most {format_size(LARGEST)}")
 
 
-_DURATION = re.compile(r"(\d+(?:\.\d+)?|\.\d+) ?(us|ms|s)?", re.ASCII)
+_DURATION = r"(\d+(?:\.\d+)?|\.\d+) ?(us|ms|s)?"
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, None: 1.0}
 
 
@@ -51,7 +51,7 @@ def parse_duration(text: str) -> float:
     Raises:
         UsageError: it is not a time.
     """
-    match = _DURATION.fullmatch(text.strip())
+    match = re.fullmatch(_DURATION, text.strip(), re.ASCII)
     if match is None:
         raise UsageError(f"{text!r} is not a time: give a number with us, ms or s")
     return float(match[1]) * _SECONDS[match[2]]

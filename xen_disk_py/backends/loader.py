@@ -21,8 +21,8 @@ from .parameters import parameters_of
 if TYPE_CHECKING:
     import inspect
 
-_FILTER = re.compile(r"(?P<name>[^=]+?\.py(?::\w+)?|\w+)(?::(?P<options>\w+=.*))?", re.DOTALL)
-_SETTING = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*=.*", re.DOTALL)  # nbdkit(1)
+_FILTER = r"(?P<name>[^=]+?\.py(?::\w+)?|\w+)(?::(?P<options>\w+=.*))?"
+_SETTING = r"[A-Za-z][A-Za-z0-9_.-]*=.*"  # nbdkit(1)
 _FLAGS = {
     "path": "--path",
     "size": "--size",
@@ -201,7 +201,7 @@ def filter_parts(text: str) -> tuple[str, list[str]]:
     Raises:
         UsageError: it has no such parts.
     """
-    match = _FILTER.fullmatch(text)
+    match = re.fullmatch(_FILTER, text, re.DOTALL)
     if match is None:
         raise UsageError(f"--filter {text}: write it as NAME, or NAME:key=value,key=value")
     return match["name"], list(filter(None, (match["options"] or "").split(",")))
@@ -358,7 +358,7 @@ def _plugin_arguments(
                 f"behind its path as {key}=…"
             )
     for text in pairs:
-        if not _SETTING.fullmatch(text):
+        if not re.fullmatch(_SETTING, text, re.DOTALL):
             raise UsageError(f"{text}: write it as name=value")
     return {**given, "settings": pairs, "read_only": read_only}
 

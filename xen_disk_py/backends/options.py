@@ -12,8 +12,8 @@ from typing import Any
 from ..errors import UsageError
 from ..units import parse_size
 
-_OPTIONAL = re.compile(r"Optional\[(.*)\]|Union\[(.*), ?None\]|Union\[None, ?(.*)\]", re.DOTALL)
-_LITERAL = re.compile(r"Literal\[(.*)\]", re.DOTALL)
+_OPTIONAL = r"Optional\[(.*)\]|Union\[(.*), ?None\]|Union\[None, ?(.*)\]"
+_LITERAL = r"Literal\[(.*)\]"
 _BOOLEANS = {
     **dict.fromkeys(("yes", "true", "on", "1"), True),
     **dict.fromkeys(("no", "false", "off", "0"), False),
@@ -44,7 +44,7 @@ def convert(text: str, annotation: object) -> Any:
             return _BOOLEANS[text.lower()]
         except KeyError:
             raise UsageError(f"{text!r} is neither yes nor no") from None
-    literal = _LITERAL.fullmatch(wanted)
+    literal = re.fullmatch(_LITERAL, wanted, re.DOTALL)
     if literal is not None:
         return _one_of(text, literal[1])
     return text
@@ -71,7 +71,7 @@ def _text(annotation: object) -> str:
 
 
 def _without_none(text: str) -> str:
-    match = _OPTIONAL.fullmatch(text)
+    match = re.fullmatch(_OPTIONAL, text, re.DOTALL)
     if match is not None:
         return str(next(filter(None, match.groups()))).strip()
     for none in (" | None", "|None"):

@@ -10,11 +10,11 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from functools import partial
+from typing import TYPE_CHECKING
 
 from ..backends.filter import succeeding
 from ..backends.sharing import Storage, storage_of_files
 from ..datapath.disk import Disk
-from ..datapath.processes import QueueProcesses
 from ..datapath.queue import Queue
 from ..datapath.statistics import Statistics, histogram
 from ..errors import DeviceTaken, UsageError, XenDiskError
@@ -45,6 +45,9 @@ from ..xenbus.xenstore import Store
 from . import queue_processes
 from .backend_arguments import is_cow, spec_from
 from .environment import Environment
+
+if TYPE_CHECKING:
+    from ..datapath.processes import QueueProcesses
 
 log = logging.getLogger("xen_disk_py")
 

@@ -12,21 +12,29 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any, Callable, TextIO
+from typing import TYPE_CHECKING, Any, Callable, TextIO
 
 from ..errors import BackendError, XenDiskError
 from ..host import journald
 from ..host.logs import is_journal, priority
 from ..host.output import Output
-from ..hypervisor import Hypervisor
 from ..recovery import record
 from ..text import printable
-from ..xenbus.xenstore import Store
+
+if TYPE_CHECKING:
+    from ..hypervisor import Hypervisor
+    from ..xenbus.xenstore import Store
 
 log = logging.getLogger("xen_disk_py")
 
 _PATIENCE = 1.0  # seconds that a reader gets at the end
 _PYTHONS: Any = object()  # the stream that Python has
+
+
+def _store() -> Store:
+    from ..xenbus.xenstore import Store
+
+    return Store.open()
 
 
 def _xen() -> Hypervisor:
@@ -55,7 +63,7 @@ class Environment:
         stdout: TextIO = _PYTHONS,
         stderr: TextIO = _PYTHONS,
         stdin: TextIO | None = _PYTHONS,
-        open_store: Callable[[], Store] = Store.open,
+        open_store: Callable[[], Store] = _store,
         open_hypervisor: Callable[[], Hypervisor] = _xen,
         xen_version: Callable[[], tuple[int, int] | None] = _xen_version,
         record_directory: str = record.DIRECTORY,

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from ..errors import UsageError
 from .arguments import PROGRAM, Parser, build_parser, commands_of, size
 
-_SETTING = re.compile(r"[A-Za-z][\w.-]*=.*", re.DOTALL)
+_SETTING = r"[A-Za-z][\w.-]*=.*"
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
@@ -78,7 +78,7 @@ def _take_settings(args: argparse.Namespace, words: list[str]) -> list[str]:
     if "=" in (getattr(args, "device", None) or ""):  # no VDEV has one
         words = [args.device, *words]
         args.device = None
-    settings = [word for word in words if _SETTING.fullmatch(word)]
+    settings = [word for word in words if re.fullmatch(_SETTING, word, re.DOTALL)]
     args.option = [*args.option, *settings]
     return [word for word in words if word not in settings]
 

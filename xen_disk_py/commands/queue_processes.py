@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import Callable
+from typing import TYPE_CHECKING, Callable
 
 from ..datapath.disk import Disk
-from ..datapath.processes import QueueProcesses
 from ..errors import XenDiskError
 from ..host import privileges
 from ..host.privileges import User
@@ -16,6 +15,9 @@ from ..recovery.record import Record
 from ..recovery.spec import DiskSpec
 from .arguments import PROGRAM
 from .environment import Environment
+
+if TYPE_CHECKING:
+    from ..datapath.processes import QueueProcesses
 
 
 def start(
@@ -53,6 +55,7 @@ def start(
     """
     if not spec.has_queue_processes:
         return None
+    from ..datapath.processes import QueueProcesses  # hardly a disk has them
 
     def prepare(number: int) -> Hypervisor:
         env.err.forget()

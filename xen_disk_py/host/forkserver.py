@@ -22,23 +22,13 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any, Callable
 
+from ..errors import Forked
 from .immortal import immortalize
 from .process import CommandLine
 
 _MESSAGE = 1 << 16  # bytes
 _SILENT = "the process that forks does not answer"
 _PATIENCE = 30.0  # seconds for a fork, which takes milliseconds; for imports, as long as it lives
-
-
-class Forked(BaseException):
-    """This is a new process, which is to run the program with other arguments.
-
-    It unwinds the stack of the server, whose files are closed on the way.
-    """
-
-    def __init__(self, words: Sequence[str]) -> None:
-        super().__init__()
-        self.words = words
 
 
 def serve(name: Callable[[Sequence[str]], str], steps: Iterable[Callable[[], object]] = ()) -> None:

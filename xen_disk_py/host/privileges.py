@@ -19,9 +19,7 @@ Sources: setresuid(2), capabilities(7), prctl(2); the numbers are those of ``lin
 from __future__ import annotations
 
 import ctypes
-import grp
 import os
-import pwd
 import struct
 
 from ..errors import PrivilegeError, UsageError
@@ -50,6 +48,9 @@ def find_user(text: str) -> User:
         UsageError: there is no such user or group, or it is root's.
         PrivilegeError: we are not root ourselves.
     """
+    import grp  # few disks have a user
+    import pwd
+
     name, colon, group = text.partition(":")
     try:
         entry = pwd.getpwuid(int(name)) if name.isdecimal() else pwd.getpwnam(name)

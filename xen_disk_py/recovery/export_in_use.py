@@ -12,16 +12,18 @@ import socket
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..backends import Backend
 from ..backends.before_images import BeforeImages, receive
-from ..backends.exporting import Keep, Kept
 from ..backends.filter import Filter
 from ..datapath.disk import Disk
 from ..errors import DeviceError, UsageError, XenDiskError
 from ..xenbus.states import Address
-from . import control, survey
+from . import control
+
+if TYPE_CHECKING:
+    from ..backends.exporting import Keep, Kept
 
 _PEER = (errno.EPIPE, errno.EPROTO, errno.ECONNRESET)
 _FINISH = 8.0  # seconds: less than a command waits
@@ -176,6 +178,8 @@ def _ask(directory: str, address: Address, verb: str, **more: Any) -> None:
 
 def _find(directory: str, file: tuple[int, int]) -> Address:
     """Find the disk that writes a file."""
+    from . import survey  # not in the process that serves
+
     for seen in survey.look(directory):
         for storage in seen.facts.storage if seen.alive else ():
             if storage["writable"] and file in {tuple(each) for each in storage["files"]}:

@@ -10,9 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..backends.finding import is_own_filter
-from ..backends.loader import filter_parts
-from ..backends.sharing import Storage
-from ..datapath.disk import Disk
 from ..errors import DeviceError, UsageError
 from ..host.identity import identity_of
 from ..host.process import start_time
@@ -22,6 +19,8 @@ from .plain import from_plain
 from .spec import DiskSpec
 
 if TYPE_CHECKING:  # a toolstack needs pyxs, which nbdkit's Python may not have
+    from ..backends.sharing import Storage
+    from ..datapath.disk import Disk
     from ..xenbus.toolstack import Domain
 
 FORMAT = 3
@@ -191,6 +190,8 @@ class Facts(NamedTuple):
 
 def _opened_by(text: object) -> object:
     """Return what of a ``--filter`` says which code and which file there are."""
+    from ..backends.loader import filter_parts
+
     try:
         name, options = filter_parts(text) if isinstance(text, str) else ("", [])
     except UsageError:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..backends import Backend
 from ..backends.finding import choose, is_file
-from ..backends.loader import check_wanted, open_backend
-from ..datapath.disk import Disk
-from ..datapath.grants import Grants
-from ..datapath.queue import Options
 from ..errors import DeviceError, UsageError
 from ..named import NamedTuple
 from .plain import from_plain
+
+if TYPE_CHECKING:  # `list` reads a record, and serves nothing
+    from ..backends import Backend
+    from ..datapath.disk import Disk
+    from ..datapath.queue import Options
 
 VERSION = 1
 """Of the fields below: to be counted up when an older program would misunderstand one."""
@@ -122,6 +122,9 @@ class DiskSpec(NamedTuple):
     @property
     def queue_options(self) -> Options:
         """How its queues work."""
+        from ..datapath.grants import Grants
+        from ..datapath.queue import Options
+
         return Options(
             self.indirect_segments, Grants(self.grants), self.persistent_grants, self.latency
         )
@@ -134,10 +137,14 @@ class DiskSpec(NamedTuple):
             ImageError: the image cannot be used.
             BackendError: the backend's own code is broken.
         """
+        from ..backends.loader import open_backend
+
         return open_backend(self.backend, self._given(), self.filters, pairs=self.options)
 
     def check_backend(self) -> None:
         """See whether the backend takes these options; errors as of :meth:`open_backend`."""
+        from ..backends.loader import check_wanted
+
         check_wanted(self.backend, self._given(), self.filters, pairs=self.options)
 
     def _given(self) -> dict[str, object]:
@@ -152,6 +159,8 @@ class DiskSpec(NamedTuple):
 
     def open_disk(self) -> Disk:
         """Open what serves the guest's requests; errors as for :meth:`open_backend`."""
+        from ..datapath.disk import Disk
+
         disk = Disk(self.open_backend(), holds=self.retries)
         try:
             self._check_processes(disk.backend)

@@ -27,7 +27,7 @@ from .xenstore import Store
 
 log = logging.getLogger("xen_disk_py")
 
-_FORMAT = re.compile(r"[a-z0-9_+-]+:(?=/)")
+_FORMAT = r"[a-z0-9_+-]+:(?=/)"
 
 
 class Other(NamedTuple):
@@ -117,7 +117,7 @@ def _is_shared(ours: Storage, other: Other) -> bool:
         return False
     if other.number in ours.devices:
         return True
-    path = _FORMAT.sub("", other.params, count=1)
+    path = re.sub(_FORMAT, "", other.params, count=1)
     for candidate in {path, path.partition(",")[0]}:
         try:
             status = os.stat(candidate)

@@ -16,8 +16,8 @@ from .xenstore import quote, unquote
 DIRECTORY = "resize"
 """The name under the backend's directory."""
 
-_REQUEST = re.compile(r"(current|[1-9][0-9]{0,18}) ([01])", re.ASCII)
-_ANSWER = re.compile(r"(?:ok ([1-9][0-9]{0,18})|error (.*))", re.ASCII)
+_REQUEST = r"(current|[1-9][0-9]{0,18}) ([01])"
+_ANSWER = r"(?:ok ([1-9][0-9]{0,18})|error (.*))"
 _LONGEST = 3000  # characters of a quoted error; with its path it fits into one request
 
 
@@ -36,7 +36,7 @@ class ResizeRequest(NamedTuple):
     @classmethod
     def parse(cls, text: str | None) -> ResizeRequest | None:
         """Read a node's value; None if it is no request (an answer, say)."""
-        match = _REQUEST.fullmatch(text or "")
+        match = re.fullmatch(_REQUEST, text or "", re.ASCII)
         if match is None:
             return None
         return cls(None if match[1] == "current" else int(match[1]), match[2] == "1")
@@ -58,7 +58,7 @@ def parse_answer(text: str) -> int:
     Raises:
         DeviceError: the disk is as it was; the message says why.
     """
-    match = _ANSWER.fullmatch(text)
+    match = re.fullmatch(_ANSWER, text, re.ASCII)
     if match is None:
         raise DeviceError(f"the answer {text[:64]!r} makes no sense")
     if match[1] is None:

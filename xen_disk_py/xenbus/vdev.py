@@ -16,9 +16,9 @@ from ..named import NamedTuple
 
 _EXTENDED = 1 << 28
 _MAX_DISK = (1 << 20) - 1
-_NAME = re.compile(r"(xvd|sd|hd)([a-z]{1,5})([0-9]{0,9})")
-_NUMBERED = re.compile(r"d([0-9]{1,9})(?:p([0-9]{1,9}))?")
-_PLAIN = re.compile(r"0[xX]([0-9a-fA-F]{1,9})|(0[0-7]{0,12})|([1-9][0-9]{0,9})")
+_NAME = r"(xvd|sd|hd)([a-z]{1,5})([0-9]{0,9})"
+_NUMBERED = r"d([0-9]{1,9})(?:p([0-9]{1,9}))?"
+_PLAIN = r"0[xX]([0-9a-fA-F]{1,9})|(0[0-7]{0,12})|([1-9][0-9]{0,9})"
 
 
 class VirtualDevice(NamedTuple):
@@ -106,9 +106,9 @@ def parse(text: str) -> VirtualDevice:
     """
     name = text[5:] if text.startswith("/dev/") else text
     number: int | None = None
-    match = _NAME.fullmatch(name)
-    numbered = _NUMBERED.fullmatch(name)
-    plain = _PLAIN.fullmatch(name)
+    match = re.fullmatch(_NAME, name)
+    numbered = re.fullmatch(_NUMBERED, name)
+    plain = re.fullmatch(_PLAIN, name)
     if match:
         number = _FAMILIES[match[1]](_letters_to_disk(match[2]), int(match[3] or "0"))
     elif numbered:
