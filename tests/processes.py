@@ -41,10 +41,12 @@ xen_disk_py.xenbus.xenstore.Store.open.__func__.__defaults__ = (None, 30.0)
 """
 
 PROGRAM = """#!{python}
+import gc
 import os
 import subprocess
 import sys
 
+gc.disable()  # as __main__ does; run enables it
 sys.path.insert(0, {package!r})
 from xen_disk_py.host.output import open_standard_descriptors
 

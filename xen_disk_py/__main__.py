@@ -5,6 +5,7 @@ purpose (a disk that he wrote, or pyxs), and what he has installed for himself (
 --user``), but nothing that depends on the current directory.
 """
 
+import gc
 import os
 import site
 import sys
@@ -26,6 +27,7 @@ from xen_disk_py.host.systemd import notify_starting  # only now is it to be fou
 
 if __name__ == "__main__":
     notify_starting()  # what is imported next takes most of a start
+    gc.disable()  # while it is imported: see ``cli.run``
 
 from xen_disk_py.cli import run
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import logging
 import os
@@ -43,6 +44,8 @@ def _main(argv: Sequence[str], env: Environment, *, is_program: bool) -> ExitSta
         module = args.command.replace("-", "_")
         command = importlib.import_module(f"xen_disk_py.commands.{module}")
         if is_program:
+            gc.freeze()  # nothing of what was imported will ever be garbage
+            gc.enable()
             # What a disk's author prints is no data of ours, and must not fail in his disk. For
             # good: a thread that waited for the reader of stderr would keep us from our end.
             sys.stdout = sys.stderr = cast(TextIO, env.err)
@@ -95,6 +98,7 @@ def run(argv: Sequence[str] | None = None, env: Environment | None = None) -> No
         argv: the arguments, if they are not those of this process.
         env: the machine to run on, if it is not this one.
     """
+    gc.disable()  # while what the command needs is imported
     open_standard_descriptors()
     env = env if env is not None else Environment()
     env.err.inherit()
