@@ -12,7 +12,6 @@ import stat
 import struct
 import subprocess
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -428,7 +427,7 @@ def test_another_file_with_the_inode_of_a_killed_commit_has_no_changes(small, mo
     os.waitpid(child, 0)
     with OverlayFile.open(small.overlay, writable=True) as file:
         inode = os.stat(small.image).st_ino
-        noted = replace(file.header.commit, image={**file.header.commit.image, "inode": inode})
+        noted = file.header.commit._replace(image={**file.header.commit.image, "inode": inode})
         file.note(noted)
     assert (small.image, 4096) == small.commit()
     assert small.merged == Path(small.image).read_bytes()

@@ -5,8 +5,8 @@ from __future__ import annotations
 from abc import ABCMeta
 from collections.abc import Mapping
 from types import FunctionType
-from typing import NamedTuple
 
+from ..named import NamedTuple
 from . import Backend
 
 _VARKEYWORDS = 8  # inspect.CO_VARKEYWORDS

@@ -12,7 +12,6 @@ import sys
 import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -1049,7 +1048,7 @@ def test_device_numbers_may_change_with_a_new_start_of_the_host(boot, opened, ov
     with open(overlay, "r+b") as file:
         header = Header.parse(file.read(BLOCK), overlay)
         file.seek(0)
-        file.write(replace(header, image={**header.image, "device": 12345}).pack())
+        file.write(header._replace(image={**header.image, "device": 12345}).pack())
     assert "changed or replaced" in refusal(opened)
     boot()
     opened().close()

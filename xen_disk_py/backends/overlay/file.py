@@ -35,7 +35,6 @@ import stat
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import replace
 
 from ...errors import ImageError
 from ...hypervisor import Closing
@@ -236,7 +235,7 @@ class OverlayFile(Closing):
         """
         self._image = image
         self._unflushed.inherited = True
-        now = replace(Header.of(image, Epoch.of(self.fd)), sector_size=self.header.sector_size)
+        now = Header.of(image, Epoch.of(self.fd))._replace(sector_size=self.header.sector_size)
         if not self._is_live:
             if self._changed:
                 log.warning(
@@ -258,7 +257,7 @@ class OverlayFile(Closing):
         Raises:
             OSError: it is not noted, or perhaps not on storage.
         """
-        self._write_header(replace(self.header, commit=commit))
+        self._write_header(self.header._replace(commit=commit))
         os.fsync(self.fd)
 
     def empty(self, image: Image) -> None:
@@ -278,7 +277,7 @@ class OverlayFile(Closing):
         for start, stop in [*data_extents(self.fd, BLOCK, self.data)]:
             self._zero(start, stop)
         os.fdatasync(self.fd)
-        now = replace(Header.of(image, Epoch.of(self.fd)), sector_size=self.header.sector_size)
+        now = Header.of(image, Epoch.of(self.fd))._replace(sector_size=self.header.sector_size)
         self._write_header(now)
         os.fsync(self.fd)
         with suppress(OSError):  # not every file system can: then the space stays taken
@@ -430,13 +429,13 @@ class OverlayFile(Closing):
                     self._changed |= changed
                     self._unflushed.fail()
                     with suppress(OSError):  # whoever opens it next must not trust the cache
-                        self._write_header(replace(self.header, live=False), waits=False)
+                        self._write_header(self.header._replace(live=False), waits=False)
                         self._copy_again()
                 raise
             with self.lock:
                 self._unflushed.succeed()
                 if not self.header.live:
-                    self._write_header(replace(self.header, live=True))
+                    self._write_header(self.header._replace(live=True))
 
     def _write_again(self) -> None:
         """Write again what is known here of what the last flush did not cover."""

@@ -12,10 +12,10 @@ import os
 import stat
 import struct
 import zlib
-from dataclasses import asdict, dataclass, replace
 
 from ...errors import ImageError
 from ...host.identity import Identity, boot_id, difference, identity_of_descriptor, is_known
+from ...named import NamedTuple
 from ...text import printable
 from ..image import Image
 from ..signatures import OVERLAY
@@ -34,8 +34,7 @@ _CHECKSUM = struct.Struct("<I")  # CRC-32 of the 2044 bytes before it
 # Versions 1 and 2 have the whole page, and no checksum.
 
 
-@dataclass(frozen=True)
-class Commit:
+class Commit(NamedTuple):
     """That the changes are in another file, which is about to take the image's name.
 
     Attributes:
@@ -54,8 +53,7 @@ class Commit:
         return cls(identity_of_descriptor(fd), _modified(fd), keep)
 
 
-@dataclass(frozen=True)
-class Header:
+class Header(NamedTuple):
     """Whose changes a file holds.
 
     Attributes:
@@ -165,11 +163,11 @@ class Header:
         ):
             raise damaged(name, "its header makes no sense")
         epoch = Epoch(self.epoch.boot, mount, superblock)
-        return replace(self, epoch=epoch, image=image, live=not broken, commit=commit)
+        return self._replace(epoch=epoch, image=image, live=not broken, commit=commit)
 
     def _of_version_1(self) -> Header:
         """Go by the boot id alone, as whoever wrote it did."""
-        return replace(self, epoch=_OldEpoch(self.epoch.boot))
+        return self._replace(epoch=_OldEpoch(self.epoch.boot))
 
     def pack(self) -> bytes:
         """Return one of the two headers.
@@ -185,7 +183,7 @@ class Header:
             "image": self.image,
         }
         if self.commit is not None:
-            more["commit"] = asdict(self.commit)
+            more["commit"] = self.commit._asdict()
         fields = (VERSION, BLOCK, self.size, self.sector_size, self.epoch.boot.encode())
         page = _FIELDS.pack(OVERLAY, *fields, *self.numbers, self.modified, len(path)) + path
         page += b"\0" + json.dumps(more).encode()
