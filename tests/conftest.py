@@ -19,6 +19,7 @@ from rings import responses_of
 
 from xen_disk_py.backends import Backend
 from xen_disk_py.blkif import X86_64, Ring
+from xen_disk_py.cli import STACK
 from xen_disk_py.commands.environment import Environment
 from xen_disk_py.datapath.disk import Disk
 from xen_disk_py.datapath.grants import PERSISTENT_LIMIT, Grants
@@ -63,6 +64,8 @@ with contextlib.suppress(ImportError):  # dom0 of the lab has none
 # Whoever started us in the background may have had these ignored, and children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+threading.stack_size(STACK)  # as the program does
 
 # A guest, a queue and a test are threads of one process that wait for each other: with the usual
 # 5 ms whoever polls keeps the rest waiting, and the tests take a sixth longer.

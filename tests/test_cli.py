@@ -304,6 +304,20 @@ def test_run_exits_with_the_status(monkeypatch):
     assert caught.value.code == 2
 
 
+SHOWS_ITS_STACK = """
+import threading
+from xen_disk_py import cli
+
+cli._main = lambda *_, **__: print(threading.stack_size()) or 0
+cli.run([])
+"""
+
+
+def test_threads_have_large_stacks_where_they_are_small_by_default():
+    command = ["sh", "-c", 'ulimit -s 1024; exec "$0" -c "$1"', sys.executable, SHOWS_ITS_STACK]
+    assert 8 << 20 == int(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+
+
 @pytest.mark.parametrize("words", list(itertools.permutations(["vm", "xvda", "--adopt"])))
 def test_an_option_may_stand_before_what_can_be_left_out(words):
     args = parse(["connect", *words])

@@ -7,6 +7,7 @@ import importlib
 import logging
 import os
 import sys
+import threading
 from collections.abc import Sequence
 from typing import NoReturn, TextIO, cast
 
@@ -19,6 +20,10 @@ from .host.logs import LineHandler
 from .host.output import open_standard_descriptors
 
 log = logging.getLogger("xen_disk_py")
+
+STACK = 8 << 20
+"""Bytes of a thread's stack, as glibc has them by default. musl has 128 KiB, and Alpine's Python
+asks for 1 MiB: less than what Python's own limits of recursion permit may take."""
 
 
 def main(argv: Sequence[str], env: Environment | None = None) -> ExitStatus:
@@ -100,6 +105,7 @@ def run(argv: Sequence[str] | None = None, env: Environment | None = None) -> No
     """
     gc.disable()  # while what the command needs is imported
     open_standard_descriptors()
+    threading.stack_size(STACK)
     env = env if env is not None else Environment()
     env.err.inherit()
     try:
