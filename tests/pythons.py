@@ -68,7 +68,7 @@ TO_BUILD = (
     "xz-utils",
     "zlib1g-dev",
 )
-SOURCES = ("python3.13", "libffi", "libnbd", "xz-utils", "zlib")
+SOURCES = ("python3.13", "libffi", "libnbd", "libxml2", "xz-utils", "zlib")
 EXCLUDED_PATHS = (
     "/usr/share/doc/*",
     "/usr/share/man/*",
@@ -138,21 +138,29 @@ MUSL = tuple(
 """,
         ),
         (
-            "libnbd",
-            r"""
-    ./configure -q --prefix=$PREFIX --disable-static --disable-python --disable-ocaml \
-        --disable-golang --disable-rust --disable-fuse --disable-ublk --without-libxml2 \
-        --without-gnutls --without-bash-completions &&
-    make -s -j2 -C common/utils && make -s -j2 -C lib && make -s -C lib install
-""",
-        ),
-        (
             "python3.13",
             rf"""
     {CONFIGURE} \
         LIBFFI_CFLAGS=" " LIBFFI_LIBS=-lffi ZLIB_CFLAGS=" " ZLIB_LIBS=-lz \
         LIBLZMA_CFLAGS=" " LIBLZMA_LIBS=-llzma &&
     make -s -j2 && make -s install && {CHECK}
+""",
+        ),
+        (
+            "libxml2",
+            r"""
+    autoreconf -i && ./configure -q --prefix=$PREFIX --disable-shared --with-minimum &&
+    make -s -j2 libxml2.la && make -s install-libLTLIBRARIES install-data
+""",
+        ),
+        (
+            "libnbd",
+            r"""
+    export PKG_CONFIG_PATH=$PREFIX/lib/pkgconfig  # for libxml2, without which it has no URIs
+    ./configure -q --prefix=$PREFIX --disable-static --disable-python --disable-ocaml \
+        --disable-golang --disable-rust --disable-fuse --disable-ublk --without-gnutls \
+        --without-bash-completions &&
+    make -s -j2 -C common/utils && make -s -j2 -C lib && make -s -C lib install
 """,
         ),
     )

@@ -60,6 +60,6 @@ def test_a_command_that_fails_ends_its_step(command, tmp_path):
 
 def test_the_steps_are_shell():
     steps = [step for each in pythons.PYTHONS.values() for step in each.steps]
-    assert 6 == len(steps)
+    assert 7 == len(steps)
     for step in steps:
         subprocess.run(["sh", "-n", "-c", step], check=True)
