@@ -13,10 +13,12 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
+from operator import attrgetter
 from types import CodeType, FunctionType
 
 _TRIED = ((3, 12), (3, 13), (3, 14), (3, 15))
 
+_parts_of = attrgetter("co_consts", "co_names", "co_linetable", "co_exceptiontable")
 _count = ctypes.c_uint32.from_address  # an object's, or the low half of it, is where it begins
 
 
@@ -41,7 +43,7 @@ def immortalize() -> bool:
     while code:  # which does not say what it refers to
         each = code.pop()
         _count(id(each)).value = value
-        for part in (each.co_consts, each.co_names, each.co_linetable, each.co_exceptiontable):
+        for part in _parts_of(each):
             _count(id(part)).value = value
         for part in (*each.co_consts, *each.co_names):
             _count(id(part)).value = value
