@@ -10,6 +10,7 @@ from backends.blocks import read
 from xen_disk_py.backends import Backend, finding
 from xen_disk_py.backends.cow import CowBackend
 from xen_disk_py.backends.discard import DiscardBackend
+from xen_disk_py.backends.filter import Filter
 from xen_disk_py.backends.finding import choose, is_file, user_line
 from xen_disk_py.backends.image import Image
 from xen_disk_py.backends.loader import check, open_backend, parse_options
@@ -430,6 +431,13 @@ def test_an_exception_in_the_constructor_names_the_authors_line(write_file):
         ({"physical_sector_size": 512, "sector_size": 4096}, "physical_sector_size is 512"),
         ({"discard_granularity": 0}, "discard_granularity is 0, it must be positive"),
         ({"discard_granularity": 6000}, "discard_granularity is 6000, not a multiple"),
+        ({"threads": []}, "threads is [], not an int"),
+        ({"memory": bytearray(4096)}, "memory is a bytearray, but means how many bytes of memory"),
+        ({"notes": "one"}, "notes is a str, but means lines for whoever opens the disk"),
+        ({"notes": [None]}, "notes is a list, but means lines"),
+        ({"host_storage": "/dev/sda"}, "host_storage is a str, but means the files and devices"),
+        ({"can_discard": True}, "can_discard, but defines no discard(self, offset, length)"),
+        ({"can_discard_securely": True}, "can_discard_securely, but defines no discard_securely"),
     ],
 )
 def test_a_broken_attribute_is_named_and_the_disk_closed(change, fault):
@@ -447,6 +455,22 @@ def test_a_sound_disk_passes_and_stays_open():
         disk.sector_size = sector
         check(disk)
         assert 0 == disk.closed
+
+
+@pytest.mark.parametrize("over", [Memory, lambda: Filter(Memory())])
+def test_what_a_disk_may_say_it_sets_as_any_attribute(over):
+    disk = over()
+    said = (disk.memory, disk.notes, disk.host_storage, disk.can_discard, disk.can_discard_securely)
+    assert (0, (), (), False, False) == said
+    disk.memory, disk.notes, disk.host_storage = 512, ["a word"], []
+    disk.can_discard = disk.can_discard_securely = False
+    check(disk)
+    assert (512, ["a word"], []) == (disk.memory, disk.notes, disk.host_storage)
+
+
+def test_the_constructor_of_a_disk_sets_what_it_tells(write_file):
+    path = write_file(DISK + "    def __init__(self):\n        self.notes = ['a word']\n")
+    assert ["a word"] == open_backend(path, {}).notes
 
 
 def test_a_disk_without_a_size(write_file):

@@ -60,9 +60,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from .asynchronous import Asynchronous
 from .sharing import Storage
+
+if TYPE_CHECKING:
+    settable = property
+else:
+
+    class settable:  # noqa: N801 - a decorator, as ``property`` is
+        """A property that a disk may set, as any attribute of its own."""
+
+        def __init__(self, get):
+            self.get = get
+            self.__doc__ = get.__doc__
+
+        def __get__(self, disk, cls=None):
+            return self if disk is None else self.get(disk)
 
 
 class StorageError(OSError):
@@ -75,7 +90,11 @@ class StorageError(OSError):
 
 
 class Backend:
-    """A disk: subclasses set ``size``, define ``read`` and ``write``; the rest is optional."""
+    """A disk: subclasses set ``size``, define ``read`` and ``write``; the rest is optional.
+
+    What is no method here may be an attribute of the class, one that ``__init__`` sets, or a
+    property.
+    """
 
     size: int
     """Bytes; a positive multiple of ``sector_size``. While the disk is connected it changes in
@@ -187,27 +206,27 @@ class Backend:
     def close(self) -> None:
         """Release everything: called after the last request. A second call does no harm."""
 
-    @property
+    @settable
     def memory(self) -> int:
         """Bytes of host memory that the guest's writes occupy (copy-on-write); 0 if none."""
         return 0
 
-    @property
+    @settable
     def notes(self) -> Sequence[str]:
         """Lines for whoever opens it: that a part of what it is made of is missing, say."""
         return ()
 
-    @property
+    @settable
     def host_storage(self) -> Sequence[Storage]:
         """The files and devices that the disk is in, to find others who use them; see there."""
         return ()
 
-    @property
+    @settable
     def can_discard(self) -> bool:
         """Whether ``discard`` is offered to the guest."""
         return type(self).discard is not Backend.discard
 
-    @property
+    @settable
     def can_discard_securely(self) -> bool:
         """Whether ``discard_securely`` is offered, too."""
         return type(self).discard_securely is not Backend.discard_securely

@@ -29,7 +29,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Callable, ClassVar, TypeVar
 
 from ..errors import UsageError
-from . import Backend
+from . import Backend, settable
 from .asynchronous import Asynchronous
 from .sharing import Storage
 
@@ -202,27 +202,27 @@ class Filter(Backend):
         """Tell what it has done so far, by names."""
         return {}
 
-    @property
+    @settable
     def memory(self) -> int:
         """The source's."""
         return self.source.memory
 
-    @property
+    @settable
     def notes(self) -> Sequence[str]:
         """Those of the source."""
         return self.source.notes
 
-    @property
+    @settable
     def host_storage(self) -> Sequence[Storage]:
         """The source's."""
         return self.source.host_storage
 
-    @property
+    @settable
     def can_discard(self) -> bool:
         """Whether the source can."""
         return self.source.can_discard
 
-    @property
+    @settable
     def can_discard_securely(self) -> bool:
         """Whether the source can."""
         return self.source.can_discard_securely

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Callable
 
 from ..errors import BackendError, UsageError, XenDiskError
 from ..named import NamedTuple
@@ -32,6 +32,7 @@ _FLAGS = {
     "sector_size": "--sector-size",
     "force": "--force",
 }
+_NUMBERS = ("size", "sector_size", "physical_sector_size", "discard_granularity", "threads")
 _SIZES = ("size", "cow_limit", "sector_size")
 
 
@@ -300,7 +301,7 @@ def _fault(backend: Backend) -> str | None:
         return "is asynchronous, so threads must be 1 and repeats_flush True"
     if not hasattr(backend, "size"):
         return "has no size: set self.size, in bytes, in __init__"
-    for name in ("size", "sector_size", "physical_sector_size", "discard_granularity"):
+    for name in _NUMBERS:
         value = getattr(backend, name)
         if not isinstance(value, int) or isinstance(value, bool):
             return f"{name} is {value!r}, not an int"
@@ -317,7 +318,34 @@ def _fault(backend: Backend) -> str | None:
     if backend.discard_granularity % sector:
         granularity = backend.discard_granularity
         return f"discard_granularity is {granularity}, not a multiple of sector_size, {sector}"
+    return _misnamed(backend)
+
+
+def _misnamed(backend: Backend) -> str | None:
+    """Say what a disk keeps under a name for which the contract has another meaning."""
+    for name, meaning, is_that in (
+        ("memory", "how many bytes of memory writes occupy", lambda found: isinstance(found, int)),
+        ("notes", "lines for whoever opens the disk", _are_all(str)),
+        ("host_storage", "the files and devices that the disk is in", _are_all(sharing.Storage)),
+    ):
+        found = getattr(backend, name)
+        if not is_that(found):
+            kind = type(found).__name__
+            return f"{name} is a {kind}, but means {meaning}: give that another name"
+    for method in ("discard", "discard_securely"):
+        is_defined = getattr(type(backend), method) is not getattr(Backend, method)
+        if getattr(backend, f"can_{method}") and not is_defined:
+            return f"can_{method}, but defines no {method}(self, offset, length)"
     return None
+
+
+def _are_all(kind: type) -> Callable[[object], bool]:
+    """Tell of a sequence, which is no text, whether all that it has are of a kind."""
+    return lambda found: (
+        isinstance(found, Sequence)
+        and not isinstance(found, (str, bytes, bytearray))
+        and all(isinstance(each, kind) for each in found)
+    )
 
 
 def _arguments(
