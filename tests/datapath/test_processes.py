@@ -20,8 +20,8 @@ from xen_disk_py.datapath.disk import Disk
 from xen_disk_py.datapath.processes import QueueProcesses
 from xen_disk_py.datapath.queue import Options
 from xen_disk_py.exit_status import ExitStatus
-from xen_disk_py.host.process import is_process
-from xen_disk_py.recovery.record import find
+from xen_disk_py.host.process import is_process, start_time
+from xen_disk_py.recovery.record import find, forget
 from xen_disk_py.simulated.frontend import RequestFailed
 from xen_disk_py.xenbus.states import Address, State
 
@@ -106,6 +106,55 @@ def served(host, processes, tmp_path):
 def status_of(pid, name):
     with open(f"/proc/{pid}/status", encoding="ascii") as file:
         return next(line.split()[1:] for line in file if line.startswith(name))
+
+
+HANGING = """
+import os
+import time
+
+from xen_disk_py.backends.raw import RawBackend
+
+class Disk(RawBackend):
+    shared_by_forks = True
+
+    def after_fork(self):
+        os.write(1, b"opens %d\\n" % os.getpid())
+        time.sleep(1000)
+"""
+
+
+def hanging(served, tmp_path):
+    """Start a disk whose first queue's process does not come back from opening it."""
+    path = tmp_path / "hanging.py"
+    path.write_text(HANGING)
+    disk = ("--path", str(served.image), f"--backend={path}")
+    process = served.processes.start("connect", *QUEUES, *disk, "5")
+    process.until("opens ")
+    pid = int(process.out.split()[1])
+    return process, pid, start_time(pid)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_disk_that_a_process_cannot_open_is_said_and_given_up(served, host, tmp_path, signum):
+    """Its storage hangs, say: nobody knows for how long."""
+    served.processes.install("xen_disk_py.datapath.processes.ANSWER = 0.01")
+    process, pid, started = hanging(served, tmp_path)
+    path = f"hanging.py:Disk ({served.image})"
+    process.until(f"process {pid}, of a queue, has not opened {path} within 0.01 s")
+    process.signal(signum)
+    assert ExitStatus.ERROR == process.wait()
+    assert f"process {pid}, of a queue, has not opened {path}: given up" in process.err
+    host.until(lambda: not is_process(pid, started))
+    assert ADDRESS.backend not in host.tree()
+    assert served.record is None
+
+
+def test_a_process_that_opens_a_disk_ends_with_its_parent(served, host, tmp_path):
+    process, *queue = hanging(served, tmp_path)
+    process.signal(signal.SIGKILL)
+    process.wait()
+    host.until(lambda: not is_process(*queue))
+    forget(host.records, ADDRESS)
 
 
 def test_a_disk_is_served_as_by_threads(served, host):

@@ -330,6 +330,7 @@ class _Connection:
                 adopts=before is not None,
                 user=self._user,
                 crash=takeover.crash if self._role.leaves else None,
+                interrupts=self._interrupts,
             )
             return self._serve_queues(vdev, address, record, before, processes)
 

@@ -17,7 +17,7 @@ from .arguments import PROGRAM
 from .environment import Environment
 
 if TYPE_CHECKING:
-    from ..datapath.processes import QueueProcesses
+    from ..datapath.processes import Interrupts, QueueProcesses
 
 
 def start(
@@ -33,6 +33,7 @@ def start(
     adopts: bool = False,
     user: User | None = None,
     crash: Callable[[Exception], object] | None = None,
+    interrupts: Interrupts | None = None,
 ) -> QueueProcesses | None:
     """Make them, before there is a thread; None where one thread is to serve them.
 
@@ -49,6 +50,7 @@ def start(
             ``crash`` leaves it to another.
         user: whom they become.
         crash: as of :class:`QueueProcesses`.
+        interrupts: likewise.
 
     Raises:
         XenDiskError: they cannot be had.
@@ -70,7 +72,9 @@ def start(
 
     journals = record.journals[: spec.queues]
     try:
-        processes = QueueProcesses(disk, spec.queue_options, journals, prepare, crash=crash)
+        processes = QueueProcesses(
+            disk, spec.queue_options, journals, prepare, crash=crash, interrupts=interrupts
+        )
     except XenDiskError as error:
         if adopts and crash is not None:
             crash(error)

@@ -32,7 +32,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, Callable, NoReturn
+from typing import Any, Callable, NoReturn, Protocol
 
 from ..blkif import Abi, Ring, abi_named
 from ..errors import DeviceError, HypervisorError, XenDiskError
@@ -57,6 +57,20 @@ _OURS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
 """Signals that are for the session: a terminal and systemd send them to its forks, too."""
 
 
+class Interrupts(Protocol):
+    """What comes from outside meanwhile: see :class:`~xen_disk_py.session.Interrupts`."""
+
+    @property
+    def asked(self) -> bool:
+        """Whether we are to end."""
+
+    def fileno(self) -> int:
+        """Return a descriptor that polls readable when something has come."""
+
+    def drain(self) -> None:
+        """Make it quiet again."""
+
+
 class QueueProcesses(Closing):
     """The processes of one disk's queues; made before this process starts a thread.
 
@@ -68,9 +82,10 @@ class QueueProcesses(Closing):
             up privileges.
         crash: called in one of them when its queue stops for an error of its own, and does not
             return; None: what the device gives is called here.
+        interrupts: end the wait for one that does not come to open the disk; None: signals raise.
 
     Raises:
-        XenDiskError: one of them cannot be had.
+        XenDiskError: one of them cannot be had, or we are told to end.
     """
 
     def __init__(
@@ -81,6 +96,7 @@ class QueueProcesses(Closing):
         prepare: Callable[[int], Hypervisor],
         *,
         crash: Callable[[Exception], object] | None = None,
+        interrupts: Interrupts | None = None,
     ) -> None:
         if threading.active_count() != 1:
             raise RuntimeError("a thread has been started: what it holds, a fork holds forever")
@@ -102,8 +118,9 @@ class QueueProcesses(Closing):
                         self._forks, before
                     )
                 self._forks.append(fork)
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
             for fork in self._forks:
-                fork.wait_for(fork.ask("ready"), None)  # it opens the image
+                self._await_ready(fork, interrupts)
             self._watcher.start()
         except BaseException as error:
             self.close()
@@ -122,6 +139,29 @@ class QueueProcesses(Closing):
     def identities(self) -> tuple[tuple[int, int | None], ...]:
         """The process ids, and when each was started."""
         return tuple((fork.pid, start_time(fork.pid)) for fork in self._forks)
+
+    def _await_ready(self, fork: _Fork, interrupts: Interrupts | None) -> None:
+        """Wait until one has opened the disk, however long its storage takes."""
+        number, is_said = fork.ask("ready"), False
+        poller = select.poll()
+        poller.register(fork.commands, select.POLLIN)
+        if interrupts is not None:
+            poller.register(interrupts.fileno(), select.POLLIN)
+        while True:
+            left = ANSWER - fork.silent_for
+            if left <= 0:
+                text = f"process {fork.pid}, of a queue, has not opened {self._disk.backend}"
+                if interrupts is not None and interrupts.asked:  # before that, it ends as ever
+                    raise DeviceError(f"{text}: given up")
+                if not is_said:
+                    is_said = True
+                    log.warning("%s within %g s; /proc/%d/stack shows why", text, ANSWER, fork.pid)
+            woken = poller.poll(left * 1000 if left > 0 else None)
+            if any(each == fork.commands.fileno() for each, _ in woken):
+                break
+            if interrupts is not None and woken:
+                interrupts.drain()
+        fork.wait_for(number, None)
 
     def open_queue(
         self,
@@ -503,9 +543,10 @@ class _Server:
 
     def _ready(self) -> None:
         self._disk.on_error = self._tell_error
+        end_with_parent(self._parent)  # it may take long to open the disk
         self._disk.after_fork(self._number)  # as long as this may open files
         self._hypervisor = self._prepare(self._number)
-        end_with_parent(self._parent)
+        end_with_parent(self._parent)  # another user's
 
     def _check(self) -> None:
         """Answer."""
