@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import threading
 import time
 from functools import partial
 
@@ -99,6 +100,93 @@ def test_another_program_takes_over(host, processes, connect, upgrade, image):
     end(host, process, frontend)
     assert NEW == image.read_bytes()[8192 : 8192 + len(NEW)]
     assert 3 == process.err.count(f"xvdb: process {process.pid} takes over\n")
+
+
+@pytest.fixture
+def gate(processes, tmp_path):
+    """Have a program wait before it begins: the one that is tried, or the one that takes over."""
+    closed, arrived = tmp_path / "closed", tmp_path / "arrived"
+
+    def close(*, tried):
+        closed.touch()
+        processes.install(
+            "import pathlib\n"
+            "import time\n"
+            f"is_tried = '\"tries\"' in ' '.join(sys.argv)\n"
+            f"if '--adopt' in sys.argv and is_tried is {tried}:\n"
+            f"    pathlib.Path({str(arrived)!r}).touch()\n"
+            f"    while os.path.exists({str(closed)!r}):\n"
+            "        time.sleep(0.01)\n"
+        )
+        return closed, arrived
+
+    yield close
+    closed.unlink(missing_ok=True)
+
+
+@pytest.fixture
+def becoming(host, connect, gate):
+    """Have the process of a disk become another program, which has not begun yet."""
+    process, frontend = connect()
+    closed, arrived = gate(tried=False)
+    process.signal(signal.SIGUSR2)
+    host.until(arrived.exists)
+    return closed, process, frontend
+
+
+def test_who_is_told_to_end_while_another_program_is_tried_does(host, connect, gate):
+    process, frontend = connect()
+    closed, arrived = gate(tried=True)
+    process.signal(signal.SIGUSR2)
+    host.until(arrived.exists)
+    process.signal(signal.SIGTERM)
+    closed.unlink()
+    process.until("not upgraded: it has been told to end")
+    host.until(lambda: frontend.backend_state is State.CLOSING)
+    frontend.disconnect()
+    assert ExitStatus.OK == process.wait()
+
+
+def test_a_disk_whose_process_becomes_another_program_is_alive(host, becoming):
+    gate, process, frontend = becoming
+    env = host.environment()
+    assert ExitStatus.OK == main(["list", "--json"], env)
+    (row,) = json.loads(env.stdout.getvalue())
+    told = {name: row[name] for name in ("pid", "alive", "adoptable", "state")}
+    assert {"pid": process.pid, "alive": True, "adoptable": False, "state": "connected"} == told
+    gate.unlink()
+    process.until("takes over")
+    end(host, process, frontend)
+
+
+@pytest.mark.parametrize("command", ["upgrade", "resize", "filter", "disconnect"])
+def test_commands_wait_for_the_program_that_a_process_becomes(host, monkeypatch, becoming, command):
+    gate, process, frontend = becoming
+    env, sleep, looks = host.environment(), time.sleep, []
+
+    def wait(seconds):
+        looks.append(gate.exists())
+        gate.unlink(missing_ok=True)
+        sleep(seconds)
+
+    def close():
+        host.until(lambda: frontend.backend_state is State.CLOSING)
+        frontend.disconnect()
+
+    more = {"resize": ["1M"], "filter": ["list"]}.get(command, [])
+    closing = threading.Thread(target=close)
+    with monkeypatch.context() as patch:
+        patch.setattr(record.time, "sleep", wait)
+        if command == "disconnect":
+            closing.start()
+        status = main([command, "guest", "xvdb", *more], env)
+    assert (ExitStatus.OK, [True]) == (status, looks[:1]), env.stderr.getvalue()
+    process.until("takes over")
+    if command == "disconnect":
+        closing.join()
+        assert ExitStatus.OK == process.wait()
+    else:
+        end(host, process, frontend)
 
 
 def test_requests_meanwhile(host, connect, upgrade):
@@ -264,7 +352,7 @@ def test_a_dead_process(served, upgrade, host):
     signals = served()
     record.forget(host.records, ADDRESS)  # it is locked
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(upgrade_module.record, "find", lambda *what: None)
+        patch.setattr(upgrade_module.record, "find_served", lambda *what: None)
         assert "has died; to take over its disk: xen-disk connect --adopt 5 xvdb" in upgrade()[2]
     assert [] == signals
 
@@ -284,7 +372,8 @@ def test_wrong_input(upgrade, argv):
 def leaving(one, role):
     """What ends the process of a disk that another user serves, for the next program."""
     domain, vdev = Domain(5, "guest", ""), parse("xvdb")
-    return upgrading_module.Upgrade(role, [], "nobody", domain, vdev, one, lambda: None)
+    before, is_asked = (lambda: None), (lambda: False)
+    return upgrading_module.Upgrade(role, [], "nobody", domain, vdev, one, before, is_asked)
 
 
 class Ended(BaseException):

@@ -381,6 +381,7 @@ class _Connection:
             vdev,
             record,
             status_line.clear,
+            lambda: self._interrupts.asked,
             env.err.handed_over,
             processes.end if processes is not None else None,
         )

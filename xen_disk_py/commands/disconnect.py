@@ -34,7 +34,7 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
     with env.open_store() as store, ExitStack() as stack:
         domain = toolstack.find_domain(store, args.vm)
         disk = toolstack.find_attached(store, domain.domid, vdev)
-        found = record.find(env.record_directory, disk.address)
+        found = record.find_served(env.record_directory, disk.address)
         alive = found is not None and found.alive
         if not alive:
             journals = stack.enter_context(_orphaned_journals(env, disk))

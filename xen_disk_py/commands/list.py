@@ -34,7 +34,7 @@ def _row(disk: Attached, directory: str) -> dict[str, Any]:
     facts = found.facts if found is not None else None
     if facts is not None and facts.backend is not None:
         backend, path = facts.backend, facts.path or ""
-    alive = found is not None and found.alive
+    alive = found is not None and (found.alive or found.is_becoming)
     return {
         "domid": disk.address.frontend_domid,
         "vdev": disk.device.name,
@@ -49,7 +49,7 @@ def _row(disk: Attached, directory: str) -> dict[str, Any]:
         "pid": disk.pid,
         "queue_pids": facts.queue_pids if facts is not None else [],
         "alive": alive,
-        "adoptable": found is not None and found.is_orphan,
+        "adoptable": found is not None and not alive and found.is_orphan,
         "held": found.counters["held"] if found is not None else 0,
         "counters": found.counters if found is not None else {},
     }

@@ -55,7 +55,7 @@ def _check_served(env: Environment, disk: Attached, meanwhile: str = "") -> None
     Raises:
         DeviceError: it has ended; the message says what can be done.
     """
-    found = record.find(env.record_directory, disk.address)
+    found = record.find_served(env.record_directory, disk.address)
     if found is not None and found.alive:
         return
     device = f"{disk.address.frontend_domid} {disk.device}"

@@ -47,7 +47,7 @@ def _upgrade(env: Environment, disk: Attached, timeout: float) -> Facts:
     Raises:
         DeviceError: that is not so, and why.
     """
-    before = record.find(env.record_directory, disk.address)
+    before = record.find_served(env.record_directory, disk.address)
     adopt = f"xen-disk connect --adopt {disk.address.frontend_domid} {disk.device}"
     died = DeviceError(f"process {disk.pid} has died; to take over its disk: {adopt}")
     if before is None or not before.alive:

@@ -208,7 +208,7 @@ def ask(
         XenUnavailable: that is not ours to do.
     """
     vdev = from_number(address.devid)
-    found = records.find(directory, address)
+    found = records.find_served(directory, address)
     if found is None or not found.alive:
         if os.path.isdir(directory) and not os.access(directory, os.R_OK | os.X_OK):
             raise XenUnavailable(f"cannot read {directory}: run as root")

@@ -67,6 +67,7 @@ HEAD = FACTS_SIZE + _COUNTERS
 _VERSION = 32  # characters of one that are shown
 _TRIES = 50  # one who looks has the lock for a moment, one who ends has it until the very end
 _PAUSE = 0.01
+_BECOMING = 10.0  # seconds that the start of a program may take, where a command waits for it
 
 
 def path_of(directory: str, address: Address) -> str:
@@ -440,6 +441,8 @@ class Found(NamedTuple):
     alive: bool
     is_ending: bool = False
     """The process has died, and one that it had forked for a queue still has its locks."""
+    is_becoming: bool = False
+    """The process becomes another program, which is about to take over: nobody has the lock."""
 
     @property
     def is_orphan(self) -> bool:
@@ -506,7 +509,23 @@ def find(directory: str, address: Address) -> Found | None:
     if len(data) < HEAD:
         return None
     words = memoryview(data)[FACTS_SIZE : FACTS_SIZE + 8 * WORDS].cast("Q")
-    return Found(facts, Statistics(words).as_dict(), alive, is_ending)
+    is_becoming = not (alive or is_ending) and facts is not None and _is_becoming(facts)
+    return Found(facts, Statistics(words).as_dict(), alive, is_ending, is_becoming)
+
+
+def find_served(directory: str, address: Address) -> Found | None:
+    """Read the record as :func:`find` does, but wait for the program that its process becomes."""
+    deadline = time.monotonic() + _BECOMING
+    while True:
+        found = find(directory, address)
+        if found is None or not found.is_becoming or time.monotonic() >= deadline:
+            return found
+        time.sleep(_PAUSE)
+
+
+def _is_becoming(facts: Facts) -> bool:
+    """Tell whether a process has given its disk up for a program that it becomes, and is there."""
+    return facts.released_at is not None and is_process(facts.pid, facts.process_started)
 
 
 def _is_ending(facts: Facts) -> bool:

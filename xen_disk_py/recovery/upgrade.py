@@ -51,6 +51,7 @@ class Upgrade:
         record: says how it went.
         before: called when all is seen to be fine.
         handed_over: the process becomes the new program inside of this.
+        is_asked: tells whether this process has been told to end.
         end_queues: ends the processes of the disk's queues, which cannot be undone; None: there
             are none.
     """
@@ -64,6 +65,7 @@ class Upgrade:
         vdev: VirtualDevice,
         record: Record,
         before: Callable[[], None],
+        is_asked: Callable[[], bool],
         handed_over: Callable[[], AbstractContextManager[None]] = nullcontext,
         end_queues: Callable[[], object] | None = None,
     ) -> None:
@@ -71,6 +73,7 @@ class Upgrade:
         self._user = user
         self._record = record
         self._before = before
+        self._is_asked = is_asked
         self._handed_over = handed_over
         self._end_queues = end_queues
         self._words = [*options, "--adopt", str(domain.domid), str(vdev)]
@@ -82,6 +85,18 @@ class Upgrade:
         except DeviceError as error:
             self._refuse(error)
             return
+        # A signal that comes from now on is for the new program, when it listens.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        try:
+            self._become()
+        except DeviceError as error:
+            self._refuse(error)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def _become(self) -> None:
+        if self._is_asked():
+            raise DeviceError("it has been told to end")
         self._before()
         log.info("another program takes over")
         self._record.update(released_at=time.monotonic())
@@ -91,16 +106,13 @@ class Upgrade:
             logging.shutdown()
             os._exit(ExitStatus.CRASHED)  # whoever started us has the privileges to take over
         role = Role(leaves=self._leaves, succeeds=True)
-        # A signal meant for the old program is not to kill the new one before it listens.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         try:
             with self._handed_over():
                 os.execv(sys.executable, own_command("connect", *role.words(), *self._words))
         except OSError as error:
             if self._end_queues is not None:
                 crash(error)  # nobody serves the disk any more
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            self._refuse(DeviceError(f"the new program does not start: {error}"))
+            raise DeviceError(f"the new program does not start: {error}") from error
 
     def _refuse(self, error: DeviceError) -> None:
         log.error("not upgraded: %s", error)
