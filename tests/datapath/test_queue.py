@@ -1666,6 +1666,19 @@ def test_a_failure_of_our_own_amid_a_batch_leaves_no_request_unanswered(
     assert list(range(10)) == sorted(answers)
 
 
+@every_way
+def test_a_failure_of_our_own_that_does_not_pass_leaves_nothing_mapped(host, monkeypatch, way):
+    """Then no answer can be made, and that is told once."""
+    line = host.line(host.memory(SIZE), **way)
+    monkeypatch.setattr(queue_module, "encode_response", lambda *response: 1 / 0)
+    line.put(*(whole(id_, READ, 0, host.share(2).refs) for id_ in range(3)))
+    line.kick()
+    host.until(lambda: line.failures)
+    assert line.queue.stop(PATIENCE)
+    assert host.hypervisor.mapped_pages == 0
+    assert [ZeroDivisionError] == list(map(type, line.failures))
+
+
 def test_everything_unmapped_while_a_backend_hangs(host):
     """As when the process ends: the thread finds its ring gone, and ends as well."""
     backend = Gate()

@@ -260,7 +260,7 @@ class Queue:
         self._has_given_up = False
         self._thread = disk.threads.of(number)
         self._idle = self._thread.idle
-        self._has_started = self._is_closed = False
+        self._has_started = self._is_closed = self._has_failed = False
         self._ended = threading.Event()
         self._last_of: threading.Thread | None = None
 
@@ -401,13 +401,23 @@ class Queue:
             return
         log.debug("a queue is served no longer", exc_info=error)
         traceback.clear_frames(error.__traceback__)  # no buffer is kept in there
-        self._on_failure(error)
+        if not self._has_failed:
+            self._has_failed = True
+            self._on_failure(error)
 
     def end(self) -> None:
         """Finish what was begun, refuse the rest, release everything."""
         self.is_stopping = True  # nothing is held any longer
-        self._finish()
-        self._attempt(self._refuse_the_rest)
+        try:
+            self._finish()
+            self._attempt(self._refuse_the_rest)
+        except Exception as error:  # noqa: BLE001 - it must not stop our clean-up
+            self.fail(error)
+        while self._unanswered:  # what could not be answered; of that, no page stays in use
+            _, begun = self._unanswered.popitem()
+            if isinstance(begun, _Begun):
+                begun.acquired.release(deliver=False)
+            del begun
         self._journal.clear()  # a queue that never ran leaves it to the next
         self._attempt(self._release)
 
