@@ -8,6 +8,7 @@ import os
 import shutil
 import struct
 import subprocess
+import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -132,8 +133,16 @@ class FileSystem:
             os.close(fd)
 
     def mount_again(self) -> None:
-        """Unmount it, and mount it again."""
+        """Unmount it, and mount it again.
+
+        A namespace of mounts that somebody has made meanwhile still has it: then it is the same,
+        shut down or not, until that namespace ends.
+        """
         run("umount", str(self.directory))
+        mounted = Path("/sys/fs/ext4", os.path.basename(self._device))
+        until = time.monotonic() + 60
+        while mounted.exists() and time.monotonic() < until:
+            time.sleep(0.01)
         run("mount", self._device, str(self.directory))
 
     def bind(self, directory: Path) -> Path:
