@@ -121,6 +121,7 @@ def test_the_whole_contract_is_passed_on():
         "discard": (0, 4096),
         "discard_securely": (512, 1024),
         "resize": (16384,),
+        "claim": (),
         "after_fork": (),
         "close": (),
     }

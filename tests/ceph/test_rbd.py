@@ -12,7 +12,7 @@ import threading
 import pytest
 from backends.blocks import read, write
 
-from xen_disk_py.backends import StorageError
+from xen_disk_py.backends import StorageError, sharing
 from xen_disk_py.backends.conformance import BackendConformance
 from xen_disk_py.backends.rbd import RbdBackend
 from xen_disk_py.errors import BackendError, UsageError
@@ -156,6 +156,40 @@ def test_the_image_is_handed_over_from_host_to_host(image, disk, on_a_host):
     assert 0 == second.wait(PATIENCE)
     third = disk()
     assert bytes([0]) * 64 * 4096 + bytes([64]) * 64 * 4096 == read(third, 0, 128 * 4096)
+
+
+def test_the_lock_of_a_guest_on_its_way_is_taken_when_the_other_host_gives_it_back(
+    image, disk, on_a_host
+):
+    first = on_a_host(0)
+    assert "has it\n" == first.stdout.readline()
+    first.stdout.readline()  # all is written
+    with sharing.arriving(True):
+        second = disk(wait=120)
+    assert bytes([0]) * 4096 == read(second, 0, 4096)
+    with pytest.raises(BackendError, match=rf"exclusive lock \(rbd lock ls rbd/{image}\)$"):
+        second.claim()
+    first.stdin.write("one more\n")
+    first.stdin.flush()
+    assert "written\n" == first.stdout.readline()
+    first.stdin.close()
+    assert "released\n" == first.stdout.readline()
+    for _ in range(2):  # to claim what is ours is no error
+        second.claim()
+        assert second._image.is_locked
+    write(second, 0, b"b" * 4096)
+    with pytest.raises(BackendError, match="exclusive lock"):
+        disk()
+    second.close()
+    assert disk()._image.is_locked
+
+
+def test_a_guest_that_did_not_arrive_leaves_the_lock_alone(disk):
+    first = disk()
+    with sharing.arriving(True):
+        disk().close()
+    write(first, 0, b"a" * 4096)
+    assert first._image.is_locked
 
 
 def test_a_host_that_is_cut_off_writes_nothing_when_it_is_back(cluster, image, disk, on_a_host):

@@ -13,14 +13,15 @@ import pytest
 from journal import Listener
 from libxl_stub import Libxl, LibxlError
 
-from xen_disk_py.backends import Backend
+from xen_disk_py.backends import Backend, sharing
 from xen_disk_py.backends.raw import RawBackend
 from xen_disk_py.blkif import READ, Ring
 from xen_disk_py.cli import main
 from xen_disk_py.commands.backend_arguments import spec_from
 from xen_disk_py.commands.environment import Environment
 from xen_disk_py.commands.parsing import parse
-from xen_disk_py.errors import XenUnavailable
+from xen_disk_py.datapath import claim as claim_module
+from xen_disk_py.errors import BackendError, XenUnavailable
 from xen_disk_py.exit_status import ExitStatus
 from xen_disk_py.libxl import attachment
 from xen_disk_py.libxl.attachment import AdoptedDevice
@@ -235,6 +236,102 @@ def test_it_connects_only_after_the_script(adopt, steps, host, libxl, image, mon
         steps.detach(frontend)
 
     assert adopt(script, image) is ExitStatus.OK
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """Have another host hold the lock of each disk that is opened, until ``free`` is set."""
+
+    class Held:
+        free, asked = threading.Event(), threading.Event()
+        arrives = None
+
+    opened = RawBackend.__init__
+
+    def init(self, *args, **options):
+        Held.arrives = sharing.is_arriving()
+        opened(self, *args, **options)
+
+    def claim(self):
+        assert self.size
+        Held.asked.set()
+        if not Held.free.is_set():
+            raise BackendError("another client has the lock")
+
+    monkeypatch.setattr(RawBackend, "__init__", init)
+    monkeypatch.setattr(RawBackend, "claim", claim)
+    monkeypatch.setattr(claim_module, "_PATIENCE", 0)
+    return Held
+
+
+@pytest.fixture
+def incoming(host):
+    """Call the guest what ``xl migrate-receive`` calls it."""
+    name = f"/local/domain/{host.DOMID}/name"
+    before = host.store.read(name)
+    host.store.write(name, f"{before}--incoming")
+    yield
+    if host.store.exists(name):
+        host.store.write(name, before)
+
+
+@pytest.mark.parametrize("died", [False, True])
+def test_a_guest_that_comes_from_another_host_waits_for_its_disk(
+    adopt, steps, host, libxl, orphan, image, held, caplog, request, died
+):
+    """Also under the successor of a process that has died as it waited: the name is right then."""
+    if died:
+        orphan(image)
+    else:
+        request.getfixturevalue("incoming")
+
+    def script():
+        libxl.wait(ADDRESS, State.INIT_WAIT)
+        libxl.run_script(ADDRESS, "add")
+        assert not held.asked.is_set()
+        frontend = host.frontend(ADDRESS)
+        connecting = threading.Thread(target=frontend.connect)
+        connecting.start()
+        host.until(lambda: "the guest waits for its disk: another client" in caplog.text)
+        assert "2" == host.tree()[f"{ADDRESS.backend}/state"]
+        assert host.hypervisor.mapped_pages == 0
+        held.free.set()
+        connecting.join()
+        frontend.write(4096, NEW)
+        steps.detach(frontend)
+
+    assert adopt(script, None if died else image) is ExitStatus.OK
+    assert held.arrives
+    assert 1 == caplog.text.count("the guest waits for its disk")
+    assert "the guest has its disk now" in caplog.text
+    assert NEW == image.read_bytes()[4096 : 4096 + len(NEW)]
+
+
+@pytest.mark.parametrize("end", ["detached", "destroyed"])
+def test_a_guest_that_never_gets_its_disk(adopt, host, libxl, image, held, incoming, end):
+    """It may be taken away again, though the other host has it, and nobody asks any more."""
+
+    def script():
+        libxl.wait(ADDRESS, State.INIT_WAIT)
+        libxl.run_script(ADDRESS, "add")
+        host.store.write(f"{ADDRESS.frontend}/state", "3")
+        assert held.asked.wait(host.PATIENCE)
+        if end == "destroyed":
+            host.xenstored.remove_domain(host.DOMID)
+            libxl.wait(ADDRESS, State.CLOSED)
+            libxl.remove(ADDRESS)
+        else:
+            libxl.ask_to_detach(ADDRESS)
+            host.store.write(f"{ADDRESS.frontend}/state", "6")
+            libxl.finish_detach(ADDRESS)
+
+    assert adopt(script, image) is ExitStatus.OK
+
+
+def test_no_other_guest_waits(adopt, steps, image, held):
+    """It is refused if somebody has the disk; here nobody has."""
+    assert adopt(lambda: steps.detach(steps.connect()), image) is ExitStatus.OK
+    assert (False, False) == (held.arrives, held.asked.is_set())
 
 
 def test_detached_before_the_script_ran(adopt, libxl, image):

@@ -200,6 +200,13 @@ class Backend:
         """
         raise NotImplementedError
 
+    def claim(self) -> None:
+        """Take the exclusive lock that was left to another host when the disk was opened.
+
+        Called, from a thread of its own, before the first request, and called again while it
+        raises :class:`~xen_disk_py.errors.BackendError`. Default: there is none.
+        """
+
     def after_fork(self) -> None:
         """Prepare for use in a process that has just been forked from the one that opened it."""
 

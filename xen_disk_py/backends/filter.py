@@ -227,6 +227,10 @@ class Filter(Backend):
         """Whether the source can."""
         return self.source.can_discard_securely
 
+    def claim(self) -> None:
+        """As the source does."""
+        self.source.claim()
+
     def after_fork(self) -> None:
         """As the source does; a filter is one process's, but for one that says otherwise."""
         self.source.after_fork()

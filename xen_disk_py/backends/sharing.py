@@ -79,6 +79,27 @@ def is_looking() -> bool:
     return _looking.get()
 
 
+_arriving: ContextVar[bool] = ContextVar("arriving", default=False)
+
+
+@contextmanager
+def arriving(arrives: bool) -> Iterator[None]:
+    """With ``arrives``, disks that are opened in here, if they can, take their lock at ``claim``.
+
+    Their guest comes from another host, which has the lock until the guest runs here.
+    """
+    token = _arriving.set(arrives)
+    try:
+        yield
+    finally:
+        _arriving.reset(token)
+
+
+def is_arriving() -> bool:
+    """Tell whether :func:`arriving` says so."""
+    return _arriving.get()
+
+
 class Storage(NamedTuple):
     """Where an image's bytes are.
 

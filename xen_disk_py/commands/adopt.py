@@ -8,7 +8,9 @@ import os
 import time
 from contextlib import ExitStack
 
+from ..backends import sharing
 from ..backends.filter import succeeding
+from ..datapath.claim import Claim
 from ..datapath.disk import Disk
 from ..datapath.queue import Queue
 from ..errors import DeviceError, DeviceTaken, XenDiskError
@@ -40,6 +42,9 @@ from .parsing import parse
 log = logging.getLogger("xen_disk_py")
 
 _PATIENCE = 8.0  # seconds; libxl has 10
+_INCOMING = "--incoming"
+"""What ``xl migrate-receive`` puts behind a guest's name until it may run here (``xl_migrate.c``).
+The host that it comes from has its disks yet, and gives them back when it runs."""
 
 
 def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
@@ -73,7 +78,9 @@ def _serve(env: Environment, store: Store, address: Address) -> None:
             config = attachment.read_config(store, address)
             spec = _spec(config)
             own_record = stack.enter_context(_claimed(env, store, address, spec.queues))
-            disk = _open(spec, store, stack)
+            arrives = domain.name.endswith(_INCOMING)
+            with sharing.arriving(arrives):
+                disk = _open(spec, store, stack)
             env.tell_all(disk.backend.notes)
             orphans.check(env.record_directory, disk.backend.host_storage, store=store)
             hypervisor = stack.enter_context(env.hypervisor())
@@ -82,7 +89,19 @@ def _serve(env: Environment, store: Store, address: Address) -> None:
             log.error("%s", reason)
             attachment.refuse(store, address, reason)
             return
-        _run(env, store, hypervisor, address, disk, spec, domain, own_record, stack, adopts=False)
+        _run(
+            env,
+            store,
+            hypervisor,
+            address,
+            disk,
+            spec,
+            domain,
+            own_record,
+            stack,
+            adopts=False,
+            arrives=arrives,
+        )
 
 
 def _take_over(env: Environment, store: Store, address: Address) -> ExitStatus:
@@ -96,7 +115,8 @@ def _take_over(env: Environment, store: Store, address: Address) -> ExitStatus:
             takeover.check_files(facts, str(vdev), f"xl block-detach {domid} {vdev}")
             config = attachment.read_config(store, address)
             spec = _spec(config)._replace(filters=facts.spec.filters)  # as they were set last
-            with succeeding():
+            arrives = _state(store, address) is State.INIT_WAIT  # the dead process may have waited
+            with succeeding(), sharing.arriving(arrives):
                 disk = _open(spec, store, stack)
             takeover.check_size(facts, str(vdev), disk.backend)
             hypervisor = stack.enter_context(env.hypervisor())
@@ -106,7 +126,19 @@ def _take_over(env: Environment, store: Store, address: Address) -> ExitStatus:
             may_pass = isinstance(error, takeover.PASSING)
             return ExitStatus.CRASHED if may_pass else ExitStatus.ERROR
         domain = Domain(domid, facts.domain, "")
-        _run(env, store, hypervisor, address, disk, spec, domain, own_record, stack, adopts=True)
+        _run(
+            env,
+            store,
+            hypervisor,
+            address,
+            disk,
+            spec,
+            domain,
+            own_record,
+            stack,
+            adopts=True,
+            arrives=arrives,
+        )
     return ExitStatus.OK
 
 
@@ -135,6 +167,7 @@ def _run(
     stack: ExitStack,
     *,
     adopts: bool,
+    arrives: bool,
 ) -> None:
     """Serve until the end; if that comes by an error of ours, a successor may take over."""
     name = store.read(f"{address.backend}/dev") or from_number(address.devid).name
@@ -188,6 +221,12 @@ def _run(
             attachment.close(store, address, os.getpid())
             return True
 
+    def claimed() -> None:
+        device.is_unsettled = True
+        interrupts.wake()
+
+    claim = Claim(disk.backend, claimed)
+    stack.callback(claim.stop)
     with Interrupts(hangup_resizes=True).installed() as interrupts:
         device = AdoptedDevice(
             store,
@@ -202,6 +241,7 @@ def _run(
             journals=own_record.journals,
             adopts=adopts,
             open_queue=processes.open_queue if processes is not None else Queue,
+            claim=claim if arrives else None,
         )
         session = Session(
             store,
@@ -224,7 +264,11 @@ def _run(
 
 
 def _is_closing(store: Store, address: Address) -> bool:
-    return State.parse(store.read(f"{address.backend}/state")) is State.CLOSING
+    return _state(store, address) is State.CLOSING
+
+
+def _state(store: Store, address: Address) -> State | None:
+    return State.parse(store.read(f"{address.backend}/state"))
 
 
 def _claimed(env: Environment, store: Store, address: Address, queues: int) -> Record:

@@ -16,6 +16,7 @@ from typing import Callable, Protocol
 
 from ..blkif import SECTOR, Abi, Connection, Ring, abi_named
 from ..datapath import statistics as count
+from ..datapath.claim import Claim
 from ..datapath.disk import Disk
 from ..datapath.journal import Journal
 from ..datapath.queue import Options, Queue
@@ -102,6 +103,7 @@ class Device:
         adopts: the device is there already, and the process that served it has died: the first
             :meth:`update` takes it over.
         open_queue: makes what serves a ring.
+        claim: what is to be done before the guest is connected for the first time, if anything.
     """
 
     def __init__(
@@ -120,6 +122,7 @@ class Device:
         journals: Sequence[Journal] = (),
         adopts: bool = False,
         open_queue: OpenQueue = Queue,
+        claim: Claim | None = None,
     ) -> None:
         self.address = address
         self.state = State.INIT_WAIT
@@ -140,6 +143,7 @@ class Device:
         self._journals = journals
         self._adopts = adopts
         self._open_queue = open_queue
+        self._claim = claim
         self._step = disk.backend.physical_sector_size  # of which any size is a multiple (blkif.h)
         self._queues: list[ServedQueue] = []
         self._unstarted: list[ServedQueue] = []  # of these, those that no thread is to be had for
@@ -222,7 +226,7 @@ class Device:
                 self._do(Action.FINISH)
             else:
                 action = react(self.state, self.frontend_state, online == "1")
-                if action is Action.STAY:
+                if action is Action.STAY or (action is Action.CONNECT and self._is_claiming()):
                     return
                 self._do(action)
         self.is_unsettled = not self.finished  # a guest can change its state as often as it likes
@@ -343,6 +347,13 @@ class Device:
             self._open_queues(shown)
         self._adopts = False
         self._publish_size()
+
+    def _is_claiming(self) -> bool:
+        """Whether the storage is not ours yet; the frontend waits."""
+        if self._claim is None or self._claim.is_done:
+            return False
+        self._claim.begin()
+        return True
 
     def _guest_is_gone(self) -> bool:
         domid = self.address.frontend_domid

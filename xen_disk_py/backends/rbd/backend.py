@@ -73,6 +73,7 @@ class RbdBackend(Backend):
                     "rados_osd_op_timeout": str(timeout),
                 },
                 writable=not (self.read_only or sharing.is_looking()),
+                lock_at_once=not sharing.is_arriving(),
                 wait=wait,
             )
         except XenDiskError as error:
@@ -112,6 +113,13 @@ class RbdBackend(Backend):
             self._image.resize(size)
         self.size = size
         return size
+
+    def claim(self) -> None:
+        """Take the lock, if another host had it when the disk was opened."""
+        try:
+            self._image.claim()
+        except BackendError as error:
+            raise BackendError(f"{self}: {error}") from error
 
     def close(self) -> None:
         """Give the lock back and leave the cluster."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import threading
 import time
 from ctypes import addressof, byref, c_char, c_int, c_uint64, c_void_p
 from typing import Any
@@ -39,6 +40,7 @@ class RbdImage(Asynchronous):
         conf: ceph.conf's path; None for where Ceph looks.
         settings: options that count more than the file's.
         writable: take the exclusive lock, and keep it: nobody else writes meanwhile.
+        lock_at_once: take it now, not by :meth:`claim`, before which nothing may be written.
         wait: seconds that another client may keep the lock until we give up.
 
     Attributes:
@@ -60,9 +62,12 @@ class RbdImage(Asynchronous):
         conf: str | None,
         settings: Settings,
         writable: bool,
+        lock_at_once: bool = True,
         wait: float = 0,
     ) -> None:
         self._calls = calls()
+        self._spec = f"{pool}/{name}"
+        self._claiming = threading.Lock()  # whoever closes the image waits for a claim
         self._completions = (c_void_p * _AT_ONCE)()
         self._requests: dict[int, tuple[Request, Any]] = {}  # by completion: and what it moves
         super().__init__()
@@ -70,10 +75,14 @@ class RbdImage(Asynchronous):
         self._undo = contextlib.ExitStack()
         self._undo.callback(super().close)
         try:
-            self._open(pool, name, snapshot, user, conf, settings, writable, wait)
+            self._open(pool, name, snapshot, user, conf, settings, writable)
+            if lock_at_once:
+                self._lock_image(wait)
+            if writable:  # librbd has no watch of what is opened read-only
+                self._watch()
         except OSError as error:
             self._undo.close()
-            raise BackendError(_reason(error, pool, name, writable)) from error
+            raise BackendError(_reason(error, self._spec, writable)) from error
         except BaseException:
             self._undo.close()
             raise
@@ -87,7 +96,6 @@ class RbdImage(Asynchronous):
         conf: str | None,
         settings: Settings,
         writable: bool,
-        wait: float,
     ) -> None:
         call, undo = self._calls, self._undo
         cluster, io, image = c_void_p(), c_void_p(), c_void_p()
@@ -109,16 +117,16 @@ class RbdImage(Asynchronous):
         call.rbd_set_image_notification(image, self._wake_write, EVENT_TYPE_PIPE)
         features = c_uint64()
         call.rbd_get_features(image, byref(features))
-        self._has_lock = writable and bool(features.value & FEATURE_EXCLUSIVE_LOCK)
-        if self._has_lock:
-            # Asked for by name it stays ours until we give it back; one that is only taken with
-            # the first write goes to whoever else writes.
-            self._lock_image(wait)
-            undo.callback(self._unlock)
-        if writable:  # librbd has no watch of what is opened read-only
-            self._watch()
+        self._wants_lock = writable and bool(features.value & FEATURE_EXCLUSIVE_LOCK)
 
-    def _lock_image(self, wait: float) -> None:
+    def _lock_image(self, wait: float = 0) -> None:
+        """Take the lock, if it is wanted.
+
+        Asked for by name it stays ours until we give it back; one that is only taken with the
+        first write goes to whoever else writes.
+        """
+        if not self._wants_lock:
+            return
         deadline = time.monotonic() + wait
         while True:
             try:
@@ -128,7 +136,21 @@ class RbdImage(Asynchronous):
                     raise
                 time.sleep(_PAUSE)
             else:
+                self._wants_lock = False
+                self._undo.callback(self._unlock)
                 return
+
+    def claim(self) -> None:
+        """Take the lock now, if it was not taken at once.
+
+        Raises:
+            BackendError: another has it, or the cluster does not answer.
+        """
+        with self._claiming:
+            try:
+                self._lock_image()
+            except OSError as error:
+                raise BackendError(_reason(error, self._spec, writable=True, waits=True)) from error
 
     def _watch(self) -> None:
         """Be told when the image's header changes: its size, say, or its snapshots."""
@@ -184,7 +206,9 @@ class RbdImage(Asynchronous):
 
     def close(self) -> None:
         """Wait for what is under way, give the lock back and leave the cluster."""
-        self._undo.close()
+        with self._claiming:
+            self._wants_lock = False
+            self._undo.close()
 
     # -- with the lock of Asynchronous ---------------------------------------------------
 
@@ -235,19 +259,18 @@ def _error(request: Request, result: int) -> OSError | None:
     return None
 
 
-def _reason(error: OSError, pool: str, name: str, writable: bool) -> str:
+def _reason(error: OSError, spec: str, writable: bool, *, waits: bool = False) -> str:
     what = str(error.strerror)
     if error.errno == errno.ENOENT and "conf" in what:
         hint = "no ceph.conf: --option conf=PATH names it"
     elif error.errno == errno.ENOENT:
-        hint = "no such pool, image or snapshot (rbd ls " + pool + ")"
+        hint = "no such pool, image or snapshot (rbd ls " + spec.rpartition("/")[0] + ")"
     elif error.errno == errno.ETIMEDOUT:
         hint = "no monitor answers: is the cluster up, and 'mon host' in ceph.conf right?"
     elif writable and error.errno in _LOCKED:
-        hint = (
-            f"another client has the exclusive lock (rbd lock ls {pool}/{name}); "
-            "--option wait=SECONDS waits for it"
-        )
+        hint = f"another client has the exclusive lock (rbd lock ls {spec})"
+        if not waits:
+            hint += "; --option wait=SECONDS waits for it"
     elif error.errno in {errno.EACCES, errno.EPERM}:
         hint = "no permission: --option id=NAME, and its keyring where ceph.conf says"
     else:

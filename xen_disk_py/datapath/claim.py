@@ -1,0 +1,62 @@
+"""Wait until the host that a guest comes from has let its disk go."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import Callable
+
+from ..backends import Backend
+from ..errors import BackendError
+
+log = logging.getLogger("xen_disk_py")
+
+_PAUSE = 0.2  # seconds until the lock is asked for again
+_PATIENCE = 10.0  # seconds that the other host may take before that is worth a line
+
+
+class Claim:
+    """Takes a disk's lock, in a thread of its own: that may take a while.
+
+    Args:
+        backend: open, its lock left to another host.
+        on_end: called, from that thread, when the lock is ours.
+
+    Attributes:
+        is_done: it is.
+    """
+
+    def __init__(self, backend: Backend, on_end: Callable[[], None]) -> None:
+        self._backend = backend
+        self._on_end = on_end
+        self._stopped = threading.Event()
+        self._has_begun = False
+        self.is_done = False
+
+    def begin(self) -> None:
+        """Begin to ask for the lock, unless that has begun."""
+        if not self._has_begun:
+            self._has_begun = True
+            threading.Thread(target=self._run, name="claim", daemon=True).start()
+
+    def stop(self) -> None:
+        """Ask no more; who closes the backend waits for what is under way."""
+        self._stopped.set()
+
+    def _run(self) -> None:
+        began, is_said = time.monotonic(), False
+        while not self._stopped.is_set():
+            try:
+                self._backend.claim()
+            except BackendError as error:
+                if not is_said and time.monotonic() - began >= _PATIENCE:
+                    is_said = True
+                    log.warning("the guest waits for its disk: %s", str(error))
+                self._stopped.wait(_PAUSE)
+            else:
+                if is_said:
+                    log.warning("the guest has its disk now: %s", self._backend)
+                self.is_done = True
+                self._on_end()
+                return
