@@ -429,6 +429,28 @@ def test_what_cannot_be_had_is_told_by_xl(adopt, libxl, image, target, changed, 
     assert adopt(script, target, **changed) is ExitStatus.OK
 
 
+def test_a_disk_that_takes_too_long_to_open(adopt, host, libxl, image, monkeypatch):
+    """``xl`` says why it has none, instead of nothing but that it has waited in vain."""
+    told = threading.Event()
+    opened = RawBackend.__init__
+
+    def init(self, *args, **options):
+        assert told.wait(host.PATIENCE)
+        opened(self, *args, **options)
+
+    monkeypatch.setattr(RawBackend, "__init__", init)
+    monkeypatch.setattr("xen_disk_py.commands.adopt._PATIENCE", 0.1)
+
+    def script():
+        libxl.wait(ADDRESS, State.INIT_WAIT)
+        with pytest.raises(LibxlError, match=r"disk.raw is not open after 0\.1 s: .*; try again"):
+            libxl.run_script(ADDRESS, "add")
+        told.set()
+        libxl.remove(ADDRESS)
+
+    assert adopt(script, image) is not ExitStatus.OK
+
+
 def test_an_image_in_use(adopt, libxl, image):
     def script():
         libxl.wait(ADDRESS, State.INIT_WAIT)

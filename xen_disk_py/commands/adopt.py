@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import threading
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 from ..backends import sharing
 from ..backends.filter import succeeding
@@ -79,7 +81,7 @@ def _serve(env: Environment, store: Store, address: Address) -> None:
             spec = _spec(config)
             own_record = stack.enter_context(_claimed(env, store, address, spec.queues))
             arrives = domain.name.endswith(_INCOMING)
-            with sharing.arriving(arrives):
+            with sharing.arriving(arrives), _told_if_late(env, address, spec):
                 disk = _open(spec, store, stack)
             env.tell_all(disk.backend.notes)
             orphans.check(env.record_directory, disk.backend.host_storage, store=store)
@@ -146,6 +148,29 @@ def _spec(config: DiskConfig) -> DiskSpec:
     """Say what libxl's keys ask for."""
     spec = spec_from(parse(["connect", "VM", *config.arguments]))
     return spec if config.discard else spec._replace(discard=False)
+
+
+@contextmanager
+def _told_if_late(env: Environment, address: Address, spec: DiskSpec) -> Iterator[None]:
+    """Refuse the disk, with a reason, before libxl gives up without one."""
+
+    def refuse() -> None:
+        reason = (
+            f"{spec.shown_path or spec.backend_name} is not open after {_PATIENCE:g} s: its "
+            "storage does not answer, or waits until one that has died loses its lock; try again"
+        )
+        log.error("%s", reason)
+        with env.open_store() as store:
+            attachment.refuse(store, address, reason)
+
+    timer = threading.Timer(_PATIENCE, refuse)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()  # what forks after this has no other thread
 
 
 def _open(spec: DiskSpec, store: Store, stack: ExitStack) -> Disk:
