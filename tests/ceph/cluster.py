@@ -1,7 +1,7 @@
 """A real Ceph cluster on this machine, for tests: a monitor, an OSD in memory, a pool ``rbd``.
 
 It takes about ten seconds to come up and needs root, Debian's ceph-mon, ceph-osd and ceph-common,
-and the ports 3300, 6789 and 6800 to 7300 of the loopback device.
+and the ports 3300, 6789 and 6800 to 7300 of the loopback device, or of another address.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from pathlib import Path
 
 PROGRAMS = ("ceph", "ceph-mon", "ceph-osd", "ceph-authtool", "monmaptool", "rbd")
 PATIENCE = 120.0
-ADDRESSES = "[v2:127.0.0.1:3300,v1:127.0.0.1:6789]"
 
 
 def missing() -> str:
@@ -30,10 +29,19 @@ def missing() -> str:
 
 
 class Cluster:
-    """Runs until :meth:`close`."""
+    """Runs until :meth:`close`, or until who has started it dies.
 
-    def __init__(self, directory: Path) -> None:
+    Args:
+        directory: what all of it is in.
+        address: where it is reached.
+        settings: of Ceph's, what else there is to say.
+    """
+
+    def __init__(self, directory: Path, address: str = "127.0.0.1", **settings: object) -> None:
         self.directory = directory
+        self._settings = {key.replace("_", " "): value for key, value in settings.items()}
+        self._address = address
+        self.addresses = f"[v2:{address}:3300,v1:{address}:6789]"
         self.conf = directory / "ceph.conf"
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
         try:
@@ -51,10 +59,10 @@ class Cluster:
         classes = os.path.dirname(glob.glob("/usr/lib/*/rados-classes/libcls_rbd.so")[0])
         settings = {
             "fsid": fsid,
-            "mon host": ADDRESSES,
+            "mon host": self.addresses,
             "mon initial members": "a",
-            "public addr": "127.0.0.1",
-            "cluster addr": "127.0.0.1",
+            "public addr": self._address,
+            "cluster addr": self._address,
             "ms bind ipv6": "false",
             "auth cluster required": "none",
             "auth service required": "none",
@@ -75,6 +83,7 @@ class Cluster:
             "osd objectstore": "memstore",
             "memstore device bytes": str(2 << 30),
             "osd class dir": classes,
+            **self._settings,
         }
         lines = [f"{key} = {value}" for key, value in settings.items()]
         self.conf.write_text("\n".join(["[global]", *lines, ""]))
@@ -83,7 +92,7 @@ class Cluster:
         self._run("ceph-authtool", "--create-keyring", keyring, "--gen-key", "-n", "mon.", *any_)
         client = ["-n", "client.admin", *any_, "--cap", "osd", "allow *"]
         self._run("ceph-authtool", keyring, "--gen-key", *client)
-        self._run("monmaptool", "--create", "--addv", "a", ADDRESSES, "--fsid", fsid, monmap)
+        self._run("monmaptool", "--create", "--addv", "a", self.addresses, "--fsid", fsid, monmap)
         mon = ["ceph-mon", *self.arguments, "-i", "a"]
         self._run(*mon, "--mkfs", "--monmap", monmap, "--keyring", keyring)
         self._daemon("mon", [*mon, "-f"])
@@ -114,7 +123,11 @@ class Cluster:
     def _daemon(self, name: str, command: list[str]) -> None:
         with open(self.directory / f"{name}.err", "ab") as log:
             self._daemons[name] = subprocess.Popen(
-                command, cwd=self.directory, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                ["setpriv", "--pdeathsig", "KILL", *command],
+                cwd=self.directory,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
             )
 
     def ceph(self, *words: str) -> str:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from .architecture import CPUS
 from .build import ensure_build, say
+from .ceph import ceph
 from .machine import BootError, LabError, Link, Machine, Relay
 from .progress import NOTES, Follower, Progress, commit_of, report
 from .recipe import CHECKOUT, DEFAULT_SUITE, HERE, SUITES, Suite
@@ -100,6 +101,11 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="boot a second machine and join the two by a network: what test_migration.py needs",
     )
+    test.add_argument(
+        "--ceph",
+        action="store_true",
+        help="--pair, with a Ceph cluster of this machine that both reach: what test_rbd.py needs",
+    )
     run = commands.add_parser(
         "run", parents=[common], help="run a shell command in dom0, in the staged checkout"
     )
@@ -162,7 +168,13 @@ def _results(arguments: argparse.Namespace) -> Path:
 
 
 def _start(
-    build: Path, suite: Suite, share: Path, resume: bool, stack: ExitStack, pair: bool
+    build: Path,
+    suite: Suite,
+    share: Path,
+    resume: bool,
+    stack: ExitStack,
+    pair: bool,
+    cable: Path | None,
 ) -> Machine:
     """Start what the job runs on, and, beside it, the other of a pair; return the first."""
     machines = []
@@ -173,7 +185,7 @@ def _start(
             share=place,
             log=place / "results/console.log",
             resume=resume,
-            link=Link(share / "link", number) if pair else None,
+            link=Link(number, cable) if pair else None,
         )
         machines.append(stack.enter_context(machine))
     for machine in machines:
@@ -183,7 +195,7 @@ def _start(
 
 def _pair(share: Path, environment: dict[str, str]) -> dict[str, str]:
     """Prepare the other machine of a pair; return the environment of the first."""
-    ours, theirs = (Link(share / "link", number).address for number in (1, 2))
+    ours, theirs = (Link(number, None).address for number in (1, 2))
     (share / "peer").mkdir()
     (share / "stage.tar").rename(share / "peer/stage.tar")
     os.link(share / "peer/stage.tar", share / "stage.tar")
@@ -204,8 +216,11 @@ def _run_job(
     build = ensure_build(suite)
     share = Path(tempfile.mkdtemp(prefix="xen-lab-share-"))
     follower = None
-    pair = getattr(arguments, "pair", False)
+    with_ceph = getattr(arguments, "ceph", False)
+    pair = with_ceph or getattr(arguments, "pair", False)
+    cable = None if with_ceph else share / "link"
     environment = {**environment, "LAB_CPUS": str(arguments.cpus)}
+    until_end = ExitStack()
     try:
         write_stage(share, install=not arguments.copy)
         if pair:
@@ -214,6 +229,8 @@ def _run_job(
         if progress is not None:
             (share / "job/done").write_text("".join(f"{name}\n" for name in progress.done))
             follower = Follower(progress, share / "results" / NOTES)
+        if with_ceph:
+            until_end.enter_context(ceph(share))
         deadline = None if mode == "shell" else time.monotonic() + arguments.timeout * 60
         # The saved machine has no network.
         resume = not arguments.cold and not pair and (build / "state").exists()
@@ -221,7 +238,7 @@ def _run_job(
             started = time.monotonic()
             try:
                 with ExitStack() as stack:
-                    machine = _start(build, suite, share, resume, stack, pair)
+                    machine = _start(build, suite, share, resume, stack, pair, cable)
                     seconds = time.monotonic() - started
                     say(f"dom0 {'resumed' if resume else 'booted'} in {seconds:.1f} s")
                     return _follow(machine, mode, deadline, follower)
@@ -232,6 +249,7 @@ def _run_job(
                 resume = False
         raise AssertionError
     finally:
+        until_end.close()
         if follower is not None:
             follower.look()
         shutil.rmtree(results, ignore_errors=True)

@@ -62,12 +62,12 @@ class Link:
     """One end of a network that joins two machines and nothing else.
 
     Attributes:
-        path: of the Unix socket that is the cable.
         number: 1 makes the socket, and is to be started first; 2 finds it there.
+        path: of the Unix socket that is the cable; None for what :mod:`.ceph` has made.
     """
 
-    path: Path
     number: int
+    path: Path | None
 
     @property
     def address(self) -> str:
@@ -78,6 +78,8 @@ class Link:
         """Return QEMU's arguments for it; ``device`` is QEMU's name of the network card."""
         server = "on" if self.number == 1 else "off"
         cable = f"stream,id=link,server={server},addr.type=unix,addr.path={self.path}"
+        if self.path is None:
+            cable = f"tap,id=link,ifname=lab{self.number},script=no,downscript=no"
         mac = f"52:54:00:00:00:0{self.number}"
         return ["-netdev", cable, "-device", f"{device},netdev=link,mac={mac},romfile="]
 
