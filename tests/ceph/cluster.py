@@ -148,7 +148,11 @@ class Cluster:
 
     def pause_osd(self) -> None:
         """Stop the OSD where it is: it answers nothing, and loses nothing."""
-        self._daemons["osd"].send_signal(signal.SIGSTOP)
+        osd = self._daemons["osd"]
+        osd.send_signal(signal.SIGSTOP)
+        threads = Path(f"/proc/{osd.pid}/task")
+        while any("State:\tT" not in (each / "status").read_text() for each in threads.iterdir()):
+            time.sleep(0.01)  # the signal is sent, but a thread may run on for a moment
 
     def resume_osd(self) -> None:
         """Let it continue."""
