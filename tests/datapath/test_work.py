@@ -115,11 +115,12 @@ def test_small_requests_take_one_call_each(host, work, operation, call):
 def test_small_requests_take_few_calls_of_functions(host, work, operation, calls):
     """One in Python, the backend's; in C a look-up, the system call, and two for the answer.
 
-    A write takes one more: one buffer goes by another call than several.
+    A write takes one more: one buffer goes by another call than several. And a batch takes up to 10
+    more where libatomic is missing: a fence is a function in Python then, which takes a lock.
     """
     watched = work(persistent=True)
     watched.of(*small(host, operation, DEPTH))
-    for_a_batch = 60
+    for_a_batch = 70
     assert watched.in_python <= DEPTH + for_a_batch / 2 * watched.batches
     assert watched.in_python + watched.in_c <= calls * DEPTH + for_a_batch * watched.batches
 
