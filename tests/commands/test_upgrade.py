@@ -104,10 +104,30 @@ def test_another_program_takes_over(host, processes, connect, upgrade, image):
 
 @pytest.fixture
 def gate(processes, tmp_path):
-    """Have a program wait before it begins: the one that is tried, or the one that takes over."""
+    """Have a program wait before it begins: the one that is tried, or the one that takes over.
+
+    Or, the latter, before it serves, when it has the disk's record already.
+    """
     closed, arrived = tmp_path / "closed", tmp_path / "arrived"
 
-    def close(*, tried):
+    def close_later():
+        closed.touch()
+        processes.install(
+            "import pathlib\n"
+            "import time\n"
+            "import xen_disk_py.commands.connect\n"
+            "def wait(at, since=xen_disk_py.commands.connect.pause_since):\n"
+            f"    pathlib.Path({str(arrived)!r}).touch()\n"
+            f"    while os.path.exists({str(closed)!r}):\n"
+            "        time.sleep(0.01)\n"
+            "    return since(at)\n"
+            "xen_disk_py.commands.connect.pause_since = wait\n"
+        )
+        return closed, arrived
+
+    def close(*, tried, has_record=False):
+        if has_record:
+            return close_later()
         closed.touch()
         processes.install(
             "import pathlib\n"
@@ -124,11 +144,11 @@ def gate(processes, tmp_path):
     closed.unlink(missing_ok=True)
 
 
-@pytest.fixture
-def becoming(host, connect, gate):
-    """Have the process of a disk become another program, which has not begun yet."""
+@pytest.fixture(params=["not begun", "not serving"])
+def becoming(host, connect, gate, request):
+    """Have the process of a disk become another program, which does not serve yet."""
     process, frontend = connect()
-    closed, arrived = gate(tried=False)
+    closed, arrived = gate(tried=False, has_record=request.param == "not serving")
     process.signal(signal.SIGUSR2)
     host.until(arrived.exists)
     return closed, process, frontend

@@ -350,7 +350,15 @@ class _Connection:
         is_known = before is not None and before.connected
         released_at = before.released_at if before is not None else None
         queues = processes.identities if processes is not None else ()
-        facts = Facts.about(spec, self._domain, vdev, disk, connected=is_known, queues=queues)
+        facts = Facts.about(
+            spec,
+            self._domain,
+            vdev,
+            disk,
+            connected=is_known,
+            queues=queues,
+            released_at=released_at,
+        )
         if self._user is not None:
             record.seal(facts)
         record.describe(facts)
@@ -427,7 +435,7 @@ class _Connection:
             def serving(self) -> None:
                 control.start()
                 pause = pause_since(released_at)
-                record.update(started=time.time(), pause=pause)
+                record.update(started=time.time(), pause=pause, released_at=None)
                 if before is not None:
                     events.taken_over(pause)
 

@@ -63,7 +63,8 @@ class Facts(NamedTuple):
         connected: the guest has had it.
         started: since when this process serves it, in seconds since 1970; None: not yet.
         pause: for how many seconds nobody did, if it was upgraded.
-        released_at: when the process before gave it up for that, in monotonic seconds.
+        released_at: when the process before gave it up for that, in monotonic seconds; None once it
+            is served again.
         not_upgraded: when, and why not.
     """
 

@@ -442,7 +442,7 @@ class Found(NamedTuple):
     is_ending: bool = False
     """The process has died, and one that it had forked for a queue still has its locks."""
     is_becoming: bool = False
-    """The process becomes another program, which is about to take over: nobody has the lock."""
+    """The process becomes another program, which does not serve yet, and may not have the lock."""
 
     @property
     def is_orphan(self) -> bool:
@@ -509,7 +509,7 @@ def find(directory: str, address: Address) -> Found | None:
     if len(data) < HEAD:
         return None
     words = memoryview(data)[FACTS_SIZE : FACTS_SIZE + 8 * WORDS].cast("Q")
-    is_becoming = not (alive or is_ending) and facts is not None and _is_becoming(facts)
+    is_becoming = not is_ending and facts is not None and _is_becoming(facts)
     return Found(facts, Statistics(words).as_dict(), alive, is_ending, is_becoming)
 
 
