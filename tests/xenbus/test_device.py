@@ -565,12 +565,16 @@ def test_closing_before_connecting(guest):
 # -- detaching -----------------------------------------------------------------------------
 
 
-def detach(host, guest):
+def ask_to_detach(host, guest):
     def ask(store):
         store.write(f"{guest.address.backend}/online", "0")
         store.write(f"{guest.address.backend}/state", "5")
 
     host.store.transact(ask)
+
+
+def detach(host, guest):
+    ask_to_detach(host, guest)
     guest.device.update()
 
 
@@ -595,6 +599,27 @@ def test_detach_from_a_guest_that_is_not_connected(host, guest, state):
     guest.switch(state)
     detach(host, guest)
     assert guest.backend is S.CLOSED
+    assert guest.device.finished
+
+
+@pytest.mark.parametrize("adopts", [False, True], ids=["connecting", "taken over"])
+def test_detach_while_the_rings_are_mapped(host, make, monkeypatch, adopts):
+    """The state that we write then hides nothing."""
+    guest = make(adopts=adopts)
+    guest.publish()
+    guest.switch(S.CONNECTED if adopts else S.INITIALISED)
+    if adopts:
+        guest.serving.store.write(f"{guest.address.backend}/state", "4")
+
+    def make_queues(make=guest.device._make_queues):
+        ask_to_detach(host, guest)
+        make()
+
+    monkeypatch.setattr(guest.device, "_make_queues", make_queues)
+    guest.device.update()
+    assert guest.backend is S.CLOSING
+    guest.switch(S.CLOSED)
+    guest.device.update()
     assert guest.device.finished
 
 

@@ -399,9 +399,22 @@ class Device:
             )
 
     def _publish(self, state: State) -> None:
-        """Write our state, unless the directory has been removed meanwhile."""
+        """Write our state, unless the directory has been removed meanwhile.
+
+        Or unless the toolstack has written there that the device goes, just now, and this would
+        hide it: what follows is done at the next look.
+        """
         self.state = state
-        self._replace(f"{self.address.backend}/state", str(int(state)))
+        back, value = self.address.backend, str(int(state))
+        continues = state in (State.INIT_WAIT, State.CONNECTED)
+
+        def write(store: Store) -> None:
+            shown = store.read(f"{back}/state")
+            goes = State.parse(shown) is State.CLOSING and store.read(f"{back}/online") == "0"
+            if shown not in (None, value) and not (continues and goes):
+                store.write(f"{back}/state", value)
+
+        self._store.transact(write)
 
     def _replace(self, path: str, value: str) -> None:
         """Write a node, unless it has that value or has been removed meanwhile."""
