@@ -175,6 +175,19 @@ def test_a_queue_ends_while_another_waits(host, several):
     assert OKAY == three.ask(request(4, READ, 256, page)).status
 
 
+def test_a_queue_that_is_alone_ends_though_it_was_asked_to_amid_a_barrier(host, several):
+    entered, allowed = threading.Event(), threading.Event()
+    (one,) = several(slow(host, entered, allowed), 1)
+    page = host.share().refs[0]
+    one.put(request(1, READ, 0, page), request(2, WRITE_BARRIER, 256, page))
+    one.kick()
+    assert entered.wait(PATIENCE)
+    assert not one.queue.stop(0.2)  # it was woken, and cannot end yet
+    allowed.set()
+    assert one.queue._ended.wait(PATIENCE)  # without being asked again
+    assert one.queue.stop(PATIENCE)
+
+
 def test_a_queue_that_fails_takes_no_other_with_it(host, several, monkeypatch):
     one, two = several(Disk(host.memory(threads=4)))
     page = host.share().refs[0]

@@ -200,7 +200,8 @@ class QueueThread:
                     if self._asked or self._drained.is_wanted:  # that may be seen amid a barrier
                         break
                     is_more = queue.turn(is_alone=True)
-                is_idle = is_idle and not is_more
+                # It may have been asked to end amid a barrier, which has consumed the wake-up.
+                is_idle = is_idle and not is_more and not queue.is_stopping
                 continue
             except Exception as error:  # noqa: BLE001 - whatever it is, the queue tells of it
                 queue.fail(error)
