@@ -119,7 +119,10 @@ def outcomes(wire, tracer, slot, old, new, *, fresh):
 
     at, (following, stride) = 1, long_run.stride(5)
     while True:
-        yield ask(at)
+        outcome = ask(at)
+        if not tracer.steps:  # it came amid a look: ``take`` had been called, and saw it then
+            continue
+        yield outcome
         if tracer.steps < at:  # all done before it came to that
             assert at > 40  # it was traced
             return
