@@ -23,15 +23,15 @@ other settings while the disk is in use (``xen-disk filter``).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Callable, ClassVar, TypeVar
 
 from ..errors import UsageError
 from . import Backend, settable
 from .asynchronous import Asynchronous
-from .sharing import Storage
+from .sharing import Storage, having
 
 if TYPE_CHECKING:
     from ..trace.batch import BatchNotes
@@ -57,14 +57,9 @@ _SUCCEEDING: ContextVar[bool] = ContextVar("succeeding", default=False)
 _REQUESTS = {"read", "write", "flush", "discard", "discard_securely"}
 
 
-@contextmanager
-def succeeding() -> Iterator[None]:
+def succeeding() -> AbstractContextManager[None]:
     """Have the filters that are made inside continue what those of a process that died began."""
-    token = _SUCCEEDING.set(True)
-    try:
-        yield
-    finally:
-        _SUCCEEDING.reset(token)
+    return having(_SUCCEEDING, True)
 
 
 def is_succeeding() -> bool:

@@ -16,8 +16,9 @@ import stat
 import struct
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from contextvars import ContextVar
+from typing import TypeVar
 
 from ..named import NamedTuple
 
@@ -35,20 +36,28 @@ _PROBE_PAUSE = 0.05
 Number = tuple[int, int]
 """Of a block device: major, minor."""
 
+T = TypeVar("T")
 _forced: ContextVar[bool | None] = ContextVar("forced", default=None)
+_looking: ContextVar[bool] = ContextVar("looking", default=False)
+_arriving: ContextVar[bool] = ContextVar("arriving", default=False)
 
 
 @contextmanager
-def forced(force: bool) -> Iterator[None]:
+def having(variable: ContextVar[T], value: T) -> Iterator[None]:
+    """Have a variable of the context another value."""
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
+def forced(force: bool) -> AbstractContextManager[None]:
     """With ``force``, images that are opened in here are shared with whoever uses them.
 
     Without, a refusal in here names that option.
     """
-    token = _forced.set(force)
-    try:
-        yield
-    finally:
-        _forced.reset(token)
+    return having(_forced, force)
 
 
 def is_forced() -> bool:
@@ -61,17 +70,9 @@ def or_force() -> str:
     return "" if _forced.get() is None else ", or --force to use it all the same"
 
 
-_looking: ContextVar[bool] = ContextVar("looking", default=False)
-
-
-@contextmanager
-def looking() -> Iterator[None]:
+def looking() -> AbstractContextManager[None]:
     """Have images that are opened in here read without a lock, and nothing made or changed."""
-    token = _looking.set(True)
-    try:
-        yield
-    finally:
-        _looking.reset(token)
+    return having(_looking, True)
 
 
 def is_looking() -> bool:
@@ -79,20 +80,12 @@ def is_looking() -> bool:
     return _looking.get()
 
 
-_arriving: ContextVar[bool] = ContextVar("arriving", default=False)
-
-
-@contextmanager
-def arriving(arrives: bool) -> Iterator[None]:
+def arriving(arrives: bool) -> AbstractContextManager[None]:
     """With ``arrives``, disks that are opened in here, if they can, take their lock at ``claim``.
 
     Their guest comes from another host, which has the lock until the guest runs here.
     """
-    token = _arriving.set(arrives)
-    try:
-        yield
-    finally:
-        _arriving.reset(token)
+    return having(_arriving, arrives)
 
 
 def is_arriving() -> bool:
