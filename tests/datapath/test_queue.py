@@ -2399,6 +2399,63 @@ def test_it_is_told_that_the_storage_fails_and_that_it_works_again(
     assert [said, "the storage works again"] == caplog.messages
 
 
+@pytest.mark.usefixtures("hurry")
+@in_order_or_not
+def test_it_is_told_when_the_last_retry_ends_in_another_error(host, threads):
+    backend = Ailing(threads, 0)
+    disk, told = Disk(backend, holds=True), []
+    disk.on_error = disk.on_retry = disk.on_recovery = told.append
+    line = host.line(disk)
+    ref = host.share().refs[0]
+    line.put(one(0, WRITE, 0, ref))
+    line.kick()
+    backend.wait_for(0, 3)
+    backend.error = ValueError  # as one that is no longer there, say
+    assert ERROR == line.responses(1)[0].status
+    assert "OSError" in told[0]
+    assert "ValueError" in told[1]
+    assert ["no request is queued for retry any longer"] == told[2:]
+    assert retry._PAUSES[0] == line.queue._retries.pause
+    backend.error = OSError
+    line.put(one(0, WRITE, 0, ref))
+    line.kick()
+    backend.wait_for(0, 3)
+    backend.repair()
+    assert OKAY == line.responses(1)[0].status
+    assert "the storage works again" == told[-1]
+    assert 5 == len(told)
+
+
+@pytest.mark.usefixtures("hurry")
+def test_it_works_again_when_all_queues_have_nothing_to_retry(host):
+    backend = Ailing(1, 0, 1)
+    disk, told = Disk(backend, holds=True), []
+    disk.on_recovery = told.append
+    lines = [host.line(disk), host.line(disk)]
+    for sector, line in enumerate(lines):
+        line.put(one(0, WRITE, sector, host.share().refs[0]))
+        line.kick()
+        backend.wait_for(sector, 3)
+    for sector, line in enumerate(lines):
+        assert [] == told
+        backend.broken.discard(sector)
+        assert OKAY == line.responses(1)[0].status
+    assert ["the storage works again"] == told
+
+
+@pytest.mark.usefixtures("tried_once")
+@in_order_or_not
+def test_it_is_told_when_what_was_queued_for_retry_is_given_up(host, threads):
+    disk, told = Disk(Ailing(threads, 0), holds=True), []
+    disk.on_recovery = told.append
+    line = host.line(disk)
+    line.put(one(0, WRITE, 0, host.share().refs[0]))
+    line.kick()
+    host.until(lambda: counted(line, "held") == (1,))
+    assert line.queue.stop(PATIENCE)
+    assert ["no request is queued for retry any longer"] == told
+
+
 # -- how long the oldest request has been under way ----------------------------------------
 
 

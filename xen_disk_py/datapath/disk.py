@@ -133,11 +133,11 @@ class Disk:
         self._lines = Ration(_LINES, 1.0)
         self._unsaid = 0
         self._said, self._repeat_at = "", 0.0  # the last line; and when to say the same again
-        self._is_retrying, self._failure = False, ""
+        self._retrying, self._failure = 0, ""  # requests; why the last failed
         self.on_error = self.on_retry = _nobody
         """Called with a line for each request that failed, or is queued for retry."""
-        self.on_recovery: Callable[[], None] = lambda: None
-        """Called when the storage works again."""
+        self.on_recovery = _nobody
+        """Called with a line when all that were queued for retry have ended."""
 
     @property
     def statistics(self) -> Statistics:
@@ -608,16 +608,21 @@ class Disk:
         return FLUSH_FAILED if what == "flush" else ERROR
 
     def queued_for_retry(self) -> None:
-        """Note that a request is, since it has just failed."""
-        self._is_retrying = True
+        """Note that a request is, since it has just failed for the first time."""
+        with self._lock:
+            self._retrying += 1
         self.on_retry(self._failure)
 
-    def recovered(self) -> None:
-        """Note that all requests of a queue succeed that were queued for retry."""
-        log.info("the storage works again")
-        if self._is_retrying:
-            self._is_retrying = False
-            self.on_recovery()
+    def retried(self, *, succeeded: bool) -> None:
+        """Note that one has ended that was queued for retry."""
+        with self._lock:
+            self._retrying -= 1
+            if self._retrying:
+                return
+        works = "the storage works again"
+        text = works if succeeded else "no request is queued for retry any longer"
+        log.info(text)
+        self.on_recovery(text)
 
     def count_memory(self) -> None:
         """Note how much memory the guest's writes hold."""

@@ -132,7 +132,6 @@ class _Known:
     """
 
     __slots__ = ("descriptors", "id", "kind", "length", "operation", "since", "slot", "start")
-    was_retried = False
 
     def __init__(
         self,
@@ -417,6 +416,8 @@ class Queue:
             _, begun = self._unanswered.popitem()
             if isinstance(begun, _Begun):
                 begun.acquired.release(deliver=False)
+                if begun.was_retried:
+                    self._disk.retried(succeeded=False)
             del begun
         self._journal.clear()  # a queue that never ran leaves it to the next
         self._attempt(self._release)
@@ -807,10 +808,10 @@ class Queue:
             self._disk.statistics.add(count.ERRORS)
             status = failure(begun.request.operation)
         request, unanswered = begun.request, self._unanswered
-        if begun.was_retried and status == OKAY:
-            self._retries.succeeded()
-            if not any(other.was_retried for other in unanswered.values() if other is not begun):
-                self._disk.recovered()
+        if begun.was_retried:
+            begun.was_retried = False  # should this be cut short, and done again
+            self._retries.ended()
+            self._disk.retried(succeeded=status == OKAY)
         try:
             begun.acquired.release(deliver=status == OKAY)
         except HypervisorError as error:

@@ -17,7 +17,7 @@ class RetryQueue(Generic[Request]):
     Attributes:
         requests: they; nobody else keeps them in order.
         is_paused: none is tried; whoever changes that wakes the queue.
-        pause: seconds until the next retry, longer each time until something succeeds.
+        pause: seconds until the next retry, longer each time until one has ended.
     """
 
     def __init__(self) -> None:
@@ -57,6 +57,6 @@ class RetryQueue(Generic[Request]):
         """Queue requests behind one that has failed once more."""
         self.requests += requests
 
-    def succeeded(self) -> None:
-        """Note that the storage works again."""
+    def ended(self) -> None:
+        """Note that the storage has done one, well or with another error."""
         self.pause = _PAUSES[0]

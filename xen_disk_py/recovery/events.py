@@ -92,9 +92,9 @@ class Events:
         more: dict[str, Value] = {"XEN_DISK_COUNT": count, "XEN_DISK_ERROR": first}
         self._send(kind, f"{what}: {count}, the first: {printable(first)}", **more)
 
-    def _recovered(self) -> None:
-        self._retries.flush()  # what happened before is told before
-        self._send(RECOVERED, "the storage works again")
+    def _recovered(self, text: str) -> None:
+        self.flush()  # what happened before is told before
+        self._send(RECOVERED, text)
 
     def _send(self, kind: Kind, message: str, **more: Value) -> None:
         facts = self._facts
