@@ -11,6 +11,7 @@ from backends.filters.test_filters import Memory
 from xen_disk_py.backends import Backend
 from xen_disk_py.backends.asynchronous import Asynchronous
 from xen_disk_py.backends.replay import Replay
+from xen_disk_py.errors import BackendError
 from xen_disk_py.trace.format import (
     DISCARD,
     DISCARD_SECURELY,
@@ -70,6 +71,21 @@ class AsynchronousMemory(Memory):
     def __init__(self):
         super().__init__()
         self.asynchronous = Library(self)
+
+
+def test_too_few_threads_end_it_and_nothing_stays(monkeypatch):
+    before = set(threading.enumerate())
+    start = threading.Thread.start
+
+    def start_few(thread):
+        if len(threading.enumerate()) > len(before) + 2:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_few)
+    with pytest.raises(BackendError, match="3 of 8 threads are to be had: can't start new thread"):
+        replay(Many(), [write(0, 0, 1, 0, b"a")])
+    assert before == set(threading.enumerate())
 
 
 @pytest.fixture(params=[Memory, Many, AsynchronousMemory])

@@ -451,6 +451,19 @@ def test_a_disk_that_takes_too_long_to_open(adopt, host, libxl, image, monkeypat
     adopt(script, image)  # libxl has the nodes away before or after it is open
 
 
+def test_a_disk_is_served_though_nobody_can_tell_whether_it_hangs(
+    adopt, image, steps, monkeypatch, caplog
+):
+    """A task too many: ``pids.max``."""
+
+    def none_left(timer):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Timer, "start", none_left)
+    assert adopt(lambda: steps.detach(steps.connect()), image) is ExitStatus.OK
+    assert "if its storage hangs, nobody will be told: can't start new thread" in caplog.text
+
+
 def test_an_image_in_use(adopt, libxl, image):
     def script():
         libxl.wait(ADDRESS, State.INIT_WAIT)

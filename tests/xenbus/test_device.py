@@ -8,6 +8,7 @@ import itertools
 import random
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from long_run import one_in, repeat
@@ -25,6 +26,7 @@ from xen_disk_py.blkif import (
 )
 from xen_disk_py.datapath import retry
 from xen_disk_py.datapath import statistics as count
+from xen_disk_py.datapath.claim import Claim
 from xen_disk_py.datapath.grants import Grants
 from xen_disk_py.datapath.journal import Journal
 from xen_disk_py.datapath.queue import Options
@@ -389,18 +391,42 @@ def test_a_disk_that_hangs_for_hours_when_it_is_to_finish(host, hanging):
 class Refusing:
     """Threads that the system gives only so many of, as ``pids.max`` has it."""
 
-    def __init__(self, monkeypatch, left):
+    def __init__(self, monkeypatch, left, name="queue"):
         self.left = left
         start = threading.Thread.start
 
         def start_if_there_is_one(thread):
-            if thread.name == "queue":
+            if thread.name == name:
                 if not self.left:
                     raise RuntimeError("can't start new thread")
                 self.left -= 1
             start(thread)
 
         monkeypatch.setattr(threading.Thread, "start", start_if_there_is_one)
+
+
+def test_a_lock_that_there_is_no_thread_for_is_taken_when_there_is_one(
+    host, make, monkeypatch, caplog
+):
+    threads = Refusing(monkeypatch, 0, "claim")
+    taken = threading.Event()
+    claim = Claim(SimpleNamespace(claim=lambda: None), taken.set)
+    guest = make(claim=claim)
+    guest.publish()
+    guest.switch(S.INITIALISED)
+    for _ in range(3):
+        guest.device.update()
+        assert guest.device.is_unsettled
+    assert S.INIT_WAIT is guest.device.state
+    (said,) = caplog.messages
+    assert "the disk's lock is not asked for yet, since there is no thread to be had" in said
+    assert "TasksMax=" in said
+    threads.left = 1
+    guest.device.update()
+    assert taken.wait(host.PATIENCE)
+    guest.device.update()
+    assert S.CONNECTED is guest.device.state
+    assert guest.read_works()
 
 
 def test_a_ring_that_there_is_no_thread_for_is_served_when_there_is_one(

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from typing import Any, Callable
 from zlib import crc32
 
+from ..errors import BackendError
 from ..hypervisor import Closing
 from ..named import NamedTuple
 from ..trace.export import by_start
@@ -287,9 +288,17 @@ class _Threads(_Engine):
         lock = threading.Lock()
         # One each: who begins a request wakes one thread for it, and none that waits for an end.
         self._begun, self._ended = threading.Condition(lock), threading.Condition(lock)
-        self._threads = [threading.Thread(target=self._work) for _ in range(self.depth)]
-        for thread in self._threads:
-            thread.start()
+        self._threads: list[threading.Thread] = []
+        try:
+            while len(self._threads) < self.depth:
+                thread = threading.Thread(target=self._work)
+                thread.start()
+                self._threads.append(thread)
+        except RuntimeError as error:
+            self.close()  # they would wait indefinitely
+            raise BackendError(
+                f"{len(self._threads)} of {self.depth} threads are to be had: {error}"
+            ) from error
 
     def _work(self) -> None:
         while True:

@@ -165,7 +165,12 @@ def _told_if_late(env: Environment, address: Address, spec: DiskSpec) -> Iterato
 
     timer = threading.Timer(_PATIENCE, refuse)
     timer.daemon = True
-    timer.start()
+    try:
+        timer.start()
+    except RuntimeError as error:  # the disk matters more
+        log.warning("if its storage hangs, nobody will be told: %s", error)
+        yield
+        return
     try:
         yield
     finally:

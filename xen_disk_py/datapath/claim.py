@@ -9,6 +9,7 @@ from typing import Callable
 
 from ..backends import Backend
 from ..errors import BackendError
+from .workers import MORE
 
 log = logging.getLogger("xen_disk_py")
 
@@ -31,14 +32,30 @@ class Claim:
         self._backend = backend
         self._on_end = on_end
         self._stopped = threading.Event()
-        self._has_begun = False
+        self._has_begun = self._is_refusal_said = False
         self.is_done = False
 
-    def begin(self) -> None:
-        """Begin to ask for the lock, unless that has begun."""
+    def begin(self) -> bool:
+        """Begin to ask for the lock, unless that has begun.
+
+        Returns:
+            False if the system gives no thread: nobody asks yet. To be called again.
+        """
         if not self._has_begun:
+            try:
+                threading.Thread(target=self._run, name="claim", daemon=True).start()
+            except RuntimeError as error:
+                if not self._is_refusal_said:
+                    self._is_refusal_said = True
+                    log.error(
+                        "the disk's lock is not asked for yet, since there is no thread to be had "
+                        "(%s): %s",
+                        error,
+                        MORE,
+                    )
+                return False
             self._has_begun = True
-            threading.Thread(target=self._run, name="claim", daemon=True).start()
+        return True
 
     def stop(self) -> None:
         """Ask no more; who closes the backend waits for what is under way."""

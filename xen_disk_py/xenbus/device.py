@@ -352,7 +352,8 @@ class Device:
         """Whether the storage is not ours yet; the frontend waits."""
         if self._claim is None or self._claim.is_done:
             return False
-        self._claim.begin()
+        if not self._claim.begin():
+            self.is_unsettled = True
         return True
 
     def _guest_is_gone(self) -> bool:
