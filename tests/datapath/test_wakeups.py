@@ -16,6 +16,7 @@ import pytest
 from long_run import LONG
 
 from datapath.test_queue import Ailing, flush, one, queue_of
+from xen_disk_py.backends.queues import here
 from xen_disk_py.blkif import OKAY, READ, WRITE_BARRIER, X86_64, decode_response
 from xen_disk_py.datapath import idle, queue_thread, retry
 from xen_disk_py.datapath.disk import Disk
@@ -226,6 +227,7 @@ class Run:
             self.thread._run()
         finally:
             sys.settrace(before)
+            here.number = -1  # no queue's thread any longer
         assert [True, True] == [lane.queue._ended.is_set() for lane in self.lanes[:2]]
         if not self.lanes[2].queue._has_started:
             self.lanes[2].queue._release()
