@@ -12,12 +12,14 @@ import sysconfig
 import textwrap
 import threading
 import time
+from pathlib import Path
 
 import long_run
 import pytest
 from processes import Processes
 from rings import responses_of
 
+import xen_disk_py
 from xen_disk_py.backends import Backend
 from xen_disk_py.backends.queues import here
 from xen_disk_py.blkif import X86_64, Ring
@@ -68,6 +70,11 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 threading.stack_size(STACK)  # as the program does
+
+# What a test starts finds this package and the tests' modules wherever it runs, installed or not.
+TESTS = Path(__file__).parent
+PLACES = str(Path(xen_disk_py.__file__).parents[1]), str(TESTS), os.environ.get("PYTHONPATH")
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, PLACES))
 
 # A guest, a queue and a test are threads of one process that wait for each other: with the usual
 # 5 ms whoever polls keeps the rest waiting, and the tests take a sixth longer.

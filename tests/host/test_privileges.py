@@ -258,8 +258,7 @@ def run_python(script, *arguments, **environment):
     """Run a script with this package and the tests' modules at hand; its output as JSON."""
     done = subprocess.run(
         [sys.executable, "-c", script, *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
-        | {name: str(value) for name, value in environment.items()},
+        env={**os.environ, **{name: str(value) for name, value in environment.items()}},
         capture_output=True,
         text=True,
         timeout=60,

@@ -67,7 +67,6 @@ def in_another_process(code, *arguments):
     )
     done = subprocess.run(
         [sys.executable, "-c", prologue + code, *arguments],
-        env={**os.environ, "PYTHONPATH": str(Path(record.__file__).parents[2])},
         capture_output=True,
         text=True,
         timeout=60,
@@ -349,11 +348,8 @@ class TestAdopting:
             "print('ready', flush=True)\n"
             "time.sleep(60)\n"
         )
-        child = subprocess.Popen(
-            [sys.executable, "-c", program, directory],
-            env={**os.environ, "PYTHONPATH": str(Path(record.__file__).parents[2])},
-            stdout=subprocess.PIPE,
-        )
+        command = [sys.executable, "-c", program, directory]
+        child = subprocess.Popen(command, stdout=subprocess.PIPE)
         with child:
             assert b"ready\n" == child.stdout.readline()
             with pytest.raises(DeviceTaken, match="a process that lives serves xvdb of domain 5"):
@@ -420,7 +416,6 @@ class TestAdopting:
         children = [
             subprocess.Popen(
                 [sys.executable, "-c", program, directory],
-                env={**os.environ, "PYTHONPATH": str(Path(record.__file__).parents[2])},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import subprocess
 import sys
@@ -11,8 +10,6 @@ from pathlib import Path
 
 import pytest
 from long_run import LONG
-
-from xen_disk_py.datapath import queue
 
 PROGRAM = Path(__file__).with_name("cuts.py")
 PLAIN = {
@@ -31,7 +28,6 @@ def cut(**setting):
     """Run a setting; its figures."""
     done = subprocess.run(
         [sys.executable, str(PROGRAM), json.dumps({**PLAIN, **setting})],
-        env={**os.environ, "PYTHONPATH": str(Path(queue.__file__).parents[2])},
         capture_output=True,
         text=True,
         check=False,

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from long_run import LONG
-
-from xen_disk_py.datapath import queue
 
 PROGRAM = Path(__file__).with_name("resizing.py")
 
@@ -24,7 +21,6 @@ def test_at_every_line(victim, lines, step, pages):
     step = 1 if LONG else step
     done = subprocess.run(
         [sys.executable, PROGRAM, json.dumps({"victim": victim, "pages": pages, "step": step})],
-        env={**os.environ, "PYTHONPATH": str(Path(queue.__file__).parents[2])},
         capture_output=True,
         text=True,
         check=False,
