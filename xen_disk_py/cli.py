@@ -9,17 +9,22 @@ import os
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import NoReturn, TextIO, cast
 
 from .commands.arguments import PROGRAM
 from .commands.environment import Environment
 from .commands.parsing import parse
+from .commands.signals import ended_though_it_hangs
 from .errors import Forked, UsageError, XenDiskError
 from .exit_status import ExitStatus
 from .host.logs import LineHandler
 from .host.output import open_standard_descriptors
 
 log = logging.getLogger("xen_disk_py")
+
+_SERVING = {"adopt", "connect", "demo", "fork-server", "serve"}
+"""Commands that handle signals by themselves, and fork before they start a thread."""
 
 STACK = 8 << 20
 """Bytes of a thread's stack, as glibc has them by default. musl has 128 KiB, and Alpine's Python
@@ -54,7 +59,9 @@ def _main(argv: Sequence[str], env: Environment, *, is_program: bool) -> ExitSta
             # What a disk's author prints is no data of ours, and must not fail in his disk. For
             # good: a thread that waited for the reader of stderr would keep us from our end.
             sys.stdout = sys.stderr = cast(TextIO, env.err)
-        return ExitStatus(command.run(args, env))
+        may_hang = is_program and args.command not in _SERVING
+        with ended_though_it_hangs(env) if may_hang else nullcontext():
+            return ExitStatus(command.run(args, env))
     except Forked as process:
         words = process.words
     except UsageError as error:

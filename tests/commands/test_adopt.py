@@ -602,6 +602,21 @@ def orphan(host, libxl):
     return orphan
 
 
+def test_a_disk_that_takes_too_long_to_open_is_taken_over_late(
+    adopt, steps, host, orphan, image, monkeypatch, caplog
+):
+    orphan(image)
+    opened = RawBackend.__init__
+
+    def init(self, *args, **options):
+        host.until(lambda: f"{image} is not open after 0.1 s" in caplog.text)
+        opened(self, *args, **options)
+
+    monkeypatch.setattr(RawBackend, "__init__", init)
+    monkeypatch.setattr("xen_disk_py.commands.signals.ANSWER", 0.1)
+    assert adopt(lambda: steps.detach(steps.connect())) is ExitStatus.OK
+
+
 def test_it_takes_over_from_a_process_that_died(adopt, steps, host, orphan, image, caplog):
     """Its guest is as it was; what it is to serve the nodes say, as they did then."""
     orphan(image, discard_enable="0")

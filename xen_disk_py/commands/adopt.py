@@ -40,6 +40,7 @@ from . import queue_processes
 from .backend_arguments import spec_from
 from .environment import Environment
 from .parsing import parse
+from .signals import ended_though_it_hangs
 
 log = logging.getLogger("xen_disk_py")
 
@@ -118,7 +119,8 @@ def _take_over(env: Environment, store: Store, address: Address) -> ExitStatus:
             config = attachment.read_config(store, address)
             spec = _spec(config)._replace(filters=facts.spec.filters)  # as they were set last
             arrives = _state(store, address) is State.INIT_WAIT  # the dead process may have waited
-            with succeeding(), sharing.arriving(arrives):
+            what = spec.shown_path or spec.backend_name
+            with succeeding(), sharing.arriving(arrives), ended_though_it_hangs(env, what):
                 disk = _open(spec, store, stack)
             takeover.check_size(facts, str(vdev), disk.backend)
             hypervisor = stack.enter_context(env.hypervisor())

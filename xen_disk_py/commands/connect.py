@@ -45,6 +45,7 @@ from ..xenbus.xenstore import Store
 from . import queue_processes
 from .backend_arguments import is_cow, spec_from
 from .environment import Environment
+from .signals import ended_though_it_hangs
 
 if TYPE_CHECKING:
     from ..datapath.processes import QueueProcesses
@@ -77,7 +78,8 @@ def run(args: argparse.Namespace, env: Environment) -> ExitStatus:
     with ExitStack() as stack:
         if role.temporary is not None:
             stack.callback(temporary.remove, role.temporary)  # else, if we may not, our parent does
-        spec = spec_from(args, role.temporary)
+        with ended_though_it_hangs(env, args.path):
+            spec = spec_from(args, role.temporary)
         if role.temporary is not None and spec.cow_limit is None:
             spec = spec._replace(cow_limit=memory.room() // 2)
         connection = _open(args, env, role, spec, stack, wanted=wanted)
@@ -204,23 +206,24 @@ def _open(
         if wanted is not None:
             record.refuse_orphan(env.record_directory, Address(0, domain.domid, wanted.number, ""))
             toolstack.check_free(store, domain.domid, wanted)
-        changing = _changed_by_opening(spec)
-        other_backends.check(store, changing, force=spec.force)
-        if changing:
-            orphans.check(env.record_directory, changing, force=spec.force, store=store)
     if user is not None:
-        privileges.forbid_gains()  # before a backend starts a thread
-    with nullcontext() if is_new else succeeding():
-        disk = spec.open_disk()
-    stack.callback(disk.close)
-    if is_new:
-        env.tell_all(disk.backend.notes)
-    notify_starting()  # the longest step of some disks
-    other_backends.check(store, disk.backend.host_storage, force=spec.force)
-    if is_new:
-        orphans.check(
-            env.record_directory, disk.backend.host_storage, force=spec.force, store=store
-        )
+        privileges.forbid_gains()  # before a thread is started
+    with ended_though_it_hangs(env, spec.shown_path or spec.backend_name):
+        changing = _changed_by_opening(spec) if is_new else []
+        if changing:
+            other_backends.check(store, changing, force=spec.force)
+            orphans.check(env.record_directory, changing, force=spec.force, store=store)
+        with nullcontext() if is_new else succeeding():
+            disk = spec.open_disk()
+        stack.callback(disk.close)
+        if is_new:
+            env.tell_all(disk.backend.notes)
+        notify_starting()  # the longest step of some disks
+        other_backends.check(store, disk.backend.host_storage, force=spec.force)
+        if is_new:
+            orphans.check(
+                env.record_directory, disk.backend.host_storage, force=spec.force, store=store
+            )
     notify_starting()
     interrupts = stack.enter_context(Interrupts(hangup_resizes=not env.in_terminal).installed())
     return _Connection(args, env, role, spec, store, hypervisor, domain, disk, user, interrupts)
