@@ -485,6 +485,34 @@ def test_a_process_that_gives_no_answer_counts_as_stalled(monkeypatch):
         end.close()
 
 
+SLOW = """
+import logging, time
+
+def shutdown():
+    os.write(2, b"begins to end")
+    time.sleep(1)
+
+logging.shutdown = shutdown
+"""
+
+
+def test_whoever_asks_something_of_one_that_was_killed_cleans_nothing_up(served, host):
+    """The thread that ends the process takes a moment; then another takes the disk over."""
+    served.processes.install(SLOW)
+    served.start()
+    queues = served.queues
+    os.kill(queues[1][0], signal.SIGKILL)
+    served.process.until("begins to end")
+    served.process.signal(signal.SIGHUP)  # is it to have another size?
+    served.await_end(queues)
+    assert ExitStatus.CRASHED == served.process.wait()
+    assert "4" == host.tree()[f"{ADDRESS.backend}/state"]
+    assert "Errno" not in served.process.err
+    served.adopt()
+    served.frontend.drain()
+    assert ExitStatus.OK == served.unplug()
+
+
 FAILING = """
 from xen_disk_py.backends.raw import RawBackend
 from xen_disk_py.datapath.journal import Journal

@@ -23,6 +23,7 @@ import signal
 import struct
 import sys
 import threading
+import traceback
 
 from xen_disk_py import ring
 from xen_disk_py.backends import Backend
@@ -242,6 +243,8 @@ class Frontend:
             os.close(ended)
             try:
                 self.backend(setting, cut)
+            except BaseException:
+                traceback.print_exc()
             finally:
                 os._exit(4)
         os.close(lives)

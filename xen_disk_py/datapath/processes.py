@@ -257,7 +257,8 @@ class QueueProcesses(Closing):
     def _follow(self, fork: _Fork) -> NoReturn:
         """End as that process did: its queue's requests wait for whoever takes the disk over."""
         log.error("process %d, of a queue, has ended: the disk is left to another", fork.pid)
-        self.kill()
+        for each in self._forks:
+            each.kill()  # and no more: another thread may ask one, and clean up after an error
         logging.shutdown()
         os._exit(ExitStatus.CRASHED)
 
@@ -266,6 +267,7 @@ class QueueProcesses(Closing):
         self._is_over = True
         for fork in self._forks:
             fork.kill()
+            fork.commands.close()
 
     def end(self) -> None:
         """End them, and wait for that however long the kernel keeps one of them."""
@@ -372,11 +374,10 @@ class _Fork:
             pair[1 - ours].close()
 
     def kill(self) -> None:
-        """Kill it; it may be another user's as long as we are, then its socket ends it."""
+        """Kill it; it may be another user's as long as we are, then the end of its socket does."""
         if not self._is_reaped:
             with suppress(OSError):
                 os.kill(self.pid, signal.SIGKILL)
-        self.commands.close()
 
     @property
     def silent_for(self) -> float:
