@@ -1,6 +1,7 @@
 """Mapped pages: unmapped once, and not while somebody has a view of them."""
 
 import ctypes
+import gc
 import threading
 
 import pytest
@@ -62,3 +63,38 @@ def test_a_view_that_is_kept_keeps_them_mapped(make):
     view.release()
     pages.close()
     assert [pages] == calls
+
+
+def test_a_collection_under_way_keeps_no_pages_mapped(make):
+    """Without a GIL: who made them is asleep, and only a collection sums the references up."""
+    collecting, is_over, closed = threading.Event(), threading.Event(), threading.Event()
+    calls, made = [], []
+
+    def pause(phase, _):
+        if phase == "stop" and threading.current_thread() is collector:
+            collecting.set()
+            is_over.wait(30)
+
+    def maker():
+        made.append(make(calls.append))
+        is_made.set()
+        closed.wait(30)
+
+    is_made = threading.Event()
+    owner = threading.Thread(target=maker)
+    collector = threading.Thread(target=gc.collect)
+    gc.callbacks.append(pause)
+    try:
+        owner.start()
+        assert is_made.wait(30)
+        collector.start()
+        assert collecting.wait(30)
+        threading.Timer(0.1, is_over.set).start()
+        made[0].close()
+        assert made == calls
+    finally:
+        is_over.set()
+        closed.set()
+        gc.callbacks.remove(pause)
+        owner.join()
+        collector.join()
