@@ -213,6 +213,7 @@ def test_a_ring_out_of_order_takes_no_other_with_it(host, several):
     assert OKAY == two.ask(request(2, READ, 0, page)).status
 
 
+@only_with_the_lock
 def test_an_event_flood_puts_off_no_other_queue(host, several, monkeypatch):
     monkeypatch.setattr(idle, "_CALM", 1_000_000)
     one, two = several(Disk(host.memory(threads=4)))
@@ -274,6 +275,7 @@ def test_where_no_pipe_is_to_be_had_it_is_tried_again(host, several, monkeypatch
     assert OKAY == line.responses(1)[0].status
 
 
+@only_with_the_lock
 def test_an_error_of_the_thread_itself_ends_all_queues(host, several, monkeypatch):
     one, two = several(Disk(host.memory(threads=4)))
     page = host.share().refs[0]

@@ -23,6 +23,7 @@ from xen_disk_py.datapath.grants import Grants
 
 SYSTEM_CALLS = {"poll", "preadv", "pwrite", "pwritev", "read", "write", "fdatasync"}
 DEPTH = 32
+PATIENCE = 30
 SLEEP = 2  # poll, then the event is acknowledged: for each time that there was nothing to do
 
 
@@ -33,16 +34,19 @@ class Work:
         self.calls = collections.Counter()
         self.in_python = self.in_c = self.batches = 0  # calls amid batches, and those
         self._is_amid = False
+        self._is_watched = threading.Event()
         self.host = host
         disk = Disk(RawBackend(str(path)))
         host._stack.callback(disk.close)
         threading.setprofile(self._note)
         try:
             self.line = host.line(disk, **options)
+            assert self._is_watched.wait(PATIENCE)  # it looks for a profile after it has started
         finally:
             threading.setprofile(None)
 
     def _note(self, frame, event, what):
+        self._is_watched.set()
         if event == "c_call" and what.__name__ in SYSTEM_CALLS:
             self.calls[what.__name__] += 1
         if frame.f_code is queue.Queue._serve.__code__ and event in {"call", "return"}:

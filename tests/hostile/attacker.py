@@ -87,11 +87,11 @@ class Memory(Backend):
 
     def read(self, buffers, offset):
         for buffer, where in self._buffers("read", buffers, offset):
-            buffer[:] = self.data[where]
+            buffer[:] = memoryview(self.data)[where]
 
     def write(self, buffers, offset):
         for buffer, where in self._buffers("write", buffers, offset):
-            self.data[where] = buffer
+            memoryview(self.data)[where] = buffer  # without a copy in between
 
     def read_nowait(self, buffers, offset):
         if not self.at_once(offset):
