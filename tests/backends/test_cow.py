@@ -423,6 +423,24 @@ def test_many_threads_in_the_same_pages(open_cow):
     assert len(pages) * 4096 == disk.memory
 
 
+def test_many_threads_that_read_what_was_written(open_cow):
+    """Each takes parts of one memory, thousands of times: none is taken away from another."""
+    disk = open_cow()
+    content = random.Random(1).randbytes(64 * 4096)
+    write(disk, 0, content)
+    start = threading.Barrier(8)
+
+    def run(number):
+        start.wait(30)
+        for at in range(number, 5000):
+            first = at % 64 * 4096
+            assert content[first : first + 4096] == read(disk, first, 4096)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(run, range(8)))
+    disk.close()
+
+
 def test_threads_share_the_limit(open_cow):
     """However they race, no more pages are written than it allows, and exactly so many."""
     disk = open_cow(cow_limit=32 * 4096)

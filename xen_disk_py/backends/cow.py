@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 
 from ..errors import DeviceError, ImageError, UsageError
 from ..host import memory
+from ..host.synchronizing import HAS_GIL
 from ..units import format_size
 from . import Backend
 from .image import PAGE, Image
@@ -71,7 +72,8 @@ class CowBackend(Backend):
             raise
         # A huge page would be 512 pages of which one is counted.
         self._copies.madvise(mmap.MADV_NOHUGEPAGE)
-        self._view = memoryview(self._copies)
+        # Without a GIL threads may not slice one memoryview at once: its parts are miscounted.
+        self._content = memoryview(self._copies) if HAS_GIL else self._copies
         self.path = image.path
         self.size = image.size
         self.sector_size = image.sector_size
@@ -116,7 +118,7 @@ class CowBackend(Backend):
         at = offset
         for buffer in buffers:
             stop = at + len(buffer)
-            buffer[:] = self._view[at:stop]
+            buffer[:] = self._content[at:stop]
             at = stop
         return at - offset
 
@@ -159,7 +161,7 @@ class CowBackend(Backend):
         at = offset
         for buffer in buffers:
             stop = at + len(buffer)
-            self._view[at:stop] = buffer
+            self._copies[at:stop] = buffer
             at = stop
         if fresh:  # only now: whoever reads meanwhile reads the image's
             dirty[first:last] = b"\1" * (last - first)
@@ -170,7 +172,7 @@ class CowBackend(Backend):
         """Copy a page of the image that is written in part; False if it cannot be read (yet)."""
         at, end = page * PAGE, min((page + 1) * PAGE, self.size)
         while at < end:
-            with self._view[at:end] as target:
+            with memoryview(self._copies) as copies, copies[at:end] as target:
                 done = read_image([target], at)
             if not done:
                 if read_image == self._image.read_nowait:
@@ -219,7 +221,8 @@ class CowBackend(Backend):
 
     def close(self) -> None:
         """Forget every change."""
-        self._view.release()
+        if isinstance(self._content, memoryview):
+            self._content.release()
         self._copies.close()
         self._dirty.close()
         self._image.close()
