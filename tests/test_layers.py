@@ -19,7 +19,7 @@ PAGE = CHECKOUT / "docs" / "architecture.md"
 
 LAYERS = (  # from the bottom to the top: each may import itself and what stands before it
     {"__init__", "errors", "exit_status"},
-    {"named", "units", "text", "ration"},
+    {"named", "units", "text", "ration", "synchronizing"},
     {"blkif", "ring", "hypervisor"},
     {"trace"},
     {"host"},

@@ -10,6 +10,7 @@ import pytest
 
 from xen_disk_py.backends import StorageError
 from xen_disk_py.backends.asynchronous import FLUSH, READ, Asynchronous
+from xen_disk_py.synchronizing import HAS_GIL
 
 PATIENCE = 30.0
 
@@ -95,3 +96,13 @@ def test_a_call_that_is_over_at_once_needs_no_event(library):
     library._begin = lambda request: library._end(request, None)
     library.call(FLUSH)
     assert 0 == library.unfinished
+
+
+@pytest.mark.skipif(HAS_GIL, reason="any thread may take parts of any view")
+def test_whoever_reads_for_another_takes_no_parts_of_its_views(library):
+    view = memoryview(bytearray(1024))
+    library.submit(READ, [view[:512]], 0, 512, "read")
+    (begun,) = library.begun
+    assert view.obj is not begun.memory.obj
+    begun.memory[:4] = b"data"
+    assert b"data" == view[:4]

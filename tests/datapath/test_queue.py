@@ -3241,3 +3241,30 @@ def test_who_asks_while_another_is_answered_leaves_nothing_that_wakes_it_again_a
     monkeypatch.setattr(os, "read", read_and_be_asked)
     thread.wake()
     host.until(lambda: asked and not select.select([thread._wake_read], [], [], 0)[0])
+
+
+def test_threads_take_parts_of_pages_that_were_mapped_together(host):
+    """They are one memory: whoever cuts a piece off it takes nothing away from another."""
+
+    class Parts(type(host.memory())):
+        def read(self, buffers, offset):
+            for _ in range(20_000):
+                for buffer in buffers:
+                    assert len(buffer[8:16]) == 8
+            super().read(buffers, offset)
+
+    disk = Parts(threads=8)
+    disk.data[:] = random.Random(1).randbytes(disk.size)
+    line = host.line(disk, persistent=True)
+    pages = host.share(8)
+    whole = Transfer(0, READ, 0, 64, tuple(pages.refs), (0,) * 8, (7,) * 8)
+    assert OKAY == line.ask(whole).status
+    for _ in range(5):
+        requests = [
+            Transfer(number, READ, 8 * number, 8, (ref,), (0,), (7,))
+            for number, ref in enumerate(pages.refs)
+        ]
+        assert [OKAY] * 8 == [answer.status for answer in line.ask(*requests)]
+    assert pages.view == disk.data[: len(pages.view)]
+    assert line.queue.stop(PATIENCE)
+    assert host.hypervisor.mapped_pages == 0

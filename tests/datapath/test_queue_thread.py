@@ -14,7 +14,7 @@ from xen_disk_py.datapath import idle, queue_thread
 from xen_disk_py.datapath.disk import Disk
 from xen_disk_py.datapath.queue import Queue
 from xen_disk_py.errors import DeviceError
-from xen_disk_py.host.synchronizing import HAS_GIL
+from xen_disk_py.synchronizing import HAS_GIL
 
 PATIENCE = 30.0
 only_with_the_lock = pytest.mark.skipif(not HAS_GIL, reason="each queue has a thread of its own")

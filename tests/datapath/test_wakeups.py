@@ -21,8 +21,8 @@ from xen_disk_py.blkif import OKAY, READ, WRITE_BARRIER, X86_64, decode_response
 from xen_disk_py.datapath import idle, queue_thread, retry
 from xen_disk_py.datapath.disk import Disk
 from xen_disk_py.datapath.drained import DrainedSection
-from xen_disk_py.host.synchronizing import HAS_GIL
 from xen_disk_py.ring import FrontRing
+from xen_disk_py.synchronizing import HAS_GIL
 
 TRACED = {module.__file__ for module in (queue_thread, idle)}
 STEP = 1 if LONG else 11  # each line, or one of so many, by chance others each time

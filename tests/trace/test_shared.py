@@ -10,6 +10,7 @@ from contextlib import suppress
 
 import pytest
 
+from xen_disk_py.synchronizing import HAS_GIL
 from xen_disk_py.trace import sink as sinks
 from xen_disk_py.trace.format import FLUSH, READ, STOPPED, WRITE, Header
 from xen_disk_py.trace.reader import TraceReader
@@ -119,3 +120,13 @@ def test_where_there_is_no_room_for_all_what_fits_is_written(sink, tmp_path):
     found = [each for each in found if each[0] == WRITE]
     assert 5 < len(found) < 12
     assert expected[: len(found)] == found
+
+
+@pytest.mark.skipif(HAS_GIL, reason="any thread may take parts of any view")
+def test_no_two_threads_take_parts_of_one_view(sink):
+    """A queue's thread does of its chunk's, and whoever writes of all there are."""
+    chunks = [sink.exchange(None) for _ in range(2)]
+    sink.note((1, 1, 0, 0, 0, 0, 0, FLUSH))
+    views = [view for chunk in chunks for view in (chunk.memory, chunk.noted)]
+    views.append(sink.page.records)
+    assert len(views) == len({id(view.obj) for view in views})

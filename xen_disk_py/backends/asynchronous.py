@@ -19,6 +19,7 @@ from typing import Any
 
 from ..hypervisor import Closing
 from ..named import NamedTuple
+from ..synchronizing import HAS_GIL, apart
 from .copies import Data, SpareMemory
 
 READ, WRITE, FLUSH, DISCARD = range(4)
@@ -119,6 +120,8 @@ class Asynchronous(Closing):
             length: bytes.
             token: anything.
         """
+        if operation == READ and not HAS_GIL:  # another thread may take what the server sends
+            buffers = [apart(buffer) for buffer in buffers]
         with self._lock:
             request = Request(operation, buffers, offset, length, token)
             if operation == WRITE:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 
 from ..errors import DeviceError, ImageError, UsageError
 from ..host import memory
-from ..host.synchronizing import HAS_GIL
+from ..synchronizing import HAS_GIL
 from ..units import format_size
 from . import Backend
 from .image import PAGE, Image

@@ -34,9 +34,9 @@ from ..blkif import (
     Transfer,
 )
 from ..errors import BackendError, DeviceError, XenDiskError
-from ..host.synchronizing import synchronize
 from ..named import NamedTuple
 from ..ration import Ration
+from ..synchronizing import synchronize
 from . import statistics as count
 from .drained import DrainedSection
 from .durability import Durability, Move, passes

@@ -30,7 +30,7 @@ from ..backends import Backend, StorageError, passing
 from ..backends.copies import Copies, Piece, cut
 from ..host.atomic import load_fence
 from ..host.shared_lock import SharedLock
-from ..host.synchronizing import HAS_GIL
+from ..synchronizing import HAS_GIL
 from .statistics import Statistics
 
 COPIES = 64 << 20

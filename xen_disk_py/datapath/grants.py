@@ -24,6 +24,7 @@ from ..blkif import READ, SECTOR, Transfer
 from ..errors import BackendError, HypervisorError
 from ..hypervisor import PAGE_SIZE, Hypervisor, Mapping, Piece
 from ..named import NamedTuple
+from ..synchronizing import HAS_GIL, apart
 from .stopwatch import kind
 
 log = logging.getLogger("xen_disk_py")
@@ -71,6 +72,10 @@ class GuestBuffers:
 
     def __init__(self, buffers: Sequence[memoryview]) -> None:
         self.buffers = buffers
+
+    def for_thread(self) -> Sequence[memoryview]:
+        """Return them for another thread, while this one takes other parts of the same pages."""
+        return self.buffers
 
     def release(self, *, deliver: bool) -> None:
         """Unmap, or copy to the guest what was read for it; before the request is answered.
@@ -147,7 +152,7 @@ class GuestPages:
         if self._keep(request.grefs):
             places = [self._places[ref] for ref in request.grefs]
             buffers = _cut([(group.mapping.view, at) for group, at in places], request)
-            return GuestBuffers(self._remember(descriptors, request, tuple(buffers)))
+            return _KeptBuffers(self._remember(descriptors, request, tuple(buffers)))
         if self._copies:
             return self._copied(request)
         # a read of the disk is a write to the guest's pages
@@ -299,6 +304,11 @@ class GuestPages:
         self._retry()
         for group in groups:
             self.unmap(group.mapping)
+
+
+class _KeptBuffers(GuestBuffers):
+    def for_thread(self) -> Sequence[memoryview]:
+        return self.buffers if HAS_GIL else [apart(buffer) for buffer in self.buffers]
 
 
 class _MappedBuffers(GuestBuffers):

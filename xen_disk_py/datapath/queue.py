@@ -750,7 +750,8 @@ class Queue:
         if isinstance(request, Discard):
             call = partial(disk.serve_discard, request, partial(self._note_progress, begun))
         else:
-            call = partial(disk.transfer, request, begun.acquired.buffers)
+            buffers = begun.acquired.for_thread() if self._is_concurrent else begun.acquired.buffers
+            call = partial(disk.transfer, request, buffers)
         begun.since = perf_counter()
         try:
             if disk.begin(request, begun.acquired.buffers, begun):

@@ -24,8 +24,8 @@ from functools import partial
 from typing import Callable, Protocol
 
 from ..backends.queues import here
-from ..host.synchronizing import HAS_GIL
 from ..ring import BackRing
+from ..synchronizing import HAS_GIL
 from .drained import DrainedSection
 from .idle import Idle, Wakeups
 

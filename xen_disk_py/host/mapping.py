@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Callable
 
 from xen_disk_py.errors import BackendError, XenDiskError
-from xen_disk_py.host.synchronizing import synchronize
 from xen_disk_py.hypervisor import PAGE_SIZE, Closing
+from xen_disk_py.synchronizing import synchronize
 
 
 class MappedPages(Closing):

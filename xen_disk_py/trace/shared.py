@@ -20,6 +20,7 @@ import struct
 from contextlib import suppress
 from time import perf_counter_ns
 
+from ..synchronizing import apart
 from .format import MAX_DATA, STOPPED, Header, entries
 from .writer import TraceWriter, event
 
@@ -89,7 +90,7 @@ class Shared:
         if end > _SIZE:
             raise MemoryError
         self._used = end
-        return at, self._memory[at : at + size]
+        return at, apart(self._memory[at : at + size])
 
     def page(self, records: int) -> memoryview:
         """Return memory for a page with so many bytes of records."""

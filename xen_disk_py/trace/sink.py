@@ -23,6 +23,7 @@ from time import perf_counter_ns
 from typing import Callable
 
 from ..named import NamedTuple
+from ..synchronizing import apart
 from .claims import Claims
 from .format import (
     BATCHED_SIZE,
@@ -61,9 +62,16 @@ trace and of a pipe that is closed then, and the file's name."""
 
 
 class Chunk(NamedTuple):
-    """Memory for copies of what is written: that, and where it is in what is shared."""
+    """Memory for copies of what is written.
+
+    Attributes:
+        memory: for the thread that has the chunk.
+        noted: the same, for whoever writes the trace.
+        at: where it is in what is shared.
+    """
 
     memory: memoryview
+    noted: memoryview
     at: int
 
 
@@ -335,7 +343,7 @@ class Sink:
             except (MemoryError, OSError):
                 self.end("there is no memory to be had")
                 return None
-            return Chunk(memory, at)
+            return Chunk(memory, apart(memory), at)
 
     def give_back(self, chunk: Chunk) -> None:
         """Have a chunk be free when what is noted of it is in the file."""
@@ -501,7 +509,7 @@ class Sink:
         first, _, before, earlier = page.written
         last, _, requests, flushes = done
         body = page.records[first:last]
-        data = [chunk.memory[start:end] for chunk, start, end in pieces]
+        data = [chunk.noted[start:end] for chunk, start, end in pieces]
         requests -= before
         try:
             writer.write_packed(body, data, requests=requests, flushes=flushes - earlier)

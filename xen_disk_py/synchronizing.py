@@ -10,6 +10,24 @@ import weakref
 HAS_GIL = bool(getattr(sys, "_is_gil_enabled", lambda: True)())
 """Whether threads of this interpreter run one at a time."""
 
+if HAS_GIL:
+
+    def apart(view: memoryview) -> memoryview:
+        """Return a writable view for a thread to take parts of, whatever others do with its own.
+
+        Python without a GIL, up to 3.15 at least, counts the parts of a view with no lock: two
+        threads that take some at once make it one that was released, or is never released. What
+        they take parts of must not have been made from the same view.
+        """
+        return view
+
+else:
+    from ctypes import c_char
+
+    def apart(view: memoryview) -> memoryview:
+        """Return a writable view for a thread to take parts of, whatever others do with its own."""
+        return memoryview((c_char * len(view)).from_buffer(view)).cast("B")
+
 
 def synchronize() -> None:
     """Have all threads agree on what was stored before, and on what nobody refers to any longer.
