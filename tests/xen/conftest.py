@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Callable
 
@@ -13,7 +14,7 @@ import pytest
 
 from . import pace, peer
 from .disk import Disk, left_over, lost, xenstore_snapshot
-from .guest import Dom0, Guest, Shell
+from .guest import Dom0, Guest, SharedGuest, Shell
 
 HERE = Path(__file__).resolve().parent
 IN_LAB = "XEN_LAB" in os.environ
@@ -115,19 +116,27 @@ def dom0() -> Dom0:
 
 
 @pytest.fixture(scope="session")
-def pv_guest() -> Iterator[Guest]:
+def shared_pv() -> Iterator[SharedGuest]:
+    with closing(SharedGuest("pv", fio=True)) as shared:
+        yield shared
+
+
+@pytest.fixture(scope="module")  # another for each, so that the memory is free in between
+def shared_pvh() -> Iterator[SharedGuest]:
+    with closing(SharedGuest("pvh")) as shared:
+        yield shared
+
+
+@pytest.fixture
+def pv_guest(shared_pv: SharedGuest) -> Guest:
     """One PV guest for the whole session, with fio."""
-    with Guest("pv", fio=True) as guest:
-        guest.is_shared = True
-        yield guest
+    return shared_pv.get()
 
 
-@pytest.fixture(scope="module")  # emulated, it dies of a triple fault once in a while
-def pvh_guest() -> Iterator[Guest]:
-    """One PVH guest for the whole session."""
-    with Guest("pvh") as guest:
-        guest.is_shared = True
-        yield guest
+@pytest.fixture
+def pvh_guest(shared_pvh: SharedGuest) -> Guest:
+    """One PVH guest for all tests of a file."""
+    return shared_pvh.get()
 
 
 @pytest.fixture

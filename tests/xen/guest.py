@@ -18,8 +18,10 @@ import threading
 import time
 import tty
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import pytest
 
@@ -324,7 +326,7 @@ class Guest(Shell):
             try:
                 self._wait_console(re.compile(re.escape(READY)), 0, 10, "is not ready")
             except GuestError as error:
-                if self._has_died():
+                if self.has_died():
                     raise GuestDied(f"{error}\n(it has died)") from None
                 if time.monotonic() > deadline:
                     raise
@@ -341,7 +343,7 @@ class Guest(Shell):
             == 0
         )
 
-    def _has_died(self) -> bool:
+    def has_died(self) -> bool:
         """Tell whether the domain has gone, or is only kept to be looked at."""
         if not self.alive():
             return True
@@ -527,3 +529,29 @@ class Guest(Shell):
             self._reader.join(10)
         os.close(self._tty)
         os.close(self._stop)
+
+
+class SharedGuest:
+    """One guest for several tests, and another once it has died.
+
+    Args:
+        kind, options: as of :class:`Guest`.
+    """
+
+    def __init__(self, kind: str, **options: Any) -> None:
+        self._make = partial(Guest, kind, **options)
+        self._guest: Guest | None = None
+
+    def get(self) -> Guest:
+        """Return a guest that lives."""
+        if self._guest is None or self._guest.has_died():
+            self.close()
+            self._guest = self._make()
+            self._guest.is_shared = True
+        return self._guest
+
+    def close(self) -> None:
+        """Destroy it."""
+        if self._guest is not None:
+            self._guest.destroy()
+            self._guest = None

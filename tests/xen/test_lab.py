@@ -4,12 +4,13 @@ ours is tried.
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from .disk import gained, xenstore_snapshot
-from .guest import IS_ARM, LAB, Dom0, Guest, GuestError, sh
+from .guest import IS_ARM, LAB, Dom0, Guest, GuestError, SharedGuest, sh
 
 
 @pytest.mark.smoke
@@ -92,6 +93,18 @@ def test_blkback(dom0: Dom0, tmp_path: Path) -> None:
     finally:
         sh("losetup", "-d", loop)
     assert not [path for path in gained(before, xenstore_snapshot()) if "51744" in path]
+
+
+def test_a_shared_guest_that_has_died() -> None:
+    """The next test gets another: an emulated guest dies of a triple fault once in a while."""
+    with closing(SharedGuest("pv")) as shared:
+        first = shared.get()
+        assert shared.get() is first
+        sh("xl", "destroy", str(first.domid))
+        second = shared.get()
+        assert second.domid != first.domid
+        assert second.run("true") == (0, "")
+    assert not second.alive()
 
 
 def test_paused_guest(xenstore_unchanged: None) -> None:
