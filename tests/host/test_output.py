@@ -210,6 +210,19 @@ def test_closed_descriptors_and_streams(stream, output):
     os.close(ours)
 
 
+def test_it_is_closed_where_the_interpreter_has_taken_its_modules_away(output, monkeypatch):
+    """At the end of Python: an error there is told on stderr, whose reader is waited for."""
+    theirs, ours = pipe()
+    out = output(ours)
+    with monkeypatch.context() as patch:
+        patch.setattr(output_module, "os", None)
+        out.close()
+    out.write("line\n")  # nowhere
+    os.close(ours)
+    assert b"" == os.read(theirs, 1)  # nobody has the pipe open any longer
+    os.close(theirs)
+
+
 def closed(stream):
     stream.close()
     return stream

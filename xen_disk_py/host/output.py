@@ -327,12 +327,15 @@ class _Sink:
         poller.register(self.descriptor, select.POLLOUT)
         return bool(poller.poll(seconds * 1000))
 
-    def close(self) -> None:
-        """Close what was opened here."""
+    def close(self, close: Callable[[int], None] = os.close) -> None:
+        """Close what was opened here; also where Python, at its end, has taken ``os`` away.
+
+        From 3.13 on it would tell of an error then, on stderr, and wait for the reader.
+        """
         if self._socket is not None:
             self._socket.close()
             self._socket = None
         if self._own >= 0:
-            os.close(self._own)
+            close(self._own)
             self._own = -1
             self.send = len  # it goes nowhere
