@@ -17,6 +17,7 @@ from xen_disk_py.backends import Backend, sharing
 from xen_disk_py.backends.raw import RawBackend
 from xen_disk_py.blkif import READ, Ring
 from xen_disk_py.cli import main
+from xen_disk_py.commands import adopt as adopt_module
 from xen_disk_py.commands.backend_arguments import spec_from
 from xen_disk_py.commands.environment import Environment
 from xen_disk_py.commands.parsing import parse
@@ -451,15 +452,63 @@ def test_a_disk_that_takes_too_long_to_open(adopt, host, libxl, image, monkeypat
     adopt(script, image)  # libxl has the nodes away before or after it is open
 
 
+@pytest.mark.parametrize("died", [False, True])
+def test_another_disk_that_is_attached_meanwhile_is_not_what_hung(
+    adopt, host, libxl, orphan, image, monkeypatch, tmp_path, caplog, died
+):
+    """It is refused while the first one hangs, and a process of its own serves it after that."""
+    told = threading.Event()
+    opened = RawBackend.__init__
+    other = tmp_path / "other.raw"
+    other.write_bytes(bytes(1 << 20))
+
+    def init(self, *args, **options):
+        entered.set()
+        assert told.wait(host.PATIENCE)
+        opened(self, *args, **options)
+
+    if died:
+        orphan(image)
+    entered = threading.Event()
+    monkeypatch.setattr(RawBackend, "__init__", init)
+    monkeypatch.setattr("xen_disk_py.commands.adopt._PATIENCE", 0.1)
+
+    def script():
+        if not died:
+            libxl.wait(ADDRESS, State.INIT_WAIT)
+        assert entered.wait(host.PATIENCE)
+        libxl.remove(ADDRESS)
+        for _ in range(2):
+            libxl.create(other)
+            libxl.wait(ADDRESS, State.INIT_WAIT)
+            with pytest.raises(LibxlError, match=r"disk\.raw is not open after"):
+                libxl.run_script(ADDRESS, "add")
+            libxl.remove(ADDRESS)
+        monkeypatch.setattr("xen_disk_py.libxl.attachment.refuse", lambda *_: False)
+        libxl.create(other)
+        told.set()
+
+    assert adopt(script, None if died else image) is ExitStatus.OK
+    assert "the toolstack has" in caplog.text
+    keys = host.tree()
+    assert "1" == keys[f"{ADDRESS.backend}/state"]
+    assert f"{ADDRESS.backend}/xen-disk-pid" not in keys
+    assert find(host.records, ADDRESS) is None
+    libxl.remove(ADDRESS)
+
+
 def test_a_disk_is_served_though_nobody_can_tell_whether_it_hangs(
     adopt, image, steps, monkeypatch, caplog
 ):
     """A task too many: ``pids.max``."""
 
-    def none_left(timer):
-        raise RuntimeError("can't start new thread")
+    class Refused(threading.Thread):
+        def start(self):
+            if self.name == "late":
+                raise RuntimeError("can't start new thread")
+            super().start()
 
-    monkeypatch.setattr(threading.Timer, "start", none_left)
+    monkeypatch.setattr(adopt_module.threading, "Thread", Refused)
     assert adopt(lambda: steps.detach(steps.connect()), image) is ExitStatus.OK
     assert "if its storage hangs, nobody will be told: can't start new thread" in caplog.text
 

@@ -68,7 +68,8 @@ def test_a_path_that_is_not_ascii(host, libxl):
 def test_what_is_published(host, libxl):
     address = libxl.create("/x")
     before = keys(host, address)
-    attachment.publish(host.store, address, {"sectors": "8", "state": "2"}, 77)
+    config = attachment.read_config(host.store, address)
+    attachment.publish(host.store, address, config, {"sectors": "8", "state": "2"}, 77)
     assert {**before, "sectors": "8", "state": "2", "xen-disk-pid": "77"} == keys(host, address)
 
 
@@ -77,6 +78,7 @@ def test_what_is_published(host, libxl):
 def test_who_may_write_when(host, libxl, state, pid):
     """Publish and refuse a device once, and close only one's own."""
     address = libxl.create("/x")
+    config = attachment.read_config(host.store, address)
     for key, value in (("state", state), ("xen-disk-pid", pid)):
         if value is None:
             host.store.remove(f"{address.backend}/{key}")
@@ -87,11 +89,11 @@ def test_who_may_write_when(host, libxl, state, pid):
     if not new:
         expected = DeviceTaken if pid else DeviceError
         with pytest.raises(expected):
-            attachment.publish(host.store, address, {"state": "2"}, 77)
-        attachment.refuse(host.store, address, "why")
+            attachment.publish(host.store, address, config, {"state": "2"}, 77)
+        assert not attachment.refuse(host.store, address, "why")
         assert before == keys(host, address)
     else:
-        attachment.refuse(host.store, address, "why")
+        assert attachment.refuse(host.store, address, "why")
         refused = {"hotplug-error": "why", "hotplug-status": "error", "state": "2"}
         assert {**before, **refused} == keys(host, address)
     before = keys(host, address)
@@ -105,13 +107,45 @@ def test_who_may_write_when(host, libxl, state, pid):
 
 def test_nothing_is_written_where_nothing_is(host, libxl):
     address = libxl.create("/x")
+    config = attachment.read_config(host.store, address)
     libxl.remove(address)
     before = host.tree()
-    attachment.refuse(host.store, address, "why")
+    assert not attachment.refuse(host.store, address, "why")
     attachment.close(host.store, address, None)
     with pytest.raises(DeviceError, match="has taken the disk away"):
-        attachment.publish(host.store, address, {"state": "2"}, 77)
+        attachment.publish(host.store, address, config, {"state": "2"}, 77)
+    with pytest.raises(attachment.Replaced, match="has taken the disk away"):
+        attachment.pass_on(host.store, address, config, "76", 77)
     assert before == host.tree()
+
+
+@pytest.mark.parametrize(
+    "changed", [{"params": "aio:/y"}, {"mode": "r"}, {"discard_enable": "0"}, {"device_type": "c"}]
+)
+def test_what_was_opened_is_served_as_nothing_else(host, libxl, changed):
+    """The toolstack may have made another device while that was opened."""
+    address = libxl.create("/x")
+    config = attachment.read_config(host.store, address)
+    libxl.remove(address)
+    libxl.create("/x", **changed)
+    before = host.tree()
+    with pytest.raises(attachment.Replaced, match="another disk"):
+        attachment.publish(host.store, address, config, {"state": "2"}, 77)
+    assert before == host.tree()
+    host.store.write(f"{address.backend}/xen-disk-pid", "76")
+    with pytest.raises(attachment.Replaced, match="another disk"):
+        attachment.pass_on(host.store, address, config, "76", 77)
+    assert {**before, f"{address.backend}/xen-disk-pid": "76"} == host.tree()
+
+
+def test_a_disk_is_passed_on_from_who_had_it(host, libxl):
+    address = libxl.create("/x", state="4", xen_disk_pid="76")
+    config = attachment.read_config(host.store, address)
+    before = keys(host, address)
+    with pytest.raises(attachment.Replaced, match="has taken the disk away"):
+        attachment.pass_on(host.store, address, config, "75", 77)
+    attachment.pass_on(host.store, address, config, "76", 77)
+    assert {**before, "xen-disk-pid": "77"} == keys(host, address)
 
 
 def test_any_reason_can_be_told(host, libxl):

@@ -92,19 +92,22 @@ def _serve(env: Environment, store: Store, address: Address) -> None:
             log.error("%s", reason)
             attachment.refuse(store, address, reason)
             return
-        _run(
-            env,
-            store,
-            hypervisor,
-            address,
-            disk,
-            spec,
-            domain,
-            own_record,
-            stack,
-            adopts=False,
-            arrives=arrives,
-        )
+        try:
+            _run(
+                env,
+                store,
+                hypervisor,
+                address,
+                disk,
+                spec,
+                domain,
+                own_record,
+                stack,
+                config=config,
+                arrives=arrives,
+            )
+        except attachment.Replaced as error:  # whoever has started us looks again
+            log.warning("%s", str(error))
 
 
 def _take_over(env: Environment, store: Store, address: Address) -> ExitStatus:
@@ -116,15 +119,25 @@ def _take_over(env: Environment, store: Store, address: Address) -> ExitStatus:
             stack.callback(own_record.leave)  # unless the disk comes to its end here
             facts = own_record.facts
             takeover.check_files(facts, str(vdev), f"xl block-detach {domid} {vdev}")
+            died = store.read(f"{address.backend}/{PID_KEY}") or ""
             config = attachment.read_config(store, address)
             spec = _spec(config)._replace(filters=facts.spec.filters)  # as they were set last
             arrives = _state(store, address) is State.INIT_WAIT  # the dead process may have waited
             what = spec.shown_path or spec.backend_name
-            with succeeding(), sharing.arriving(arrives), ended_though_it_hangs(env, what):
+            with (
+                succeeding(),
+                sharing.arriving(arrives),
+                ended_though_it_hangs(env, what),
+                _told_if_late(env, address, spec),
+            ):
                 disk = _open(spec, store, stack)
             takeover.check_size(facts, str(vdev), disk.backend)
             hypervisor = stack.enter_context(env.hypervisor())
-            toolstack.pass_on(store, address, os.getpid())
+            attachment.pass_on(store, address, config, died, os.getpid())
+        except attachment.Replaced as error:  # as above
+            log.warning("%s", str(error))
+            own_record.close()
+            return ExitStatus.OK
         except XenDiskError as error:
             log.error("%s", error)
             may_pass = isinstance(error, takeover.PASSING)
@@ -140,7 +153,7 @@ def _take_over(env: Environment, store: Store, address: Address) -> ExitStatus:
             domain,
             own_record,
             stack,
-            adopts=True,
+            config=None,
             arrives=arrives,
         )
     return ExitStatus.OK
@@ -154,21 +167,28 @@ def _spec(config: DiskConfig) -> DiskSpec:
 
 @contextmanager
 def _told_if_late(env: Environment, address: Address, spec: DiskSpec) -> Iterator[None]:
-    """Refuse the disk, with a reason, before libxl gives up without one."""
+    """Refuse the disk, with a reason, before libxl gives up without one.
+
+    Again and again: libxl may make the device anew meanwhile, and no other process is started.
+    """
+    is_over = threading.Event()
 
     def refuse() -> None:
         reason = (
             f"{spec.shown_path or spec.backend_name} is not open after {_PATIENCE:g} s: its "
             "storage does not answer, or waits until one that has died loses its lock; try again"
         )
-        log.error("%s", reason)
-        with env.open_store() as store:
-            attachment.refuse(store, address, reason)
+        while not is_over.wait(_PATIENCE):
+            try:
+                with env.open_store() as store:
+                    if attachment.refuse(store, address, reason):
+                        log.error("%s", reason)
+            except XenDiskError as error:
+                log.error("%s (and %s)", reason, error)
 
-    timer = threading.Timer(_PATIENCE, refuse)
-    timer.daemon = True
+    thread = threading.Thread(target=refuse, name="late", daemon=True)
     try:
-        timer.start()
+        thread.start()
     except RuntimeError as error:  # the disk matters more
         log.warning("if its storage hangs, nobody will be told: %s", error)
         yield
@@ -176,8 +196,8 @@ def _told_if_late(env: Environment, address: Address, spec: DiskSpec) -> Iterato
     try:
         yield
     finally:
-        timer.cancel()
-        timer.join()  # what forks after this has no other thread
+        is_over.set()
+        thread.join()  # what forks after this has no other thread
 
 
 def _open(spec: DiskSpec, store: Store, stack: ExitStack) -> Disk:
@@ -198,10 +218,17 @@ def _run(
     own_record: Record,
     stack: ExitStack,
     *,
-    adopts: bool,
+    config: DiskConfig | None,
     arrives: bool,
 ) -> None:
-    """Serve until the end; if that comes by an error of ours, a successor may take over."""
+    """Serve until the end; if that comes by an error of ours, a successor may take over.
+
+    Without ``config`` another process has served the disk before; else that is what it is to be.
+
+    Raises:
+        Replaced: the toolstack has made another device meanwhile.
+    """
+    adopts = config is None
     name = store.read(f"{address.backend}/dev") or from_number(address.devid).name
     vdev = VirtualDevice(address.devid, name)
     is_known = adopts and own_record.facts.connected
@@ -227,8 +254,8 @@ def _run(
 
     class Life(Observer):
         def attach(self) -> None:
-            if not adopts:
-                attachment.publish(store, address, device.keys(), os.getpid())
+            if config is not None:
+                attachment.publish(store, address, config, device.keys(), os.getpid())
                 events.attached()
 
         def serving(self) -> None:

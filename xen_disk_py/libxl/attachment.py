@@ -33,6 +33,10 @@ FIRST_XEN = (4, 19)
 _ERROR_MAX = 1000  # characters; with its path it has to fit into one request
 
 
+class Replaced(DeviceError):
+    """The toolstack has taken the disk away, and may have made another there; nothing is done."""
+
+
 class DiskConfig(NamedTuple):
     """What libxl's keys ask for: arguments of ``connect``, and whether the guest may discard."""
 
@@ -58,38 +62,91 @@ def read_config(store: Store, address: Address) -> DiskConfig:
     return DiskConfig(arguments, key("discard-enable") != "0")
 
 
-def publish(store: Store, address: Address, keys: dict[str, str], pid: int) -> None:
+def publish(
+    store: Store, address: Address, config: DiskConfig, keys: dict[str, str], pid: int
+) -> None:
     """Write what the backend publishes, its ``state`` included, and who serves it.
+
+    Args:
+        store: xenstore.
+        address: which device.
+        config: what was opened: that may take minutes, and the device may be another one now.
+        keys: what is published.
+        pid: who serves it.
 
     Raises:
         DeviceTaken: another process serves it.
-        DeviceError: the toolstack does not want it any longer.
+        Replaced: the toolstack does not want it any longer.
     """
 
     def write(transaction: Store) -> None:
         if transaction.exists(f"{address.backend}/{PID_KEY}"):
             raise DeviceTaken("another process serves this disk")
         if _state(transaction, address) is not State.INITIALISING:
-            raise DeviceError("the toolstack has taken the disk away again")
+            raise Replaced("the toolstack has taken the disk away again")
+        _check(transaction, address, config)
         for name, value in {PID_KEY: str(pid), **keys}.items():
             transaction.write(f"{address.backend}/{name}", value)
 
     store.transact(write)
 
 
-def refuse(store: Store, address: Address, reason: str) -> None:
-    """Have libxl fail at once, with ``reason``; nothing if somebody already serves the disk."""
-    text = "".join(letter if " " <= letter <= "~" else "?" for letter in reason)
+def pass_on(store: Store, address: Address, config: DiskConfig, died: str, pid: int) -> None:
+    """Have another process serve a device than the one that has died.
+
+    Args:
+        store: xenstore.
+        address: which device.
+        config: what was opened, as for :func:`publish`.
+        died: what stands there of the one that has died.
+        pid: who serves it now.
+
+    Raises:
+        Replaced: the toolstack does not want it any longer.
+    """
 
     def write(transaction: Store) -> None:
-        if transaction.exists(f"{address.backend}/{PID_KEY}"):
-            return
-        if _state(transaction, address) is State.INITIALISING:
-            transaction.write(f"{address.backend}/hotplug-error", text[:_ERROR_MAX])
-            transaction.write(f"{address.backend}/hotplug-status", "error")
-            transaction.write(f"{address.backend}/state", str(int(State.INIT_WAIT)))
+        if transaction.read(f"{address.backend}/{PID_KEY}") != died:
+            raise Replaced("the toolstack has taken the disk away meanwhile")
+        _check(transaction, address, config)
+        transaction.write(f"{address.backend}/{PID_KEY}", str(pid))
 
     store.transact(write)
+
+
+def _check(store: Store, address: Address, config: DiskConfig) -> None:
+    """See that the device asks for that disk.
+
+    Raises:
+        Replaced: it does not.
+    """
+    try:
+        wanted: DiskConfig | None = read_config(store, address)
+    except UsageError:
+        wanted = None
+    if wanted != config:
+        raise Replaced("the toolstack has made another disk there meanwhile")
+
+
+def refuse(store: Store, address: Address, reason: str) -> bool:
+    """Have libxl fail at once, with ``reason``; nothing if somebody already serves the disk.
+
+    Returns:
+        Whether libxl waits, and is told.
+    """
+    text = "".join(letter if " " <= letter <= "~" else "?" for letter in reason)
+
+    def write(transaction: Store) -> bool:
+        if transaction.exists(f"{address.backend}/{PID_KEY}"):
+            return False
+        if _state(transaction, address) is not State.INITIALISING:
+            return False
+        transaction.write(f"{address.backend}/hotplug-error", text[:_ERROR_MAX])
+        transaction.write(f"{address.backend}/hotplug-status", "error")
+        transaction.write(f"{address.backend}/state", str(int(State.INIT_WAIT)))
+        return True
+
+    return store.transact(write)
 
 
 def close(store: Store, address: Address, pid: int | None) -> None:
