@@ -226,6 +226,7 @@ def test_requests_meanwhile(host, connect, upgrade):
             "raise RuntimeError('half installed')",
             "would not take over: RuntimeError: half installed",
         ),
+        ("raise RuntimeError('x' * 50_000)", "would not take over: RuntimeError: xxx"),
         (None, "does not start: "),
         ("import xen_disk_py.recovery.upgrade as u\nu.FORMATS = ()", "another version's"),
         (

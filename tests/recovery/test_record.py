@@ -312,6 +312,16 @@ class TestStale:
         assert find(directory, ADDRESS) is None
         assert [] == list(Path(directory).iterdir())
 
+    @pytest.mark.usefixtures("stale")
+    def test_it_is_forgotten_though_somebody_looks_just_then(self, directory):
+        with open(path_in(directory), "rb") as looking:
+            fcntl.flock(looking, fcntl.LOCK_SH)
+            gone = threading.Timer(0.02, lambda: fcntl.flock(looking, fcntl.LOCK_UN))
+            gone.start()
+            forget(directory, ADDRESS)
+            gone.join()
+        assert [] == os.listdir(directory)
+
     def test_what_is_not_there_can_be_forgotten(self, directory):
         forget(directory, ADDRESS)
         Path(directory).mkdir(parents=True)
@@ -950,6 +960,12 @@ class TestSealed:
             mine._facts.clear()
             mine.leave()
         record.sweep(directory)
+        assert [] == os.listdir(directory)
+
+    def test_one_that_was_not_complete_when_its_process_was_killed_goes_with_it(self, directory):
+        with Record(directory, ADDRESS) as mine:
+            mine.describe(FACTS)
+            Path(f"{mine.path}.sealed.new").write_bytes(b"{")
         assert [] == os.listdir(directory)
 
     def test_no_room_for_it(self, directory):

@@ -59,6 +59,8 @@ SOCKET = ".control"
 SEALED = ".sealed"
 """What the name of the file ends with that says what to believe of a record; see above."""
 
+_NEW = ".new"  # and this, as long as it is not complete
+
 FACTS_SIZE = 32 << 10
 """Bytes at the beginning of a record, a double buffer with the facts."""
 _COUNTERS = 4096
@@ -150,7 +152,7 @@ def _unlink(fd: int, path: str) -> None:
 
 
 def _remove_beside(path: str) -> None:
-    for name in (SOCKET, SEALED):
+    for name in (SOCKET, SEALED, f"{SEALED}{_NEW}"):
         with contextlib.suppress(FileNotFoundError):
             os.unlink(f"{path}{name}")
 
@@ -368,7 +370,7 @@ class Record(Closing):
             XenUnavailable: it cannot be written.
         """
         path = f"{self.path}{SEALED}"
-        new = f"{path}.new"
+        new = f"{path}{_NEW}"
         try:
             flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
             with open(os.open(new, flags, 0o600), "wb") as file:
@@ -559,7 +561,7 @@ def forget(directory: str, address: Address) -> None:
     """Remove the record of a killed process; not what one that lives has made of it."""
     path = path_of(directory, address)
     try:
-        fd = _lock(path, os.O_RDONLY)
+        fd = _claim(path, os.O_RDONLY)  # whoever looks has the lock for a moment
     except FileNotFoundError:
         return
     if fd is not None:

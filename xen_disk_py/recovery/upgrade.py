@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("xen_disk_py")
 
 _DRY_RUN = 30.0  # seconds that the new program gets to come up
+_REASON = 1000  # characters of why not
 _SIGN = 1.0  # seconds between two signs of life meanwhile
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
 
@@ -115,8 +116,12 @@ class Upgrade:
             raise DeviceError(f"the new program does not start: {error}") from error
 
     def _refuse(self, error: DeviceError) -> None:
-        log.error("not upgraded: %s", error)
-        self._record.update(released_at=None, not_upgraded=(time.time(), str(error)))
+        reason = str(error)[:_REASON]  # a line of the new program, whatever that says
+        log.error("not upgraded: %s", reason)
+        try:
+            self._record.update(released_at=None, not_upgraded=(time.time(), reason))
+        except DeviceError:  # there is no room for it
+            self._record.update(released_at=None)
 
     def _try(self) -> None:
         if not self._record.facts.survives:
