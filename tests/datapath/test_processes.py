@@ -9,6 +9,7 @@ import random
 import signal
 import socket
 import threading
+import time
 
 import pytest
 from long_run import LONG
@@ -160,6 +161,50 @@ def test_a_process_that_opens_a_disk_ends_with_its_parent(served, host, tmp_path
         return find(host.records, ADDRESS) is None
 
     host.until(is_forgotten)
+
+
+LASTING = """
+import time
+from xen_disk_py.backends.raw import RawBackend
+from xen_disk_py.datapath import processes
+
+def after_fork(disk):
+    os.write(1, b"opens %d\\n" % os.getpid())
+    time.sleep(1000)
+
+processes.end_with_parent = lambda parent: None  # it works for a storage that does not answer
+RawBackend.after_fork = after_fork
+"""
+
+
+def test_a_successor_waits_for_the_forks_of_one_that_was_killed_before_it_served(served, host):
+    served.start()
+    served.write(1, 2)
+    served.process.kill()
+    queues = served.queues
+    served.processes.install(LASTING)
+    process = served.processes.start("connect", "--adopt", "5", "xvdb")
+    process.until("opens ")
+    process.signal(signal.SIGKILL)
+    process.wait()
+    host.machine.bury_backend()
+    left = [int(line.split()[1]) for line in process.out.splitlines()]
+    try:
+        assert served.record.is_ending
+        assert not served.record.alive
+        assert set(left) <= {pid for pid, _ in served.queues} - {pid for pid, _ in queues}
+        served.processes.install()
+        successor = served.processes.start("connect", "--adopt", "5", "xvdb")
+        time.sleep(0.3)
+        assert not successor.is_over
+    finally:
+        for pid in left:
+            os.kill(pid, signal.SIGKILL)
+    served.process = successor
+    successor.until("rw")
+    served.frontend.drain()
+    served.check()
+    assert ExitStatus.OK == served.unplug()
 
 
 def test_a_disk_is_served_as_by_threads(served, host):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Callable
 
@@ -9,7 +10,7 @@ from ..datapath.disk import Disk
 from ..errors import XenDiskError
 from ..host import privileges
 from ..host.privileges import User
-from ..host.process import CommandLine
+from ..host.process import CommandLine, start_time
 from ..hypervisor import Hypervisor
 from ..recovery.record import Record
 from ..recovery.spec import DiskSpec
@@ -17,7 +18,7 @@ from .arguments import PROGRAM
 from .environment import Environment
 
 if TYPE_CHECKING:
-    from ..datapath.processes import Interrupts, QueueProcesses
+    from ..datapath.processes import Identities, Interrupts, QueueProcesses
 
 
 def start(
@@ -70,10 +71,22 @@ def start(
             privileges.become(user)
         return own
 
+    def note(queues: Identities) -> None:
+        """Have it be known whom a successor waits for, though we were killed before we serve."""
+        if adopts:  # else there is nothing that a successor could take over
+            pid = os.getpid()
+            record.update(pid=pid, process_started=start_time(pid), queues=queues)
+
     journals = record.journals[: spec.queues]
     try:
         processes = QueueProcesses(
-            disk, spec.queue_options, journals, prepare, crash=crash, interrupts=interrupts
+            disk,
+            spec.queue_options,
+            journals,
+            prepare,
+            crash=crash,
+            interrupts=interrupts,
+            on_forked=note,
         )
     except XenDiskError as error:
         if adopts and crash is not None:

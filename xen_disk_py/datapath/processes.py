@@ -32,7 +32,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, Callable, NoReturn, Protocol
+from typing import Any, Callable, NoReturn, Optional, Protocol
 
 from ..blkif import Abi, Ring, abi_named
 from ..errors import DeviceError, HypervisorError, XenDiskError
@@ -55,6 +55,10 @@ ANSWER = 5.0
 _GLANCE = 0.05  # seconds that one which has taken longer is waited for, each time
 _OURS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
 """Signals that are for the session: a terminal and systemd send them to its forks, too."""
+
+
+Identities = tuple[tuple[int, Optional[int]], ...]
+"""Of processes: the id of each, and when it was started."""
 
 
 class Interrupts(Protocol):
@@ -83,6 +87,7 @@ class QueueProcesses(Closing):
         crash: called in one of them when its queue stops for an error of its own, and does not
             return; None: what the device gives is called here.
         interrupts: end the wait for one that does not come to open the disk; None: signals raise.
+        on_forked: called with :attr:`identities` before that wait.
 
     Raises:
         XenDiskError: one of them cannot be had, or we are told to end.
@@ -97,6 +102,7 @@ class QueueProcesses(Closing):
         *,
         crash: Callable[[Exception], object] | None = None,
         interrupts: Interrupts | None = None,
+        on_forked: Callable[[Identities], object] = lambda identities: None,
     ) -> None:
         if threading.active_count() != 1:
             raise RuntimeError("a thread has been started: what it holds, a fork holds forever")
@@ -119,6 +125,7 @@ class QueueProcesses(Closing):
                     )
                 self._forks.append(fork)
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            on_forked(self.identities)
             for fork in self._forks:
                 self._await_ready(fork, interrupts)
             self._watcher.start()
@@ -136,7 +143,7 @@ class QueueProcesses(Closing):
         disk.elsewhere = self
 
     @property
-    def identities(self) -> tuple[tuple[int, int | None], ...]:
+    def identities(self) -> Identities:
         """The process ids, and when each was started."""
         return tuple((fork.pid, start_time(fork.pid)) for fork in self._forks)
 
