@@ -24,13 +24,14 @@ from xen_disk_py.blkif import (
     Transfer,
     decode_response,
 )
+from xen_disk_py.datapath import claim as claim_module
 from xen_disk_py.datapath import retry
 from xen_disk_py.datapath import statistics as count
 from xen_disk_py.datapath.claim import Claim
 from xen_disk_py.datapath.grants import Grants
 from xen_disk_py.datapath.journal import Journal
 from xen_disk_py.datapath.queue import Options
-from xen_disk_py.errors import StoreLost
+from xen_disk_py.errors import BackendError, StoreLost
 from xen_disk_py.ring import FrontRing
 from xen_disk_py.synchronizing import HAS_GIL
 from xen_disk_py.xenbus import device as device_module
@@ -428,6 +429,23 @@ def test_a_lock_that_there_is_no_thread_for_is_taken_when_there_is_one(
     guest.device.update()
     assert S.CONNECTED is guest.device.state
     assert guest.read_works()
+
+
+def test_a_lock_is_asked_for_again_whatever_error_there_was(host, make, monkeypatch, caplog):
+    monkeypatch.setattr(claim_module, "_PATIENCE", 0)
+    monkeypatch.setattr(claim_module, "_PAUSE", 0.01)
+    errors, taken = [ValueError("a bug"), BackendError("another has it")], threading.Event()
+
+    def take():
+        if errors:
+            raise errors.pop(0)
+
+    claim = Claim(SimpleNamespace(claim=take), taken.set)
+    assert claim.begin()
+    assert taken.wait(host.PATIENCE)
+    assert claim.is_done
+    assert "the guest waits for its disk: test_device.py:" in caplog.messages[0]
+    assert "ValueError: a bug" in caplog.messages[0]
 
 
 def test_a_ring_that_there_is_no_thread_for_is_served_when_there_is_one(

@@ -8,6 +8,7 @@ import time
 from typing import Callable
 
 from ..backends import Backend
+from ..backends.finding import user_line
 from ..errors import BackendError
 from .workers import MORE
 
@@ -66,10 +67,12 @@ class Claim:
         while not self._stopped.is_set():
             try:
                 self._backend.claim()
-            except BackendError as error:
+            except Exception as error:  # noqa: BLE001 - whatever an author's code raises
                 if not is_said and time.monotonic() - began >= _PATIENCE:
                     is_said = True
-                    log.warning("the guest waits for its disk: %s", str(error))
+                    is_told = isinstance(error, BackendError)
+                    why = str(error) if is_told else user_line(error, self._backend)
+                    log.warning("the guest waits for its disk: %s", why)
                 self._stopped.wait(_PAUSE)
             else:
                 if is_said:
