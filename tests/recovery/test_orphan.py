@@ -72,6 +72,29 @@ def test_every_request_is_answered_with_an_error(host, orphan):
     assert 0 == host.guest.in_use(range(8, 8 + 2048))
 
 
+def test_where_no_thread_is_to_be_had_another_moment_is_waited_for(
+    host, orphan, monkeypatch, caplog
+):
+    address, frontend = orphan
+    start, refused = threading.Thread.start, [3]
+
+    def start_later(thread):
+        if thread.name == "queue" and refused[0]:
+            refused[0] -= 1
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_later)
+    frontend.submit(READ, 0, length=PAGE)
+    frontend.kick()
+    with (
+        stand_in(host.store, lambda: SimulatedHypervisor(host.machine), address),
+        pytest.raises(RequestFailed),
+    ):
+        frontend.drain()
+    assert "no thread to be had" in caplog.text
+
+
 def test_a_guest_without_a_ring_needs_nobody(host, dead):
     before = host.tree()
     with stand_in(host.store, lambda: SimulatedHypervisor(host.machine), dead.address):

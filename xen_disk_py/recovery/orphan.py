@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import logging
 import platform
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Callable
@@ -27,6 +28,7 @@ from ..xenbus.xenstore import Store
 log = logging.getLogger("xen_disk_py")
 
 _PATIENCE = 5.0
+_PAUSE = 0.05
 
 
 class _Gone(Backend):
@@ -75,9 +77,11 @@ def stand_in(
         except XenDiskError as error:
             log.debug("no requests to answer: %s", error)
         else:
+            until = time.monotonic() + _PATIENCE
             for queue in queues:
-                queue.start()
                 stack.callback(queue.stop, _PATIENCE)
+                while not queue.start() and time.monotonic() < until:
+                    time.sleep(_PAUSE)  # there is no thread to be had, which it has said
         yield
 
 
