@@ -192,6 +192,7 @@ def test_a_successor_waits_for_the_forks_of_one_that_was_killed_before_it_served
     try:
         assert served.record.is_ending
         assert not served.record.alive
+        assert served.record.facts.started is None  # it did not come to serve
         assert set(left) <= {pid for pid, _ in served.queues} - {pid for pid, _ in queues}
         served.processes.install()
         successor = served.processes.start("connect", "--adopt", "5", "xvdb")

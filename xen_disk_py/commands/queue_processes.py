@@ -75,7 +75,8 @@ def start(
         """Have it be known whom a successor waits for, though we were killed before we serve."""
         if adopts:  # else there is nothing that a successor could take over
             pid = os.getpid()
-            record.update(pid=pid, process_started=start_time(pid), queues=queues)
+            started = start_time(pid)
+            record.update(pid=pid, process_started=started, started=None, queues=queues)
 
     journals = record.journals[: spec.queues]
     try:
