@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from long_run import LONG
 
+from xen_disk_py.synchronizing import HAS_GIL
+
 PROGRAM = Path(__file__).with_name("cuts.py")
 PLAIN = {
     "abi": "x86_64",
@@ -64,6 +66,7 @@ def test_rings_that_go_round(setting):
     assert figures["cuts"] > 1
 
 
+@pytest.mark.skipif(not HAS_GIL, reason="each queue has a thread of its own")
 @pytest.mark.timeout(600)
 def test_two_queues_in_one_thread():
     """Wherever one is, the other is somewhere, too; both are taken over."""
