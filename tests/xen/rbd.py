@@ -62,7 +62,7 @@ class Event(NamedTuple):
 
 _CLIENT = re.compile(r"<== client\.(\d+) \S*?192\.0\.2\.(\d):")
 _REQUEST = re.compile(
-    r"(do_op|sending reply on) osd_op\(client\.(\d+)\S* \S+ \S+?:::(?:"
+    r"(do_op|sending reply on) osd_op\((client\.(\d+)\S*) \S+ \S+?:::(?:"
     r"rbd_data\S* \[(?:[^]]*,)?(write)(?:full)? |"
     r"rbd_header\S* \[call lock\.(lock|unlock)\b)"
 )
@@ -74,11 +74,15 @@ def events() -> list[Event]:
     with open(RESULTS / "osd.log", "wb") as lines:
         subprocess.run(["grep", "-E", words, str(LOG)], stdout=lines, check=True)
     hosts: dict[str, int] = {}
+    begun = set()  # the OSD begins one anew that has waited for another to the same bytes
     found = []
     for line in (RESULTS / "osd.log").read_text(errors="replace").splitlines():
         if match := _CLIENT.search(line):
             hosts[match[1]] = int(match[2])
         elif match := _REQUEST.search(line):
-            what = match[3] or match[4]
-            found.append(Event(hosts[match[2]], what, match[1] != "do_op"))
+            said, request, client, *what = match.groups()
+            is_answer = said != "do_op"
+            if is_answer or request not in begun:
+                begun.add(request)
+                found.append(Event(hosts[client], what[0] or what[1], is_answer))
     return found
