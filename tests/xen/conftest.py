@@ -139,6 +139,14 @@ def pvh_guest(shared_pvh: SharedGuest) -> Guest:
     return shared_pvh.get()
 
 
+@pytest.fixture(autouse=True)
+def guests_first(request: pytest.FixtureRequest) -> None:
+    """Have them, or another, before anything of the test notes what xenstore has."""
+    for name in ("pv_guest", "pvh_guest"):
+        if name in request.fixturenames:
+            request.getfixturevalue(name)
+
+
 @pytest.fixture
 def new_guest() -> Iterator[Callable[..., Guest]]:
     """Return a function that makes guests, which are gone after the test."""

@@ -31,7 +31,7 @@ from xen_disk_py.simulated.frontend import Frontend
 
 from .disk import Disk, mapped_grants, xen_disk, xenstore_snapshot
 from .driver import Driver, drivers
-from .guest import PATIENCE, Dom0, Guest
+from .guest import PATIENCE, Dom0, Guest, SharedGuest
 from .test_integrity import traced
 
 MIB = 1 << 20
@@ -43,13 +43,14 @@ Connect = Callable[..., Disk]
 @pytest.fixture(scope="module")
 def guest_of() -> Iterator[Callable[[str], Guest]]:
     """Return a function that gives this module's guest of a kind, of two processors."""
-    guests: dict[str, Guest] = {}
+    guests: dict[str, SharedGuest] = {}
     with ExitStack() as stack:
 
         def get(kind: str) -> Guest:
             if kind not in guests:
-                guests[kind] = stack.enter_context(Guest(kind, vcpus=2, memory=256))
-            return guests[kind]
+                guests[kind] = SharedGuest(kind, vcpus=2, memory=256)
+                stack.callback(guests[kind].close)
+            return guests[kind].get()
 
         yield get
 
