@@ -190,14 +190,13 @@ def _told_if_late(env: Environment, address: Address, spec: DiskSpec) -> Iterato
     try:
         thread.start()
     except RuntimeError as error:  # the disk matters more
-        log.warning("if its storage hangs, nobody will be told: %s", error)
-        yield
-        return
+        log.warning("if its storage hangs, nobody will be told: %s", str(error))
     try:
         yield
     finally:
         is_over.set()
-        thread.join()  # what forks after this has no other thread
+        if thread.ident is not None:
+            thread.join()  # what forks after this has no other thread
 
 
 def _open(spec: DiskSpec, store: Store, stack: ExitStack) -> Disk:
