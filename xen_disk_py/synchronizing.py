@@ -1,4 +1,4 @@
-"""Ordering that the GIL gives as a side effect, for a Python without it (a free-threaded build)."""
+"""What threads need of a Python without the GIL: ordering, and views of memory of their own."""
 
 from __future__ import annotations
 

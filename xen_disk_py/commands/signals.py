@@ -1,4 +1,4 @@
-"""One way to end long work: Ctrl-C, SIGTERM and SIGHUP all undo what is not finished.
+"""How Ctrl-C, SIGTERM and SIGHUP end a command: what is not finished is undone, what hangs ends.
 
 A handler of Python runs when the main thread comes back from the system. A call that waits for a
 storage which does not answer (a hard NFS mount, FUSE, a Ceph cluster) does not come back for one.
